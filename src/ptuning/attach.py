@@ -1,0 +1,148 @@
+"""`attach`: prompts on a model, for as long as you need them.
+
+with ptuning.attach(model, tokenizer, prompt) as attached:
+    model(attached.prepend(prompt, input_ids)["input_ids"])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from .base_model import check_same, first_free_id
+from .errors import InputError
+from .inject import Injector, Span
+from .prompt import Prompt
+from .task import Task
+
+
+class Attachment:
+    """Prompts attached to a model: each has a range of virtual token ids.
+
+    Usable as a context manager, or as an object with `detach`. Attachments may be nested and leave
+    in any order. The model's weights, state dict and outputs on plain text stay as they are.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, prompts: tuple[Prompt, ...]):
+        model = getattr(model, "_orig_mod", model)
+        self._injector = Injector.of(model) or Injector(model)
+        self._spans: list[tuple[Prompt, Span]] = []
+        at_least = first_free_id(tokenizer)
+        try:
+            for prompt in prompts:
+                vectors = prompt.trained_vectors()
+                if prompt.base_model:
+                    check_same(prompt.base_model, model, tokenizer)
+                self._spans.append((prompt, self._injector.add(vectors, at_least)))
+        except BaseException:
+            self.detach()
+            raise
+
+    def first_id(self, prompt: Prompt) -> int:
+        """The id of a prompt's first virtual token.
+
+        Raises:
+            InputError: the prompt is not attached here.
+        """
+        for attached, span in self._spans:
+            if attached is prompt:
+                return span.first
+        raise InputError("this prompt is not attached here; pass it to attach")
+
+    def ids(self, prompt: Prompt) -> range:
+        """The ids of a prompt's virtual tokens."""
+        first = self.first_id(prompt)
+        return range(first, first + len(prompt.trained_vectors()))
+
+    def prepend(
+        self,
+        prompt: Prompt,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Put a prompt in front of each row, behind its left padding: ``[pad pad v v text]``.
+
+        Args:
+            prompt: an attached prompt.
+            input_ids: ``(B, T)``.
+            attention_mask: ``(B, T)``; all ones by default.
+            labels: ``(B, T)``, extended with -100.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` (and ``labels``) ``(B, n + T)``.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        ids = torch.tensor(self.ids(prompt), device=input_ids.device)
+        rows, count = len(input_ids), len(ids)
+        pads = (attention_mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+        # Column c of the result is taken from [v … v | text]: pads first, then v, then the rest.
+        column = torch.arange(count + input_ids.shape[1], device=input_ids.device)
+        source = torch.where(column < pads, column + count, column - pads)
+        source = torch.where(column >= pads + count, column, source)
+
+        def place(front: Tensor, rest: Tensor) -> Tensor:
+            return torch.cat([front, rest], dim=1).gather(1, source)
+
+        result = {
+            "input_ids": place(ids.expand(rows, -1), input_ids),
+            "attention_mask": place(attention_mask.new_ones(rows, count), attention_mask),
+        }
+        if labels is not None:
+            result["labels"] = place(labels.new_full((rows, count), -100), labels)
+        return result
+
+    def detach(self) -> None:
+        """Take the prompts off; with the last attachment the model is as it was."""
+        for _, span in self._spans:
+            self._injector.remove(span)
+        self._spans.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+
+def attach(model: nn.Module, tokenizer: Any, *prompts: Prompt) -> Attachment:
+    """Attach prompts to a model.
+
+    Args:
+        model: a transformers model; only its input embedding gets two hooks.
+        tokenizer: its length decides where virtual ids start; may be None.
+        prompts: trained prompts, in any number.
+
+    Raises:
+        PromptFileError, InputError: a prompt's width is not the model's, or it has no vectors.
+    """
+    if not prompts:
+        raise InputError("no prompt to attach; give at least one")
+    return Attachment(model, tokenizer, prompts)
+
+
+@contextmanager
+def placed(model: nn.Module, tokenizer: Any, task: Task) -> Iterator[int]:
+    """The first id of a prompt, which is attached meanwhile if it is not; 0 for a manual task."""
+    if not isinstance(task, Prompt):
+        yield 0
+        return
+    injector = Injector.of(model)
+    vectors = task.trained_vectors()
+    for span in injector.spans if injector else ():
+        if span.rows is vectors:
+            yield span.first
+            return
+    with attach(model, tokenizer, task) as attachment:
+        yield attachment.first_id(task)

@@ -1,0 +1,155 @@
+"""What a prompt must know of its base model: kind, context length, and who it is.
+
+The identity is a sample of the embedding's values, compared with a tolerance, because the same
+model may be loaded in another dtype or quantized; and a hash of the tokenizer's vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError, PromptFileError
+from .inject import input_embedding
+
+_SAMPLED_ROWS = 16
+_SAMPLED_COLUMNS = 16
+# Relative error of the sampled values: bf16 gives 0.004, 4-bit quantization about 0.1, another
+# model of the same width about 1.4.
+_SAME_MODEL = 0.35
+
+
+def task_kind(model: nn.Module) -> str:
+    """``"causal"``, ``"seq2seq"`` or ``"masked"``: how the model gives an answer.
+
+    Raises:
+        InputError: the model has no language-model head.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
+    can_generate = getattr(model, "can_generate", None)
+    if can_generate is not None and can_generate():
+        return "causal"
+    if getattr(model, "get_output_embeddings", lambda: None)() is not None:
+        return "masked"
+    raise InputError(
+        f"{type(model).__name__} has no language-model head to answer with; load the model with "
+        "AutoModelForCausalLM, AutoModelForMaskedLM or AutoModelForSeq2SeqLM"
+    )
+
+
+def context_length(model: nn.Module, tokenizer: Any) -> int | None:
+    """The longest input in tokens, or None where neither model nor tokenizer has a limit."""
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+    limits = [getattr(tokenizer, "model_max_length", None)]
+    limits += [getattr(config, name, None) for name in names]
+    padding_offset = _positions_start_behind_padding(model)
+    known = [
+        limit - (padding_offset if at > 0 else 0)
+        for at, limit in enumerate(limits)
+        if isinstance(limit, int) and 0 < limit < 10**9
+    ]
+    return min(known) if known else None
+
+
+def _positions_start_behind_padding(model: nn.Module) -> int:
+    """RoBERTa's family numbers positions from ``padding_idx + 1``: that many fewer are usable."""
+    for name, module in model.named_modules():
+        if name.endswith("embeddings.position_embeddings") and isinstance(module, nn.Embedding):
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0
+
+
+def describe(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
+    """The base model's name and fingerprints, as kept in ``prompt.json``."""
+    embedding = input_embedding(model)
+    rows = torch.linspace(3, embedding.num_embeddings - 1, _SAMPLED_ROWS).long()
+    columns = torch.linspace(0, embedding.embedding_dim - 1, _SAMPLED_COLUMNS).long()
+    sample = _sample(embedding, rows, columns)
+    return {
+        "name": name_of(model),
+        "revision": getattr(getattr(model, "config", None), "_commit_hash", None),
+        "embedding": {
+            "width": embedding.embedding_dim,
+            "rows": " ".join(map(str, rows.tolist())),
+            "columns": " ".join(map(str, columns.tolist())),
+            "values": [" ".join(f"{float(x):.6f}" for x in row) for row in sample],
+        },
+        "tokenizer": tokenizer_hash(tokenizer),
+    }
+
+
+def _sample(embedding: nn.Embedding, rows: Tensor, columns: Tensor) -> Tensor:
+    """Values of the stored weight at `rows` x `columns`; read through the module where the weight
+    itself is quantized or offloaded."""
+    weight = embedding.weight
+    if weight.is_floating_point() and not weight.is_meta:
+        return weight.detach()[rows.to(weight.device)].float().cpu()[:, columns]
+    with torch.no_grad():
+        return embedding(rows.to(weight.device)).float().cpu()[:, columns]
+
+
+def check_same(saved: dict[str, Any], model: nn.Module, tokenizer: Any) -> None:
+    """Compare a prompt's base model with the one at hand.
+
+    Raises:
+        PromptFileError: the embedding has another width.
+    Warns:
+        UserWarning: the weights or the tokenizer differ, with both names.
+    """
+    if not saved:
+        return
+    embedding = input_embedding(model)
+    here = name_of(model)
+    known = saved["embedding"]
+    if known["width"] != embedding.embedding_dim:
+        raise PromptFileError(
+            f"this prompt was trained on {saved['name']!r} with embedding width {known['width']}; "
+            f"{here!r} has {embedding.embedding_dim}: give the model that it was trained on"
+        )
+    expected = torch.tensor([[float(x) for x in row.split()] for row in known["values"]])
+    rows, columns = (
+        torch.tensor([int(i) for i in known[axis].split()]) for axis in ("rows", "columns")
+    )
+    error = torch.inf
+    if int(rows.max()) < embedding.num_embeddings:
+        got = _sample(embedding, rows, columns)
+        error = float((got - expected).norm() / expected.norm().clamp(min=1e-12))
+    if error > _SAME_MODEL:
+        warnings.warn(
+            f"this prompt was trained on {saved['name']!r}, and {here!r} has other weights: its "
+            "answers will be poor unless one is a close relative of the other",
+            stacklevel=3,
+        )
+    elif tokenizer is not None and saved.get("tokenizer") not in (None, tokenizer_hash(tokenizer)):
+        warnings.warn(
+            f"this prompt was trained on {saved['name']!r} with another tokenizer than that of "
+            f"{here!r}: the same text becomes other ids",
+            stacklevel=3,
+        )
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 over the vocabulary with its ids, shortened to 32 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
+        digest.update(f"{index}\t{token}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:32]
+
+
+def first_free_id(tokenizer: Any) -> int:
+    """One past the tokenizer's highest id (its length, unless its ids have holes)."""
+    if tokenizer is None:
+        return 0
+    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
+
+
+def name_of(model: nn.Module) -> str:
+    """What to call a model in messages and files."""
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__

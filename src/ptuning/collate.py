@@ -1,0 +1,113 @@
+"""Rendered examples -> one padded batch. Padding never changes a row's result.
+
+Causal inputs are padded on the left, ``[pad pad v v text]``, so that every row's answer ends at the
+last position; the encoders' inputs are padded on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .render import Rendered, Sequence
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors of one micro-batch; N examples, R >= N rows, K answer positions.
+
+    Attributes:
+        kind: of the model, as `task_kind` says.
+        input_ids: ``(R, T)``, virtual ids included.
+        attention_mask: ``(R, T)``.
+        slots: ``(R,)`` position of the answer's first token (masked models).
+        answers: ``(R, K)`` answer ids, -100 where there is none; aligned right for causal models.
+        example: ``(R,)`` the example that each row belongs to.
+        member: ``(N,)`` the population member that each example belongs to.
+        label_ids: ``(N, W)`` ids of single-token label words, or None.
+        labels: ``(N,)`` index of the right label, or None where the whole vocabulary counts.
+        decoder_input_ids: ``(R, K)`` for seq2seq models.
+    """
+
+    kind: str
+    input_ids: Tensor
+    attention_mask: Tensor
+    slots: Tensor
+    answers: Tensor
+    example: Tensor
+    member: Tensor
+    label_ids: Tensor | None = None
+    labels: Tensor | None = None
+    decoder_input_ids: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+
+def collate(
+    examples: Rows[Rendered],
+    kind: str,
+    first_ids: Rows[int],
+    *,
+    pad_id: int = 0,
+    decoder_start_id: int = 0,
+) -> Batch:
+    """Pad rendered examples to one batch.
+
+    Args:
+        examples: all prepared for label comparison, or none.
+        kind: of the model, as `task_kind` says.
+        first_ids: for each example the first attached id of its prompt.
+        pad_id: any valid id; padded positions are masked.
+        decoder_start_id: seq2seq models' first decoder id.
+    """
+    rows = [(s, n) for n, example in enumerate(examples) for s in example.sequences]
+    sequences = [s for s, _ in rows]
+    inputs = [_input_ids(s, kind, first_ids[n]) for s, n in rows]
+    left = kind == "causal"
+    answers = _pad([list(s.answer) for s in sequences], IGNORED, left)
+    batch = Batch(
+        kind=kind,
+        input_ids=_pad(inputs, pad_id, left),
+        attention_mask=_pad([[1] * len(ids) for ids in inputs], 0, left),
+        slots=torch.tensor([s.slot for s in sequences]),
+        answers=answers,
+        example=torch.tensor([n for _, n in rows]),
+        member=torch.zeros(len(examples), dtype=torch.long),
+    )
+    if kind == "seq2seq":
+        start = torch.full_like(answers[:, :1], decoder_start_id)
+        shifted = torch.cat([start, answers[:, :-1]], dim=1).clamp(min=0)
+        batch = replace(batch, decoder_input_ids=shifted)
+    if examples[0].label_ids:
+        batch = replace(batch, label_ids=torch.tensor([e.label_ids for e in examples]))
+    compares = examples[0].label_ids or len(examples[0].sequences) > 1
+    if compares and all(e.label is not None for e in examples):
+        batch = replace(batch, labels=torch.tensor([e.label for e in examples]))
+    return batch
+
+
+def _input_ids(sequence: Sequence, kind: str, first_id: int) -> list[int]:
+    ids = [first_id - 1 - i if i < 0 else i for i in sequence.ids]
+    return ids + list(sequence.answer[:-1]) if kind == "causal" else ids
+
+
+def _pad(rows: list[list[int]], value: int, left: bool) -> Tensor:
+    width = max(1, max(map(len, rows)))
+    padded = [
+        [value] * (width - len(row)) + row if left else row + [value] * (width - len(row))
+        for row in rows
+    ]
+    return torch.tensor(padded)

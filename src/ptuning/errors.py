@@ -1,0 +1,44 @@
+"""The errors a user can meet. Each says what came, what was expected and what to do.
+
+Wrong input also is a ``ValueError``, so callers need not know this package to catch it.
+The command line turns every ``PtuningError`` into one line and the exit code given here.
+"""
+
+
+class PtuningError(Exception):
+    """Base of all errors of this package; on the command line a failure (exit code 1)."""
+
+    exit_code = 1
+
+
+class InputError(PtuningError, ValueError):
+    """The caller gave something that cannot be used (exit code 2)."""
+
+    exit_code = 2
+
+
+class TemplateError(InputError):
+    """A template that does not follow the template language.
+
+    Args:
+        message: what is wrong and what was expected.
+        template: the whole template text.
+        column: position of the fault, counted from 1.
+    """
+
+    def __init__(self, message: str, template: str, column: int):
+        super().__init__(f"template column {column}: {message}, in: {template}")
+        self.template = template
+        self.column = column
+
+
+class DataError(InputError):
+    """A data file or an example that cannot be used."""
+
+
+class PromptFileError(InputError):
+    """A saved prompt or checkpoint that is damaged, unsafe, or made for another model."""
+
+
+class TrainingError(PtuningError, RuntimeError):
+    """Training cannot go on; what was saved before stays good."""

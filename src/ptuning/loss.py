@@ -1,0 +1,125 @@
+"""Answer-only logits and losses: the vocabulary is computed where the answer is and nowhere else.
+
+vocabulary loss   -log p(answer token | before it)             summed over answer tokens
+label loss        -log softmax(score of each label)[right one] one per example
+score(label)      = log sum over its words of p(word | input)
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .collate import IGNORED, Batch
+from .errors import InputError
+
+
+def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits ``(R, K, vocabulary)`` at the K positions that predict `batch.answers`."""
+    inputs: dict[str, Any] = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+    }
+    if batch.kind == "seq2seq":
+        inputs["decoder_input_ids"] = batch.decoder_input_ids
+        return model(**inputs, use_cache=False).logits
+    count = batch.answers.shape[1]
+    if batch.kind == "masked":
+        return _masked_logits(model, batch.slots, count, inputs)
+    accepted = _forward_parameters(model)
+    if "position_ids" in accepted:
+        inputs["position_ids"] = position_ids(batch.attention_mask)
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = count
+    return model(**inputs, use_cache=False).logits[:, -count:]
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions that count real tokens only, so that left padding does not shift them."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def _masked_logits(model: nn.Module, slots: Tensor, count: int, inputs: dict[str, Any]) -> Tensor:
+    """Only the masks' hidden states reach the language-model head.
+
+    The hook serves this thread's call alone, so other threads may use the model meanwhile.
+    """
+    base = getattr(model, "base_model", model)
+    positions = slots.unsqueeze(1) + torch.arange(count, device=slots.device)
+    positions = positions.clamp(max=inputs["input_ids"].shape[1] - 1)
+    if base is model:
+        logits = model(**inputs).logits
+        return logits.gather(1, positions.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
+    caller = threading.get_ident()
+
+    def keep_answers(module: nn.Module, args: Any, output: Any) -> Any:
+        if threading.get_ident() != caller:
+            return output
+        hidden = output[0]
+        kept = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        if isinstance(output, tuple):
+            return (kept, *output[1:])
+        output.last_hidden_state = kept
+        return output
+
+    handle = base.register_forward_hook(keep_answers)
+    try:
+        return model(**inputs).logits
+    finally:
+        handle.remove()
+
+
+def _forward_parameters(model: nn.Module) -> frozenset[str]:
+    """Names that the model's forward takes, through wrappers such as torch.compile's."""
+    inner = getattr(model, "_orig_mod", model)
+    return frozenset(inspect.signature(inner.forward).parameters)
+
+
+def answer_nll(logits: Tensor, answers: Tensor) -> Tensor:
+    """Negative log-likelihood ``(R, K)`` of each answer token in float32, 0 where there is none."""
+    if logits.shape[1] != answers.shape[1]:
+        raise InputError(f"{logits.shape[1]} answer positions, {answers.shape[1]} answer tokens")
+    flat = F.cross_entropy(
+        logits.flatten(0, 1).float(), answers.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return flat.view(answers.shape)
+
+
+def label_scores(logits: Tensor, batch: Batch, words: Tensor) -> Tensor:
+    """Log-probability scores ``(N, labels)``, up to one constant per example.
+
+    Args:
+        logits: ``(R, K, vocabulary)``.
+        batch: prepared for label comparison.
+        words: ``(W,)`` the label of each word.
+    """
+    if batch.label_ids is not None:
+        column = -1 if batch.kind == "causal" else 0
+        scores = logits[:, column].float().gather(1, batch.label_ids)
+    else:
+        scores = -answer_nll(logits, batch.answers).sum(1).view(-1, len(words))
+    labels = int(words.max()) + 1
+    if labels == len(words):
+        return scores
+    pooled = [torch.logsumexp(scores[:, words == label], dim=1) for label in range(labels)]
+    return torch.stack(pooled, dim=1)
+
+
+def example_losses(logits: Tensor, batch: Batch, words: Tensor | None) -> Tensor:
+    """The loss ``(N,)`` of each example, a sum over its answer tokens."""
+    if batch.labels is not None and words is not None:
+        return F.cross_entropy(label_scores(logits, batch, words), batch.labels, reduction="none")
+    return answer_nll(logits, batch.answers).sum(1)
+
+
+@torch.no_grad()
+def examples_right(logits: Tensor, batch: Batch, words: Tensor | None) -> Tensor:
+    """``(N,)``: the best label is the right one, or greedy decoding gives the whole answer."""
+    if batch.labels is not None and words is not None:
+        return label_scores(logits, batch, words).argmax(1) == batch.labels
+    return ((logits.argmax(-1) == batch.answers) | (batch.answers == IGNORED)).all(1)

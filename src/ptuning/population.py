@@ -1,0 +1,175 @@
+"""Prompts in training side by side on one frozen model; one prompt is a population of one.
+
+`Population` is the thin module that every training drives, our loop and ``transformers.Trainer``
+alike (`trainer`): the members' encoders make the tables, the tables are written into the model's
+embedding, one forward of the base model gives every row's loss, and each row counts for its member
+alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base_model import first_free_id
+from .collate import Batch
+from .encoder import PromptEncoder, initialise
+from .errors import PromptFileError
+from .inject import Injector, input_embedding
+from .loss import answer_logits, example_losses
+from .prompt import Prompt
+
+
+class Member(nn.Module):
+    """One prompt in training: its encoder and a random state of its own.
+
+    Args:
+        prompt: a trained one continues from its encoder's weights, or from its vectors.
+        model: gives the embedding's width and the vectors of words.
+        seed: of initialisation and dropout; other members never change what it gives.
+        words: for each virtual token the id of the word that initialises it, or None.
+    """
+
+    def __init__(self, prompt: Prompt, model: nn.Module, seed: int, words: Sequence[int | None]):
+        super().__init__()
+        embedding = input_embedding(model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.encoder = PromptEncoder(prompt.encoder_config(embedding.embedding_dim))
+            self._initialise(prompt, embedding, words)
+            self.random_state = torch.get_rng_state()
+        self._random = prompt.encoder == "lstm" and prompt.encoder_dropout > 0
+
+    def _initialise(
+        self, prompt: Prompt, embedding: nn.Embedding, words: Sequence[int | None]
+    ) -> None:
+        if prompt.encoder_weights is not None:
+            try:
+                self.encoder.load_state_dict(prompt.encoder_weights)
+            except RuntimeError as error:
+                raise PromptFileError(
+                    f"the saved encoder does not fit its settings: {error}"
+                ) from None
+            return
+        if prompt.vectors is not None:
+            initialise(self.encoder, prompt.vectors, torch.arange(len(prompt.vectors)))
+            return
+        if prompt.encoder == "none":  # without a head, begin where real words are
+            ids = torch.randint(embedding.num_embeddings, (len(words),))
+            initialise(self.encoder, _vectors_of(embedding, ids), torch.arange(len(words)))
+        named = [(row, word) for row, word in enumerate(words) if word is not None]
+        if named:
+            rows, ids = (torch.tensor(column) for column in zip(*named, strict=True))
+            initialise(self.encoder, _vectors_of(embedding, ids), rows)
+
+    def table(self) -> Tensor:
+        """The vectors ``(virtual tokens, width)``, with the member's own dropout."""
+        if not (self._random and self.training):
+            return self.encoder.table()
+        device = self.encoder.embedding.weight.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.set_rng_state(self.random_state)
+            if device.type == "cuda":
+                torch.cuda.manual_seed(int(torch.randint(2**31, ())))
+            table = self.encoder.table()
+            self.random_state = torch.get_rng_state()
+        return table
+
+
+@torch.no_grad()
+def _vectors_of(embedding: nn.Embedding, ids: Tensor) -> Tensor:
+    """What the embedding gives for ordinary ids: the scale that injected rows have."""
+    return embedding(ids.to(embedding.weight.device)).float().cpu()
+
+
+class Population(nn.Module):
+    """Encoders on a frozen base model.
+
+    Only the encoders are parameters to train, and only they are in the state dict. Use as a context
+    manager, or call `close`: it takes the hooks off and gives the base model its state back.
+
+    Args:
+        model: the base model; always in eval mode here, its parameters frozen meanwhile.
+        tokenizer: its length decides where virtual ids start.
+        members: one or more.
+        words: for label comparison the label of each word (`Renderer.owner`), else None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        members: Sequence[Member],
+        words: Sequence[int] | None = None,
+    ):
+        super().__init__()
+        self.base = model
+        self.members = nn.ModuleList(members)
+        self.words = None if words is None else torch.tensor(words)
+        self._was_training = model.training
+        self._trainable = [p for p in model.parameters() if p.requires_grad]
+        for parameter in self._trainable:
+            parameter.requires_grad_(False)
+        model.eval()
+        self._injector = Injector.of(model) or Injector(model)
+        with torch.no_grad():
+            rows = self._tables()
+        self._span = self._injector.add(rows, first_free_id(tokenizer))
+        self.register_state_dict_post_hook(_drop_base)
+        self.register_load_state_dict_post_hook(_expect_no_base)
+
+    def _tables(self) -> Tensor:
+        return torch.cat([member.table() for member in self.members])  # type: ignore[operator]
+
+    def first_ids(self) -> list[int]:
+        """For each member the id of its first virtual token."""
+        first, ids = self._span.first, []
+        for member in self.members:
+            ids.append(first)
+            first += member.encoder.total_virtual_tokens  # type: ignore[operator,union-attr]
+        return ids  # type: ignore[return-value]
+
+    def train(self, mode: bool = True) -> Population:
+        """Set the encoders' mode; the base model's dropout stays off."""
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    def write_tables(self) -> None:
+        """Put the encoders' present output into the embedding, for evaluation."""
+        with torch.no_grad():
+            self._injector.write(self._span, self._tables())
+
+    def step(self, batch: Batch) -> Tensor:
+        """Each member's loss ``(members,)``, summed over its answer tokens (or its examples)."""
+        self._injector.write(self._span, self._tables())
+        logits = answer_logits(self.base, batch)
+        words = None if self.words is None else self.words.to(logits.device)
+        losses = example_losses(logits, batch, words)
+        return losses.new_zeros(len(self.members)).index_add(0, batch.member, losses)
+
+    def close(self) -> None:
+        """Take the hooks off and give the base model its mode and gradients back."""
+        self._injector.remove(self._span)
+        for parameter in self._trainable:
+            parameter.requires_grad_(True)
+        self._trainable = []
+        self.base.train(self._was_training)
+
+    def __enter__(self) -> Population:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _drop_base(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for key in [k for k in state if k.startswith(f"{prefix}base.")]:
+        del state[key]
+
+
+def _expect_no_base(module: nn.Module, keys: Any) -> None:
+    keys.missing_keys[:] = [k for k in keys.missing_keys if "base." not in k]

@@ -1,0 +1,196 @@
+"""Answers of a model with a prompt: labels by comparison, free answers by greedy decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attach import placed
+from .base_model import context_length, task_kind
+from .collate import Batch
+from .errors import DataError, InputError
+from .loss import answer_logits, label_scores
+from .render import Example, Rendered, Renderer
+from .score import batch_for, model_device
+from .task import Task
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer.
+
+    Attributes:
+        answer: a label of the verbalizer, a candidate, or free text.
+        probability: of the label among the labels, or of the free answer's tokens.
+        probabilities: label -> probability; empty for free answers.
+    """
+
+    answer: str
+    probability: float
+    probabilities: dict[str, float] = field(default_factory=dict)
+
+
+def predict(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Task,
+    rows: Iterable[Example],
+    *,
+    candidates: Sequence[str] | None = None,
+    answer_tokens: int | None = None,
+    batch_size: int = 32,
+) -> list[str]:
+    """The answer to each row; `predict_details` also gives probabilities.
+
+    Args:
+        model: the frozen base model.
+        tokenizer: the model's.
+        prompt: a trained prompt, attached or not; or a manual `Task`.
+        rows: examples, column -> value; the answer column is not needed.
+        candidates: choose among these answers.
+        answer_tokens: longest free answer in tokens; by default the training's.
+        batch_size: rows per forward.
+
+    Raises:
+        InputError, DataError: prompt, model or rows do not fit together.
+
+    Example:
+        >>> predict(model, tokenizer, prompt, [{"country": "France"}])
+        ['Paris']
+    """
+    details = predict_details(
+        model,
+        tokenizer,
+        prompt,
+        rows,
+        candidates=candidates,
+        answer_tokens=answer_tokens,
+        batch_size=batch_size,
+    )
+    return [prediction.answer for prediction in details]
+
+
+@torch.no_grad()
+def predict_details(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Task,
+    rows: Iterable[Example],
+    *,
+    candidates: Sequence[str] | None = None,
+    answer_tokens: int | None = None,
+    batch_size: int = 32,
+) -> list[Prediction]:
+    """Like `predict`, with probabilities."""
+    task = prompt if answer_tokens is None else replace(prompt, answer_tokens=answer_tokens)
+    renderer = Renderer(
+        tokenizer,
+        task,
+        task_kind(model),
+        context_length(model, tokenizer),
+        list(candidates) if candidates else None,
+    )
+    renderer.compares = bool(renderer.labels)
+    examples = _render(renderer, rows)
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].sequences[0].ids))
+    result: list[Prediction] = [Prediction("", 0.0)] * len(examples)
+    training = model.training
+    model.eval()
+    try:
+        with placed(model, tokenizer, prompt) as first_id:
+            answer = _compare if renderer.compares else _decode
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                chunk = [examples[i] for i in chosen]
+                batch = batch_for(model, renderer, chunk, [first_id] * len(chunk))
+                answers = answer(model, renderer, batch.to(model_device(model)))
+                for index, prediction in zip(chosen, answers, strict=True):
+                    result[index] = prediction
+    finally:
+        model.train(training)
+    return result
+
+
+def _render(renderer: Renderer, rows: Iterable[Example]) -> list[Rendered]:
+    rendered = []
+    for number, row in enumerate(rows, 1):
+        try:
+            rendered.append(renderer(row, answered=False))
+        except DataError as error:
+            raise DataError(f"example {number}: {error}") from None
+    return rendered
+
+
+def _compare(model: nn.Module, renderer: Renderer, batch: Batch) -> list[Prediction]:
+    owner = torch.tensor(renderer.owner, device=batch.input_ids.device)
+    scores = label_scores(answer_logits(model, batch), batch, owner)
+    labels = list(renderer.labels)
+    predictions = []
+    for row in scores.softmax(1).tolist():
+        best = max(range(len(row)), key=row.__getitem__)
+        named = dict(zip(labels, row, strict=True))
+        predictions.append(Prediction(labels[best], row[best], named))
+    return predictions
+
+
+def _decode(model: nn.Module, renderer: Renderer, batch: Batch) -> list[Prediction]:
+    if renderer.kind == "masked":
+        count = renderer.task.answer_tokens or 1
+        empty = batch.answers.new_zeros(len(batch.input_ids), count)
+        logits = answer_logits(model, replace(batch, answers=empty))
+        best = logits.float().log_softmax(-1).max(-1)
+        return _texts(renderer.tokenizer, best.indices, best.values)
+    return _generate(model, renderer, batch)
+
+
+def _generate(model: Any, renderer: Renderer, batch: Batch) -> list[Prediction]:
+    from transformers import GenerationConfig
+
+    limit = renderer.task.answer_tokens
+    if limit is None:
+        raise InputError(
+            "how long may a free answer be? Give answer_tokens (--answer-tokens N), or candidates"
+        )
+    tokenizer = renderer.tokenizer
+    pad = tokenizer.pad_token_id
+    end = tokenizer.eos_token_id
+    # What is None here would come from the model's own generation settings: name all that matters.
+    config = GenerationConfig(
+        max_new_tokens=limit,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        encoder_repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        encoder_no_repeat_ngram_size=0,
+        eos_token_id=end,
+        pad_token_id=end if pad is None else pad,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    made = model.generate(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        generation_config=config,
+    )
+    steps = len(made.logits)
+    chosen = made.sequences[:, -steps:]
+    logits = torch.stack(made.logits, dim=1).float().log_softmax(-1)
+    scores = logits.gather(2, chosen.unsqueeze(-1)).squeeze(-1)
+    if end is not None:  # what is filled in after the end has no probability of its own
+        ends = (chosen == end).long()
+        scores = scores.masked_fill(ends.cumsum(1) - ends > 0, 0.0)
+    return _texts(tokenizer, chosen, scores)
+
+
+def _texts(tokenizer: Any, ids: Tensor, scores: Tensor) -> list[Prediction]:
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    probabilities = scores.sum(1).exp().tolist()
+    return [
+        Prediction(text.strip(), probability)
+        for text, probability in zip(texts, probabilities, strict=True)
+    ]

@@ -1,0 +1,246 @@
+"""`Prompt`: template + vectors (+ verbalizer). What is trained, saved and shared.
+
+A prompt does not hold the base model. Its folder is described in ``docs/checkpoint_format.md``.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+import warnings
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from . import files, peft_files
+from .config import CONFIG_NAME, PromptEncoderConfig, PromptEncoderReparameterizationType
+from .errors import InputError, PromptFileError
+from .model_card import model_card
+from .task import Task, at_least_one, one_of
+
+FORMAT_VERSION = 1
+_ENCODER = ("encoder", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout")
+
+
+@dataclass(eq=False)
+class Prompt(Task):
+    """A prompt for a frozen language model; takes all that `Task` takes, and:
+
+    Args:
+        num_virtual_tokens: must agree with the template. Without a template it is PEFT's placement:
+            so many virtual tokens in front of everything.
+        encoder: ``"mlp"``, ``"lstm"`` or ``"none"``.
+        encoder_hidden_size: width of the head; by default the embedding's (half of it for LSTM, so
+            that both directions together are as wide).
+        encoder_num_layers: LSTM layers.
+        encoder_dropout: dropout between LSTM layers.
+
+    Attributes:
+        vectors: ``(num_virtual_tokens, embedding width)`` float32; None before training.
+        encoder_weights: the encoder's state dict, so that training can continue.
+        base_model: name and fingerprints of the model that it was trained on.
+        training: facts of the training (examples, majority answer, scores).
+
+    Raises:
+        InputError, TemplateError: settings that contradict each other or the template language.
+
+    Example:
+        >>> prompt = Prompt("[P*3] {country} [P*3] [MASK]", answer="capital")
+        >>> prompt.num_virtual_tokens
+        6
+    """
+
+    num_virtual_tokens: int | None = None
+    encoder: str = "mlp"
+    encoder_hidden_size: int | None = None
+    encoder_num_layers: int = 2
+    encoder_dropout: float = 0.0
+    vectors: Tensor | None = field(default=None, repr=False)
+    encoder_weights: dict[str, Tensor] | None = field(default=None, repr=False)
+    base_model: dict[str, Any] = field(default_factory=dict, repr=False)
+    training: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.encoder = one_of("encoder", str(self.encoder).lower(), ("mlp", "lstm", "none"))
+        for name in ("num_virtual_tokens", "encoder_hidden_size", "encoder_num_layers"):
+            at_least_one(name, getattr(self, name))
+        if self.template is None:
+            if self.num_virtual_tokens is None:
+                raise InputError(
+                    'a prompt needs a template, such as "[P*3] {country} [P*3] [MASK]", or '
+                    "num_virtual_tokens for virtual tokens in front of the input"
+                )
+            self.special_tokens = "after"
+        super().__post_init__()
+        if self.template is not None:
+            self._count_virtual_tokens()
+
+    def _count_virtual_tokens(self) -> None:
+        groups = self.parsed.virtual
+        if not groups:
+            raise InputError(
+                "the template has no virtual token; write [P] or [P*3] where the prompt may "
+                f"learn, for example: [P*3] {self.template}"
+            )
+        if all(group.count for group in groups):  # the words of [P:…] await a tokenizer
+            self.set_count(sum(group.count for group in groups))
+
+    def set_count(self, count: int) -> None:
+        """Fix the number of virtual tokens.
+
+        Raises:
+            InputError: it disagrees with ``num_virtual_tokens``.
+        """
+        if self.num_virtual_tokens not in (None, count):
+            raise InputError(
+                f"num_virtual_tokens is {self.num_virtual_tokens}, and the template has {count} "
+                f"virtual tokens: {self.template}; give one of the two, or make them agree"
+            )
+        self.num_virtual_tokens = count
+
+    def encoder_config(self, token_dim: int) -> PromptEncoderConfig:
+        """The configuration of this prompt's encoder for an embedding of width `token_dim`."""
+        kind = PromptEncoderReparameterizationType(self.encoder.upper())
+        half = max(1, token_dim // 2) if kind == "LSTM" else token_dim
+        return PromptEncoderConfig(
+            num_virtual_tokens=self.num_virtual_tokens,
+            token_dim=token_dim,
+            num_transformer_submodules=1,
+            base_model_name_or_path=self.base_model.get("name"),
+            encoder_reparameterization_type=kind,
+            encoder_hidden_size=self.encoder_hidden_size or half,
+            encoder_num_layers=self.encoder_num_layers,
+            encoder_dropout=self.encoder_dropout,
+        )
+
+    def trained_vectors(self) -> Tensor:
+        """The vectors.
+
+        Raises:
+            InputError: the prompt is not trained yet.
+        """
+        if self.vectors is None:
+            raise InputError("this prompt has no vectors yet: train it, or load a trained one")
+        return self.vectors
+
+    def settings(self) -> dict[str, Any]:
+        """What a user chose, as plain values."""
+        return {**super().settings(), **{name: getattr(self, name) for name in _ENCODER}}
+
+    def save(
+        self, folder: str | Path, *, keep_encoder: bool = True, peft: bool | None = None
+    ) -> None:
+        """Write the prompt to a folder, atomically; other files there stay.
+
+        Args:
+            folder: made if need be.
+            keep_encoder: also save the encoder's weights, so that training can continue.
+            peft: write PEFT's two files as well. By default where they mean the same: PEFT puts
+                virtual tokens in front of everything.
+        """
+        vectors = self.trained_vectors().float()
+        tensors = {"vectors": vectors}
+        if keep_encoder and self.encoder_weights is not None:
+            tensors |= {f"encoder.{name}": w for name, w in self.encoder_weights.items()}
+        description = {
+            "format_version": FORMAT_VERSION,
+            "save_id": uuid.uuid4().hex,
+            "num_virtual_tokens": len(vectors),
+            **self.settings(),
+            "base_model": self.base_model,
+            "training": self.training,
+        }
+        metadata = {"format": "pt", "prompt": json.dumps(description, ensure_ascii=False)}
+        content = {
+            "prompt.safetensors": files.pack_tensors(tensors, metadata),
+            "prompt.json": files.pack_json(description),
+            "README.md": model_card(description).encode(),
+        }
+        if peft if peft is not None else self.special_tokens == "after":
+            content |= peft_files.pack(vectors, self.encoder_config(vectors.shape[1]))
+        files.write_folder(folder, content)
+
+    @classmethod
+    def load(cls, path: str | Path, *, revision: str | None = None) -> Prompt:
+        """Read a prompt from a folder or a hub repository; PEFT's P-tuning folders too.
+
+        Raises:
+            PromptFileError: missing, damaged, unsafe, or of another method.
+        """
+        folder = files.local_folder(path, revision)
+        ours = any((folder / name).exists() for name in ("prompt.json", "prompt.safetensors"))
+        if not ours and (folder / CONFIG_NAME).is_file():
+            return cls._from_peft(*peft_files.read(folder))
+        tensors, metadata = files.read_tensors(folder / "prompt.safetensors")
+        description = _description(folder, metadata)
+        return cls._from_saved(folder, description, tensors)
+
+    @classmethod
+    def _from_saved(
+        cls, folder: Path, description: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> Prompt:
+        version = description.get("format_version")
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise PromptFileError(
+                f"{folder} has format version {version!r}, and this ptuning reads up to "
+                f"{FORMAT_VERSION}: upgrade ptuning"
+            )
+        vectors = tensors.pop("vectors", None)
+        if vectors is None or vectors.dim() != 2:
+            raise PromptFileError(f"{folder}/prompt.safetensors has no table of vectors")
+        if len(vectors) != description.get("num_virtual_tokens"):
+            raise PromptFileError(
+                f"{folder}: prompt.json names {description.get('num_virtual_tokens')} virtual "
+                f"tokens, prompt.safetensors holds {len(vectors)}"
+            )
+        known = {f.name for f in fields(cls)}
+        ignored = sorted(set(description) - known - {"format_version", "save_id"})
+        if ignored:
+            warnings.warn(f"{folder}: unknown keys are ignored: {ignored}", stacklevel=3)
+        prompt = cls(**{k: v for k, v in description.items() if k in known})
+        prompt.vectors = vectors
+        weights = {k.removeprefix("encoder."): v for k, v in tensors.items()}
+        prompt.encoder_weights = weights or None
+        return prompt
+
+    @classmethod
+    def _from_peft(cls, vectors: Tensor, config: PromptEncoderConfig) -> Prompt:
+        prompt = cls(
+            num_virtual_tokens=len(vectors),
+            encoder=str(config.encoder_reparameterization_type).lower(),
+            encoder_hidden_size=config.encoder_hidden_size,
+            encoder_num_layers=config.encoder_num_layers,
+            encoder_dropout=config.encoder_dropout,
+        )
+        prompt.vectors = vectors
+        return prompt
+
+    def push_to_hub(self, repository: str, *, private: bool | None = None, **options: Any) -> str:
+        """Upload the saved prompt to the hub; gives the address of the commit."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(**options)
+        name = api.create_repo(repository, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            return str(api.upload_folder(repo_id=name, folder_path=folder))
+
+
+def _description(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """``prompt.json``, or the copy inside the tensors where a save was cut off between the two."""
+    copy = json.loads(metadata.get("prompt", "null"))
+    if not (folder / "prompt.json").is_file() and copy:
+        return copy
+    description = files.read_json(folder / "prompt.json")
+    if copy and copy.get("save_id") != description.get("save_id"):
+        warnings.warn(
+            f"{folder}/prompt.json belongs to another save than prompt.safetensors (a save was cut "
+            "off); the description inside prompt.safetensors is used",
+            stacklevel=4,
+        )
+        return copy
+    return description

@@ -1,0 +1,357 @@
+"""Template + example + tokenizer -> token ids with the places of fields and answer.
+
+The whole rendered string is tokenized at once (`vocabulary`), so a rendered example has the ids
+that a merged model's tokenizer gives. Knows nothing of the model; virtual token i of the prompt is
+written as id ``-1 - i``, and `collate` puts the attached ids in.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .errors import DataError, InputError
+from .task import Task
+from .template import Field, Slot, Virtual
+from .vocabulary import SLOT, NamedTokenizer, Names, resolve_words
+
+Example = Mapping[str, Any]
+Places = tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One tokenized input with one answer.
+
+    Attributes:
+        ids: input ids; virtual token i is ``-1 - i``. For causal models they end before the answer,
+            for masked ones the answer slot holds mask ids, for seq2seq they are the encoder's.
+        slot: index of the answer's first token.
+        answer: ids of the answer, empty where none was given.
+        fields: token ranges ``(name, start, end)`` of each field, in the order of the template;
+            empty in chats and for tokenizers that report no offsets.
+        shortened: a field was cut to fit the length limit.
+    """
+
+    ids: tuple[int, ...]
+    slot: int
+    answer: tuple[int, ...] = ()
+    fields: Places = ()
+    shortened: bool = False
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """An example ready for the model.
+
+    Attributes:
+        sequences: one, or one per label word where label words have several tokens.
+        label_ids: token id of each label word, where each is a single token; else empty.
+        label: index of the right label; None for free answers or unlabelled examples.
+    """
+
+    sequences: tuple[Sequence, ...]
+    label_ids: tuple[int, ...] = ()
+    label: int | None = None
+
+    @property
+    def compares(self) -> bool:
+        """The loss compares label words."""
+        return bool(self.label_ids) or len(self.sequences) > 1
+
+    @property
+    def weight(self) -> int:
+        """What this example counts in the loss: its answer tokens, or 1 for a label."""
+        return 1 if self.compares else len(self.sequences[0].answer)
+
+    @property
+    def shortened(self) -> bool:
+        """A field was cut to fit the length limit."""
+        return any(sequence.shortened for sequence in self.sequences)
+
+
+class Renderer:
+    """Renders examples for one task (a prompt or a manual template), tokenizer and kind of model.
+
+    Args:
+        tokenizer: stays unchanged.
+        task: gives template, verbalizer and policies.
+        kind: ``"causal"``, ``"masked"`` or ``"seq2seq"`` (`task_kind`).
+        context: the model's context length; the task's ``max_length`` may be smaller.
+        candidates: compare these answers instead of the verbalizer's labels.
+
+    Attributes:
+        groups: for each group of virtual tokens the ids that initialise them, or None.
+        labels: label -> words that are compared; empty for free answers.
+        owner: for each word that is compared the index of its label.
+        limit: the longest input in tokens, or None.
+
+    Raises:
+        InputError: task, tokenizer and model kind do not fit together.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        task: Task,
+        kind: str,
+        context: int | None = None,
+        candidates: list[str] | None = None,
+    ):
+        self.tokenizer, self.task, self.kind = tokenizer, task, kind
+        self.groups = resolve_words(tokenizer, task)
+        self.count = sum(map(len, self.groups))
+        limits = [limit for limit in (task.max_length, context) if limit]
+        self.limit = min(limits) if limits else None
+        if self.limit is not None and self.count >= self.limit:
+            raise InputError(
+                f"num_virtual_tokens is {self.count}, and an input has room for {self.limit} "
+                "tokens; use fewer virtual tokens"
+            )
+        self.labels = {c: (c,) for c in candidates} if candidates else task.labels
+        self.compares = bool(candidates) or (bool(task.labels) and task.label_mode == "labels")
+        self.owner = [n for n, words in enumerate(self.labels.values()) for _ in words]
+        self.ends_answer = task.answer_end and not task.labels
+        self._names = Names(tokenizer, self.count)
+        self._check_kind()
+
+    def _check_kind(self) -> None:
+        task, template = self.task, self.task.parsed
+        if self.kind == "masked" and template.slot is None:
+            raise InputError(
+                f"a masked LM answers at [MASK]; the template has none: {template.text}"
+            )
+        if self.kind == "masked" and self.tokenizer.mask_token_id is None:
+            raise InputError("this tokenizer has no mask token, so [MASK] has no meaning with it")
+        if self.kind == "causal" and template.after_slot:
+            if any(isinstance(piece, Virtual) for piece in template.after_slot):
+                raise InputError(
+                    "a causal model never sees what follows [MASK], and virtual tokens stand "
+                    f"there: {template.text}; put them before it"
+                )
+            warnings.warn(
+                f"a causal model answers at [MASK]; what follows it is dropped: {template.text}",
+                stacklevel=4,
+            )
+        if task.chat and (self.kind != "causal" or not self.tokenizer.chat_template):
+            raise InputError("chat=True needs a causal model whose tokenizer has a chat template")
+        if self.kind == "causal" and self.ends_answer and self.tokenizer.eos_token_id is None:
+            raise InputError(
+                "this tokenizer has no end-of-sequence token to end answers with; give "
+                "answer_end=False, and answer_tokens to predict"
+            )
+
+    def __call__(self, example: Example, *, answered: bool = True) -> Rendered:
+        """Render one example.
+
+        Args:
+            example: column -> value.
+            answered: the answer column must be there, and it is tokenized.
+
+        Raises:
+            DataError: a column is missing, the answer is empty or no known label, or the example
+                does not fit the model's context.
+        """
+        fields = self._fields(example)
+        gold = self._gold(example) if answered else None
+        label = None
+        if gold is not None and self.labels:
+            if gold not in self.labels:
+                raise DataError(
+                    f"the label {gold!r} is not in the verbalizer; it knows "
+                    f"{', '.join(map(repr, self.labels))}"
+                )
+            label = list(self.labels).index(gold)
+        if not self.compares:
+            word = self.labels[gold][0] if gold is not None and self.labels else gold
+            return Rendered((self._sequence(fields, word),), label=label)
+        words = [word for words in self.labels.values() for word in words]
+        sequences = tuple(self._sequence(fields, word) for word in words)
+        alike = all(s.ids == sequences[0].ids and len(s.answer) == 1 for s in sequences)
+        if alike:
+            return Rendered(sequences[:1], tuple(s.answer[0] for s in sequences), label)
+        return Rendered(sequences, label=label)
+
+    def _fields(self, example: Example) -> dict[str, str]:
+        for name in self.task.parsed.fields:
+            if name not in example:
+                raise DataError(
+                    f"the template names the column {name!r}, and the example has "
+                    f"{', '.join(map(repr, example)) or 'none'}; rename one of the two"
+                )
+        values = {name: example[name] for name in self.task.parsed.fields}
+        return {name: "" if value is None else str(value) for name, value in values.items()}
+
+    def _gold(self, example: Example) -> str:
+        column = answer_column(self.task, example)
+        value = example[column]
+        if isinstance(value, bool) and json.dumps(value) in self.labels:
+            return json.dumps(value)
+        text = "" if value is None else str(value)
+        if not text.strip():
+            raise DataError(f"the answer column {column!r} is empty; every example needs an answer")
+        return text
+
+    def _sequence(self, fields: dict[str, str], word: str | None) -> Sequence:
+        """Tokenize with `word` as the answer, shortening fields where the limit asks for it."""
+        sequence = self._tokenize(fields, word)
+        room = self._room(sequence)
+        if room is None or len(sequence.ids) <= room:
+            return sequence
+        low, high = 0, max(map(len, fields.values()), default=0)
+        best: Sequence | None = None
+        while low <= high:  # the longest fields are cut to one common length: as long as fits
+            middle = (low + high) // 2
+            shorter = self._tokenize({k: _cut(v, middle) for k, v in fields.items()}, word)
+            if len(shorter.ids) <= room:
+                best, low = shorter, middle + 1
+            else:
+                high = middle - 1
+        if best is None:
+            raise DataError(
+                f"anchors, virtual tokens and answer alone are longer than the {self.limit} tokens "
+                "there is room for; use a shorter template, fewer virtual tokens, or a shorter "
+                "answer"
+            )
+        return replace(best, shortened=True)
+
+    def _room(self, sequence: Sequence) -> int | None:
+        if self.limit is None or self.kind != "causal":
+            return self.limit
+        return self.limit + 1 - max(len(sequence.answer), self.task.answer_tokens or 1)
+
+    def _tokenize(self, fields: dict[str, str], word: str | None) -> Sequence:
+        named = self._names.avoiding("\n".join([*fields.values(), self.task.template or ""]))
+        text, spans, space = self._layout(fields, named)
+        if self.task.chat:
+            text, space = self._as_chat(text.removesuffix(named.slot)) + named.slot, False
+        encoding = named.tokenizer(
+            text,
+            add_special_tokens=not self.task.chat,
+            return_offsets_mapping=named.tokenizer.is_fast,
+        )
+        ids = named.rename(encoding["input_ids"])
+        shift = self.count if self.task.special_tokens == "after" else 0
+        ids = [-1 - i for i in range(shift)] + ids
+        answer = () if word is None else self._answer(word, space, text, named)
+        places: Places = ()
+        if named.tokenizer.is_fast and not self.task.chat:
+            places = _token_places(spans, encoding["offset_mapping"], shift)
+        return self._fill_slot(ids, answer, places)
+
+    def _fill_slot(self, ids: list[int], answer: tuple[int, ...], places: Places) -> Sequence:
+        at = ids.index(SLOT)
+        if self.kind == "causal":
+            return Sequence(tuple(ids[:at]), at, answer, places)
+        filling: list[int] = []
+        if self.kind == "masked":
+            filling = [self.tokenizer.mask_token_id] * (len(answer) or self.task.answer_tokens or 1)
+        grown = len(filling) - 1  # fields behind the slot move by what it grew
+        moved = [(n, a, b) if a < at else (n, a + grown, b + grown) for n, a, b in places]
+        return Sequence((*ids[:at], *filling, *ids[at + 1 :]), at, answer, tuple(moved))
+
+    def _layout(
+        self, fields: dict[str, str], named: NamedTokenizer
+    ) -> tuple[str, list[tuple[str, int, int]], bool]:
+        """The string with names for virtual tokens and slot, the fields' character ranges, and
+        whether the answer begins with a space."""
+        parts: list[str] = []
+        spans: list[tuple[str, int, int]] = []
+        sizes = map(len, self.groups)
+        virtual = 0
+        space: bool | None = None
+        leading = self.task.special_tokens == "after"
+        for piece in self.task.parsed.pieces:
+            if isinstance(piece, Virtual):
+                size = next(sizes)
+                if not leading:
+                    parts += [named.name(virtual + i) for i in range(size)]
+                virtual += size
+            elif isinstance(piece, Field):
+                start = sum(map(len, parts))
+                parts.append(fields[piece.name])
+                spans.append((piece.name, start, start + len(parts[-1])))
+            elif isinstance(piece, Slot):
+                space = piece.space
+                parts.append(named.slot)
+                if self.kind == "causal":
+                    break
+            else:
+                parts.append(piece.text if parts or not leading else piece.text.removeprefix(" "))
+        text = "".join(parts)
+        if space is None:  # without [MASK] the answer stands at the end
+            space = not text.endswith(("\n", "\t"))
+            text = text.removesuffix(" ") + named.slot
+        return text, spans, space
+
+    def _as_chat(self, text: str) -> str:
+        turn = [{"role": "user", "content": text}]
+        chat = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return str(chat)
+
+    def _answer(self, word: str, space: bool, text: str, named: NamedTokenizer) -> tuple[int, ...]:
+        if self.kind == "seq2seq":
+            ids = self._decoder_answer(word)
+        else:
+            before = text.partition(named.slot)[0]
+            answer = f" {word}" if space and not word.startswith(" ") else word
+            alone, whole = named.ids(before), named.ids(before + answer)
+            if whole[: len(alone)] == alone:
+                ids = whole[len(alone) :]
+            else:  # the answer would merge with the word before it: keep the two apart
+                marked = named.ids(before + named.slot + answer)
+                ids = marked[marked.index(SLOT) + 1 :]
+        if not ids:
+            raise DataError(f"the answer {word!r} has no token in this tokenizer")
+        if self.kind == "causal" and self.ends_answer:
+            ids = [*ids, self.tokenizer.eos_token_id]
+        return tuple(ids)
+
+    def _decoder_answer(self, word: str) -> list[int]:
+        """The decoder's labels, with the special tokens that the model was trained on."""
+        ids = list(self.tokenizer(text_target=word)["input_ids"])
+        if not self.ends_answer:
+            while ids and ids[-1] in self.tokenizer.all_special_ids:
+                ids.pop()
+        return ids
+
+
+def answer_column(task: Task, example: Example) -> str:
+    """The column of the right answer: the task's own, else ``answer``, else ``label``.
+
+    Raises:
+        DataError: the example has no such column.
+    """
+    choices = [task.answer] if task.answer else ["answer", "label"]
+    for name in choices:
+        if name in example:
+            return name
+    raise DataError(
+        f"the example has no answer column {' or '.join(map(repr, choices))}; it has "
+        f"{', '.join(map(repr, example)) or 'none'}; name the answer's column (--answer COLUMN)"
+    )
+
+
+def _cut(text: str, length: int) -> str:
+    """At most `length` characters, without the broken word at the end."""
+    if len(text) <= length:
+        return text
+    kept = text[:length]
+    if length and not text[length].isspace() and (space := kept.rfind(" ")) > 0:
+        kept = kept[:space]
+    return kept.rstrip()
+
+
+def _token_places(
+    spans: list[tuple[str, int, int]], offsets: list[tuple[int, int]], shift: int
+) -> Places:
+    """Character ranges as token ranges: the tokens that overlap a field's text."""
+    result = []
+    for name, start, end in spans:
+        inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
+        if inside:
+            result.append((name, inside[0] + shift, inside[-1] + 1 + shift))
+    return tuple(result)

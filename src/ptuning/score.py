@@ -1,0 +1,73 @@
+"""Accuracy and loss of one prompt (or manual template) on answered examples, by teacher forcing.
+
+One forward per batch: greedy decoding gives the whole answer exactly where each answer token is the
+most likely one after those before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from .collate import Batch, collate
+from .loss import answer_logits, example_losses, examples_right
+from .render import Rendered, Renderer
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    renderer: Renderer,
+    examples: list[Rendered],
+    first_id: int,
+    batch_size: int,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> tuple[float, float]:
+    """Fraction answered right, and mean loss per answer token (or per label).
+
+    Args:
+        model: with the prompt attached, in eval mode.
+        renderer: that made `examples`.
+        examples: rendered with their answers.
+        first_id: id of the prompt's first virtual token; 0 for a manual template.
+        batch_size: examples per forward.
+        autocast: accelerate's mixed precision.
+    """
+    device = model_device(model)
+    owner = torch.tensor(renderer.owner, device=device) if renderer.compares else None
+    right = loss = 0.0
+    by_length = sorted(examples, key=lambda e: len(e.sequences[0].ids))
+    for start in range(0, len(by_length), batch_size):
+        chunk = by_length[start : start + batch_size]
+        batch = batch_for(model, renderer, chunk, [first_id] * len(chunk)).to(device)
+        with autocast():
+            logits = answer_logits(model, batch)
+        right += float(examples_right(logits, batch, owner).sum())
+        loss += float(example_losses(logits, batch, owner).sum())
+    return right / len(examples), loss / sum(example.weight for example in examples)
+
+
+def batch_for(
+    model: nn.Module, renderer: Renderer, examples: list[Rendered], first_ids: list[int]
+) -> Batch:
+    """`collate` with the padding and decoder ids of a model."""
+    pad = renderer.tokenizer.pad_token_id
+    pad = pad if isinstance(pad, int) else 0
+    start = getattr(model.config, "decoder_start_token_id", None)
+    return collate(
+        examples,
+        renderer.kind,
+        first_ids,
+        pad_id=pad,
+        decoder_start_id=start if isinstance(start, int) else pad,
+    )
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Where the model takes its inputs."""
+    device = getattr(model, "device", None)
+    return device if isinstance(device, torch.device) else next(model.parameters()).device

@@ -1,0 +1,74 @@
+"""`TrainSettings`: all that a training can be told, with defaults that work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import InputError
+
+LEARNING_RATES = {"mlp": 1e-3, "lstm": 2e-3, "none": 1e-2}
+"""Default by encoder type; the smaller the network before the vectors, the larger the rate."""
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train.
+
+    Args:
+        epochs: passes over the training examples.
+        learning_rate: AdamW's; by default by encoder type (`LEARNING_RATES`).
+        batch_size: examples per micro-batch.
+        gradient_accumulation: micro-batches per optimizer step.
+        seed: of initialisation, shuffling and dropout.
+        weight_decay: AdamW's, on the encoder.
+        max_grad_norm: the encoder's gradient is clipped to this norm.
+        schedule: ``linear`` or ``cosine`` decay to zero, or ``constant``.
+        warmup: fraction of all steps in which the rate rises from zero.
+        patience: stop after so many epochs without a better dev result; None never stops.
+        shuffle: a new order of the examples in each epoch.
+        mixed_precision: ``no``, ``bf16`` or ``fp16``: accelerate's autocast for the base model.
+        tracker: a tracker of accelerate, such as ``tensorboard`` or ``wandb``.
+        checkpoint_seconds: time between two checkpoints of a run that has an output folder.
+
+    Raises:
+        InputError: a value that cannot be trained with.
+    """
+
+    epochs: int = 10
+    learning_rate: float | None = None
+    batch_size: int = 32
+    gradient_accumulation: int = 1
+    seed: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    schedule: str = "linear"
+    warmup: float = 0.05
+    patience: int | None = None
+    shuffle: bool = True
+    mixed_precision: str = "no"
+    tracker: str | None = None
+    checkpoint_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "gradient_accumulation", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}; give a whole number of at least 1")
+        for name in ("learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{name} is {value}; give a number above 0")
+        if not 0 <= self.warmup < 1:
+            raise InputError(f"warmup is {self.warmup}; give the fraction of all steps, 0 to 1")
+        if self.schedule not in SCHEDULES:
+            raise InputError(f"schedule is {self.schedule!r}; expected one of {SCHEDULES}")
+        if self.mixed_precision not in ("no", "bf16", "fp16"):
+            raise InputError(
+                f"mixed_precision is {self.mixed_precision!r}; expected no, bf16 or fp16"
+            )
+
+    def rate_for(self, encoder: str) -> float:
+        """The learning rate for an encoder type."""
+        return self.learning_rate or LEARNING_RATES[encoder]
