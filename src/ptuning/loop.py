@@ -210,7 +210,8 @@ class Loop:
         where = f"; the last checkpoint in {self.output} is good" if self.output else ""
         return (
             f"the loss is {loss} at step {self.step + 1} of {self.steps}: training stopped ({kept}"
-            f"{where}). Use a lower learning rate than {rate:g}, or a base model in bf16 or float32 instead of fp16"
+            f"{where}). Use a lower learning rate than {rate:g}, or a base model in bf16 or float32 "
+            "instead of fp16"
         )
 
 

@@ -122,15 +122,17 @@ class Population(nn.Module):
         self.register_load_state_dict_post_hook(_expect_no_base)
 
     def _tables(self) -> Tensor:
-        return torch.cat([member.table() for member in self.members])  # type: ignore[operator]
+        return torch.cat([member.table() for member in self.roster])
+
+    @property
+    def roster(self) -> list[Member]:
+        """The members, in order."""
+        return [member for member in self.members if isinstance(member, Member)]
 
     def first_ids(self) -> list[int]:
         """For each member the id of its first virtual token."""
-        first, ids = self._span.first, []
-        for member in self.members:
-            ids.append(first)
-            first += member.encoder.total_virtual_tokens  # type: ignore[operator,union-attr]
-        return ids  # type: ignore[return-value]
+        sizes = [member.encoder.total_virtual_tokens for member in self.roster]
+        return [self._span.first + sum(sizes[:index]) for index in range(len(sizes))]
 
     def train(self, mode: bool = True) -> Population:
         """Set the encoders' mode; the base model's dropout stays off."""

@@ -44,9 +44,9 @@ class PromptModule(Population):
     def finish(self, prompt: Prompt) -> None:
         """Give `prompt` its vectors and take the hooks off the base model."""
         self.eval()
-        encoder = self.members[0].encoder
-        prompt.vectors = encoder.table().float().cpu().clone()  # type: ignore[operator,union-attr]
-        state = encoder.state_dict()  # type: ignore[union-attr]
+        encoder = self.roster[0].encoder
+        prompt.vectors = encoder.table().float().cpu().clone()
+        state = encoder.state_dict()
         prompt.encoder_weights = {k: v.detach().cpu().clone() for k, v in state.items()}
         prompt.base_model = describe(self.base, self._tokenizer)
         self.close()

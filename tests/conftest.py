@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct, put into the user's cache by `make test`."""
+    from ptuning.fetch import fetch
+
+    return fetch("smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_folder: Path) -> tuple[Any, Any]:
+    """The real model and its tokenizer, shared by all tests: leave them as they are."""
+    from ptuning import load_model
+
+    return load_model(str(smollm2_folder))
+
+
+@pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    """all-MiniLM-L6-v2, put into the user's cache by `make test`."""
+    from ptuning.fetch import fetch
+
+    return fetch("minilm")
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
