@@ -106,6 +106,7 @@ _BART: dict[str, Any] = {
     "eos_token_id": 2,
     "decoder_start_token_id": 2,
     "forced_eos_token_id": None,
+    "init_std": 0.3,
 }
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {**_SMALL, "num_key_value_heads": 2}),

@@ -1,40 +1,79 @@
 """P-tuning: trainable virtual tokens for frozen language models.
 
-prompt = ptuning.Prompt("[P*3] {country} [P*3] [MASK]", answer="capital")
-ptuning.train(model, tokenizer, prompt, rows, dev=dev_rows)
-ptuning.predict(model, tokenizer, prompt, [{"country": "France"}])
+    prompt = ptuning.Prompt("[P*3] {country} [P*3] [MASK]", answer="capital")
+    ptuning.train(model, tokenizer, prompt, rows, dev=dev_rows)
+    ptuning.predict(model, tokenizer, prompt, [{"country": "France"}])
+
+Names are imported when they are first used, so that ``ptuning --help`` need not wait for torch.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from __future__ import annotations
 
-from .attach import Attachment, attach
-from .config import (
-    PeftType,
-    PromptEncoderConfig,
-    PromptEncoderReparameterizationType,
-    TaskType,
-)
-from .data import read_examples
-from .encoder import PromptEncoder
-from .errors import (
-    DataError,
-    InputError,
-    PromptFileError,
-    PtuningError,
-    TemplateError,
-    TrainingError,
-)
-from .evaluate import Evaluation, evaluate
-from .models import load_model
-from .nearest import nearest_words
-from .predict import Prediction, predict, predict_details
-from .prompt import Prompt
-from .render import Renderer
-from .settings import TrainSettings
-from .task import Task
-from .template import parse
-from .train import TrainResult, train
-from .trainer import trainer_parts
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .attachment import Attachment, attach
+    from .config import (
+        PeftType,
+        PromptEncoderConfig,
+        PromptEncoderReparameterizationType,
+        TaskType,
+    )
+    from .data import read_examples
+    from .encoder import PromptEncoder
+    from .errors import (
+        DataError,
+        InputError,
+        PromptFileError,
+        PtuningError,
+        TemplateError,
+        TrainingError,
+    )
+    from .evaluation import Evaluation, evaluate
+    from .models import load_model
+    from .nearest import nearest_words
+    from .prediction import Prediction, predict, predict_details
+    from .prompt import Prompt
+    from .render import Renderer
+    from .settings import TrainSettings
+    from .task import Task
+    from .template import parse
+    from .training import TrainResult, train
+    from .trainer import trainer_parts
+
+_HOME = {
+    "attachment": ("Attachment", "attach"),
+    "config": (
+        "PeftType",
+        "PromptEncoderConfig",
+        "PromptEncoderReparameterizationType",
+        "TaskType",
+    ),
+    "data": ("read_examples",),
+    "encoder": ("PromptEncoder",),
+    "errors": (
+        "DataError",
+        "InputError",
+        "PromptFileError",
+        "PtuningError",
+        "TemplateError",
+        "TrainingError",
+    ),
+    "evaluation": ("Evaluation", "evaluate"),
+    "models": ("load_model",),
+    "nearest": ("nearest_words",),
+    "prediction": ("Prediction", "predict", "predict_details"),
+    "prompt": ("Prompt",),
+    "render": ("Renderer",),
+    "settings": ("TrainSettings",),
+    "task": ("Task",),
+    "template": ("parse",),
+    "training": ("TrainResult", "train"),
+    "trainer": ("trainer_parts",),
+}
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 try:
     __version__ = version("ptuning")
@@ -72,3 +111,11 @@ __all__ = [
     "train",
     "trainer_parts",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module 'ptuning' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE[name]}", __name__), name)
+    globals()[name] = value
+    return value

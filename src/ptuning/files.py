@@ -53,6 +53,31 @@ def write_folder(folder: str | Path, files: Mapping[str, bytes]) -> None:
         ) from error
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Write one file atomically; its folder is made if need be."""
+    write_folder(path.absolute().parent, {path.name: content})
+
+
+def check_writable(folder: str | Path) -> None:
+    """Find out before long work whether `folder` can be written.
+
+    Raises:
+        PtuningError: it cannot.
+    """
+    folder = Path(folder).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".try-") as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise PtuningError(
+            f"cannot write to {folder}: {error.strerror or error}; free space there or choose "
+            "another folder"
+        ) from error
+
+
 def _put_in_place(staged: Path, folder: Path, names: list[str]) -> None:
     staged.chmod(0o777 & ~_umask())
     _sync_folder(staged)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from . import checkpoint
@@ -59,14 +60,29 @@ class Loop:
 
     def train(self, resume: bool) -> Learner:
         """Train from the start, or from the newest checkpoint; gives the best member."""
+        first_in_process = not AcceleratorState._shared_state
+        self.accelerator = _accelerator(self.settings, self.output)
+        try:
+            self._prepare(resume)
+            owner = self.renderer.owner if self.renderer.compares else None
+            with Population(self.model, self.tokenizer, self.members, owner) as population:
+                self.population = population
+                self._epochs()
+        finally:
+            self.accelerator.end_training()
+            if first_in_process:  # so that the next training may use another precision
+                AcceleratorState._reset_state()
+        return self.learners[0]
+
+    def _prepare(self, resume: bool) -> None:
         settings = self.settings
-        self.accelerator = _accelerator(settings, self.output)
         self.device = _place(self.model, self.accelerator)
         words = [word for group in self.renderer.groups for word in group]
         member = Member(self.prompt, self.model, settings.seed, words).to(self.device)
         per_step = settings.batch_size * settings.gradient_accumulation
         self.steps_per_epoch = -(-len(self.examples) // per_step)
         self.steps = self.steps_per_epoch * settings.epochs
+        self.members = [member]
         self.learners = [
             Learner(member, self.prompt.encoder, settings, self.steps, self.accelerator)
         ]
@@ -76,14 +92,6 @@ class Loop:
         self.step, self.epoch_loss = 0, 0.0
         if resume and self.output is not None:
             self._resume()
-        owner = self.renderer.owner if self.renderer.compares else None
-        with Population(self.model, self.tokenizer, [member], owner) as population:
-            self.population = population
-            try:
-                self._epochs()
-            finally:
-                self.accelerator.end_training()
-        return self.learners[0]
 
     def _epochs(self) -> None:
         self._saved_at = time.monotonic()
@@ -94,7 +102,7 @@ class Loop:
                 self.population.train()
                 loss = self._optimizer_step(orders, position)
                 self.step += 1
-                self.epoch_loss += loss
+                self.epoch_loss += loss / self.steps_per_epoch
                 self._report(epoch, loss)
                 ends_epoch = position == self.steps_per_epoch - 1
                 if not ends_epoch:
@@ -147,7 +155,7 @@ class Loop:
         for number, learner in enumerate(self.learners):
             if not learner.active:
                 continue
-            record = {"epoch": epoch + 1, "loss": self.epoch_loss / self.steps_per_epoch}
+            record = {"epoch": epoch + 1, "loss": self.epoch_loss}
             if self.dev:
                 record |= self._dev_result(number)
             learner.note(record)
@@ -223,7 +231,10 @@ def _accelerator(settings: TrainSettings, output: Path | None) -> Accelerator:
             project_dir=None if output is None else str(output),
         )
     except (ValueError, ImportError) as error:
-        raise InputError(f"accelerate cannot be set up: {error}") from error
+        raise InputError(
+            f"accelerate cannot be set up ({error}); a Trainer or Accelerator of another precision "
+            "in this process, or a tracker that is not installed, is the usual reason"
+        ) from error
     if settings.tracker:
         plain = {k: v for k, v in asdict(settings).items() if v is not None}
         accelerator.init_trackers("ptuning", config=plain)

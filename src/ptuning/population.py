@@ -109,12 +109,12 @@ class Population(nn.Module):
         self.base = model
         self.members = nn.ModuleList(members)
         self.words = None if words is None else torch.tensor(words)
-        self._was_training = model.training
+        self._was_training = model.training  # before `eval` below reaches the base model
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         for parameter in self._trainable:
             parameter.requires_grad_(False)
-        model.eval()
         self._injector = Injector.of(model) or Injector(model)
+        self.eval()  # a member's random state moves only when it trains
         with torch.no_grad():
             rows = self._tables()
         self._span = self._injector.add(rows, first_free_id(tokenizer))

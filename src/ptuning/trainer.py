@@ -21,7 +21,7 @@ from .population import Member, Population
 from .prompt import Prompt
 from .render import Example, Rendered, Renderer, answer_column
 from .score import batch_for
-from .train import learn_answer_length, render_all
+from .training import learn_answer_length, render_all
 
 
 class PromptModule(Population):
@@ -33,11 +33,32 @@ class PromptModule(Population):
         super().__init__(model, renderer.tokenizer, [Member(prompt, model, seed, words)], owner)
         self._tokenizer, self._kind = renderer.tokenizer, renderer.kind
 
-    def forward(self, **tensors: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        slots: Tensor,
+        answers: Tensor,
+        example: Tensor,
+        member: Tensor,
+        label_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """The mean loss of a batch, from the fields of `Batch` that the collator gives."""
-        batch = Batch(kind=self._kind, **tensors)
-        compares = batch.labels is not None
-        count = len(batch.member) if compares else int((batch.answers != IGNORED).sum())
+        batch = Batch(
+            self._kind,
+            input_ids,
+            attention_mask,
+            slots,
+            answers,
+            example,
+            member,
+            label_ids,
+            labels,
+            decoder_input_ids,
+        )
+        count = len(member) if labels is not None else int((answers != IGNORED).sum())
         return {"loss": self.step(batch).sum() / count}
 
     @torch.no_grad()

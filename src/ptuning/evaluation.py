@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from .attach import placed
+from .attachment import placed
 from .base_model import context_length, task_kind
 from .errors import DataError
-from .predict import Prediction, predict_details
+from .prediction import Prediction, predict_details
 from .prompt import Prompt
 from .render import Example, Renderer, answer_column
 from .score import score
 from .task import Task
-from .train import render_all
+from .training import render_all
 
 
 @dataclass(frozen=True)

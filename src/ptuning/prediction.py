@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import placed
+from .attachment import placed
 from .base_model import context_length, task_kind
 from .collate import Batch
 from .errors import DataError, InputError

@@ -1,0 +1,39 @@
+# The two commands of the README, and what CI runs. Needs Python 3.11+ and pip, nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# Made anew whenever what it is made from changes.
+STAMP = $(VENV)/.installed
+
+.PHONY: demo test test-all lint bench-step clean
+
+demo: $(STAMP) ## fetch a small real model and watch a prompt learn
+	$(BIN)/ptuning fetch smollm2
+	$(BIN)/ptuning demo
+
+test: $(STAMP) models ## the test suite without what is marked slow
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST)
+
+test-all: $(STAMP) models ## with the slow tests
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(STAMP) ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench-step: $(STAMP) models ## one training step against PEFT's
+	$(BIN)/python benchmarks/train_step.py
+
+.PHONY: models
+models: $(STAMP)
+	$(BIN)/ptuning fetch smollm2
+	$(BIN)/ptuning fetch minilm
+
+$(STAMP): constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

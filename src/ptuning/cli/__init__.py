@@ -1,0 +1,5 @@
+"""The command line ``ptuning``."""
+
+from .app import main
+
+__all__ = ["main"]

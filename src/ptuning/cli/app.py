@@ -1,0 +1,88 @@
+"""Commands, run files, and how errors leave the program.
+
+Exit codes: 0 done, 1 failure, 2 wrong input. No traceback unless ``--debug``.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import click
+import typer
+
+from .. import __version__
+from ..errors import PtuningError
+from . import console, run_demo, train, use
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Train a few virtual tokens for a frozen language model (P-tuning, arXiv 2103.10385).
+
+A template says where your columns, the virtual tokens [P] and the answer [MASK] stand:
+
+    ptuning train --model smollm2 --data train.csv --dev dev.csv --answer capital \\
+        --template "[P*3] {country} [P*3] [MASK]" --output capital/
+
+    ptuning evaluate capital/ --data test.csv
+
+    ptuning predict capital/ --data new.csv --output answers.jsonl
+
+Try it: `ptuning demo`""",
+)
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        console.out.print(f"ptuning {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("train")(train.train)
+app.command("evaluate")(use.evaluate)
+app.command("predict")(use.predict)
+app.command("inspect")(use.inspect)
+app.command("demo")(run_demo.demo)
+app.command("fetch")(use.fetch)
+
+
+def main() -> None:
+    """Run the command line; every error becomes one line and an exit code."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    console.quiet_libraries()
+    try:
+        code = app([a for a in arguments if a != "--debug"], standalone_mode=False)
+    except PtuningError as error:
+        if debug:
+            raise
+        console.say(f"error: {error}", style="red")
+        code = error.exit_code
+    except click.ClickException as error:
+        command = getattr(getattr(error, "ctx", None), "command_path", "ptuning")
+        console.say(f"error: {error.format_message()} (see {command} --help)", style="red")
+        code = 2
+    except (KeyboardInterrupt, click.Abort):
+        console.say("stopped; what was saved stays, and --resume continues a training")
+        code = 130
+    except Exception as error:
+        if debug:
+            raise
+        text = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {text[0] if text else 'no message'}"
+        console.say(f"error: {reason} (run again with --debug for the traceback)", style="red")
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)

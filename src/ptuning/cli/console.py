@@ -1,0 +1,54 @@
+"""How the command line speaks: results on stdout, everything else on stderr in single lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' bars and notices away; our own warnings become single lines."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
+    def show(message: Any, category: type, filename: str, *rest: Any) -> None:
+        if category is UserWarning and os.sep + "ptuning" + os.sep in filename:
+            say(f"warning: {message}", style="yellow")
+
+    warnings.showwarning = show
+
+
+def say(text: str, style: str | None = None) -> None:
+    """A line on stderr, as it is."""
+    err.print(text, style=style, markup=False)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """A table on stdout; all columns but the first stand right."""
+    made = Table(title=title, title_justify="left", title_style="bold")
+    for index, name in enumerate(header):
+        made.add_column(name, justify="left" if index == 0 else "right")
+    for row in rows:
+        made.add_row(*[cell.replace("[", "\\[") for cell in row])
+    out.print(made)
+
+
+def percent(share: float) -> str:
+    """A fraction as a percentage with one decimal."""
+    return f"{100 * share:.1f}"

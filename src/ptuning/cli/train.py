@@ -1,0 +1,319 @@
+"""``ptuning train``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import InputError
+from . import console, run_files
+
+if TYPE_CHECKING:
+    from ..loop import Progress
+    from ..prompt import Prompt
+    from ..training import TrainResult
+
+OURS = ("prompt.json", "run.yaml", "checkpoints")
+
+
+def train(
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Option(help="Hub name, folder, .gguf file, or a fetched model such as smollm2."),
+    ],
+    data: Annotated[
+        str, typer.Option(help="Training examples: JSONL, CSV, Parquet, or a hub data set.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the prompt and the run's files.")],
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help="Where columns, virtual tokens and answer stand: `[P*3] {country} [P*3] [MASK]`."
+        ),
+    ] = None,
+    dev: Annotated[
+        str | None, typer.Option(help="Examples that choose the best epoch; strongly advised.")
+    ] = None,
+    answer: Annotated[
+        str | None, typer.Option(help="Column of the right answer. [default: answer, else label]")
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="Words that stand for the labels: yes=Yes,no=No; several with '|'."),
+    ] = None,
+    encoder: Annotated[str, typer.Option(help="Prompt encoder: mlp, lstm or none.")] = "mlp",
+    encoder_hidden_size: Annotated[
+        int | None, typer.Option(help="Width of the encoder. [default: by the model's embedding]")
+    ] = None,
+    encoder_dropout: Annotated[float, typer.Option(help="Dropout between LSTM layers.")] = 0.0,
+    num_virtual_tokens: Annotated[
+        int | None, typer.Option(help="To check against the template's count.")
+    ] = None,
+    special_tokens: Annotated[
+        str,
+        typer.Option(help="around: BOS/CLS enclose the whole; after: virtual tokens first (PEFT)."),
+    ] = "around",
+    label_mode: Annotated[
+        str, typer.Option(help="labels: compare label words only; vocabulary: the whole of it.")
+    ] = "labels",
+    chat: Annotated[
+        bool, typer.Option("--chat/--no-chat", help="Template as user turn of the model's chat.")
+    ] = False,
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest input in tokens. [default: the model's context]")
+    ] = None,
+    answer_tokens: Annotated[
+        int | None, typer.Option(help="Longest free answer in tokens. [default: as in the data]")
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 10,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="[default: 1e-3 for mlp, 2e-3 for lstm, 1e-2 for none]"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples per micro-batch.")] = 32,
+    gradient_accumulation: Annotated[
+        int, typer.Option(help="Micro-batches per optimizer step.")
+    ] = 1,
+    schedule: Annotated[str, typer.Option(help="linear, cosine or constant.")] = "linear",
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which the rate rises.")] = (
+        0.05
+    ),
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
+    max_grad_norm: Annotated[float, typer.Option(help="Clip the gradient to this norm.")] = 1.0,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many epochs without a better dev result.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of initialisation, order and dropout.")] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="Of the frozen model: float32, bfloat16, float16 or auto.")
+    ] = "float32",
+    mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
+    tracker: Annotated[
+        str | None, typer.Option(help="A tracker of accelerate, such as tensorboard.")
+    ] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Continue from the vectors of this saved prompt.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run file (YAML) with any of these options; options given here come first.",
+            callback=run_files.use_config,
+            is_eager=True,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the interrupted run in --output.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that --output holds.")
+    ] = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON on stdout.")
+    ] = False,
+) -> None:
+    """Train a prompt for a frozen model.
+
+    The model's weights never change. --output gets the prompt (prompt.json, prompt.safetensors),
+    run.yaml with every setting (repeat it with --config), result.json and curve.png.
+
+    Example:
+
+        ptuning train --model smollm2 --data train.csv --dev dev.csv \\
+            --template "[P*3] {country} [P*3] [MASK]" --answer capital --output capital/
+    """
+    from .. import checkpoint
+    from ..data import read_examples
+    from ..files import check_writable
+    from ..models import load_model
+    from ..training import train as train_prompt
+
+    if _finished(output) and resume:
+        console.say(f"{output} holds a finished run; there is nothing to resume")
+        return
+    _check_output(output, resume, overwrite)
+    prompt = _prompt(context.params)
+    settings = _settings(context.params)
+    rows = read_examples(data)
+    dev_rows = read_examples(dev) if dev else []
+    check_writable(output)
+    console.say(f"loading {model}")
+    base, tokenizer = load_model(model, dtype=dtype)
+    if overwrite and not resume:
+        checkpoint.delete_all(output)
+        (output / "result.json").unlink(missing_ok=True)
+    everything = run_files.settings_of(context)
+    _write(output, {"run.yaml": run_files.as_yaml(everything)})
+    with _progress(prompt) as listener:
+        result = train_prompt(
+            base,
+            tokenizer,
+            prompt,
+            rows,
+            dev_rows,
+            output=output,
+            resume=resume,
+            settings=settings,
+            listener=listener,
+        )
+    report = _save(output, prompt, result)
+    checkpoint.delete_all(output)
+    if json_output:
+        console.print_json(report)
+    else:
+        _tell(output, prompt, result)
+
+
+def _finished(output: Path) -> bool:
+    return (output / "result.json").is_file() and (output / "prompt.safetensors").is_file()
+
+
+def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other; give one")
+    if output.is_file():
+        raise InputError(f"--output {output} is a file; give a folder")
+    if resume or overwrite or not output.is_dir():
+        return
+    held = [name for name in OURS if (output / name).exists()]
+    if held:
+        raise InputError(
+            f"--output {output} holds another run ({held[0]}); go on with it (--resume), replace "
+            "it (--overwrite), or choose another folder"
+        )
+    if any(output.iterdir()):
+        raise InputError(
+            f"--output {output} is not empty; choose another folder, or --overwrite to write there "
+            "all the same"
+        )
+
+
+def _prompt(options: dict[str, Any]) -> Prompt:
+    from ..prompt import Prompt
+
+    if options["template"] is None and options["init_from"] is None:
+        raise InputError(
+            "no --template; it says where columns, virtual tokens and answer stand, for example "
+            "'[P*3] {country} [P*3] [MASK]'"
+        )
+    chosen = {
+        name: options[name]
+        for name in (
+            "template",
+            "answer",
+            "encoder",
+            "encoder_hidden_size",
+            "encoder_dropout",
+            "num_virtual_tokens",
+            "special_tokens",
+            "label_mode",
+            "chat",
+            "max_length",
+            "answer_tokens",
+        )
+    }
+    chosen["verbalizer"] = run_files.parse_labels(options["labels"])
+    if options["init_from"] is None:
+        return Prompt(**chosen)
+    return _continued(Prompt.load(options["init_from"]), chosen)
+
+
+def _continued(start: Prompt, chosen: dict[str, Any]) -> Prompt:
+    """A saved prompt with the settings that this run names in place of its own."""
+    from ..prompt import Prompt
+
+    defaults = Prompt("[P]").settings() | {"template": None}
+    changed = {
+        k: v for k, v in chosen.items() if v is not None and v != defaults.get(k, None)
+    }
+    prompt = Prompt(**{**start.settings(), **changed})
+    vectors = start.trained_vectors()
+    if prompt.num_virtual_tokens not in (None, len(vectors)):
+        raise InputError(
+            f"--init-from has {len(vectors)} virtual tokens, and the template has "
+            f"{prompt.num_virtual_tokens}; give a template with as many"
+        )
+    prompt.vectors = vectors
+    same = all(
+        getattr(prompt, name) == getattr(start, name)
+        for name in ("encoder", "encoder_hidden_size", "encoder_num_layers")
+    )
+    prompt.encoder_weights = start.encoder_weights if same else None
+    prompt.base_model = start.base_model
+    return prompt
+
+
+def _settings(options: dict[str, Any]) -> Any:
+    from dataclasses import fields
+
+    from ..settings import TrainSettings
+
+    names = {f.name for f in fields(TrainSettings)}
+    return TrainSettings(**{k: v for k, v in options.items() if k in names})
+
+
+@contextmanager
+def _progress(prompt: Prompt) -> Iterator[Any]:
+    """A bar on a terminal, a line per epoch elsewhere."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import TimeRemainingColumn as TimeRemaining
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
+    bar = Progress(*columns, TimeElapsedColumn(), TimeRemaining(), console=console.err)
+    with bar:
+        task = bar.add_task(f"{prompt.num_virtual_tokens or 'new'} virtual tokens", total=None)
+
+        def listener(heard: Progress) -> None:
+            bar.update(task, completed=heard.step, total=heard.steps)
+            if heard.record:
+                bar.console.print(epoch_line(heard.record), markup=False)
+            else:
+                bar.update(task, description=f"epoch {heard.epoch}, loss {heard.loss:.3f}")
+
+        yield listener
+
+
+def epoch_line(record: dict[str, float]) -> str:
+    """An epoch's figures for people."""
+    line = f"epoch {record['epoch']:>3}  loss {record['loss']:.4f}"
+    if "dev_accuracy" in record:
+        line += f"  dev {console.percent(record['dev_accuracy'])} %"
+        line += f"  dev loss {record['dev_loss']:.4f}"
+    return line
+
+
+def _save(output: Path, prompt: Prompt, result: TrainResult) -> dict[str, Any]:
+    from ..environment import versions
+    from ..files import pack_json
+    from ..plot import training_curve
+
+    prompt.save(output)
+    report = {
+        "best": result.best,
+        "history": result.history,
+        "shortened": result.shortened,
+        "seconds": round(result.seconds, 2),
+        "versions": versions(),
+    }
+    _write(output, {"curve.png": training_curve(result.history), "result.json": pack_json(report)})
+    return report
+
+
+def _write(output: Path, files: dict[str, bytes]) -> None:
+    from ..files import write_folder
+
+    write_folder(output, files)
+
+
+def _tell(output: Path, prompt: Prompt, result: TrainResult) -> None:
+    best = result.best
+    line = f"{prompt.num_virtual_tokens} virtual tokens saved in {output} (epoch {best['epoch']}"
+    if "dev_accuracy" in best:
+        line += f", dev {console.percent(best['dev_accuracy'])} %"
+    console.out.print(f"{line}, {result.seconds:.0f} s)", markup=False)
+    console.out.print(f"next: ptuning evaluate {output} --data test.jsonl", markup=False)

@@ -1,0 +1,34 @@
+"""Pictures as PNG bytes."""
+
+from __future__ import annotations
+
+import io
+
+
+def training_curve(history: list[dict[str, float]], title: str = "P-tuning") -> bytes:
+    """Loss and, where there is a dev set, dev accuracy over the epochs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [record["epoch"] for record in history]
+    has_dev = bool(history) and "dev_accuracy" in history[-1]
+    figure = Figure(figsize=(8 if has_dev else 4.5, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2 if has_dev else 1, squeeze=False)[0]
+    panels[0].plot(epochs, [r["loss"] for r in history], marker="o", markersize=3, label="train")
+    if has_dev:
+        dev_loss = [record["dev_loss"] for record in history]
+        panels[0].plot(epochs, dev_loss, marker="o", markersize=3, label="dev")
+        accuracy = [100 * record["dev_accuracy"] for record in history]
+        panels[1].plot(epochs, accuracy, marker="o", markersize=3, color="C2")
+        panels[1].set(xlabel="epoch", ylabel="right on dev (%)", ylim=(0, 100))
+    panels[0].set(xlabel="epoch", ylabel="loss per answer token", ylim=(0, None))
+    panels[0].legend()
+    for panel in panels:
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.grid(alpha=0.3)
+    figure.suptitle(title)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    return content.getvalue()
