@@ -100,8 +100,12 @@ def main() -> None:
             step()
             times[name].append(1000 * (time.perf_counter() - start))
     middle = {name: statistics.median(values) for name, values in times.items()}
-    print(f"batch {options.batch}, {options.tokens} text tokens, {VIRTUAL} virtual tokens in front,")
-    print(f"float32, {torch.get_num_threads()} threads, medians of {options.runs} interleaved steps")
+    print(
+        f"batch {options.batch}, {options.tokens} text tokens, {VIRTUAL} virtual tokens in front,"
+    )
+    print(
+        f"float32, {torch.get_num_threads()} threads, medians of {options.runs} interleaved steps"
+    )
     print(f"  ours  {middle['ours']:8.0f} ms")
     print(f"  PEFT  {middle['peft']:8.0f} ms  ({peft.__version__})")
     result = {

@@ -181,9 +181,7 @@ def test_a_batch_that_mixes_prompts_equals_its_rows_apart(family: str) -> None:
     prompts = [prompt_for(model, seed=s) for s in range(3)]
     text = torch.randint(5, 400, (3, 6))
     with torch.no_grad(), ptuning.attach(model, TOKENIZER, *prompts) as attached:
-        rows = [
-            attached.prepend(p, text[i : i + 1])["input_ids"] for i, p in enumerate(prompts)
-        ]
+        rows = [attached.prepend(p, text[i : i + 1])["input_ids"] for i, p in enumerate(prompts)]
         mixed = model(input_ids=torch.cat(rows)).logits
         apart = [model(input_ids=row).logits[0] for row in rows]
     torch.testing.assert_close(mixed, torch.stack(apart), atol=1e-5, rtol=1e-5)
@@ -270,7 +268,9 @@ def peft_model(base: Any, **settings: Any) -> Iterator[Any]:
             parameter.requires_grad_(True)
 
 
-def compare_with_peft(base: Any, tokenizer: Any, ids: Tensor, mask: Tensor, **settings: Any) -> None:
+def compare_with_peft(
+    base: Any, tokenizer: Any, ids: Tensor, mask: Tensor, **settings: Any
+) -> None:
     labels = ids.masked_fill(mask == 0, -100)
     with peft_model(base, **settings) as theirs, torch.no_grad():
         expected = theirs(input_ids=ids, attention_mask=mask, labels=labels)
@@ -316,9 +316,7 @@ def test_prepending_equals_peft_on_smollm2(smollm2: tuple[Any, Any], padded: boo
     mask = torch.ones_like(ids)
     if padded:
         ids[0, -2:], mask[0, -2:] = tokenizer.pad_token_id, 0
-    compare_with_peft(
-        model, tokenizer, ids, mask, num_virtual_tokens=5, encoder_hidden_size=64
-    )
+    compare_with_peft(model, tokenizer, ids, mask, num_virtual_tokens=5, encoder_hidden_size=64)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -334,9 +332,7 @@ def test_generate_with_virtual_ids_equals_generate_via_inputs_embeds(padded: boo
         batch = attached.prepend(prompt, ids, mask)
         ours = model.generate(**batch, **options)
         vectors = input_embedding(model)(batch["input_ids"])
-    plain = model.generate(
-        inputs_embeds=vectors, attention_mask=batch["attention_mask"], **options
-    )
+    plain = model.generate(inputs_embeds=vectors, attention_mask=batch["attention_mask"], **options)
     assert torch.equal(ours[:, : batch["input_ids"].shape[1]], batch["input_ids"])
     assert torch.equal(ours[:, batch["input_ids"].shape[1] :], plain)
     assert plain.shape == (2, 12) and int(plain.max()) < 400

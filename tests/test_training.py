@@ -319,9 +319,7 @@ def test_a_plain_trainer_gives_the_same_vectors(
     trainer = transformers.Trainer(module, arguments, train_dataset=data, data_collator=collator)
     trainer.train()
     module.finish(theirs)
-    torch.testing.assert_close(
-        theirs.trained_vectors(), ours.trained_vectors(), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(theirs.trained_vectors(), ours.trained_vectors(), atol=1e-6, rtol=0)
     saved = next(tmp_path.glob("checkpoint-*/model.safetensors"))
     assert saved.stat().st_size < 100_000  # the encoder alone, not the base model
     assert not model.get_input_embeddings()._forward_hooks
@@ -348,9 +346,7 @@ def test_a_half_precision_base_trains_a_float32_prompt(tokenizer: Any, dtype: to
 def test_a_tracker_gets_the_losses(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(
-        model, tokenizer, prompt_for(), ROWS, epochs=2, tracker="tensorboard", output=tmp_path
-    )
+    train(model, tokenizer, prompt_for(), ROWS, epochs=2, tracker="tensorboard", output=tmp_path)
     events = EventAccumulator(str(tmp_path / "ptuning"))
     events.Reload()
     assert len(events.Scalars("train_loss")) == 2
@@ -375,7 +371,9 @@ def test_settings_are_checked(
 
 def test_an_example_at_fault_is_named_by_its_number(model: Any, tokenizer: Any) -> None:
     rows = [*ROWS, {"country": "Norway", "capital": " "}]
-    with pytest.raises(InputError, match="training example 8: the answer column 'capital' is empty"):
+    with pytest.raises(
+        InputError, match="training example 8: the answer column 'capital' is empty"
+    ):
         train(model, tokenizer, prompt_for(), rows)
     with pytest.raises(InputError, match="dev example 1: the template names the column 'country'"):
         train(model, tokenizer, prompt_for(), ROWS, [{"capital": "Oslo"}])

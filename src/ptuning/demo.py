@@ -135,17 +135,12 @@ def run(
             ("majority answer", majority, majority_share),
             ("P-tuned prompt", TEMPLATE, share),
         ],
-        [
-            (row[SUBJECT], answer, row[ANSWER])
-            for row, answer in zip(shown, answers, strict=True)
-        ],
+        [(row[SUBJECT], answer, row[ANSWER]) for row, answer in zip(shown, answers, strict=True)],
         neighbours,
     )
 
 
-def _best_manual(
-    model: Any, tokenizer: Any, dev: list[Row], test: list[Row]
-) -> tuple[str, float]:
+def _best_manual(model: Any, tokenizer: Any, dev: list[Row], test: list[Row]) -> tuple[str, float]:
     """The manual template that is best on dev, and its share on test."""
     tasks = [Task(template, answer=ANSWER) for template in MANUAL_TEMPLATES]
     best = max(tasks, key=lambda task: manual_score(model, tokenizer, task, dev))

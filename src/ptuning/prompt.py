@@ -125,6 +125,23 @@ class Prompt(Task):
             raise InputError("this prompt has no vectors yet: train it, or load a trained one")
         return self.vectors
 
+    def begin_from(self, start: Prompt) -> None:
+        """Let training begin at another prompt's vectors, and its encoder's weights if it fits.
+
+        Raises:
+            InputError: `start` has another number of virtual tokens.
+        """
+        vectors = start.trained_vectors()
+        if self.num_virtual_tokens not in (None, len(vectors)):
+            raise InputError(
+                f"the prompt to begin from has {len(vectors)} virtual tokens, and this one has "
+                f"{self.num_virtual_tokens}; give a template with as many"
+            )
+        shape = ("encoder", "encoder_hidden_size", "encoder_num_layers")
+        fits = all(getattr(self, name) == getattr(start, name) for name in shape)
+        self.vectors, self.base_model = vectors, start.base_model
+        self.encoder_weights = start.encoder_weights if fits else None
+
     def settings(self) -> dict[str, Any]:
         """What a user chose, as plain values."""
         return {**super().settings(), **{name: getattr(self, name) for name in _ENCODER}}

@@ -6,14 +6,16 @@ Exit codes: 0 done, 1 failure, 2 wrong input. No traceback unless ``--debug``.
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 
 from .. import __version__
 from ..errors import PtuningError
 from . import console, run_demo, train, use
+
+# Newer releases of typer bring a click of their own: take the class from what typer exports.
+UsageError: type[Any] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -65,17 +67,21 @@ def main() -> None:
     debug = "--debug" in arguments
     console.quiet_libraries()
     try:
-        code = app([a for a in arguments if a != "--debug"], standalone_mode=False)
+        code = app(
+            [a for a in arguments if a != "--debug"], standalone_mode=False, prog_name="ptuning"
+        )
     except PtuningError as error:
         if debug:
             raise
         console.say(f"error: {error}", style="red")
         code = error.exit_code
-    except click.ClickException as error:
+    except UsageError as error:
         command = getattr(getattr(error, "ctx", None), "command_path", "ptuning")
-        console.say(f"error: {error.format_message()} (see {command} --help)", style="red")
+        message = error.format_message()
+        if message:  # empty where no command was given: then the help was shown
+            console.say(f"error: {message} (see {command} --help)", style="red")
         code = 2
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         console.say("stopped; what was saved stays, and --resume continues a training")
         code = 130
     except Exception as error:

@@ -26,7 +26,7 @@ def quiet_libraries() -> None:
         if category is UserWarning and os.sep + "ptuning" + os.sep in filename:
             say(f"warning: {message}", style="yellow")
 
-    warnings.showwarning = show
+    warnings.showwarning = show  # type: ignore[assignment]
 
 
 def say(text: str, style: str | None = None) -> None:

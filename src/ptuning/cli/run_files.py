@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import click
 import typer
 import yaml
 
@@ -45,7 +44,7 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def settings_of(context: click.Context) -> dict[str, Any]:
+def settings_of(context: typer.Context) -> dict[str, Any]:
     """All options of this run by name, as ``--config`` reads them."""
     values = {k: v for k, v in context.params.items() if k not in _NOT_SAVED}
     return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}

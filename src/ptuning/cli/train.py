@@ -18,6 +18,19 @@ if TYPE_CHECKING:
     from ..training import TrainResult
 
 OURS = ("prompt.json", "run.yaml", "checkpoints")
+_PROMPT_OPTIONS = (
+    "template",
+    "answer",
+    "encoder",
+    "encoder_hidden_size",
+    "encoder_dropout",
+    "num_virtual_tokens",
+    "special_tokens",
+    "label_mode",
+    "chat",
+    "max_length",
+    "answer_tokens",
+)
 
 
 def train(
@@ -137,7 +150,7 @@ def train(
         console.say(f"{output} holds a finished run; there is nothing to resume")
         return
     _check_output(output, resume, overwrite)
-    prompt = _prompt(context.params)
+    prompt = _prompt(context)
     settings = _settings(context.params)
     rows = read_examples(data)
     dev_rows = read_examples(dev) if dev else []
@@ -193,58 +206,28 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
         )
 
 
-def _prompt(options: dict[str, Any]) -> Prompt:
+def _prompt(context: typer.Context) -> Prompt:
+    """The prompt that the options describe; with --init-from they change the saved one's."""
     from ..prompt import Prompt
 
-    if options["template"] is None and options["init_from"] is None:
+    options, start_folder = context.params, context.params["init_from"]
+    if options["template"] is None and start_folder is None:
         raise InputError(
             "no --template; it says where columns, virtual tokens and answer stand, for example "
             "'[P*3] {country} [P*3] [MASK]'"
         )
-    chosen = {
-        name: options[name]
-        for name in (
-            "template",
-            "answer",
-            "encoder",
-            "encoder_hidden_size",
-            "encoder_dropout",
-            "num_virtual_tokens",
-            "special_tokens",
-            "label_mode",
-            "chat",
-            "max_length",
-            "answer_tokens",
-        )
-    }
-    chosen["verbalizer"] = run_files.parse_labels(options["labels"])
-    if options["init_from"] is None:
-        return Prompt(**chosen)
-    return _continued(Prompt.load(options["init_from"]), chosen)
-
-
-def _continued(start: Prompt, chosen: dict[str, Any]) -> Prompt:
-    """A saved prompt with the settings that this run names in place of its own."""
-    from ..prompt import Prompt
-
-    defaults = Prompt("[P]").settings() | {"template": None}
-    changed = {
-        k: v for k, v in chosen.items() if v is not None and v != defaults.get(k, None)
-    }
-    prompt = Prompt(**{**start.settings(), **changed})
-    vectors = start.trained_vectors()
-    if prompt.num_virtual_tokens not in (None, len(vectors)):
-        raise InputError(
-            f"--init-from has {len(vectors)} virtual tokens, and the template has "
-            f"{prompt.num_virtual_tokens}; give a template with as many"
-        )
-    prompt.vectors = vectors
-    same = all(
-        getattr(prompt, name) == getattr(start, name)
-        for name in ("encoder", "encoder_hidden_size", "encoder_num_layers")
-    )
-    prompt.encoder_weights = start.encoder_weights if same else None
-    prompt.base_model = start.base_model
+    given = {name: options[name] for name in _PROMPT_OPTIONS if options[name] is not None}
+    if options["labels"] is not None:
+        given["verbalizer"] = run_files.parse_labels(options["labels"])
+    if start_folder is None:
+        return Prompt(**given)
+    for name in _PROMPT_OPTIONS:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "DEFAULT":
+            given.pop(name, None)
+    start = Prompt.load(start_folder)
+    prompt = Prompt(**{**start.settings(), **given})
+    prompt.begin_from(start)
     return prompt
 
 
@@ -260,11 +243,11 @@ def _settings(options: dict[str, Any]) -> Any:
 @contextmanager
 def _progress(prompt: Prompt) -> Iterator[Any]:
     """A bar on a terminal, a line per epoch elsewhere."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.progress import TimeRemainingColumn as TimeRemaining
+    from rich import progress as bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
-    bar = Progress(*columns, TimeElapsedColumn(), TimeRemaining(), console=console.err)
+    text = [bars.TextColumn("{task.description}"), bars.TextColumn("{task.percentage:.0f}%")]
+    times = [bars.TimeElapsedColumn(), bars.TimeRemainingColumn()]
+    bar = bars.Progress(text[0], bars.BarColumn(), text[1], *times, console=console.err)
     with bar:
         task = bar.add_task(f"{prompt.num_virtual_tokens or 'new'} virtual tokens", total=None)
 
