@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads cost more than they give
+
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,5 @@ def minilm_folder() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _same_random_numbers() -> Iterator[None]:
+def _same_random_numbers() -> None:
     torch.manual_seed(0)
-    yield

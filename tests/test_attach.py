@@ -3,7 +3,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import peft
@@ -349,13 +349,31 @@ def test_a_compiled_models_wrapper_is_attached_to_the_model_inside() -> None:
     assert hooks_of(model) == 0
 
 
-def test_placed_uses_an_attachment_that_is_there_and_leaves_it() -> None:
+def vectors_at(model: nn.Module, first: int, count: int = 3) -> Tensor:
+    return input_embedding(model)(torch.arange(first, first + count))
+
+
+def test_placed_serves_an_attached_prompt_and_leaves_it_attached() -> None:
     model = tiny.model()
     prompt = prompt_for(model)
-    with ptuning.attach(model, TOKENIZER, prompt_for(model), prompt) as attached:
+    with ptuning.attach(model, TOKENIZER, prompt_for(model, seed=2), prompt) as attached:
         with placed(model, TOKENIZER, prompt) as first:
-            assert first == attached.first_id(prompt) == 403
-        assert attached.first_id(prompt) == 403 and hooks_of(model) == 2
+            assert torch.equal(vectors_at(model, first), prompt.trained_vectors())
+        served = vectors_at(model, attached.first_id(prompt))
+        assert torch.equal(served, prompt.trained_vectors()) and hooks_of(model) == 2
+    assert hooks_of(model) == 0
+
+
+def test_placed_keeps_its_ids_when_another_user_of_the_same_prompt_leaves_first() -> None:
+    model = tiny.model()
+    prompt = prompt_for(model)
+    earlier, later = (placed(model, TOKENIZER, prompt) for _ in range(2))
+    earlier.__enter__()
+    first = later.__enter__()
+    earlier.__exit__(None, None, None)
+    assert torch.equal(vectors_at(model, first), prompt.trained_vectors())
+    later.__exit__(None, None, None)
+    assert hooks_of(model) == 0
 
 
 def test_placed_attaches_meanwhile_and_knows_manual_tasks() -> None:
@@ -377,10 +395,8 @@ def test_threads_that_attach_at_the_same_time_share_one_injector(
 
     def look_together(of: nn.Module) -> Injector | None:
         found = look(of)
-        try:
+        with suppress(threading.BrokenBarrierError):  # the other one may have to wait outside
             both_looked.wait()
-        except threading.BrokenBarrierError:
-            pass  # the other thread waits outside, as it may
         return found
 
     monkeypatch.setattr(Injector, "of", staticmethod(look_together))
@@ -404,7 +420,10 @@ def test_threads_that_attach_at_the_same_time_share_one_injector(
     assert hooks_of(model) == 0
 
 
-def test_threads_that_predict_with_unattached_prompts_get_single_thread_results() -> None:
+@pytest.mark.parametrize("same", [False, True], ids=["other_prompts", "same_prompt"])
+def test_threads_that_predict_with_unattached_prompts_get_single_thread_results(
+    same: bool,
+) -> None:
     model = tiny.model()
     rows = [{"text": "rain in Oslo"}, {"text": "Berlin, Madrid, Lisbon"}]
     prompts = []
@@ -413,7 +432,7 @@ def test_threads_that_predict_with_unattached_prompts_get_single_thread_results(
             "[P*3] {text} [MASK]", verbalizer={"a": "yes", "b": "Paris", "c": "Rome"}
         )
         prompt.vectors = prompt_for(model, seed=seed).vectors
-        prompts.append(prompt)
+        prompts.append(prompts[0] if same and prompts else prompt)
     expected = [ptuning.predict_details(model, TOKENIZER, p, rows) for p in prompts]
     errors: list[BaseException] = []
 

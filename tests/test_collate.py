@@ -50,6 +50,13 @@ def test_seq2seq_decoders_start_with_their_start_id_and_see_the_answer_shifted()
     assert batch.decoder_input_ids.tolist() == [[1, 20, 21], [1, 22, 2]]
 
 
+def test_seq2seq_decoder_ids_behind_a_short_answer_are_valid_ones() -> None:
+    short = Rendered((Sequence((5,), 1, (23,)),))
+    batch = collate([ONE, short], "seq2seq", [400, 400])
+    assert batch.decoder_input_ids is not None
+    assert batch.decoder_input_ids.tolist() == [[0, 20, 21], [0, 23, 0]]
+
+
 def test_each_example_uses_the_ids_of_its_own_prompt() -> None:
     batch = collate([TWO, TWO, TWO], "masked", [400, 450, 403])
     assert batch.input_ids[:, 1].tolist() == [401, 451, 404]

@@ -353,9 +353,9 @@ SYNTAX = st.lists(
 @example(b"\r", ".csv")
 def test_any_bytes_are_rows_or_a_data_error(content: bytes, suffix: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
+        path = put(Path(folder), f"a{suffix}", content)
         try:
-            rows = read_examples(put(Path(folder), f"a{suffix}", content))
-        except DataError as error:
-            assert str(error)
-        else:
-            assert rows and all(isinstance(row, dict) for row in rows)
+            rows = read_examples(path)
+        except DataError:
+            return
+    assert rows and all(isinstance(row, dict) for row in rows)

@@ -57,7 +57,9 @@ def batch_of(family: str, examples: list[Rendered]) -> Batch:
 
 
 def attached(family: str) -> tuple[Any, Tensor]:
-    model = tiny.model(family)
+    # With BERT's usual weights a random encoder hardly passes a gradient on.
+    wide = {"initializer_range": 0.2} if family in tiny.MASKED else {}
+    model = tiny.model(family, **wide)
     rows = torch.randn(3, input_embedding(model).embedding_dim).requires_grad_()
     Injector(model).add(rows)
     return model, rows

@@ -233,7 +233,7 @@ def test_a_prompt_tuning_adapter_is_an_error(folder: Path) -> None:
 
 def test_a_configuration_without_a_count_is_an_error(folder: Path) -> None:
     reconfigure(folder, num_virtual_tokens=None)
-    with pytest.raises(PtuningError, match="num_virtual_tokens|asks for None rows"):
+    with pytest.raises(PtuningError, match=r"num_virtual_tokens|asks for None rows"):
         ptuning.Prompt.load(folder)
 
 

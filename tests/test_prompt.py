@@ -318,7 +318,7 @@ def test_the_file_format_is_frozen(tmp_path: Path) -> None:
 
 def test_the_format_of_what_is_known_of_the_base_model_is_frozen() -> None:
     known = describe(tiny.model(), tiny.tokenizer())
-    assert set(known) == {"name", "revision", "embedding", "tokenizer"}
+    assert set(known) == {"name", "kind", "revision", "embedding", "tokenizer"}
     assert set(known["embedding"]) == {"width", "rows", "columns", "values"}
     assert json.loads(json.dumps(known)) == known
 
@@ -767,9 +767,10 @@ def test_no_part_of_a_failed_save_stays_after_an_interrupt(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", interrupt)
-        trained().save(tmp_path / "p")
+        with pytest.raises(KeyboardInterrupt):
+            trained().save(tmp_path / "p")
     assert names_in(tmp_path) == set()
 
 
@@ -807,7 +808,7 @@ def test_the_same_model_with_more_rows_gives_no_warning() -> None:
 
 def test_another_width_is_an_error_with_both_names() -> None:
     known = describe(named("makers/wide", hidden_size=64), tiny.tokenizer())
-    with pytest.raises(PromptFileError, match="'makers/wide' .* width 64; 'makers/thin' has 32"):
+    with pytest.raises(PromptFileError, match=r"'makers/wide' .* width 64; 'makers/thin' has 32"):
         check_same(known, named("makers/thin"), tiny.tokenizer())
 
 

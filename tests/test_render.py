@@ -241,8 +241,8 @@ def test_seq2seq_input_is_the_whole_string_s_ids_and_the_answer_the_decoder_s(
 
 REAL: list[list[tuple[str, str]]] = [
     [("virtual", ""), ("text", " "), ("field", "x"), ("text", " "), ("virtual", ""), ("slot", "")],
-    [("field", "x"), ("text", " Question: "), ("field", "y"), ("text", "?\nAnswer:"), ("virtual", ""),
-     ("text", " "), ("slot", "")],
+    [("field", "x"), ("text", " Question: "), ("field", "y"), ("text", "?\nAnswer:"),
+     ("virtual", ""), ("text", " "), ("slot", "")],
     [("virtual", ""), ("field", "x"), ("field", "y"), ("text", " "), ("slot", "")],
     [("text", "a"), ("virtual", ""), ("virtual", ""), ("text", "b  "), ("virtual", ""),
      ("field", "y")],
@@ -284,7 +284,7 @@ def test_field_that_spells_syntax_stays_text(spelling: str, kind: str) -> None:
     sequence = render("[P*2] {x} [MASK]", {"x": spelling, "y": "no", "answer": "yes"}, kind)
     virtual = [i for i in sequence.ids if i < 0]
     assert virtual == [-1, -2]
-    name, start, end = sequence.fields[0]
+    _, start, end = sequence.fields[0]
     assert plain().decode(sequence.ids[start:end]).strip() == spelling
     assert all(i >= 0 for i in sequence.answer)
 
@@ -315,6 +315,15 @@ def test_pieces_that_together_spell_a_virtual_token_stay_text(
     text = template.removeprefix("[P*2]").removesuffix(" [MASK]").format(**row)
     assert [i for i in sequence.ids if i < 0] == [-1, -2]
     assert plain().decode(sequence.ids[2:]) == text
+
+
+def test_field_that_a_normalizer_would_turn_into_a_virtual_token_stays_text() -> None:
+    tokenizer = tiny.tokenizer("wordpiece")
+    tokenizer.backend_tokenizer.normalizer = BertNormalizer(lowercase=True)
+    row = {"x": "<|VIRTUAL-0:0|> and <|Virtual-0:SLOT|>", "answer": "yes"}
+    sequence = render("[P*2] {x} [MASK]", row, tokenizer=tokenizer)
+    assert [i for i in sequence.ids if i < 0] == [-1, -2]
+    assert sequence.ids[2:] == ids_of(row["x"], tokenizer)
 
 
 def test_syntax_that_the_template_escapes_is_text() -> None:
@@ -601,7 +610,7 @@ def test_example_that_no_shortening_makes_fit_is_an_error(kind: str, row: dict[s
 
 
 def test_virtual_tokens_that_fill_the_context_are_an_error() -> None:
-    with pytest.raises(InputError, match="num_virtual_tokens is 8.*room for 8"):
+    with pytest.raises(InputError, match=r"num_virtual_tokens is 8.*room for 8"):
         Renderer(plain(), Task("[P*8] {x} [MASK]"), "causal", 8)
 
 
@@ -680,6 +689,18 @@ def test_chat_puts_the_template_into_the_user_s_turn_and_the_answer_behind_the_h
     users, end = ids_of("<|im_start|>user\n", smollm2_tokenizer), sequence.ids.index(-3)
     assert sequence.ids[sequence.ids.index(-1) - len(users) : sequence.ids.index(-1)] == users
     assert smollm2_tokenizer.convert_tokens_to_ids("<|im_end|>") in sequence.ids[end:]
+
+
+def test_chat_has_only_the_special_tokens_of_its_template() -> None:
+    tokenizer = tiny.tokenizer(around=True)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}Q:{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}A:{% endif %}"
+    )
+    row = {"x": "Oslo", "answer": "yes"}
+    sequence = render("[P] {x} [MASK]", row, tokenizer=tokenizer, chat=True)
+    assert sequence.ids == (1, *ids_of("Q:"), -1, *ids_of(" OsloA:"))
+    assert sequence.answer == (*ids_of("yes"), 2)
 
 
 def test_chat_shortens_the_field_and_keeps_the_turns(smollm2_tokenizer: Any) -> None:

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from .settings import TrainSettings
     from .task import Task
     from .template import parse
-    from .training import TrainResult, train
     from .trainer import trainer_parts
+    from .training import TrainResult, train
 
 _HOME = {
     "attachment": ("Attachment", "attach"),

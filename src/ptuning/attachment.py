@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .base_model import check_same, first_free_id
 from .errors import InputError
-from .inject import Injector, Span
+from .inject import ATTACHING, Injector, Span
 from .prompt import Prompt
 from .task import Task
 
@@ -30,18 +30,20 @@ class Attachment:
 
     def __init__(self, model: nn.Module, tokenizer: Any, prompts: tuple[Prompt, ...]):
         model = getattr(model, "_orig_mod", model)
-        self._injector = Injector.of(model) or Injector(model)
         self._spans: list[tuple[Prompt, Span]] = []
         at_least = first_free_id(tokenizer)
-        try:
-            for prompt in prompts:
-                vectors = prompt.trained_vectors()
-                if prompt.base_model:
-                    check_same(prompt.base_model, model, tokenizer)
-                self._spans.append((prompt, self._injector.add(vectors, at_least)))
-        except BaseException:
-            self.detach()
-            raise
+        for prompt in prompts:
+            prompt.trained_vectors()
+            check_same(prompt.base_model, model, tokenizer)
+        with ATTACHING:
+            self._injector = Injector.on(model)
+            try:
+                for prompt in prompts:
+                    span = self._injector.add(prompt.trained_vectors(), at_least)
+                    self._spans.append((prompt, span))
+            except BaseException:
+                self.detach()
+                raise
 
     def first_id(self, prompt: Prompt) -> int:
         """The id of a prompt's first virtual token.
@@ -138,11 +140,14 @@ def placed(model: nn.Module, tokenizer: Any, task: Task) -> Iterator[int]:
     if not isinstance(task, Prompt):
         yield 0
         return
-    injector = Injector.of(model)
-    vectors = task.trained_vectors()
-    for span in injector.spans if injector else ():
-        if span.rows is vectors:
+    with ATTACHING:
+        injector = Injector.of(model)
+        span = injector.borrow(task.trained_vectors()) if injector else None
+    if injector and span:
+        try:
             yield span.first
-            return
+        finally:
+            injector.remove(span)
+        return
     with attach(model, tokenizer, task) as attachment:
         yield attachment.first_id(task)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -74,6 +76,7 @@ def describe(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
     sample = _sample(embedding, rows, columns)
     return {
         "name": name_of(model),
+        "kind": task_kind(model),
         "revision": getattr(getattr(model, "config", None), "_commit_hash", None),
         "embedding": {
             "width": embedding.embedding_dim,
@@ -107,19 +110,16 @@ def check_same(saved: dict[str, Any], model: nn.Module, tokenizer: Any) -> None:
         return
     embedding = input_embedding(model)
     here = name_of(model)
-    known = saved["embedding"]
+    known = fingerprint(saved)
     if known["width"] != embedding.embedding_dim:
         raise PromptFileError(
             f"this prompt was trained on {saved['name']!r} with embedding width {known['width']}; "
             f"{here!r} has {embedding.embedding_dim}: give the model that it was trained on"
         )
-    expected = torch.tensor([[float(x) for x in row.split()] for row in known["values"]])
-    rows, columns = (
-        torch.tensor([int(i) for i in known[axis].split()]) for axis in ("rows", "columns")
-    )
     error = torch.inf
-    if int(rows.max()) < embedding.num_embeddings:
-        got = _sample(embedding, rows, columns)
+    if int(known["rows"].max()) < embedding.num_embeddings:
+        got = _sample(embedding, known["rows"], known["columns"])
+        expected = known["values"]
         error = float((got - expected).norm() / expected.norm().clamp(min=1e-12))
     if error > _SAME_MODEL:
         warnings.warn(
@@ -135,12 +135,45 @@ def check_same(saved: dict[str, Any], model: nn.Module, tokenizer: Any) -> None:
         )
 
 
+def fingerprint(saved: dict[str, Any]) -> dict[str, Any]:
+    """The embedding's sample in what `describe` gave, as tensors.
+
+    Raises:
+        PromptFileError: there is none, or it cannot be read.
+    """
+    try:
+        known = saved["embedding"]
+        return {
+            "width": int(known["width"]),
+            "rows": torch.tensor([int(i) for i in known["rows"].split()]),
+            "columns": torch.tensor([int(i) for i in known["columns"].split()]),
+            "values": torch.tensor([[float(x) for x in row.split()] for row in known["values"]]),
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PromptFileError(
+            f"prompt.json: base_model has no readable sample of the embedding ({error!r}); copy "
+            "the prompt again, or retrain"
+        ) from None
+
+
 def tokenizer_hash(tokenizer: Any) -> str:
     """SHA-256 over the vocabulary with its ids, shortened to 32 hexadecimal digits."""
     digest = hashlib.sha256()
     for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
         digest.update(f"{index}\t{token}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:32]
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode meanwhile; afterwards each in the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def first_free_id(tokenizer: Any) -> int:

@@ -72,7 +72,8 @@ def check_same_run(saved: dict[str, str], current: dict[str, str]) -> None:
     differing = [key for key in {**saved, **current} if saved.get(key) != current.get(key)]
     if differing:
         key = differing[0]
-        detail = "" if key == "the data" else f" (then {saved.get(key)}, now {current.get(key)})"
+        named = key.startswith("the ")
+        detail = "" if named else f" (then {saved.get(key)}, now {current.get(key)})"
         raise InputError(
             f"cannot resume: {key} differs from the interrupted run{detail}; give the same "
             "settings and data, or start anew with --overwrite"

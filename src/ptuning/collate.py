@@ -73,6 +73,9 @@ def collate(
         pad_id: any valid id; padded positions are masked.
         decoder_start_id: seq2seq models' first decoder id.
     """
+    single = all(example.label_ids for example in examples)
+    if not single:  # the words of some examples have several tokens: a row for each word of all
+        examples = [_by_word(example) for example in examples]
     rows = [(s, n) for n, example in enumerate(examples) for s in example.sequences]
     sequences = [s for s, _ in rows]
     inputs = [_input_ids(s, kind, first_ids[n]) for s, n in rows]
@@ -91,12 +94,20 @@ def collate(
         start = torch.full_like(answers[:, :1], decoder_start_id)
         shifted = torch.cat([start, answers[:, :-1]], dim=1).clamp(min=0)
         batch = replace(batch, decoder_input_ids=shifted)
-    if examples[0].label_ids:
+    if single:
         batch = replace(batch, label_ids=torch.tensor([e.label_ids for e in examples]))
-    compares = examples[0].label_ids or len(examples[0].sequences) > 1
-    if compares and all(e.label is not None for e in examples):
+    if all(e.compares and e.label is not None for e in examples):
         batch = replace(batch, labels=torch.tensor([e.label for e in examples]))
     return batch
+
+
+def _by_word(example: Rendered) -> Rendered:
+    """The same example with a sequence for each label word."""
+    if not example.label_ids:
+        return example
+    alike = example.sequences[0]
+    words = tuple(replace(alike, answer=(word,)) for word in example.label_ids)
+    return Rendered(words, label=example.label)
 
 
 def _input_ids(sequence: Sequence, kind: str, first_id: int) -> list[int]:

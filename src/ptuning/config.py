@@ -112,7 +112,7 @@ class PromptEncoderConfig:
             self.peft_version = REFERENCE_VERSION
         for name in ("num_virtual_tokens", "token_dim", "encoder_hidden_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and (not isinstance(value, int) or value < 1):
                 raise InputError(f"{name} is {value}; give a whole number of at least 1")
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .attachment import placed
-from .base_model import context_length, task_kind
+from .base_model import context_length, eval_mode, task_kind
 from .errors import DataError
 from .prediction import Prediction, predict_details
 from .prompt import Prompt
@@ -129,13 +129,8 @@ def teacher_forced(
     """Accuracy and loss of a prompt or manual template by one forward per batch (`score`)."""
     renderer = Renderer(tokenizer, task, task_kind(model), context_length(model, tokenizer))
     examples = render_all(renderer, rows, "evaluation")
-    training = model.training
-    model.eval()
-    try:
-        with placed(model, tokenizer, task) as first_id:
-            return score(model, renderer, examples, first_id, batch_size)
-    finally:
-        model.train(training)
+    with eval_mode(model), placed(model, tokenizer, task) as first_id:
+        return score(model, renderer, examples, first_id, batch_size)
 
 
 def manual_score(

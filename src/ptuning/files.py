@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from .errors import PromptFileError, PtuningError
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
-def write_folder(folder: str | Path, files: Mapping[str, bytes]) -> None:
-    """Write `files` (name -> content) into `folder`.
+def write_folder(
+    folder: str | Path, files: Mapping[str, bytes], remove: Sequence[str] = ()
+) -> None:
+    """Write `files` (name -> content) into `folder`; then delete those named in `remove`.
 
     Raises:
         PtuningError: the disk is full, the place is read-only, or `folder` is a file; what stood
@@ -44,6 +46,8 @@ def write_folder(folder: str | Path, files: Mapping[str, bytes]) -> None:
                     file.flush()
                     os.fsync(file.fileno())
             _put_in_place(staged, folder, list(files))
+            for name in remove:
+                (folder / name).unlink(missing_ok=True)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
     except OSError as error:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from .errors import InputError
 
 SAFE_ID = 0
+ATTACHING = threading.RLock()
+"""Held while ids are claimed or released, of any model; forward passes never wait for it."""
 # Modules that look up the input ids again (Gemma 4); virtual positions get SAFE_ID's row there.
 _SECOND_LOOKUPS = ("embed_tokens_per_layer",)
 
@@ -29,11 +31,13 @@ class Span:
     Attributes:
         first: the first id.
         rows: ``(count, embedding width)``.
+        users: how many callers hold the span; it leaves with the last.
     """
 
     def __init__(self, first: int, rows: Tensor):
         self.first = first
         self.rows = rows
+        self.users = 1
 
     @property
     def end(self) -> int:
@@ -54,10 +58,15 @@ class Injector:
         self.threshold: int = weight_owner.num_embeddings
         self.width: int = weight_owner.embedding_dim
         self.spans: list[Span] = []
-        self._local, self._lock = threading.local(), threading.RLock()
+        self._local = threading.local()
         self._guarded = [m for n, m in model.named_modules() if n.endswith(_SECOND_LOOKUPS)]
         device = weight_owner.weight.device
         self._device = torch.device("cpu") if device.type == "meta" else device
+
+    @staticmethod
+    def on(model: nn.Module) -> Injector:
+        """The injector of `model`: the one whose hooks it has, or a new one."""
+        return Injector.of(model) or Injector(model)
 
     @staticmethod
     def of(model: nn.Module) -> Injector | None:
@@ -76,7 +85,7 @@ class Injector:
                 f"embedding takes vectors of {self.width} numbers: this prompt belongs to a model "
                 "of another width"
             )
-        with self._lock:
+        with ATTACHING:
             first = max([self.threshold, at_least, *(span.end for span in self.spans)])
             span = Span(first, rows)
             self.spans = [*self.spans, span]
@@ -91,14 +100,24 @@ class Injector:
 
     def write(self, span: Span, rows: Tensor) -> None:
         """Give a span new rows of the same shape, which may carry a gradient."""
-        with self._lock:
+        with ATTACHING:
             span.rows = rows
             self._refresh()
 
+    def borrow(self, rows: Tensor) -> Span | None:
+        """The span whose rows are this very tensor, held once more; release it with `remove`."""
+        with ATTACHING:
+            for span in self.spans:
+                if span.rows is rows:
+                    span.users += 1
+                    return span
+        return None
+
     def remove(self, span: Span) -> None:
         """Release a span's ids; with the last one the model is as it was."""
-        with self._lock:
-            if span not in self.spans:
+        with ATTACHING:
+            span.users -= 1
+            if span.users > 0 or span not in self.spans:
                 return
             self.spans = [other for other in self.spans if other is not span]
             if self.spans:
@@ -134,7 +153,10 @@ class Injector:
         return (args[0].masked_fill(args[0] >= self.threshold, SAFE_ID), *args[1:])
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        ids = self._local.ids
+        ids = getattr(self._local, "ids", None)
+        self._local.ids = None
+        if ids is None:  # the hooks came while this thread was inside the embedding already
+            return output
         virtual = ids >= self.threshold
         table, owner = (tensor.to(output.device) for tensor in self._lookup)
         row = owner[(ids - self.threshold).clamp(0, len(owner) - 1)]
@@ -154,11 +176,11 @@ class Injector:
         spans = [Span(span.first, span.rows.detach()) for span in self.spans]
         table, owner = self._lookup
         state = {**self.__dict__, "spans": spans, "_lookup": (table.detach(), owner)}
-        return {k: v for k, v in state.items() if k not in ("_local", "_lock")}
+        return {k: v for k, v in state.items() if k != "_local"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._local, self._lock = threading.local(), threading.RLock()
+        self._local = threading.local()
 
 
 def _may_look_at_values(ids: Tensor) -> bool:

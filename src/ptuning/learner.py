@@ -60,9 +60,9 @@ class Learner:
         if self.active:
             parameters = list(self.member.parameters())
             if self.accelerator.num_processes > 1:
-                for parameter in parameters:
-                    if parameter.grad is not None:
-                        parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
+                for parameter in parameters:  # a process without an example adds nothing
+                    grad = parameter.grad if parameter.grad is not None else parameter * 0
+                    parameter.grad = self.accelerator.reduce(grad.detach(), "sum")
             self.accelerator.unscale_gradients(self.optimizer)
             torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
             self.optimizer.step()

@@ -23,6 +23,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from . import checkpoint
+from .base_model import describe
 from .collate import Batch
 from .errors import InputError, TrainingError
 from .learner import Learner
@@ -86,12 +87,20 @@ class Loop:
         self.learners = [
             Learner(member, self.prompt.encoder, settings, self.steps, self.accelerator)
         ]
-        self.identity = checkpoint.fingerprint(
-            {**asdict(settings), **self.prompt.settings()}, [*self.examples, *self.dev]
-        )
+        self.identity = self._identity()
         self.step, self.epoch_loss = 0, 0.0
         if resume and self.output is not None:
             self._resume()
+
+    def _identity(self) -> dict[str, str]:
+        """All that the numbers of this run depend on."""
+        chosen = {**asdict(self.settings), **self.prompt.settings()}
+        for name in ("tracker", "checkpoint_seconds"):
+            del chosen[name]
+        start = self.prompt.vectors
+        chosen["the prompt to begin from"] = None if start is None else start.double().sum().item()
+        chosen["the base model"] = describe(self.model, self.tokenizer)["embedding"]["values"]
+        return checkpoint.fingerprint(chosen, [*self.examples, *self.dev])
 
     def _epochs(self) -> None:
         self._saved_at = time.monotonic()
@@ -218,8 +227,8 @@ class Loop:
         where = f"; the last checkpoint in {self.output} is good" if self.output else ""
         return (
             f"the loss is {loss} at step {self.step + 1} of {self.steps}: training stopped ({kept}"
-            f"{where}). Use a lower learning rate than {rate:g}, or a base model in bf16 or float32 "
-            "instead of fp16"
+            f"{where}). Use a lower learning rate than {rate:g}, or a base model in bfloat16 or "
+            "float32 instead of float16"
         )
 
 

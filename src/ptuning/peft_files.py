@@ -13,15 +13,22 @@ from pathlib import Path
 from torch import Tensor
 
 from . import files
-from .config import CONFIG_NAME, PromptEncoderConfig
+from .config import CONFIG_NAME, PromptEncoderConfig, TaskType
 from .errors import PromptFileError
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+NAMES = (WEIGHTS_NAME, CONFIG_NAME)
+TASK_TYPES = {"causal": TaskType.CAUSAL_LM, "seq2seq": TaskType.SEQ_2_SEQ_LM}
+"""PEFT has no P-tuning for masked LMs, and without a task type it leaves the prompt out."""
 
 
-def pack(vectors: Tensor, config: PromptEncoderConfig) -> dict[str, bytes]:
-    """The two files' contents. PEFT asks for inference mode to be set in a saved adapter."""
-    saved = dataclasses.replace(config, inference_mode=True)
+def pack(vectors: Tensor, config: PromptEncoderConfig, kind: str) -> dict[str, bytes]:
+    """The two files' contents, for a model of `kind` (`task_kind`).
+
+    PEFT wants inference mode set in a saved adapter.
+    """
+    task_type = TASK_TYPES.get(kind, TaskType.FEATURE_EXTRACTION)
+    saved = dataclasses.replace(config, inference_mode=True, task_type=task_type)
     return {
         WEIGHTS_NAME: files.pack_tensors({"prompt_embeddings": vectors}, {"format": "pt"}),
         CONFIG_NAME: saved.to_json().encode(),
@@ -55,5 +62,10 @@ def read(folder: Path) -> tuple[Tensor, PromptEncoderConfig]:
         raise PromptFileError(
             f"{folder / WEIGHTS_NAME}: 'prompt_embeddings' has shape {tuple(vectors.shape)}, and "
             f"{CONFIG_NAME} asks for {expected} rows"
+        )
+    if config.token_dim not in (None, vectors.shape[1]):
+        raise PromptFileError(
+            f"{folder / WEIGHTS_NAME}: 'prompt_embeddings' is {vectors.shape[1]} wide, and "
+            f"{CONFIG_NAME} says {config.token_dim}"
         )
     return vectors[:count].float(), config

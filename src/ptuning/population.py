@@ -8,17 +8,18 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .base_model import first_free_id
+from .base_model import eval_mode, first_free_id
 from .collate import Batch
 from .encoder import PromptEncoder, initialise
 from .errors import PromptFileError
-from .inject import Injector, input_embedding
+from .inject import ATTACHING, Injector, input_embedding
 from .loss import answer_logits, example_losses
 from .prompt import Prompt
 
@@ -109,15 +110,17 @@ class Population(nn.Module):
         self.base = model
         self.members = nn.ModuleList(members)
         self.words = None if words is None else torch.tensor(words)
-        self._was_training = model.training  # before `eval` below reaches the base model
-        self._trainable = [p for p in model.parameters() if p.requires_grad]
-        for parameter in self._trainable:
-            parameter.requires_grad_(False)
-        self._injector = Injector.of(model) or Injector(model)
-        self.eval()  # a member's random state moves only when it trains
+        for member in members:
+            member.eval()  # a member's random state moves only when it trains
         with torch.no_grad():
             rows = self._tables()
-        self._span = self._injector.add(rows, first_free_id(tokenizer))
+        with ATTACHING:
+            self._injector = Injector.on(model)
+            self._span = self._injector.add(rows, first_free_id(tokenizer))
+        self._undo = ExitStack()
+        self._undo.callback(self._injector.remove, self._span)
+        self._undo.enter_context(eval_mode(model))
+        self._undo.enter_context(_frozen(model))
         self.register_state_dict_post_hook(_drop_base)
         self.register_load_state_dict_post_hook(_expect_no_base)
 
@@ -155,17 +158,26 @@ class Population(nn.Module):
 
     def close(self) -> None:
         """Take the hooks off and give the base model its mode and gradients back."""
-        self._injector.remove(self._span)
-        for parameter in self._trainable:
-            parameter.requires_grad_(True)
-        self._trainable = []
-        self.base.train(self._was_training)
+        self._undo.close()
 
     def __enter__(self) -> Population:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient meanwhile."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 def _drop_base(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

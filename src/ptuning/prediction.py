@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .attachment import placed
-from .base_model import context_length, task_kind
+from .base_model import context_length, eval_mode, task_kind
 from .collate import Batch
 from .errors import DataError, InputError
 from .loss import answer_logits, label_scores
@@ -98,20 +98,15 @@ def predict_details(
     examples = _render(renderer, rows)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].sequences[0].ids))
     result: list[Prediction] = [Prediction("", 0.0)] * len(examples)
-    training = model.training
-    model.eval()
-    try:
-        with placed(model, tokenizer, prompt) as first_id:
-            answer = _compare if renderer.compares else _decode
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                chunk = [examples[i] for i in chosen]
-                batch = batch_for(model, renderer, chunk, [first_id] * len(chunk))
-                answers = answer(model, renderer, batch.to(model_device(model)))
-                for index, prediction in zip(chosen, answers, strict=True):
-                    result[index] = prediction
-    finally:
-        model.train(training)
+    answer = _compare if renderer.compares else _decode
+    with eval_mode(model), placed(model, tokenizer, prompt) as first_id:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            chunk = [examples[i] for i in chosen]
+            batch = batch_for(model, renderer, chunk, [first_id] * len(chunk))
+            answers = answer(model, renderer, batch.to(model_device(model)))
+            for index, prediction in zip(chosen, answers, strict=True):
+                result[index] = prediction
     return result
 
 

@@ -15,10 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from . import files, peft_files
+from .base_model import fingerprint
 from .config import CONFIG_NAME, PromptEncoderConfig, PromptEncoderReparameterizationType
 from .errors import InputError, PromptFileError
 from .model_card import model_card
-from .task import Task, at_least_one, one_of
+from .task import Task, at_least_one, check_type, one_of
 
 FORMAT_VERSION = 1
 _ENCODER = ("encoder", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout")
@@ -63,7 +64,12 @@ class Prompt(Task):
     training: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self.encoder = one_of("encoder", str(self.encoder).lower(), ("mlp", "lstm", "none"))
+        kind = self.encoder.lower() if isinstance(self.encoder, str) else self.encoder
+        self.encoder = one_of("encoder", kind, ("mlp", "lstm", "none"))
+        check_type(self, dict, "base_model", "training")
+        if isinstance(self.encoder_dropout, int):
+            self.encoder_dropout = float(self.encoder_dropout)
+        check_type(self, float, "encoder_dropout")
         for name in ("num_virtual_tokens", "encoder_hidden_size", "encoder_num_layers"):
             at_least_one(name, getattr(self, name))
         if self.template is None:
@@ -175,9 +181,13 @@ class Prompt(Task):
             "prompt.json": files.pack_json(description),
             "README.md": model_card(description).encode(),
         }
-        if peft if peft is not None else self.special_tokens == "after":
-            content |= peft_files.pack(vectors, self.encoder_config(vectors.shape[1]))
-        files.write_folder(folder, content)
+        kind = self.base_model.get("kind", "causal")
+        fits_peft = self.special_tokens == "after" and kind in peft_files.TASK_TYPES
+        if fits_peft if peft is None else peft:
+            config = self.encoder_config(vectors.shape[1])
+            content |= peft_files.pack(vectors, config, kind)
+        stale = [name for name in peft_files.NAMES if name not in content]
+        files.write_folder(folder, content, remove=stale)
 
     @classmethod
     def load(cls, path: str | Path, *, revision: str | None = None) -> Prompt:
@@ -216,7 +226,12 @@ class Prompt(Task):
         ignored = sorted(set(description) - known - {"format_version", "save_id"})
         if ignored:
             warnings.warn(f"{folder}: unknown keys are ignored: {ignored}", stacklevel=3)
-        prompt = cls(**{k: v for k, v in description.items() if k in known})
+        try:
+            prompt = cls(**{k: v for k, v in description.items() if k in known})
+        except InputError as error:
+            raise PromptFileError(f"{folder}/prompt.json: {error}") from error
+        if prompt.base_model:
+            fingerprint(prompt.base_model)
         prompt.vectors = vectors
         weights = {k.removeprefix("encoder."): v for k, v in tensors.items()}
         prompt.encoder_weights = weights or None
@@ -249,7 +264,14 @@ class Prompt(Task):
 
 def _description(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
     """``prompt.json``, or the copy inside the tensors where a save was cut off between the two."""
-    copy = json.loads(metadata.get("prompt", "null"))
+    try:
+        copy = json.loads(metadata.get("prompt", "{}"))
+    except ValueError:
+        copy = None
+    if not isinstance(copy, dict):
+        raise PromptFileError(
+            f"{folder}/prompt.safetensors holds a damaged description; copy it again or retrain"
+        )
     if not (folder / "prompt.json").is_file() and copy:
         return copy
     description = files.read_json(folder / "prompt.json")

@@ -47,6 +47,8 @@ class Task:
     answer_end: bool = True
 
     def __post_init__(self) -> None:
+        check_type(self, str, "template", "answer", optional=True)
+        check_type(self, bool, "chat", "answer_end")
         one_of("label_mode", self.label_mode, ("labels", "vocabulary"))
         one_of("special_tokens", self.special_tokens, ("around", "after"))
         for name in ("max_length", "answer_tokens"):
@@ -100,19 +102,43 @@ class Task:
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
     """`value`, if it is allowed; else an InputError that lists what is."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise InputError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
     return value
 
 
+def check_type(owner: object, kind: type, *names: str, optional: bool = False) -> None:
+    """Refuse a field of another type, such as a file written by hand may hold."""
+    for name in names:
+        value = getattr(owner, name)
+        if not (isinstance(value, kind) or (optional and value is None)):
+            raise InputError(f"{name} is {value!r}; expected {_KINDS[kind]}")
+
+
+_KINDS = {str: "text", bool: "true or false", dict: "an object", float: "a number"}
+
+
 def at_least_one(name: str, value: int | None) -> None:
-    """Refuse a count of 0 or below."""
-    if value is not None and value < 1:
+    """Refuse a count that is no whole number of at least 1."""
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InputError(f"{name} is {value}; give a whole number of at least 1")
 
 
 def _words_by_label(verbalizer: Mapping[str, str | Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    words = {str(k): (v,) if isinstance(v, str) else tuple(v) for k, v in verbalizer.items()}
+    if not isinstance(verbalizer, Mapping):
+        raise InputError(
+            f"verbalizer is {verbalizer!r}; expected label -> word, such as {{'yes': 'Yes'}}"
+        )
+    words: dict[str, tuple[str, ...]] = {}
+    for label, given in verbalizer.items():
+        if not isinstance(given, str | list | tuple):
+            raise InputError(
+                f"the verbalizer's label {str(label)!r} stands for {given!r}; expected a word or a "
+                "list of words"
+            )
+        words[str(label)] = (given,) if isinstance(given, str) else tuple(given)
     if len(words) < 2:
         raise InputError(f"a verbalizer needs at least two labels; it has {sorted(words)}")
     for label, options in words.items():
