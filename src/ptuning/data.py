@@ -8,6 +8,7 @@ and their errors name no line. Parquet and hub data sets have types of their own
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,16 +47,16 @@ def read_examples(source: str | Path) -> list[Row]:
 
 def _read_file(path: Path, suffix: str) -> list[Row]:
     if suffix == ".parquet":
-        from datasets import Dataset
+        from pyarrow.parquet import ParquetFile
 
         try:
-            return list(Dataset.from_parquet(str(path), keep_in_memory=True))
+            return ParquetFile(path).read().to_pylist()
         except Exception as error:  # pyarrow's own kinds
             raise DataError(f"{path} cannot be read as Parquet: {error}") from error
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        line = error.object[: error.start].count(b"\n") + 1
         raise DataError(f"{path} line {line}: no valid UTF-8; save the file as UTF-8") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
@@ -67,8 +68,10 @@ def _read_file(path: Path, suffix: str) -> list[Row]:
 
 
 def _csv_rows(path: Path, text: str, separator: str) -> Iterator[Row]:
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=separator, strict=True)
+    lines = io.StringIO(text, newline="")  # str.splitlines would also split at U+2028
+    reader = csv.reader(lines, delimiter=separator, strict=True)
     header: list[str] = []
+    limit = csv.field_size_limit(len(text) + 1)
     try:
         for cells in reader:
             if not cells:
@@ -77,7 +80,8 @@ def _csv_rows(path: Path, text: str, separator: str) -> Iterator[Row]:
                 header = cells
                 if len(set(header)) < len(header) or not all(name.strip() for name in header):
                     raise DataError(
-                        f"{path} line 1: column names must be there and differ: {header}"
+                        f"{path} line {reader.line_num}: column names must be there and differ: "
+                        f"{header}"
                     )
                 continue
             if len(cells) != len(header):
@@ -88,6 +92,8 @@ def _csv_rows(path: Path, text: str, separator: str) -> Iterator[Row]:
             yield dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise DataError(f"{path} line {reader.line_num}: malformed CSV ({error})") from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _json_rows(path: Path, text: str) -> Iterator[Row]:

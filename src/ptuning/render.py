@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -167,9 +167,9 @@ class Renderer:
             label = list(self.labels).index(gold)
         if not self.compares:
             word = self.labels[gold][0] if gold is not None and self.labels else gold
-            return Rendered((self._sequence(fields, word),), label=label)
+            return Rendered(self._sequences(fields, [word]), label=label)
         words = [word for words in self.labels.values() for word in words]
-        sequences = tuple(self._sequence(fields, word) for word in words)
+        sequences = self._sequences(fields, words)
         alike = all(s.ids == sequences[0].ids and len(s.answer) == 1 for s in sequences)
         if alike:
             return Rendered(sequences[:1], tuple(s.answer[0] for s in sequences), label)
@@ -183,40 +183,52 @@ class Renderer:
                     f"{', '.join(map(repr, example)) or 'none'}; rename one of the two"
                 )
         values = {name: example[name] for name in self.task.parsed.fields}
-        return {name: "" if value is None else str(value) for name, value in values.items()}
+        return {name: _text(name, value) for name, value in values.items()}
 
     def _gold(self, example: Example) -> str:
         column = answer_column(self.task, example)
         value = example[column]
         if isinstance(value, bool) and json.dumps(value) in self.labels:
             return json.dumps(value)
-        text = "" if value is None else str(value)
+        text = _text(column, value)
         if not text.strip():
             raise DataError(f"the answer column {column!r} is empty; every example needs an answer")
         return text
 
-    def _sequence(self, fields: dict[str, str], word: str | None) -> Sequence:
-        """Tokenize with `word` as the answer, shortening fields where the limit asks for it."""
-        sequence = self._tokenize(fields, word)
-        room = self._room(sequence)
-        if room is None or len(sequence.ids) <= room:
-            return sequence
+    def _sequences(
+        self, fields: dict[str, str], words: Iterable[str | None]
+    ) -> tuple[Sequence, ...]:
+        """One sequence per word, all with the same fields, shortened where the limit asks."""
+        sequences = self._fitting(fields, words)
+        if sequences:
+            return sequences
         low, high = 0, max(map(len, fields.values()), default=0)
-        best: Sequence | None = None
+        best: tuple[Sequence, ...] = ()
         while low <= high:  # the longest fields are cut to one common length: as long as fits
             middle = (low + high) // 2
-            shorter = self._tokenize({k: _cut(v, middle) for k, v in fields.items()}, word)
-            if len(shorter.ids) <= room:
+            shorter = self._fitting({k: _cut(v, middle) for k, v in fields.items()}, words)
+            if shorter:
                 best, low = shorter, middle + 1
             else:
                 high = middle - 1
-        if best is None:
+        if not best:
             raise DataError(
                 f"anchors, virtual tokens and answer alone are longer than the {self.limit} tokens "
                 "there is room for; use a shorter template, fewer virtual tokens, or a shorter "
                 "answer"
             )
-        return replace(best, shortened=True)
+        return tuple(replace(sequence, shortened=True) for sequence in best)
+
+    def _fitting(self, fields: dict[str, str], words: Iterable[str | None]) -> tuple[Sequence, ...]:
+        """The sequences, or none where one of them does not fit."""
+        sequences = []
+        for word in words:
+            sequence = self._tokenize(fields, word)
+            room = self._room(sequence)
+            if room is not None and len(sequence.ids) > room:
+                return ()
+            sequences.append(sequence)
+        return tuple(sequences)
 
     def _room(self, sequence: Sequence) -> int | None:
         if self.limit is None or self.kind != "causal":
@@ -224,7 +236,7 @@ class Renderer:
         return self.limit + 1 - max(len(sequence.answer), self.task.answer_tokens or 1)
 
     def _tokenize(self, fields: dict[str, str], word: str | None) -> Sequence:
-        named = self._names.avoiding("\n".join([*fields.values(), self.task.template or ""]))
+        named = self._names.avoiding(self._spelled(fields, word or ""))
         text, spans, space = self._layout(fields, named)
         if self.task.chat:
             text, space = self._as_chat(text.removesuffix(named.slot)) + named.slot, False
@@ -241,6 +253,18 @@ class Renderer:
         if named.tokenizer.is_fast and not self.task.chat:
             places = _token_places(spans, encoding["offset_mapping"], shift)
         return self._fill_slot(ids, answer, places)
+
+    def _spelled(self, fields: dict[str, str], word: str) -> str:
+        """All text of the example, joined as it is tokenized: without and with the answer."""
+        parts: list[str] = []
+        slot = -1
+        for piece in self.task.parsed.pieces:
+            if isinstance(piece, Slot):
+                slot = len(parts)
+            elif not isinstance(piece, Virtual):
+                parts.append(fields[piece.name] if isinstance(piece, Field) else piece.text)
+        before = "".join(parts if slot < 0 else parts[:slot])
+        return "".join(parts) + "\n" + before + word
 
     def _fill_slot(self, ids: list[int], answer: tuple[int, ...], places: Places) -> Sequence:
         at = ids.index(SLOT)
@@ -299,7 +323,7 @@ class Renderer:
             before = text.partition(named.slot)[0]
             answer = f" {word}" if space and not word.startswith(" ") else word
             alone, whole = named.ids(before), named.ids(before + answer)
-            if whole[: len(alone)] == alone:
+            if len(whole) > len(alone) and whole[: len(alone)] == alone:
                 ids = whole[len(alone) :]
             else:  # the answer would merge with the word before it: keep the two apart
                 marked = named.ids(before + named.slot + answer)
@@ -333,6 +357,16 @@ def answer_column(task: Task, example: Example) -> str:
         f"the example has no answer column {' or '.join(map(repr, choices))}; it has "
         f"{', '.join(map(repr, example)) or 'none'}; name the answer's column (--answer COLUMN)"
     )
+
+
+def _text(column: str, value: Any) -> str:
+    """The text of a cell; nothing for None."""
+    text = "" if value is None else str(value)
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise DataError(
+            f"the column {column!r} holds half a surrogate pair; repair its text: {text!r}"
+        )
+    return text
 
 
 def _cut(text: str, length: int) -> str:

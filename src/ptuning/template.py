@@ -49,7 +49,9 @@ class Slot:
 
 Piece = Text | Field | Virtual | Slot
 
-_ESCAPED = re.compile(r"\[(\[(?:P(?:\*[^\[\]]*|:[^\[\]]*)?|MASK)\])\]")
+_BRACKET = r"\[(?:P(?:\*[^\[\]]*|:[^\[\]]*)?|MASK)\]"
+_ESCAPED = re.compile(rf"\[({_BRACKET})\]")
+_SYNTAX = re.compile(rf"{_BRACKET}|[{{}}]")
 _NAME_FOLLOWS = re.compile(r"\[(?:P|MASK)(?![A-Za-z0-9_])")
 
 
@@ -88,7 +90,21 @@ class Template:
 
     def without_virtual(self) -> Template:
         """The manual template: the same words, those of ``[P:words]`` too, and no virtual token."""
-        return parse("".join(_without_virtual(piece) for piece in self.pieces).strip(" "))
+        parts: list[str] = []
+        literal = ""
+        for piece in (*self.pieces, None):
+            if isinstance(piece, Text):
+                literal += piece.text
+            elif isinstance(piece, Virtual):
+                literal += f" {piece.words}" if piece.words else ""
+            else:
+                parts.append(_escape(literal))
+                literal = ""
+                if isinstance(piece, Field):
+                    parts.append(f"{{{piece.name}}}")
+                elif piece:
+                    parts.append(" [MASK]" if piece.space else "[MASK]")
+        return parse("".join(parts).strip(" "))
 
 
 def parse(text: str) -> Template:
@@ -170,7 +186,7 @@ def _bracket(text: str, start: int) -> tuple[Piece, int] | None:
     if inside == "P":
         return Virtual(1), end + 1
     if inside.startswith("P*"):
-        if not re.fullmatch(r"0*[1-9][0-9]{0,5}", inside[2:], re.ASCII):
+        if not re.fullmatch(r"0{0,9}[1-9][0-9]{0,5}", inside[2:], re.ASCII):
             raise TemplateError(
                 f"[{inside}]: expected a whole number of at least 1 after '*', as in [P*3]",
                 text,
@@ -208,12 +224,6 @@ def _give_spaces(pieces: list[Piece]) -> tuple[Piece, ...]:
     return tuple(result)
 
 
-def _without_virtual(piece: Piece) -> str:
-    """The text that parses to `piece`, with a virtual token's words as text."""
-    if isinstance(piece, Field):
-        return f"{{{piece.name}}}"
-    if isinstance(piece, Slot):
-        return " [MASK]" if piece.space else "[MASK]"
-    text = piece.text if isinstance(piece, Text) else f" {piece.words}" if piece.words else ""
-    escaped = text.replace("{", "{{").replace("}", "}}")
-    return re.sub(r"\[(P(?:\*[^\[\]]*|:[^\[\]]*)?|MASK)\]", r"[[\1]]", escaped)
+def _escape(text: str) -> str:
+    """The template that parses to `text` alone."""
+    return _SYNTAX.sub(lambda m: f"[{m[0]}]" if len(m[0]) > 1 else m[0] * 2, text)
