@@ -78,7 +78,7 @@ def our_step(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=7, help="timed steps of each side")
+    parser.add_argument("--runs", type=int, default=9, help="timed steps of each side")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128, help="text tokens per row")
     options = parser.parse_args()

@@ -73,7 +73,7 @@ def run(
     model_name: str,
     output: Path,
     tell: Callable[[str], None],
-    on_epoch: Callable[[dict[str, float]], None],
+    listener: Callable[[Progress], None],
 ) -> DemoResult:
     """Compare, train, measure, and write prompt, picture and figures to `output`.
 
@@ -81,7 +81,7 @@ def run(
         model_name: as for `load_model`; a fetchable model is fetched.
         output: replaced only by another demo's files.
         tell: hears what happens, line by line.
-        on_epoch: hears each epoch's record.
+        listener: hears the training's steps and epochs.
     """
     started = time.monotonic()
     if output.exists() and not output.is_dir():
@@ -105,7 +105,7 @@ def run(
         dev,
         epochs=EPOCHS,
         batch_size=BATCH_SIZE,
-        listener=lambda progress: _hear(progress, on_epoch),
+        listener=listener,
     )
     share, _ = teacher_forced(model, tokenizer, prompt, test)
     majority = Counter(row[ANSWER] for row in training).most_common(1)[0][0]
@@ -145,8 +145,3 @@ def _best_manual(model: Any, tokenizer: Any, dev: list[Row], test: list[Row]) ->
     tasks = [Task(template, answer=ANSWER) for template in MANUAL_TEMPLATES]
     best = max(tasks, key=lambda task: manual_score(model, tokenizer, task, dev))
     return best.parsed.text, manual_score(model, tokenizer, best, test)
-
-
-def _hear(progress: Progress, on_epoch: Callable[[dict[str, float]], None]) -> None:
-    if progress.record:
-        on_epoch(progress.record)

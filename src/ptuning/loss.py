@@ -35,7 +35,10 @@ def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
     if "position_ids" in accepted:
         inputs["position_ids"] = position_ids(batch.attention_mask)
     if "logits_to_keep" in accepted:
-        inputs["logits_to_keep"] = count
+        # Indices, not a count: a slice is not contiguous, and the head's product with it far slower.
+        length = batch.input_ids.shape[1]
+        kept = torch.arange(length - count, length, device=batch.input_ids.device)
+        inputs["logits_to_keep"] = kept
     return model(**inputs, use_cache=False).logits[:, -count:]
 
 

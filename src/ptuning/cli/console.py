@@ -6,10 +6,16 @@ import json
 import os
 import sys
 import warnings
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
+from rich import progress as bars
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..loop import Progress
 
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -52,3 +58,29 @@ def table(title: str, header: list[str], rows: list[list[str]]) -> None:
 def percent(share: float) -> str:
     """A fraction as a percentage with one decimal."""
     return f"{100 * share:.1f}"
+
+
+@contextmanager
+def training_bar() -> Iterator[Callable[[Progress], None]]:
+    """A bar on a terminal and a line per epoch; gives the listener that a training wants."""
+    text = [bars.TextColumn("{task.description}"), bars.TextColumn("{task.percentage:.0f}%")]
+    times = [bars.TimeElapsedColumn(), bars.TimeRemainingColumn()]
+    bar = bars.Progress(text[0], bars.BarColumn(), text[1], *times, console=err, transient=True)
+    with bar:
+        task = bar.add_task("reading examples", total=None)
+
+        def listener(heard: Progress) -> None:
+            bar.update(task, completed=heard.step, total=heard.steps)
+            if heard.record:
+                bar.console.print(_epoch_line(heard.record), markup=False)
+            else:
+                bar.update(task, description=f"epoch {heard.epoch}, loss {heard.loss:.3f}")
+
+        yield listener
+
+
+def _epoch_line(record: dict[str, float]) -> str:
+    line = f"epoch {record['epoch']:>3}  loss {record['loss']:.4f}"
+    if "dev_accuracy" in record:
+        line += f"  dev {percent(record['dev_accuracy'])} %  dev loss {record['dev_loss']:.4f}"
+    return line

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from . import console
-from .train import epoch_line
 
 
 def demo(
@@ -20,20 +19,15 @@ def demo(
         bool, typer.Option("--json", help="Print the figures as JSON on stdout.")
     ] = False,
 ) -> None:
-    """See a frozen model learn a task: about four minutes on two CPU cores.
+    """See a frozen model learn a task: two to three minutes on two CPU cores.
 
     Compares the best of several hand-written templates, the majority answer, and a P-tuned prompt
     on facts that ship with the package. All choices are made on dev, all figures are from test.
     """
     from .. import demo as facts
 
-    def tell(text: str) -> None:
-        console.say(text)
-
-    def on_epoch(record: dict[str, float]) -> None:
-        console.say(epoch_line(record))
-
-    result = facts.run(model, output, tell, on_epoch)
+    with console.training_bar() as listener:
+        result = facts.run(model, output, console.say, listener)
     if json_output:
         console.print_json(result.metrics)
         return

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +11,6 @@ from ..errors import InputError
 from . import console, run_files
 
 if TYPE_CHECKING:
-    from ..loop import Progress
     from ..prompt import Prompt
     from ..training import TrainResult
 
@@ -162,7 +159,7 @@ def train(
         (output / "result.json").unlink(missing_ok=True)
     everything = run_files.settings_of(context)
     _write(output, {"run.yaml": run_files.as_yaml(everything)})
-    with _progress(prompt) as listener:
+    with console.training_bar() as listener:
         result = train_prompt(
             base,
             tokenizer,
@@ -238,36 +235,6 @@ def _settings(options: dict[str, Any]) -> Any:
 
     names = {f.name for f in fields(TrainSettings)}
     return TrainSettings(**{k: v for k, v in options.items() if k in names})
-
-
-@contextmanager
-def _progress(prompt: Prompt) -> Iterator[Any]:
-    """A bar on a terminal, a line per epoch elsewhere."""
-    from rich import progress as bars
-
-    text = [bars.TextColumn("{task.description}"), bars.TextColumn("{task.percentage:.0f}%")]
-    times = [bars.TimeElapsedColumn(), bars.TimeRemainingColumn()]
-    bar = bars.Progress(text[0], bars.BarColumn(), text[1], *times, console=console.err)
-    with bar:
-        task = bar.add_task(f"{prompt.num_virtual_tokens or 'new'} virtual tokens", total=None)
-
-        def listener(heard: Progress) -> None:
-            bar.update(task, completed=heard.step, total=heard.steps)
-            if heard.record:
-                bar.console.print(epoch_line(heard.record), markup=False)
-            else:
-                bar.update(task, description=f"epoch {heard.epoch}, loss {heard.loss:.3f}")
-
-        yield listener
-
-
-def epoch_line(record: dict[str, float]) -> str:
-    """An epoch's figures for people."""
-    line = f"epoch {record['epoch']:>3}  loss {record['loss']:.4f}"
-    if "dev_accuracy" in record:
-        line += f"  dev {console.percent(record['dev_accuracy'])} %"
-        line += f"  dev loss {record['dev_loss']:.4f}"
-    return line
 
 
 def _save(output: Path, prompt: Prompt, result: TrainResult) -> dict[str, Any]:
