@@ -1,4 +1,4 @@
-"""One training step of ours against one of PEFT's: same model, inputs, encoder weights and optimizer.
+"""One training step of ours against one of PEFT's: same model, inputs, encoder and optimizer.
 
 SmolLM2-135M in float32, batch 8, 128 text tokens, 20 virtual tokens in front, one answer token. The
 runs are interleaved, so that whatever else the machine does falls on both. The last line is JSON.
@@ -21,9 +21,10 @@ from accelerate import Accelerator
 
 from ptuning import Prompt, TrainSettings, load_model
 from ptuning.fetch import fetch
+from ptuning.layout import Sequence
 from ptuning.learner import Learner
 from ptuning.population import Member, Population
-from ptuning.render import Rendered, Renderer, Sequence
+from ptuning.render import Rendered, Renderer
 from ptuning.score import batch_for
 
 VIRTUAL = 20

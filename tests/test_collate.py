@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptuning.collate import IGNORED, collate
-from ptuning.render import Rendered, Sequence
+from ptuning.layout import Sequence
+from ptuning.render import Rendered
 
 ONE = Rendered((Sequence((7, -1, 8, -2), 4, (20, 21, 2)),))
 TWO = Rendered((Sequence((9, -2), 2, (22, 2)),))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ptuning.collate import IGNORED, Batch, collate
 from ptuning.errors import InputError
 from ptuning.inject import Injector, input_embedding
+from ptuning.layout import Sequence
 from ptuning.loss import (
     answer_logits,
     answer_nll,
@@ -19,7 +20,7 @@ from ptuning.loss import (
     label_scores,
     position_ids,
 )
-from ptuning.render import Rendered, Sequence
+from ptuning.render import Rendered
 
 from . import tiny
 

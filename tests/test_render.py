@@ -16,8 +16,9 @@ from tokenizers.normalizers import BertNormalizer
 from transformers import AutoTokenizer
 
 from ptuning.errors import DataError, InputError
+from ptuning.layout import Sequence
 from ptuning.prompt import Prompt
-from ptuning.render import Rendered, Renderer, Sequence, answer_column
+from ptuning.render import Rendered, Renderer, answer_column
 from ptuning.task import Task
 
 from . import tiny

@@ -25,6 +25,7 @@ ORDER = [
     "base_model",
     "prompt",
     "vocabulary",
+    "layout",
     "render",
     "collate",
     "attachment",

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .render import Rendered, Sequence
+from .layout import Sequence
+from .render import Rendered
 
 IGNORED = -100
 

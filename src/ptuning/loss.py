@@ -35,7 +35,7 @@ def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
     if "position_ids" in accepted:
         inputs["position_ids"] = position_ids(batch.attention_mask)
     if "logits_to_keep" in accepted:
-        # Indices, not a count: a slice is not contiguous, and the head's product with it far slower.
+        # Indices, not a count: a slice is not contiguous, and the head far slower with it.
         length = batch.input_ids.shape[1]
         kept = torch.arange(length - count, length, device=batch.input_ids.device)
         inputs["logits_to_keep"] = kept

@@ -1,8 +1,7 @@
 """Template + example + tokenizer -> token ids with the places of fields and answer.
 
-The whole rendered string is tokenized at once (`vocabulary`), so a rendered example has the ids
-that a merged model's tokenizer gives. Knows nothing of the model; virtual token i of the prompt is
-written as id ``-1 - i``, and `collate` puts the attached ids in.
+What an example says (fields, labels, answer) is settled here, and what must be cut for it to fit;
+how one string becomes ids is `layout`'s. Knows nothing of the model.
 """
 
 from __future__ import annotations
@@ -14,33 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import DataError, InputError
+from .layout import Layout, Sequence
 from .task import Task
-from .template import Field, Slot, Virtual
-from .vocabulary import SLOT, NamedTokenizer, Names, resolve_words
+from .template import Virtual
+from .vocabulary import resolve_words
 
 Example = Mapping[str, Any]
-Places = tuple[tuple[str, int, int], ...]
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """One tokenized input with one answer.
-
-    Attributes:
-        ids: input ids; virtual token i is ``-1 - i``. For causal models they end before the answer,
-            for masked ones the answer slot holds mask ids, for seq2seq they are the encoder's.
-        slot: index of the answer's first token.
-        answer: ids of the answer, empty where none was given.
-        fields: token ranges ``(name, start, end)`` of each field, in the order of the template;
-            empty in chats and for tokenizers that report no offsets.
-        shortened: a field was cut to fit the length limit.
-    """
-
-    ids: tuple[int, ...]
-    slot: int
-    answer: tuple[int, ...] = ()
-    fields: Places = ()
-    shortened: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,8 +92,7 @@ class Renderer:
         self.labels = {c: (c,) for c in candidates} if candidates else task.labels
         self.compares = bool(candidates) or (bool(task.labels) and task.label_mode == "labels")
         self.owner = [n for n, words in enumerate(self.labels.values()) for _ in words]
-        self.ends_answer = task.answer_end and not task.labels
-        self._names = Names(tokenizer, self.count)
+        self._layout = Layout(tokenizer, task, kind, [len(group) for group in self.groups])
         self._check_kind()
 
     def _check_kind(self) -> None:
@@ -138,7 +115,7 @@ class Renderer:
             )
         if task.chat and (self.kind != "causal" or not self.tokenizer.chat_template):
             raise InputError("chat=True needs a causal model whose tokenizer has a chat template")
-        if self.kind == "causal" and self.ends_answer and self.tokenizer.eos_token_id is None:
+        if self.kind == "causal" and task.ends_answer and self.tokenizer.eos_token_id is None:
             raise InputError(
                 "this tokenizer has no end-of-sequence token to end answers with; give "
                 "answer_end=False, and answer_tokens to predict"
@@ -223,7 +200,7 @@ class Renderer:
         """The sequences, or none where one of them does not fit."""
         sequences = []
         for word in words:
-            sequence = self._tokenize(fields, word)
+            sequence = self._layout(fields, word)
             room = self._room(sequence)
             if room is not None and len(sequence.ids) > room:
                 return ()
@@ -234,113 +211,6 @@ class Renderer:
         if self.limit is None or self.kind != "causal":
             return self.limit
         return self.limit + 1 - max(len(sequence.answer), self.task.answer_tokens or 1)
-
-    def _tokenize(self, fields: dict[str, str], word: str | None) -> Sequence:
-        named = self._names.avoiding(self._spelled(fields, word or ""))
-        text, spans, space = self._layout(fields, named)
-        if self.task.chat:
-            text, space = self._as_chat(text.removesuffix(named.slot)) + named.slot, False
-        encoding = named.tokenizer(
-            text,
-            add_special_tokens=not self.task.chat,
-            return_offsets_mapping=named.tokenizer.is_fast,
-        )
-        ids = named.rename(encoding["input_ids"])
-        shift = self.count if self.task.special_tokens == "after" else 0
-        ids = [-1 - i for i in range(shift)] + ids
-        answer = () if word is None else self._answer(word, space, text, named)
-        places: Places = ()
-        if named.tokenizer.is_fast and not self.task.chat:
-            places = _token_places(spans, encoding["offset_mapping"], shift)
-        return self._fill_slot(ids, answer, places)
-
-    def _spelled(self, fields: dict[str, str], word: str) -> str:
-        """All text of the example, joined as it is tokenized: without and with the answer."""
-        parts: list[str] = []
-        slot = -1
-        for piece in self.task.parsed.pieces:
-            if isinstance(piece, Slot):
-                slot = len(parts)
-            elif not isinstance(piece, Virtual):
-                parts.append(fields[piece.name] if isinstance(piece, Field) else piece.text)
-        before = "".join(parts if slot < 0 else parts[:slot])
-        return "".join(parts) + "\n" + before + word
-
-    def _fill_slot(self, ids: list[int], answer: tuple[int, ...], places: Places) -> Sequence:
-        at = ids.index(SLOT)
-        if self.kind == "causal":
-            return Sequence(tuple(ids[:at]), at, answer, places)
-        filling: list[int] = []
-        if self.kind == "masked":
-            filling = [self.tokenizer.mask_token_id] * (len(answer) or self.task.answer_tokens or 1)
-        grown = len(filling) - 1  # fields behind the slot move by what it grew
-        moved = [(n, a, b) if a < at else (n, a + grown, b + grown) for n, a, b in places]
-        return Sequence((*ids[:at], *filling, *ids[at + 1 :]), at, answer, tuple(moved))
-
-    def _layout(
-        self, fields: dict[str, str], named: NamedTokenizer
-    ) -> tuple[str, list[tuple[str, int, int]], bool]:
-        """The string with names for virtual tokens and slot, the fields' character ranges, and
-        whether the answer begins with a space."""
-        parts: list[str] = []
-        spans: list[tuple[str, int, int]] = []
-        sizes = map(len, self.groups)
-        virtual = 0
-        space: bool | None = None
-        leading = self.task.special_tokens == "after"
-        for piece in self.task.parsed.pieces:
-            if isinstance(piece, Virtual):
-                size = next(sizes)
-                if not leading:
-                    parts += [named.name(virtual + i) for i in range(size)]
-                virtual += size
-            elif isinstance(piece, Field):
-                start = sum(map(len, parts))
-                parts.append(fields[piece.name])
-                spans.append((piece.name, start, start + len(parts[-1])))
-            elif isinstance(piece, Slot):
-                space = piece.space
-                parts.append(named.slot)
-                if self.kind == "causal":
-                    break
-            else:
-                parts.append(piece.text if parts or not leading else piece.text.removeprefix(" "))
-        text = "".join(parts)
-        if space is None:  # without [MASK] the answer stands at the end
-            space = not text.endswith(("\n", "\t"))
-            text = text.removesuffix(" ") + named.slot
-        return text, spans, space
-
-    def _as_chat(self, text: str) -> str:
-        turn = [{"role": "user", "content": text}]
-        chat = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return str(chat)
-
-    def _answer(self, word: str, space: bool, text: str, named: NamedTokenizer) -> tuple[int, ...]:
-        if self.kind == "seq2seq":
-            ids = self._decoder_answer(word)
-        else:
-            before = text.partition(named.slot)[0]
-            answer = f" {word}" if space and not word.startswith(" ") else word
-            alone, whole = named.ids(before), named.ids(before + answer)
-            if len(whole) > len(alone) and whole[: len(alone)] == alone:
-                ids = whole[len(alone) :]
-            else:  # the answer would merge with the word before it: keep the two apart
-                marked = named.ids(before + named.slot + answer)
-                ids = marked[marked.index(SLOT) + 1 :]
-        if not ids:
-            raise DataError(f"the answer {word!r} has no token in this tokenizer")
-        if self.kind == "causal" and self.ends_answer:
-            ids = [*ids, self.tokenizer.eos_token_id]
-        return tuple(ids)
-
-    def _decoder_answer(self, word: str) -> list[int]:
-        """The decoder's labels, with the special tokens that the model was trained on."""
-        ids = list(self.tokenizer(text_target=word)["input_ids"])
-        if not self.ends_answer:
-            while ids and ids[-1] in self.tokenizer.all_special_ids:
-                ids.pop()
-        return ids
 
 
 def answer_column(task: Task, example: Example) -> str:
@@ -377,15 +247,3 @@ def _cut(text: str, length: int) -> str:
     if length and not text[length].isspace() and (space := kept.rfind(" ")) > 0:
         kept = kept[:space]
     return kept.rstrip()
-
-
-def _token_places(
-    spans: list[tuple[str, int, int]], offsets: list[tuple[int, int]], shift: int
-) -> Places:
-    """Character ranges as token ranges: the tokens that overlap a field's text."""
-    result = []
-    for name, start, end in spans:
-        inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
-        if inside:
-            result.append((name, inside[0] + shift, inside[-1] + 1 + shift))
-    return tuple(result)

@@ -87,6 +87,11 @@ class Task:
         """The verbalizer as label -> words; empty without one."""
         return {k: tuple(v) for k, v in (self.verbalizer or {}).items()}
 
+    @property
+    def ends_answer(self) -> bool:
+        """Answers end with the end-of-sequence token: free ones do, label words do not."""
+        return self.answer_end and not self.labels
+
     def settings(self) -> dict[str, Any]:
         """The fields of `Task` as plain values."""
         values = {f.name: getattr(self, f.name) for f in fields(Task)}
