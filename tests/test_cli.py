@@ -512,3 +512,31 @@ def test_the_program_runs_as_a_process(here: Path) -> None:
     )
     assert done.returncode == 2 and done.stdout == ""
     assert_one_line(done.stderr, "nowhere")
+
+
+def test_the_demo_writes_prompt_picture_and_figures(
+    run: Run, here: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ptuning import demo
+
+    monkeypatch.setattr(demo, "EPOCHS", 1)
+    monkeypatch.setattr(demo, "MANUAL_TEMPLATES", demo.MANUAL_TEMPLATES[:2])
+    code, out, err = run("demo", "--model", model_folder)
+    assert code == 0, err
+    assert "P-tuned prompt" in out and "majority answer" in out and "[P] 5" in out
+    metrics = json.loads((here / "demo_output/metrics.json").read_text())
+    assert metrics["test_examples"] >= 40 and metrics["seconds"] > 0
+    assert all(0 <= metrics[f"{name}_p1"] <= 1 for name in ("manual", "majority", "ptuned"))
+    assert (here / "demo_output/curve.png").is_file()
+    assert Prompt.load(here / "demo_output").num_virtual_tokens == 6
+
+
+def test_the_demos_facts_are_sound() -> None:
+    from ptuning import demo
+
+    parts = demo.facts()
+    people = [row["person"] for part in parts for row in part]
+    assert len(people) == len(set(people)) and len(parts[2]) >= 40
+    answers = [row["profession"] for part in parts for row in part]
+    assert max(map(answers.count, set(answers))) < len(answers) / 5
+    assert all(row["profession"] not in row["person"] for part in parts for row in part)
