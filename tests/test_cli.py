@@ -257,6 +257,7 @@ OPTIONS = [
     ({"output": "train.jsonl"}, ["is a file"]),
     ({"max_length": 3}, ["num_virtual_tokens is 4", "room for 3"]),
     ({"tracker": "no_such_tracker"}, ["accelerate cannot be set up"]),
+    ({"answer_tokens": 1}, ["training example 1", "tokens", "answer_tokens is 1"]),
     ({"config": "none.yaml"}, ["none.yaml cannot be read"]),
 ]
 

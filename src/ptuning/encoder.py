@@ -139,7 +139,8 @@ def initialise(encoder: PromptEncoder, vectors: Tensor, rows: Tensor) -> None:
         encoder.train(training)
     wanted = output.clone()
     wanted[rows] = vectors
-    hidden = torch.cat([captured[0], torch.ones_like(captured[0][:, :1])], dim=1).double()
-    change = torch.linalg.pinv(hidden) @ (wanted - output).double()
+    hidden = torch.cat([captured[0], torch.ones_like(captured[0][:, :1])], dim=1)
+    # On the CPU, since not every device has double precision.
+    change = torch.linalg.pinv(hidden.cpu().double()) @ (wanted - output).cpu().double()
     last.weight += change[:-1].T.to(last.weight)
     last.bias += change[-1].to(last.bias)

@@ -34,7 +34,7 @@ def load_model(name: str, *, dtype: str = "float32", device: str | None = None) 
     Args:
         name: hub name, local folder, local ``.gguf`` file, or a model that ``ptuning fetch`` knows.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own.
-        device: such as ``cuda``; by default training places the model.
+        device: such as ``cuda``; by default a GPU where there is one.
 
     Returns:
         The model in eval mode, and the tokenizer.
@@ -59,8 +59,13 @@ def load_model(name: str, *, dtype: str = "float32", device: str | None = None) 
             "transformers model, or a .gguf file"
         ) from error
     model.config._name_or_path = str(Path(name).resolve()) if Path(name).exists() else name
-    model.eval()
-    return (model.to(device) if device else model), tokenizer
+    return model.eval().to(device or best_device()), tokenizer
+
+
+def best_device() -> torch.device:
+    """The accelerator (CUDA, MPS, XPU) where there is one, else the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
 
 
 def _resolve(name: str) -> str:

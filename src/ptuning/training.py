@@ -139,11 +139,23 @@ def render_all(renderer: Renderer, rows: Sequence[Example], what: str) -> list[R
 
 
 def learn_answer_length(prompt: Prompt, renderer: Renderer, examples: list[Rendered]) -> None:
-    """How long free answers may be at inference: the longest seen; for masks, the commonest."""
-    if prompt.labels or prompt.answer_tokens:
+    """How long free answers may be at inference: the longest seen; for masks, the commonest.
+
+    Raises:
+        DataError: an answer is longer than the ``answer_tokens`` that the user gave.
+    """
+    if prompt.labels:
         return
-    lengths = Counter(len(e.sequences[0].answer) for e in examples)
+    lengths = [len(example.sequences[0].answer) for example in examples]
+    given = prompt.answer_tokens
+    if given is not None and prompt.vectors is None and max(lengths) > given:
+        number = next(n for n, length in enumerate(lengths, 1) if length > given)
+        ending = ", its end included" if renderer.kind == "causal" and prompt.ends_answer else ""
+        raise DataError(
+            f"training example {number}: the answer has {lengths[number - 1]} tokens{ending}, and "
+            f"answer_tokens is {given}; raise answer_tokens, or leave it out"
+        )
     if renderer.kind == "masked":
-        prompt.answer_tokens = lengths.most_common(1)[0][0]
+        prompt.answer_tokens = given or Counter(lengths).most_common(1)[0][0]
     else:
-        prompt.answer_tokens = max(lengths)
+        prompt.answer_tokens = max([*lengths, given or 0])
