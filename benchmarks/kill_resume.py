@@ -1,7 +1,7 @@
 """A real training killed with SIGKILL at random moments and resumed each time.
 
-Compares the vectors and the best dev result with those of an undisturbed run. The last line is JSON.
-The model is SmolLM2-135M, on the demo's facts; each run is a process of its own.
+Compares the vectors and the best dev result with those of an undisturbed run. The model is
+SmolLM2-135M, on the demo's facts; each run is a process of its own. The last line is JSON.
 """
 
 from __future__ import annotations
