@@ -489,3 +489,24 @@ def test_state_dict_and_saved_files_are_the_same_while_attached(
     for name in names:
         attached = (tmp_path / "attached" / name).read_bytes()
         assert attached == (tmp_path / "before" / name).read_bytes(), name
+
+
+def test_gradients_are_the_same_bits_each_time_with_several_threads() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model = tiny.model("llama", hidden_size=256)
+        rows = torch.randn(3, 256, requires_grad=True)
+        injector = Injector(model)
+        span = injector.add(rows)
+        ids = span.first + torch.randint(3, (64, 64))
+        weight = torch.randn(64, 64, 256)
+        gradients = []
+        for _ in range(6):
+            rows.grad = None
+            (model.get_input_embeddings()(ids) * weight).sum().backward()
+            assert rows.grad is not None
+            gradients.append(rows.grad.clone())
+        assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+    finally:
+        torch.set_num_threads(threads)

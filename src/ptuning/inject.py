@@ -14,6 +14,7 @@ import threading
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import InputError
@@ -168,8 +169,9 @@ class Injector:
                     f"ids 0 to {self.threshold - 1}, attached prompts have "
                     + ", ".join(f"{s.first} to {s.end - 1}" for s in self.spans)
                 )
-        # Gather in the table's own precision, then convert: gradients add up in float32.
-        vectors = table[row.clamp(min=0)].to(output.dtype)
+        # Gather in the table's own precision, then convert: gradients add up in float32. Plain
+        # indexing would add them up with several threads in an order that changes from run to run.
+        vectors = F.embedding(row.clamp(min=0), table).to(output.dtype)
         return torch.where(virtual.unsqueeze(-1), vectors, output)
 
     def __getstate__(self) -> dict[str, Any]:
