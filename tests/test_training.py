@@ -250,6 +250,39 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
         assert torch.isfinite(value).all()
 
 
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
+    model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    calls = []
+
+    def overflow(gradient: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return gradient * float("inf") if len(calls) > 4 else gradient
+
+    def watch(module: Any, args: Any, options: Any) -> None:
+        hidden = args[0] if args else options["hidden_states"]
+        if hidden.requires_grad:
+            hidden.register_hook(overflow)
+
+    hook = model.model.layers[0].register_forward_pre_hook(watch, with_kwargs=True)
+    with pytest.raises(TrainingError, match="the gradient is not finite at step 5 of 8"):
+        train(
+            model,
+            tokenizer,
+            prompt_for(),
+            ROWS,
+            epochs=2,
+            batch_size=2,
+            checkpoint_seconds=0,
+            output=tmp_path,
+        )
+    hook.remove()
+    state = checkpoint.load_newest(tmp_path)
+    assert state is not None
+    for value in state["learners"][0]["encoder"].values():
+        assert torch.isfinite(value).all()
+
+
 @pytest.mark.parametrize("encoder", ["mlp", "lstm", "none"])
 def test_words_initialise_their_virtual_tokens(model: Any, tokenizer: Any, encoder: str) -> None:
     prompt = Prompt("[P*2] {country} [P:capital of] [MASK]", answer="capital", encoder=encoder)

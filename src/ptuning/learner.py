@@ -55,8 +55,14 @@ class Learner:
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
         return torch.randperm(count, generator=generator).tolist()
 
-    def update(self) -> None:
-        """Clip, take one optimizer step, and clear the gradient."""
+    def update(self) -> bool:
+        """Clip, take one optimizer step, and clear the gradient.
+
+        Returns:
+            False where the gradient was not finite: then no step was taken. (In fp16 accelerate's
+            scaler skips such steps by itself and lowers its scale.)
+        """
+        finite = True
         if self.active:
             parameters = list(self.member.parameters())
             if self.accelerator.num_processes > 1:
@@ -64,10 +70,13 @@ class Learner:
                     grad = parameter.grad if parameter.grad is not None else parameter * 0
                     parameter.grad = self.accelerator.reduce(grad.detach(), "sum")
             self.accelerator.unscale_gradients(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
-            self.optimizer.step()
-            self.schedule.step()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+            finite = self.accelerator.scaler is not None or bool(torch.isfinite(norm))
+            if finite:
+                self.optimizer.step()
+                self.schedule.step()
         self.optimizer.zero_grad()
+        return finite
 
     def note(self, record: dict[str, float]) -> bool:
         """Take in an epoch's record; True where it is the best so far.

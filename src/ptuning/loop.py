@@ -135,9 +135,9 @@ class Loop:
             total += losses.detach()
         total = self.accelerator.reduce(total, "sum")
         if not bool(torch.isfinite(total).all()):
-            raise TrainingError(self._not_finite(float(total[0])))
-        for learner in self.learners:
-            learner.update()
+            raise TrainingError(self._not_finite(f"the loss is {float(total[0])}"))
+        if not all([learner.update() for learner in self.learners]):
+            raise TrainingError(self._not_finite("the gradient is not finite"))
         return float(total[0])
 
     def _batch(self, chosen: list[list[int]]) -> Batch | None:
@@ -218,7 +218,7 @@ class Loop:
         for learner, saved in zip(self.learners, state["learners"], strict=True):
             learner.load(saved)
 
-    def _not_finite(self, loss: float) -> str:
+    def _not_finite(self, fault: str) -> str:
         best = self.learners[0].best
         kept = (
             f"the best result so far is epoch {best['epoch']}'s" if best else "nothing was learned"
@@ -226,7 +226,7 @@ class Loop:
         rate = self.settings.rate_for(self.prompt.encoder)
         where = f"; the last checkpoint in {self.output} is good" if self.output else ""
         return (
-            f"the loss is {loss} at step {self.step + 1} of {self.steps}: training stopped ({kept}"
+            f"{fault} at step {self.step + 1} of {self.steps}: training stopped ({kept}"
             f"{where}). Use a lower learning rate than {rate:g}, or a base model in bfloat16 or "
             "float32 instead of float16"
         )
