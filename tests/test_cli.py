@@ -216,6 +216,22 @@ def test_a_finished_run_is_kept_and_can_be_replaced_on_request(train: Run, here:
     assert code == 0 and (here / "out/prompt.safetensors").read_bytes() != before
 
 
+def test_a_mistake_does_not_block_the_folder_for_the_corrected_run(train: Run) -> None:
+    assert train(answer="capitol")[0] == 2
+    code, _, err = train()
+    assert code == 0, err
+
+
+def test_a_folder_with_other_files_is_not_used_unasked(train: Run, here: Path) -> None:
+    (here / "out").mkdir()
+    (here / "out/notes.txt").write_text("precious")
+    code, _, err = train()
+    assert code == 2
+    assert_one_line(err, "out is not empty", "--overwrite")
+    assert train("--overwrite")[0] == 0
+    assert (here / "out/notes.txt").read_text() == "precious"
+
+
 TEMPLATES = [
     ("[P*3] {contry} [MASK]", ["'contry'", "'country'"]),
     ("[P*3] {country} [MASK] [MASK]", ["column 24", "second [MASK]"]),

@@ -52,6 +52,8 @@ def load_model(name: str, *, dtype: str = "float32", device: str | None = None) 
         loader = _auto_class(config)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         model = loader.from_pretrained(source, config=config, dtype=DTYPES[dtype])
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

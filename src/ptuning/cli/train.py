@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..prompt import Prompt
     from ..training import TrainResult
 
-OURS = ("prompt.json", "run.yaml", "checkpoints")
+_RUN = ("prompt.json", "checkpoints")
 _PROMPT_OPTIONS = (
     "template",
     "answer",
@@ -190,13 +190,13 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
         raise InputError(f"--output {output} is a file; give a folder")
     if resume or overwrite or not output.is_dir():
         return
-    held = [name for name in OURS if (output / name).exists()]
+    held = [name for name in _RUN if (output / name).exists()]
     if held:
         raise InputError(
             f"--output {output} holds another run ({held[0]}); go on with it (--resume), replace "
             "it (--overwrite), or choose another folder"
         )
-    if any(output.iterdir()):
+    if {path.name for path in output.iterdir()} - {"run.yaml"}:  # left by a run that never began
         raise InputError(
             f"--output {output} is not empty; choose another folder, or --overwrite to write there "
             "all the same"
