@@ -382,7 +382,6 @@ def test_a_prompt_for_another_model_is_refused_or_warned_of(
     assert "warning:" in err and "tiny-llama" in err and "cousin" in err and "other weights" in err
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_one_line_and_keeps_what_was_saved(
     train: Run, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
