@@ -332,12 +332,15 @@ def test_an_unknown_key_of_a_run_file_is_named(run: Run) -> None:
     assert_one_line(err, "run.yaml: unknown option 'epoks'", "epochs")
 
 
-def test_an_input_longer_than_the_context_is_shortened_and_said(train: Run) -> None:
+def test_an_input_longer_than_the_context_is_shortened_and_said(train: Run, run: Run) -> None:
     rows = [{"country": "word " * 400, "capital": "Paris"}, {"country": "Italy", "capital": "Rome"}]
     Path("long.jsonl").write_text("\n".join(map(json.dumps, rows)))
     code, _, err = train(data="long.jsonl")
     assert code == 0, err
     assert "warning: 1 of 2 training examples were shortened to 128 tokens" in err
+    code, _, err = run("predict", "out", "--data", "long.jsonl")
+    assert code == 0
+    assert "warning: 1 of 2 prediction examples were shortened to 128 tokens" in err
     code, _, err = train(data="long.jsonl", template="[P] " + "anchor words " * 200 + "{country}",
                          output="other")  # fmt: skip
     assert code == 2

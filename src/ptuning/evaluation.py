@@ -14,10 +14,9 @@ from .base_model import context_length, eval_mode, task_kind
 from .errors import DataError
 from .prediction import Prediction, predict_details
 from .prompt import Prompt
-from .render import Example, Renderer, answer_column
+from .render import Example, Renderer, answer_column, render_all
 from .score import score
 from .task import Task
-from .training import render_all
 
 
 @dataclass(frozen=True)

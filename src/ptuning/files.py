@@ -53,7 +53,7 @@ def write_folder(
     except OSError as error:
         raise PtuningError(
             f"cannot write to {folder}: {error.strerror or error}; free space there or choose "
-            "another folder (what was saved before is unchanged)"
+            "another folder (the saved prompt there still loads)"
         ) from error
 
 

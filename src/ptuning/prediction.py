@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from .attachment import placed
 from .base_model import context_length, eval_mode, task_kind
 from .collate import Batch
-from .errors import DataError, InputError
+from .errors import InputError
 from .loss import answer_logits, label_scores
-from .render import Example, Rendered, Renderer
+from .render import Example, Renderer, render_all
 from .score import batch_for, model_device
 from .task import Task
 
@@ -95,7 +95,7 @@ def predict_details(
         list(candidates) if candidates else None,
     )
     renderer.compares = bool(renderer.labels)
-    examples = _render(renderer, rows)
+    examples = render_all(renderer, rows, "prediction", answered=False)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].sequences[0].ids))
     result: list[Prediction] = [Prediction("", 0.0)] * len(examples)
     answer = _compare if renderer.compares else _decode
@@ -108,16 +108,6 @@ def predict_details(
             for index, prediction in zip(chosen, answers, strict=True):
                 result[index] = prediction
     return result
-
-
-def _render(renderer: Renderer, rows: Iterable[Example]) -> list[Rendered]:
-    rendered = []
-    for number, row in enumerate(rows, 1):
-        try:
-            rendered.append(renderer(row, answered=False))
-        except DataError as error:
-            raise DataError(f"example {number}: {error}") from None
-    return rendered
 
 
 def _compare(model: nn.Module, renderer: Renderer, batch: Batch) -> list[Prediction]:

@@ -111,7 +111,7 @@ class Renderer:
                 )
             warnings.warn(
                 f"a causal model answers at [MASK]; what follows it is dropped: {template.text}",
-                stacklevel=4,
+                stacklevel=3,
             )
         if task.chat and (self.kind != "causal" or not self.tokenizer.chat_template):
             raise InputError("chat=True needs a causal model whose tokenizer has a chat template")
@@ -211,6 +211,32 @@ class Renderer:
         if self.limit is None or self.kind != "causal":
             return self.limit
         return self.limit + 1 - max(len(sequence.answer), self.task.answer_tokens or 1)
+
+
+def render_all(
+    renderer: Renderer, rows: Iterable[Example], what: str, *, answered: bool = True
+) -> list[Rendered]:
+    """Render examples; says how many were shortened.
+
+    Raises:
+        DataError: names the example at fault by its number, counted from 1.
+    Warns:
+        UserWarning: fields were cut to fit the length limit.
+    """
+    rendered = []
+    for number, row in enumerate(rows, 1):
+        try:
+            rendered.append(renderer(row, answered=answered))
+        except DataError as error:
+            raise DataError(f"{what} example {number}: {error}") from None
+    shortened = sum(example.shortened for example in rendered)
+    if shortened:
+        warnings.warn(
+            f"{shortened} of {len(rendered)} {what} examples were shortened to {renderer.limit} "
+            "tokens",
+            stacklevel=2,
+        )
+    return rendered
 
 
 def answer_column(task: Task, example: Example) -> str:

@@ -19,9 +19,9 @@ from .base_model import context_length, describe, task_kind
 from .collate import IGNORED, Batch
 from .population import Member, Population
 from .prompt import Prompt
-from .render import Example, Rendered, Renderer, answer_column
+from .render import Example, Rendered, Renderer, answer_column, render_all
 from .score import batch_for
-from .training import learn_answer_length, render_all
+from .training import learn_answer_length
 
 
 class PromptModule(Population):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from .base_model import check_same, context_length, describe, task_kind
 from .errors import DataError, InputError
 from .loop import Loop, Progress
 from .prompt import Prompt
-from .render import Example, Rendered, Renderer, answer_column
+from .render import Example, Rendered, Renderer, answer_column, render_all
 from .settings import TrainSettings
 
 
@@ -119,23 +118,6 @@ def _with_options(settings: TrainSettings, options: dict[str, Any]) -> TrainSett
         raise InputError(
             f"unknown training setting {unknown[0]!r}; there are {', '.join(asdict(settings))}"
         ) from None
-
-
-def render_all(renderer: Renderer, rows: Sequence[Example], what: str) -> list[Rendered]:
-    """Render labelled examples; an error names the example by its number, counted from 1."""
-    rendered = []
-    for number, row in enumerate(rows, 1):
-        try:
-            rendered.append(renderer(row))
-        except DataError as error:
-            raise DataError(f"{what} example {number}: {error}") from None
-    shortened = sum(example.shortened for example in rendered)
-    if shortened:
-        warnings.warn(
-            f"{shortened} of {len(rows)} {what} examples were shortened to {renderer.limit} tokens",
-            stacklevel=3,
-        )
-    return rendered
 
 
 def learn_answer_length(prompt: Prompt, renderer: Renderer, examples: list[Rendered]) -> None:
