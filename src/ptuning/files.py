@@ -31,7 +31,7 @@ def write_folder(
 
     Raises:
         PtuningError: the disk is full, the place is read-only, or `folder` is a file; what stood
-            there before is unchanged.
+            there before still loads.
     """
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
