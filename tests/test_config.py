@@ -171,7 +171,10 @@ def test_head_none_is_written_as_mlp_and_read_by_the_reference(tmp_path: Path) -
     [
         ({"peft_type": "LORA"}, ["LORA", "P_TUNING"]),
         ({"peft_type": peft.PeftType.PROMPT_TUNING}, ["PROMPT_TUNING", "P_TUNING"]),
-        ({"task_type": "TRANSLATION"}, ["task_type", "TRANSLATION", "CAUSAL_LM", "TOKEN_CLS"]),
+        (
+            {"task_type": "TRANSLATION"},
+            ["Invalid task type", "TRANSLATION", "CAUSAL_LM", "TOKEN_CLS"],
+        ),
         (
             {"encoder_reparameterization_type": "GRU"},
             ["encoder_reparameterization_type", "GRU", "MLP", "LSTM", "NONE"],
@@ -203,7 +206,7 @@ def test_keys_of_a_newer_version_are_ignored_with_a_warning(tmp_path: Path) -> N
     config = PromptEncoderConfig(**PAGE)
     newer = {**config.to_dict(), "encoder_norm": "rms", "a_new_key": 1}
     (tmp_path / CONFIG_NAME).write_text(json.dumps(newer), encoding="utf-8")
-    with pytest.warns(UserWarning, match=r"unknown.*'a_new_key', 'encoder_norm'"):
+    with pytest.warns(UserWarning, match=r"\['a_new_key', 'encoder_norm'\] for class"):
         assert PromptEncoderConfig.from_pretrained(tmp_path) == config
 
 
@@ -238,7 +241,7 @@ def test_value_of_another_type_in_a_file_is_an_input_error(
     tmp_path: Path, values: dict[str, Any]
 ) -> None:
     (tmp_path / CONFIG_NAME).write_text(json.dumps(values), encoding="utf-8")
-    with pytest.raises(InputError, match=next(iter(values))):
+    with pytest.raises(InputError, match=next(iter(values)).replace("_", ".")):
         PromptEncoderConfig.from_pretrained(tmp_path)
 
 

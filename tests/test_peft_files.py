@@ -198,11 +198,20 @@ def test_a_missing_tensor_is_an_error_that_lists_what_is_there(
     assert all(name in str(caught.value) for name in tensors)
 
 
-def test_further_tensors_are_an_error(folder: Path) -> None:
+def test_tensors_of_another_method_are_an_error(folder: Path) -> None:
+    name = "score.lora_A.weight"
+    rewrite(folder, {"prompt_embeddings": torch.ones(4, 32), name: torch.ones(2)})
+    with pytest.raises(PromptFileError, match=r"also holds \['score.lora_A.weight'\]"):
+        ptuning.Prompt.load(folder)
+
+
+def test_a_prompt_with_trained_modules_is_not_attached_without_them(folder: Path) -> None:
     name = "base_model.score.weight"
     rewrite(folder, {"prompt_embeddings": torch.ones(4, 32), name: torch.ones(2)})
-    with pytest.raises(PromptFileError, match=r"also holds \['base_model.score.weight'\]"):
-        ptuning.Prompt.load(folder)
+    prompt = ptuning.Prompt.load(folder)
+    assert list(prompt.modules) == ["score.weight"]
+    with pytest.raises(InputError, match=r"trained together with score.weight .* peft_compat"):
+        ptuning.attach(tiny.model("llama"), None, prompt)
 
 
 @pytest.mark.parametrize("shape", [(3, 32), (8, 32), (4,), (4, 1, 32), (0, 32)])
@@ -271,6 +280,6 @@ def test_missing_weights_are_an_error(folder: Path) -> None:
 
 def test_keys_of_a_newer_peft_warn_and_are_ignored(folder: Path) -> None:
     reconfigure(folder, new_setting=1)
-    with pytest.warns(UserWarning, match=r"ignored: \['new_setting'\]"):
-        vectors, config = peft_files.read(folder)
+    with pytest.warns(UserWarning, match=r"\['new_setting'\].*ignored"):
+        vectors, config, _ = peft_files.read(folder)
     assert len(vectors) == config.num_virtual_tokens == 4

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .base_model import check_same, first_free_id
 from .errors import InputError
 from .inject import ATTACHING, Injector, Span
+from .placement import Placement
 from .prompt import Prompt
 from .task import Task
 
@@ -34,6 +35,11 @@ class Attachment:
         at_least = first_free_id(tokenizer)
         for prompt in prompts:
             prompt.trained_vectors()
+            if prompt.modules:
+                raise InputError(
+                    f"this prompt was trained together with {', '.join(sorted(prompt.modules))} "
+                    "and means nothing without them; load it with ptuning.peft_compat"
+                )
             check_same(prompt.base_model, model, tokenizer)
         with ATTACHING:
             self._injector = Injector.on(model)
@@ -79,25 +85,16 @@ class Attachment:
         Returns:
             ``input_ids`` and ``attention_mask`` (and ``labels``) ``(B, n + T)``.
         """
+        ids = torch.tensor(self.ids(prompt), device=input_ids.device).expand(len(input_ids), -1)
+        rows, count = ids.shape
+        place = Placement(
+            input_ids.shape[1], [count] * rows, [0] * rows, attention_mask, device=input_ids.device
+        )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        ids = torch.tensor(self.ids(prompt), device=input_ids.device)
-        rows, count = len(input_ids), len(ids)
-        pads = (attention_mask.cumsum(-1) == 0).sum(-1, keepdim=True)
-        # Column c of the result is taken from [v … v | text]: pads first, then v, then the rest.
-        column = torch.arange(count + input_ids.shape[1], device=input_ids.device)
-        source = torch.where(column < pads, column + count, column - pads)
-        source = torch.where(column >= pads + count, column, source)
-
-        def place(front: Tensor, rest: Tensor) -> Tensor:
-            return torch.cat([front, rest], dim=1).gather(1, source)
-
-        result = {
-            "input_ids": place(ids.expand(rows, -1), input_ids),
-            "attention_mask": place(attention_mask.new_ones(rows, count), attention_mask),
-        }
+        result = {"input_ids": place(input_ids, ids), "attention_mask": place(attention_mask, 1)}
         if labels is not None:
-            result["labels"] = place(labels.new_full((rows, count), -100), labels)
+            result["labels"] = place(labels, -100)
         return result
 
     def detach(self) -> None:

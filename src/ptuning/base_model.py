@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from .errors import InputError, PromptFileError
 from .inject import input_embedding
@@ -45,23 +46,33 @@ def task_kind(model: nn.Module) -> str:
     )
 
 
+def reads_left_to_right(model: nn.Module) -> bool:
+    """A decoder-only architecture, whatever its head."""
+    config: Any = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+        return bool(getattr(config, "is_decoder", False))
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
 def context_length(model: nn.Module, tokenizer: Any) -> int | None:
     """The longest input in tokens, or None where neither model nor tokenizer has a limit."""
     config = model.config.get_text_config()  # type: ignore[union-attr,operator]
     names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
     limits = [getattr(tokenizer, "model_max_length", None)]
     limits += [getattr(config, name, None) for name in names]
-    padding_offset = _positions_start_behind_padding(model)
+    offset = padding_offset(model)
     known = [
-        limit - (padding_offset if at > 0 else 0)
+        limit - (offset if at > 0 else 0)
         for at, limit in enumerate(limits)
         if isinstance(limit, int) and 0 < limit < 10**9
     ]
     return min(known) if known else None
 
 
-def _positions_start_behind_padding(model: nn.Module) -> int:
-    """RoBERTa's family numbers positions from ``padding_idx + 1``: that many fewer are usable."""
+def padding_offset(model: nn.Module) -> int:
+    """The first position: ``padding_idx + 1`` in RoBERTa's family, which has that many fewer."""
     for name, module in model.named_modules():
         if name.endswith("embeddings.position_embeddings") and isinstance(module, nn.Embedding):
             return 0 if module.padding_idx is None else module.padding_idx + 1
@@ -76,7 +87,7 @@ def describe(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
     sample = _sample(embedding, rows, columns)
     return {
         "name": name_of(model),
-        "kind": task_kind(model),
+        "kind": _kind(model),
         "revision": getattr(getattr(model, "config", None), "_commit_hash", None),
         "embedding": {
             "width": embedding.embedding_dim,
@@ -84,8 +95,15 @@ def describe(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
             "columns": " ".join(map(str, columns.tolist())),
             "values": [" ".join(f"{float(x):.6f}" for x in row) for row in sample],
         },
-        "tokenizer": tokenizer_hash(tokenizer),
+        "tokenizer": None if tokenizer is None else tokenizer_hash(tokenizer),
     }
+
+
+def _kind(model: nn.Module) -> str:
+    try:
+        return task_kind(model)
+    except InputError:  # a classifier, or no head at all
+        return "other"
 
 
 def _sample(embedding: nn.Embedding, rows: Tensor, columns: Tensor) -> Tensor:

@@ -22,6 +22,24 @@ REFERENCE_VERSION = "0.21.2"
 """The PEFT release whose files and behaviour this package reproduces."""
 
 
+_HUB_OPTIONS = (
+    "revision",
+    "cache_dir",
+    "token",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "repo_type",
+)
+# What other methods call themselves in the reference.
+_OTHER_METHODS = """
+ADALORA ADAMSS ADAPTION_PROMPT BEFT BOFT C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA GRALORA
+HIRA HRA IA3 LILY LN_TUNING LOHA LOKR LORA MISS MULTITASK_PROMPT_TUNING OFT OSF PEANUT POLY
+PREFIX_TUNING PROMPT_TUNING PSOFT PVERA RANDLORA ROAD SHADOW SHIRA SUPERTUNING TINYLORA
+TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT XLORA
+"""
+
+
 class PeftType(enum.StrEnum):
     """The adaptation method; P-tuning is the only one here."""
 
@@ -95,14 +113,15 @@ class PromptEncoderConfig:
     encoder_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.peft_type is not None and self.peft_type != PeftType.P_TUNING:
+        kind = getattr(self.peft_type, "value", self.peft_type)
+        if not isinstance(kind, str | None) or kind in _OTHER_METHODS.split():
             raise InputError(
-                f"peft_type is {self.peft_type!s}, and this package has only P_TUNING: "
+                f"peft_type is {kind!s}, and this package has only P_TUNING: "
                 "load that adapter with the library that made it"
             )
-        self.peft_type = PeftType.P_TUNING
+        self.peft_type = PeftType.P_TUNING  # whatever else it says, as the reference does
         if self.task_type is not None:
-            self.task_type = _member(TaskType, self.task_type, "task_type")
+            self.task_type = _task_type(self.task_type)
         self.encoder_reparameterization_type = _member(
             PromptEncoderReparameterizationType,
             self.encoder_reparameterization_type,
@@ -114,6 +133,16 @@ class PromptEncoderConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise InputError(f"{name} is {value}; give a whole number of at least 1")
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Always true: the base model's weights stay as they are."""
+        return True
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """Always false; the reference's name of another method."""
+        return False
 
     def to_dict(self) -> dict[str, Any]:
         """All fields by name, as plain JSON values where they are enumerations."""
@@ -137,43 +166,111 @@ class PromptEncoderConfig:
         """The text of ``adapter_config.json``: the reference's keys, sorted, indented by two."""
         return json.dumps(self.reference_dict(), indent=2, sort_keys=True)
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write ``adapter_config.json`` into a folder, which is made if need be."""
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        auto_mapping_dict: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        """Write ``adapter_config.json`` into a folder, which is made if need be.
+
+        Args:
+            save_directory: the folder.
+            auto_mapping_dict: written as ``auto_mapping`` if given.
+            options: the reference's further arguments, without effect.
+        """
         folder = Path(save_directory)
         if folder.is_file():
             raise InputError(f"{folder} is a file; give a folder to save the configuration in")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_NAME).write_text(self.to_json(), encoding="utf-8")
+        saved = self if auto_mapping_dict is None else self.replace(auto_mapping=auto_mapping_dict)
+        (folder / CONFIG_NAME).write_text(saved.to_json(), encoding="utf-8")
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other values."""
+        return dataclasses.replace(self, **changes)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **overrides: Any) -> Self:
+    def from_pretrained(
+        cls, path: str | Path, subfolder: str | None = None, **options: Any
+    ) -> Self:
         """Read ``adapter_config.json`` from a folder or a hub repository.
+
+        Args:
+            path: folder or repository.
+            subfolder: of it.
+            options: ``revision``, ``token``, ``cache_dir`` and so on for the hub; fields of the
+                configuration, which take precedence over the file's; others have no effect.
 
         Raises:
             PromptFileError: there is no such file, or it is not a configuration of this method.
         """
-        file = Path(path) / CONFIG_NAME
+        file = Path(path) / (subfolder or "") / CONFIG_NAME
         if not file.is_file():
-            file = _download(str(path))
+            hub = {k: v for k, v in options.items() if k in _HUB_OPTIONS}
+            file = _download(str(path), subfolder, hub)
+        own = {f.name for f in dataclasses.fields(cls)} - set(_HUB_OPTIONS)
+        changes = {k: v for k, v in options.items() if k in own}
+        return cls.from_dict({**cls.from_json_file(file), **changes})
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> dict[str, Any]:
+        """The values in a configuration's file.
+
+        Raises:
+            PromptFileError: it is not readable, or holds no JSON object.
+        """
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise PromptFileError(f"{file} is not valid JSON ({error}); save it again") from error
+            raise PromptFileError(f"{path} is not valid JSON ({error}); save it again") from error
         if not isinstance(values, dict):
-            raise PromptFileError(f"{file} holds no JSON object; a configuration is expected")
-        return cls.from_dict({**values, **overrides})
+            raise PromptFileError(f"{path} holds no JSON object; a configuration is expected")
+        values.pop("runtime_config", None)  # never belongs in a file, says the reference
+        return values
+
+    @classmethod
+    def from_peft_type(cls, **values: Any) -> Self:
+        """Build a configuration from its fields (the reference's name for `from_dict`)."""
+        return cls.from_dict(values)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build a configuration; unknown keys (a newer version's) are ignored with a warning."""
+        """Build a configuration; unknown keys (a newer version's) are ignored with a warning.
+
+        Raises:
+            PromptFileError: unknown keys and no ``peft_type``: another program's file.
+        """
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
-        if values.get("peft_type") in (None, PeftType.P_TUNING) and unknown:
-            warnings.warn(
-                f"the configuration has keys unknown to this version, which are ignored: {unknown}",
-                stacklevel=2,
+        if unknown and "peft_type" not in values:
+            raise _NoConfigurationError(
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: "
+                f"{{'peft_type'}}. It has {sorted(values)}; give the folder of a saved adapter"
             )
-        return cls(**{key: value for key, value in values.items() if key in known})
+        config = cls(**{key: value for key, value in values.items() if key in known})
+        if unknown:
+            warnings.warn(
+                f"Unexpected keyword arguments {unknown} for class {cls.__name__}, these are "
+                "ignored. A newer version may have written them: upgrade to use them",
+                stacklevel=3,
+            )
+        return config
+
+
+class _NoConfigurationError(PromptFileError, TypeError):
+    """Also a ``TypeError``, which the reference raises."""
+
+
+def _task_type(value: str) -> TaskType:
+    try:
+        return TaskType(value)
+    except ValueError:
+        raise InputError(
+            f"Invalid task type: '{value}'. Must be one of the following task types: "
+            f"{', '.join(TaskType)}."
+        ) from None
 
 
 def _member(kind: type[enum.StrEnum], value: str, name: str) -> Any:
@@ -184,12 +281,13 @@ def _member(kind: type[enum.StrEnum], value: str, name: str) -> Any:
         raise InputError(f"{name} is {value!r}; expected one of {expected}") from None
 
 
-def _download(repository: str) -> Path:
+def _download(repository: str, subfolder: str | None, options: dict[str, Any]) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(repository, CONFIG_NAME))
+        return Path(hf_hub_download(repository, CONFIG_NAME, subfolder=subfolder, **options))
     except Exception as error:
         raise PromptFileError(
-            f"no {CONFIG_NAME} in {repository!r}, neither as a folder nor on the hub: {error}"
+            f"Can't find '{CONFIG_NAME}' at '{repository}', neither as a folder nor on the hub: "
+            f"{error}"
         ) from error

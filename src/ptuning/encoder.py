@@ -84,7 +84,9 @@ class PromptEncoder(nn.Module):
     def _build_mlp(self, config: PromptEncoderConfig) -> None:
         if config.encoder_num_layers != PromptEncoderConfig.encoder_num_layers:
             warnings.warn(
-                "encoder_num_layers is ignored for MLP: its head always has three linear layers",
+                # The reference's words, which its users' tests know; it counts hidden layers.
+                "for MLP, the argument `encoder_num_layers` is ignored. Exactly 2 MLP layers are "
+                "used.",
                 stacklevel=3,
             )
         self.mlp_head = nn.Sequential(

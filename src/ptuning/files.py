@@ -168,13 +168,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def local_folder(path: str | Path, revision: str | None = None) -> Path:
+def local_folder(
+    path: str | Path, revision: str | None = None, subfolder: str | None = None, **hub: Any
+) -> Path:
     """`path` itself where it is a folder, else a snapshot of that hub repository.
+
+    Args:
+        path: a folder, or a repository's name.
+        revision: of the repository.
+        subfolder: of either.
+        hub: ``token``, ``cache_dir`` and the like.
 
     Raises:
         PromptFileError: neither exists.
     """
-    folder = Path(path)
+    folder = Path(path) / (subfolder or "")
     if folder.is_dir():
         return folder
     if folder.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
@@ -182,8 +190,9 @@ def local_folder(path: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.md"]
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
+        patterns = ["*.json", "*.safetensors", "*.md", "*.bin"]
+        root = snapshot_download(str(path), revision=revision, allow_patterns=patterns, **hub)
+        return Path(root) / (subfolder or "")
     except Exception as error:
         raise PromptFileError(
             f"{path} is neither a folder here nor a repository on the hub "

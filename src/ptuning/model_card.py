@@ -19,8 +19,10 @@ def model_card(description: dict[str, Any]) -> str:
     """Markdown with the hub's metadata block, from the values of ``prompt.json``."""
     base = description["base_model"].get("name", "")
     template = description["template"]
-    lines = ["---", "library_name: ptuning"]
-    if base and not base.startswith(("/", ".")):
+    reads = "peft" if description.get("peft_config") and template is None else "ptuning"
+    lines = ["---", f"library_name: {reads}"]
+    # A local path means nothing on the hub, but PEFT's card of an adapter has it.
+    if base and (reads == "peft" or not base.startswith(("/", "."))):
         lines.append(f"base_model: {base}")
     lines += ["tags:", "- p-tuning", "- prompt", "---", "", "# A P-tuned prompt", ""]
     lines.append(

@@ -5,8 +5,6 @@ A prompt does not hold the base model. Its folder is described in ``docs/checkpo
 
 from __future__ import annotations
 
-import json
-import uuid
 import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,14 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from . import files, peft_files
+from . import files, peft_files, prompt_files
 from .base_model import fingerprint
 from .config import CONFIG_NAME, PromptEncoderConfig, PromptEncoderReparameterizationType
 from .errors import InputError, PromptFileError
-from .model_card import model_card
 from .task import Task, at_least_one, check_type, one_of
 
-FORMAT_VERSION = 1
 _ENCODER = ("encoder", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout")
 
 
@@ -43,6 +39,9 @@ class Prompt(Task):
         encoder_weights: the encoder's state dict, so that training can continue.
         base_model: name and fingerprints of the model that it was trained on.
         training: facts of the training (examples, majority answer, scores).
+        modules: tensors of modules trained with the prompt, such as a classifier's head, by their
+            names in the model (`peft_compat`); empty for most prompts.
+        peft_config: the configuration that `peft_compat` made it from; empty for others.
 
     Raises:
         InputError, TemplateError: settings that contradict each other or the template language.
@@ -62,11 +61,13 @@ class Prompt(Task):
     encoder_weights: dict[str, Tensor] | None = field(default=None, repr=False)
     base_model: dict[str, Any] = field(default_factory=dict, repr=False)
     training: dict[str, Any] = field(default_factory=dict, repr=False)
+    modules: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    peft_config: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         kind = self.encoder.lower() if isinstance(self.encoder, str) else self.encoder
         self.encoder = one_of("encoder", kind, ("mlp", "lstm", "none"))
-        check_type(self, dict, "base_model", "training")
+        check_type(self, dict, "base_model", "training", "peft_config")
         if isinstance(self.encoder_dropout, int):
             self.encoder_dropout = float(self.encoder_dropout)
         check_type(self, float, "encoder_dropout")
@@ -164,23 +165,7 @@ class Prompt(Task):
                 virtual tokens in front of everything.
         """
         vectors = self.trained_vectors().float()
-        tensors = {"vectors": vectors}
-        if keep_encoder and self.encoder_weights is not None:
-            tensors |= {f"encoder.{name}": w for name, w in self.encoder_weights.items()}
-        description = {
-            "format_version": FORMAT_VERSION,
-            "save_id": uuid.uuid4().hex,
-            "num_virtual_tokens": len(vectors),
-            **self.settings(),
-            "base_model": self.base_model,
-            "training": self.training,
-        }
-        metadata = {"format": "pt", "prompt": json.dumps(description, ensure_ascii=False)}
-        content = {
-            "prompt.safetensors": files.pack_tensors(tensors, metadata),
-            "prompt.json": files.pack_json(description),
-            "README.md": model_card(description).encode(),
-        }
+        content = self.contents(keep_encoder=keep_encoder)
         kind = self.base_model.get("kind", "causal")
         fits_peft = self.special_tokens == "after" and kind in peft_files.TASK_TYPES
         if fits_peft if peft is None else peft:
@@ -188,6 +173,23 @@ class Prompt(Task):
             content |= peft_files.pack(vectors, config, kind)
         stale = [name for name in peft_files.NAMES if name not in content]
         files.write_folder(folder, content, remove=stale)
+
+    def contents(self, *, keep_encoder: bool = True) -> dict[str, bytes]:
+        """The files of a saved prompt, without PEFT's: name -> content."""
+        vectors = self.trained_vectors().float()
+        tensors = {"vectors": vectors}
+        if keep_encoder and self.encoder_weights is not None:
+            tensors |= {f"encoder.{name}": w for name, w in self.encoder_weights.items()}
+        tensors |= {f"module.{name}": w for name, w in self.modules.items()}
+        description = {
+            "num_virtual_tokens": len(vectors),
+            **self.settings(),
+            "base_model": self.base_model,
+            "training": self.training,
+        }
+        if self.peft_config:
+            description["peft_config"] = self.peft_config
+        return prompt_files.pack(description, tensors)
 
     @classmethod
     def load(cls, path: str | Path, *, revision: str | None = None) -> Prompt:
@@ -200,29 +202,13 @@ class Prompt(Task):
         ours = any((folder / name).exists() for name in ("prompt.json", "prompt.safetensors"))
         if not ours and (folder / CONFIG_NAME).is_file():
             return cls._from_peft(*peft_files.read(folder))
-        tensors, metadata = files.read_tensors(folder / "prompt.safetensors")
-        description = _description(folder, metadata)
-        return cls._from_saved(folder, description, tensors)
+        return cls._from_saved(folder, *prompt_files.read(folder))
 
     @classmethod
     def _from_saved(
         cls, folder: Path, description: dict[str, Any], tensors: dict[str, Tensor]
     ) -> Prompt:
-        version = description.get("format_version")
-        if not isinstance(version, int) or version > FORMAT_VERSION:
-            raise PromptFileError(
-                f"{folder} has format version {version!r}, and this ptuning reads up to "
-                f"{FORMAT_VERSION}: upgrade ptuning"
-            )
-        vectors = tensors.pop("vectors", None)
-        if vectors is None or vectors.dim() != 2:
-            raise PromptFileError(f"{folder}/prompt.safetensors has no table of vectors")
-        if len(vectors) != description.get("num_virtual_tokens"):
-            raise PromptFileError(
-                f"{folder}: prompt.json names {description.get('num_virtual_tokens')} virtual "
-                f"tokens, prompt.safetensors holds {len(vectors)}"
-            )
-        known = {f.name for f in fields(cls)}
+        known = {f.name for f in fields(cls)} - {"modules"}
         ignored = sorted(set(description) - known - {"format_version", "save_id"})
         if ignored:
             warnings.warn(f"{folder}: unknown keys are ignored: {ignored}", stacklevel=3)
@@ -232,22 +218,30 @@ class Prompt(Task):
             raise PromptFileError(f"{folder}/prompt.json: {error}") from error
         if prompt.base_model:
             fingerprint(prompt.base_model)
-        prompt.vectors = vectors
-        weights = {k.removeprefix("encoder."): v for k, v in tensors.items()}
-        prompt.encoder_weights = weights or None
+        prompt.vectors = tensors["vectors"]
+        prompt.encoder_weights = prompt_files.starting(tensors, "encoder.") or None
+        prompt.modules = prompt_files.starting(tensors, "module.")
         return prompt
 
     @classmethod
-    def _from_peft(cls, vectors: Tensor, config: PromptEncoderConfig) -> Prompt:
-        prompt = cls(
-            num_virtual_tokens=len(vectors),
+    def _from_peft(
+        cls, rows: Tensor, config: PromptEncoderConfig, modules: dict[str, Tensor]
+    ) -> Prompt:
+        prompt = cls.of_config(config)
+        prompt.vectors, prompt.modules = rows[: config.num_virtual_tokens], modules
+        return prompt
+
+    @classmethod
+    def of_config(cls, config: PromptEncoderConfig, template: str | None = None) -> Prompt:
+        """An untrained prompt with a configuration's encoder."""
+        return cls(
+            template,
+            num_virtual_tokens=config.num_virtual_tokens,
             encoder=str(config.encoder_reparameterization_type).lower(),
             encoder_hidden_size=config.encoder_hidden_size,
             encoder_num_layers=config.encoder_num_layers,
             encoder_dropout=config.encoder_dropout,
         )
-        prompt.vectors = vectors
-        return prompt
 
     def push_to_hub(self, repository: str, *, private: bool | None = None, **options: Any) -> str:
         """Upload the saved prompt to the hub; gives the address of the commit."""
@@ -260,26 +254,3 @@ class Prompt(Task):
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder)
             return str(api.upload_folder(repo_id=name, folder_path=folder))
-
-
-def _description(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    """``prompt.json``, or the copy inside the tensors where a save was cut off between the two."""
-    try:
-        copy = json.loads(metadata.get("prompt", "{}"))
-    except ValueError:
-        copy = None
-    if not isinstance(copy, dict):
-        raise PromptFileError(
-            f"{folder}/prompt.safetensors holds a damaged description; copy it again or retrain"
-        )
-    if not (folder / "prompt.json").is_file() and copy:
-        return copy
-    description = files.read_json(folder / "prompt.json")
-    if copy and copy.get("save_id") != description.get("save_id"):
-        warnings.warn(
-            f"{folder}/prompt.json belongs to another save than prompt.safetensors (a save was cut "
-            "off); the description inside prompt.safetensors is used",
-            stacklevel=4,
-        )
-        return copy
-    return description

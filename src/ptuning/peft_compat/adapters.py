@@ -1,0 +1,131 @@
+"""What one adapter is: its configuration made complete by the model, its frame, its table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import PeftType, PromptEncoderConfig, TaskType
+from ..encoder import PromptEncoder
+from ..errors import InputError
+from ..inject import Injector, Span, input_embedding
+from .frame import Frame
+
+HEADS = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+"""What is trained with the prompt besides ``modules_to_save``, by task."""
+_SIZES = {
+    "num_layers": ("num_hidden_layers", "n_layer", "encoder_layers"),
+    "num_attention_heads": ("n_head", "num_heads", "encoder_attention_heads"),
+}
+
+
+@dataclass
+class Adapter:
+    """One adapter on a model.
+
+    Attributes:
+        config: complete.
+        frame: what it puts around a row's text.
+        span: its virtual ids.
+    """
+
+    config: PromptEncoderConfig
+    frame: Frame
+    span: Span
+    _known: tuple[Any, ...] | None = None
+
+    def write(self, injector: Injector, encoder: PromptEncoder) -> None:
+        """Let the virtual ids stand for what the encoder gives now.
+
+        Without gradients nothing is computed again until the encoder changes.
+        """
+        count = len(self.span.rows)
+        if torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters()):
+            self._known = None
+            injector.write(self.span, encoder.table()[:count])
+            return
+        state = tuple((p.data_ptr(), p._version) for p in encoder.parameters())
+        if state != self._known or encoder.training:
+            with torch.inference_mode(False), torch.no_grad():
+                rows = encoder.table()[:count].clone()
+            injector.write(self.span, rows)
+            self._known = state
+
+    def attach(self, injector: Injector) -> None:
+        """Claim other ids for the same rows."""
+        self.span = injector.add(self.span.rows)
+        self._known = None
+
+    def release(self, injector: Injector) -> None:
+        """Let go of the graph of the rows."""
+        if self.span.rows.requires_grad:
+            injector.write(self.span, self.span.rows.detach())
+
+
+def checked(config: Any) -> PromptEncoderConfig:
+    """A configuration of this package; the reference's own objects are taken over.
+
+    Raises:
+        InputError: it belongs to another method, or is no configuration.
+    """
+    if isinstance(config, PromptEncoderConfig):
+        return config
+    to_dict = getattr(config, "to_dict", None)
+    if to_dict is None or not hasattr(config, "peft_type"):
+        raise InputError(
+            f"the configuration is a {type(config).__name__}; give a PromptEncoderConfig"
+        )
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind != PeftType.P_TUNING:
+        raise InputError(
+            f"peft_type is {kind}, and this package has only P_TUNING: use that configuration "
+            "with the library that it belongs to"
+        )
+    return PromptEncoderConfig.from_dict(to_dict())
+
+
+def completed(config: PromptEncoderConfig, model: nn.Module, frame: Frame | None) -> dict[str, Any]:
+    """The values that the model and the template give a configuration.
+
+    Raises:
+        InputError: no number of virtual tokens, one that is not the template's, or a width that is
+            not the model's.
+    """
+    count = config.num_virtual_tokens or (frame.count if frame else None)
+    if count is None:
+        raise InputError("num_virtual_tokens is missing; give the number of virtual tokens")
+    if frame is not None and frame.count != count:
+        raise InputError(
+            f"num_virtual_tokens is {count}, and the template has {frame.count} virtual tokens: "
+            f"{frame.template}; make them agree"
+        )
+    width = input_embedding(model).embedding_dim
+    if config.token_dim not in (None, width):
+        raise InputError(
+            f"token_dim is {config.token_dim}, and the model's input embedding is {width} wide; "
+            "leave token_dim out, or give the model that the configuration was made for"
+        )
+    doubled = config.task_type == TaskType.SEQ_2_SEQ_LM and frame is None
+    values: dict[str, Any] = {
+        "num_virtual_tokens": count,
+        "token_dim": width,
+        "num_transformer_submodules": config.num_transformer_submodules or (2 if doubled else 1),
+        "encoder_hidden_size": config.encoder_hidden_size or width,
+    }
+    about: Any = getattr(model, "config", None)
+    about = about.get_text_config() if hasattr(about, "get_text_config") else about
+    for name, others in _SIZES.items():
+        known = (getattr(about, other, None) for other in (name, *others))
+        values[name] = getattr(config, name) or next((v for v in known if v is not None), None)
+    trained = [*(config.modules_to_save or ())]
+    if config.task_type is not None:
+        trained += HEADS.get(TaskType(config.task_type), ())
+    values["modules_to_save"] = list(dict.fromkeys(trained)) or None
+    return values

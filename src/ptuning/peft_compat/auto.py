@@ -1,0 +1,153 @@
+"""``AutoPeftModel…``: base model and adapter from one name."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, ClassVar
+
+import transformers
+
+from ..config import PromptEncoderConfig, TaskType
+from ..errors import InputError
+from .model import PeftModel
+
+_LIBRARIES = ("transformers",)
+
+
+class AutoPeftModel:
+    """Loads an adapter of no declared task and the base model that it names."""
+
+    task_type: ClassVar[TaskType | None] = None
+    base_class: ClassVar[Any] = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        raise OSError(
+            f"{type(self).__name__} is designed to be instantiated using the "
+            f"`{type(self).__name__}.from_pretrained(pretrained_model_name_or_path)` method"
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PromptEncoderConfig | None = None,
+        revision: str | None = None,
+        import_allowlist: list[str] | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Load base model and adapter.
+
+        Args:
+            pretrained_model_name_or_path: the adapter's folder or hub repository; its configuration
+                names the base model.
+            adapter_name: its name here.
+            is_trainable: go on training.
+            config: instead of the saved one.
+            revision: of the adapter.
+            import_allowlist: libraries from which the base model's class may come.
+            kwargs: for the base model's ``from_pretrained``; ``tokenizer``, ``reference_layout``
+                and ``drop_virtual_positions`` are `PeftModel`'s.
+
+        Raises:
+            InputError: the adapter belongs to another task, or names no base model.
+        """
+        place = pretrained_model_name_or_path
+        own = ("tokenizer", "reference_layout", "drop_virtual_positions")
+        options = {name: kwargs.pop(name) for name in own if name in kwargs}
+        hub = {name: kwargs[name] for name in ("token", "cache_dir") if name in kwargs}
+        saved = PromptEncoderConfig.from_pretrained(place, revision=revision, **hub)
+        if saved.task_type != cls.task_type:
+            raise InputError(
+                f"Expected target PEFT class: {PeftModel.by_task[saved.task_type].__name__}, but you have "
+                f"asked for: {PeftModel.by_task[cls.task_type].__name__}; use the class of the task type "
+                f"{saved.task_type}"
+            )
+        if not saved.base_model_name_or_path:
+            raise InputError(
+                f"the configuration in {place} names no base model; load the base model yourself "
+                "and use PeftModel.from_pretrained"
+            )
+        base_class = cls.base_class or _named(saved.auto_mapping, import_allowlist)
+        base = base_class.from_pretrained(
+            saved.base_model_name_or_path, revision=saved.revision, **kwargs
+        )
+        if (Path(place) / "tokenizer_config.json").is_file():
+            _grow(base, transformers.AutoTokenizer.from_pretrained(place))
+        return PeftModel.from_pretrained(
+            base,
+            place,
+            adapter_name=adapter_name,
+            is_trainable=is_trainable,
+            config=config,
+            revision=revision,
+            **hub,
+            **options,
+        )
+
+
+def _named(mapping: dict[str, Any] | None, allowed: list[str] | None) -> Any:
+    """The base model's class as a configuration names it, from libraries that may be imported."""
+    if not mapping:
+        raise InputError(
+            "Cannot infer the auto class from the config: it has no task type and no auto_mapping; "
+            "load the base model yourself and use PeftModel.from_pretrained"
+        )
+    library = mapping["parent_library"]
+    known = _LIBRARIES if allowed is None else tuple(allowed)
+    if not any(library == name or library.startswith(f"{name}.") for name in known):
+        raise InputError(
+            f"The auto mapping wants to import '{library}' which is not in the import allowlist "
+            f"{list(known)}. If you trust it, give import_allowlist=['{library}']"
+        )
+    return getattr(importlib.import_module(library), mapping["base_model_class"])
+
+
+def _grow(model: Any, tokenizer: Any) -> None:
+    """Make room for tokens that were added to the tokenizer saved with an adapter."""
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+
+
+class AutoPeftModelForCausalLM(AutoPeftModel):
+    """A causal language model with its adapter."""
+
+    task_type = TaskType.CAUSAL_LM
+    base_class = transformers.AutoModelForCausalLM
+
+
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    """An encoder-decoder model with its adapter."""
+
+    task_type = TaskType.SEQ_2_SEQ_LM
+    base_class = transformers.AutoModelForSeq2SeqLM
+
+
+class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    """A sequence classifier with its adapter."""
+
+    task_type = TaskType.SEQ_CLS
+    base_class = transformers.AutoModelForSequenceClassification
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel):
+    """A token classifier with its adapter."""
+
+    task_type = TaskType.TOKEN_CLS
+    base_class = transformers.AutoModelForTokenClassification
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    """An extractive question answering model with its adapter."""
+
+    task_type = TaskType.QUESTION_ANS
+    base_class = transformers.AutoModelForQuestionAnswering
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    """A model without a head, with its adapter."""
+
+    task_type = TaskType.FEATURE_EXTRACTION
+    base_class = transformers.AutoModel

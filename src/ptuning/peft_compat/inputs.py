@@ -1,0 +1,268 @@
+"""A call's arguments with the prompts placed among them.
+
+The rows' token ids get the adapters' virtual ids put in, and everything that has a value per token
+(mask, labels, token types, positions) is spread likewise. Rows given as ``inputs_embeds`` become
+virtual ids too, so there is one way in. The reference's own layout is the exception: it is
+reproduced through ``inputs_embeds``, as the reference does it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import TaskType
+from ..errors import InputError
+from ..inject import Injector, Span
+from ..placement import Placement, padding
+from .frame import Frame
+
+Seat = tuple[Frame, Span] | None
+"""An adapter's frame and the virtual ids of its rows; None for a row without a prompt."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """What must be known of the base model to place inputs.
+
+    Attributes:
+        model: the base model.
+        injector: its hooks.
+        task: what the model is used for, or None.
+        causal: it reads from left to right.
+        position_offset: what its position ids begin with (RoBERTa's family: behind the padding id).
+        reference_layout: place virtual tokens in front of the padding, as the reference does.
+    """
+
+    model: Any
+    injector: Injector
+    task: TaskType | None
+    causal: bool
+    position_offset: int
+    reference_layout: bool
+
+    @property
+    def encodes_and_decodes(self) -> bool:
+        """The model has an encoder and a decoder; prompts stand in the encoder's input."""
+        return bool(self.model.config.is_encoder_decoder)
+
+    @property
+    def logits_of_decoder(self) -> bool:
+        """Its logits and hidden states belong to a decoder, whose input has no prompt."""
+        per_input = (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+        return self.encodes_and_decodes and self.task not in per_input
+
+    def accepts(self, name: str) -> bool:
+        """Its forward has an argument of this name."""
+        return name in inspect.signature(self.model.forward).parameters
+
+
+def place(
+    base: Base, seats: Sequence[Seat], inputs: dict[str, Any], stack: ExitStack
+) -> tuple[dict[str, Any], Placement]:
+    """A call's arguments with prompts in them.
+
+    Args:
+        base: the model.
+        seats: for each row what is put around its text; one for all rows alike.
+        inputs: the call's arguments.
+        stack: holds what must be undone after the call.
+
+    Returns:
+        The base model's arguments, and where the text stands in them.
+
+    Raises:
+        InputError: no ids or embeddings, or both, or a mask of another shape.
+    """
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    text, embedded = _text(inputs)
+    rows, length = text.shape[:2]
+    mask = inputs.pop("attention_mask", None)
+    if mask is not None and mask.shape != (rows, length):
+        raise InputError(
+            f"attention_mask has shape {tuple(mask.shape)}, and the input ({rows}, {length}): give "
+            "one value per token of the text; virtual tokens are added here"
+        )
+    seats = list(seats) * rows if len(seats) == 1 else seats
+    where = _placement(base, seats, text, mask, embedded)
+    if where.ragged and mask is None:
+        mask = torch.ones(rows, length, dtype=torch.long, device=text.device)
+    ids = _inserted_ids(seats, where.inserted, text.device)
+    if mask is not None:
+        inputs["attention_mask"] = where(mask, 1)
+    _spread(base, inputs, where, (rows, length), mask)
+    if base.reference_layout:
+        inputs["inputs_embeds"] = _embeddings(base, where, text, ids, embedded)
+        return inputs, where
+    if embedded:
+        span = base.injector.add(text.flatten(0, 1))
+        stack.callback(base.injector.remove, span)
+        text = torch.arange(span.first, span.end, device=text.device).view(rows, length)
+    inputs["input_ids"] = where(text, ids.clamp(min=0), pad=_pad_id(base.model))
+    _add_positions(base, inputs, where, mask)
+    if base.task == TaskType.SEQ_CLS and base.causal:
+        _mark_padding(base, inputs, stack)
+    return inputs, where
+
+
+def _text(inputs: dict[str, Any]) -> tuple[Tensor, bool]:
+    """The rows' ids, or their embeddings; and which of the two."""
+    ids, embeds = inputs.pop("input_ids", None), inputs.pop("inputs_embeds", None)
+    if (ids is None) == (embeds is None):
+        raise InputError("give input_ids or inputs_embeds, one of the two")
+    return (embeds, True) if ids is None else (ids, False)
+
+
+def placed_ids(
+    base: Base, seats: Sequence[Seat], text: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor | None, Placement]:
+    """Ids and mask ``(B, P)`` of rows ``(B, T)`` with their prompts, and where the text stands."""
+    where = _placement(base, seats, text, mask, False)
+    if where.ragged and mask is None:
+        mask = torch.ones_like(text)
+    ids = _inserted_ids(seats, where.inserted, text.device)
+    placed = where(text, ids.clamp(min=0), pad=_pad_id(base.model))
+    return placed, None if mask is None else where(mask, 1), where
+
+
+def _placement(
+    base: Base, seats: Sequence[Seat], text: Tensor, mask: Tensor | None, embedded: bool
+) -> Placement:
+    """Where the prompts of `seats` stand in rows of `text`."""
+    frames = [Frame(()) if seat is None else seat[0] for seat in seats]
+    head = tail = None
+    if any(frame.head or frame.tail for frame in frames):
+        if embedded:
+            raise InputError(
+                "inputs_embeds do not show where special tokens stand, and the template's virtual "
+                "tokens stand inside them; give input_ids"
+            )
+        head, tail = _special(frames, text, mask)
+    return Placement(
+        text.shape[1],
+        [len(frame.before) for frame in frames],
+        [len(frame.after) for frame in frames],
+        mask,
+        head=head,
+        tail=tail,
+        behind_padding=not base.reference_layout,
+        pads_right=base.encodes_and_decodes and not base.reference_layout,
+        fill_left=not base.encodes_and_decodes,
+        device=text.device,
+    )
+
+
+def _special(frames: list[Frame], text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Each row's special tokens in front and behind ``(B,)``, as its own frame has them."""
+    heads, tails = text.new_zeros(len(text)), text.new_zeros(len(text))
+    for frame in set(frames):
+        head, tail = frame.special(text, mask)
+        own = torch.tensor([other == frame for other in frames], device=text.device)
+        if head is not None and tail is not None:
+            heads, tails = torch.where(own, head, heads), torch.where(own, tail, tails)
+    return heads, tails
+
+
+def _inserted_ids(seats: Sequence[Seat], width: int, device: torch.device) -> Tensor:
+    """``(B, width)`` ids that are put in, -1 where a row has fewer."""
+    made: dict[Seat, list[int]] = {}
+    for seat in set(seats):
+        frame, first = (Frame(()), 0) if seat is None else (seat[0], seat[1].first)
+        ids = [first - 1 - i if i < 0 else i for i in (*frame.before, *frame.after)]
+        made[seat] = ids + [-1] * (width - len(ids))
+    return torch.tensor([made[seat] for seat in seats], device=device).view(len(seats), width)
+
+
+def _spread(
+    base: Base,
+    inputs: dict[str, Any],
+    where: Placement,
+    shape: tuple[int, int],
+    mask: Tensor | None,
+) -> None:
+    """Spread what has a value per token over the placed columns."""
+    if "token_type_ids" in inputs:
+        types = inputs.pop("token_type_ids")
+        dropped = base.task in (TaskType.FEATURE_EXTRACTION, TaskType.QUESTION_ANS)
+        if not base.accepts("token_type_ids") or (base.reference_layout and dropped):
+            warnings.warn(
+                "token_type_ids are dropped: "
+                + ("the reference does so" if base.reference_layout else "the model takes none"),
+                stacklevel=4,
+            )
+        else:
+            inputs["token_type_ids"] = where(types, 0)
+    if "position_ids" in inputs:
+        positions = inputs.pop("position_ids")
+        if base.reference_layout:
+            warnings.warn("position_ids are dropped, as the reference does", stacklevel=4)
+        else:
+            inputs["position_ids"] = _shifted(positions, where, mask, base.position_offset)
+    labels = inputs.get("labels")
+    per_token = base.task in (TaskType.CAUSAL_LM, TaskType.TOKEN_CLS) or (
+        base.task is None and not base.encodes_and_decodes
+    )
+    if per_token and labels is not None and labels.shape == shape:
+        inputs["labels"] = where(labels, -100, pad=-100)
+
+
+def _shifted(positions: Tensor, where: Placement, mask: Tensor | None, offset: int) -> Tensor:
+    """The user's positions of the text, with room for what was put in front of it."""
+    placed = where.position_ids()
+    text = torch.arange(where.length, device=positions.device)
+    if mask is not None:
+        text = (text - padding(mask)[0]).clamp(min=0)
+    own = where(positions + where.text_of(placed) - text, 0)
+    is_text = where(torch.ones_like(where.columns), 0) > 0
+    return torch.where(is_text, own, placed + offset)
+
+
+def _embeddings(base: Base, where: Placement, text: Tensor, ids: Tensor, embedded: bool) -> Tensor:
+    embed = base.injector.modules[0]
+    rows = text if embedded else embed(text)
+    return where(rows, embed(ids.clamp(min=0)))
+
+
+def _add_positions(
+    base: Base, inputs: dict[str, Any], where: Placement, mask: Tensor | None
+) -> None:
+    """Positions that do not count padding, where the model's own would."""
+    if "position_ids" in inputs or not base.accepts("position_ids"):
+        return
+    if base.position_offset or (mask is not None and bool(where.lead.any())):
+        inputs["position_ids"] = where.position_ids() + base.position_offset
+
+
+def _mark_padding(base: Base, inputs: dict[str, Any], stack: ExitStack) -> None:
+    """Causal classifiers pool the last token that is not the padding id: let that be the mask's.
+
+    A real token with the padding's id (often the end-of-sequence token) is written as a virtual one
+    that has the same vector.
+    """
+    pad = base.model.config.get_text_config().pad_token_id
+    if pad is None:
+        return
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    same = ids == pad
+    if mask is not None:
+        ids = ids.masked_fill(mask == 0, pad)
+        same = same & (mask != 0)
+    if bool(same.any()):
+        with torch.no_grad():
+            vector = base.injector.modules[0](ids.new_tensor([pad]))
+        span = base.injector.add(vector)
+        stack.callback(base.injector.remove, span)
+        ids = ids.masked_fill(same, span.first)
+    inputs["input_ids"] = ids
+
+
+def _pad_id(model: Any) -> int:
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+    return 0 if pad is None else int(pad)

@@ -1,0 +1,286 @@
+"""``PeftModel``: a base model with P-tuned prompts on it, under the reference's names.
+
+Prompts are token ids here as everywhere in this package (`inject`): a call's ids get virtual ids
+placed among them, and the base model does the rest. One class serves every task; `tasks` gives it
+the names that people import.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers.utils.hub import PushToHubMixin
+
+from ..base_model import padding_offset, reads_left_to_right
+from ..config import PeftType, PromptEncoderConfig, TaskType
+from ..encoder import PromptEncoder
+from ..errors import InputError
+from ..inject import Injector, input_embedding
+from . import calls, heads
+from .adapters import Adapter, checked, completed
+from .frame import Frame, from_template
+from .inputs import Base
+from .names import AdapterDict, check_name
+from .stored import Stored
+from .surface import Surface
+
+
+class PeftModel(Surface, Stored, PushToHubMixin, nn.Module):  # type: ignore[misc]
+    """A base model with adapters.
+
+    Args:
+        model: a transformers model; its weights are frozen, and its input embedding gets the hooks
+            of `inject`.
+        peft_config: of the first adapter.
+        adapter_name: of the first adapter.
+        template: where the virtual tokens and anchors stand around a row's text, such as
+            ``[P*3] {text} [P*3]``; by default in front of the whole input, as the reference.
+        tokenizer: needed with a template.
+        reference_layout: compute what the reference computes, also where that depends on padding
+            (``docs/peft_compat.md`` has the list).
+        drop_virtual_positions: outputs per token have the text's positions only.
+        options: the reference's further arguments, without effect.
+
+    Attributes:
+        base_model: the model.
+        peft_config: adapter name -> configuration.
+        prompt_encoder: adapter name -> `PromptEncoder`.
+        active_adapter: the name of the adapter that calls use.
+
+    Raises:
+        InputError: configuration, template or model do not fit; the model is left as it was.
+    """
+
+    task_type: ClassVar[TaskType | None] = None
+    arguments: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "inputs_embeds")
+    """The order of a call's positional arguments."""
+    _hf_peft_config_loaded = True  # transformers.Trainer asks it before it trains a quantized model
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        PeftModel.by_task.setdefault(cls.task_type, cls)
+        cls.forward = _with_signature(PeftModel._call, cls.arguments)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PromptEncoderConfig,
+        adapter_name: str = "default",
+        *,
+        template: str | None = None,
+        tokenizer: Any = None,
+        reference_layout: bool = False,
+        drop_virtual_positions: bool = False,
+        **options: Any,
+    ):
+        super().__init__()
+        input_embedding(model)
+        self.base_model = model
+        self.peft_type = PeftType.P_TUNING
+        self.prompt_encoder = AdapterDict()
+        self.active_adapter: Any = adapter_name
+        self.reference_layout = reference_layout
+        self.drop_virtual_positions = drop_virtual_positions
+        self.special_peft_forward_args = {"adapter_names"}
+        self._adapters: dict[str, Adapter] = {}
+        self._adapters_disabled = False
+        self._injector = Injector.on(model)
+        self.add_adapter(adapter_name, peft_config, template=template, tokenizer=tokenizer)
+        for name, parameter in model.named_parameters():
+            if ".modules_to_save." not in name:
+                parameter.requires_grad_(False)
+        self._activate_modules()
+
+    @property
+    def peft_config(self) -> dict[str, PromptEncoderConfig]:
+        """Adapter name -> configuration."""
+        return {name: adapter.config for name, adapter in self._adapters.items()}
+
+    @property
+    def active_peft_config(self) -> PromptEncoderConfig:
+        """The active adapter's configuration."""
+        return self.adapter(self.active_adapter).config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapter in a list; empty when all are deleted."""
+        return [self.active_adapter] if self.active_adapter else []
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The names of all modules that adapters train, or None."""
+        names = {n for c in self.peft_config.values() for n in c.modules_to_save or ()}
+        return names or None
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Calls have a prompt in them."""
+        return not self._adapters_disabled and bool(self.active_adapters)
+
+    def adapter(self, name: str) -> Adapter:
+        """The adapter of a name.
+
+        Raises:
+            InputError: there is none.
+        """
+        if name not in self._adapters:
+            raise InputError(f"Adapter {name} not found; there are {list(self._adapters)}")
+        return self._adapters[name]
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PromptEncoderConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        *,
+        template: str | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        """Add an untrained adapter, which is not made active.
+
+        Args:
+            adapter_name: a new name.
+            peft_config: of the adapter; what is missing in it is filled in.
+            low_cpu_mem_usage: without effect; prompts are small.
+            autocast_adapter_dtype: without effect; encoders are float32 whatever the model is.
+            template: as for the class.
+            tokenizer: as for the class.
+
+        Raises:
+            InputError: the name is taken, or the configuration does not fit; nothing is changed.
+        """
+        check_name(adapter_name)
+        if adapter_name in self._adapters:
+            raise InputError(
+                f"Adapter with name '{adapter_name}' already exists; delete it, or give another"
+            )
+        config, frame = checked(peft_config), None
+        if template is not None:
+            causal = reads_left_to_right(self.base_model)
+            frame = from_template(template, tokenizer, causal=causal)
+        values = completed(config, self.base_model, frame)
+        trained = config.replace(**values)
+        encoder = PromptEncoder(trained).to(self._device())
+        found = heads.find(self.base_model, trained.modules_to_save or ())
+        for name, value in values.items():
+            setattr(config, name, value)
+        for wrapper in heads.wrap(self.base_model, list(found)).values():
+            wrapper.add(adapter_name)
+        count = trained.num_virtual_tokens or 0
+        span = self._injector.add(torch.zeros(count, encoder.token_dim, device=self._device()))
+        self._adapters[adapter_name] = Adapter(config, frame or Frame.in_front(count), span)
+        self.prompt_encoder[adapter_name] = encoder.requires_grad_(not config.inference_mode)
+        encoder.train(self.training)
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Make an adapter the one that calls use, and its modules the ones that are trained."""
+        self.adapter(adapter_name)
+        self.active_adapter = adapter_name
+        self._activate_modules(inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off; another one becomes active where it was."""
+        if adapter_name not in self._adapters:
+            raise InputError(
+                f"Adapter {adapter_name} does not exist; there are {list(self._adapters)}"
+            )
+        self._injector.remove(self._adapters.pop(adapter_name).span)
+        del self.prompt_encoder[adapter_name]
+        if self.active_adapter == adapter_name:
+            self.active_adapter = next(iter(self._adapters), [])
+        for path, wrapper in heads.wrappers(self.base_model).items():
+            if adapter_name in wrapper.modules_to_save:
+                del wrapper.modules_to_save[adapter_name]
+            if not wrapper.modules_to_save:
+                heads.unwrap(self.base_model, path)
+        self._activate_modules()
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Calls use the base model as it was, its own modules too, inside the ``with``."""
+        before, self._adapters_disabled = self._adapters_disabled, True
+        try:
+            yield
+        finally:
+            self._adapters_disabled = before
+
+    def _activate_modules(self, inference_mode: bool = False) -> None:
+        active = self.active_adapter or None
+        if active:
+            inference_mode = inference_mode or self.active_peft_config.inference_mode
+        for wrapper in heads.wrappers(self.base_model).values():
+            wrapper.activate(active, trainable=not inference_mode)
+
+    def _call(self, arguments: dict[str, Any]) -> Any:
+        """The base model's output for inputs with the active adapter's prompt in them.
+
+        Takes the base model's arguments; ``adapter_names`` gives each row its own adapter (None or
+        ``"__base__"`` for none), ``drop_virtual_positions`` overrides the model's setting.
+        """
+        return calls.forward(self, arguments)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's ``generate`` with the prompts in front of what is generated.
+
+        Takes ``adapter_names`` too. Sequences hold the text's ids and the new ones, as the
+        reference's do.
+        """
+        if args:
+            kwargs["input_ids"] = args[0]
+        return calls.generate(self, kwargs)
+
+    def base(self) -> Base:
+        """What placing inputs needs to know of the base model."""
+        if self._injector.threshold != self._injector.modules[0].num_embeddings:
+            self._attach_again()
+        return Base(
+            model=self.base_model,
+            injector=self._injector,
+            task=self.task_type,
+            causal=reads_left_to_right(self.base_model),
+            position_offset=padding_offset(self.base_model),
+            reference_layout=self.reference_layout,
+        )
+
+    def _attach_again(self) -> None:
+        """After a change of the embedding's size ids begin elsewhere."""
+        for adapter in self._adapters.values():
+            self._injector.remove(adapter.span)
+        self._injector = Injector.on(self.base_model)
+        for adapter in self._adapters.values():
+            adapter.attach(self._injector)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    def _device(self) -> torch.device:
+        device = input_embedding(self.base_model).weight.device
+        return torch.device("cpu") if device.type == "meta" else device
+
+
+def _with_signature(call: Any, names: tuple[str, ...]) -> Any:
+    """A ``forward`` whose named arguments can be seen: ``transformers.Trainer`` looks at them."""
+
+    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        if len(args) > len(names):
+            raise TypeError(f"forward takes at most {len(names)} positional arguments: {names}")
+        return call(self, {**dict(zip(names, args, strict=False)), **kwargs})
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    own = [inspect.Parameter(name, kind, default=None) for name in names]
+    first = inspect.Parameter("self", kind)
+    rest = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
+    forward.__signature__ = inspect.Signature([first, *own, rest])  # type: ignore[attr-defined]
+    forward.__doc__ = PeftModel._call.__doc__
+    return forward
