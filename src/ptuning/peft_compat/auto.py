@@ -60,10 +60,10 @@ class AutoPeftModel:
         hub = {name: kwargs[name] for name in ("token", "cache_dir") if name in kwargs}
         saved = PromptEncoderConfig.from_pretrained(place, revision=revision, **hub)
         if saved.task_type != cls.task_type:
+            expected, asked = (PeftModel.by_task[c.task_type].__name__ for c in (saved, cls))
             raise InputError(
-                f"Expected target PEFT class: {PeftModel.by_task[saved.task_type].__name__}, but you have "
-                f"asked for: {PeftModel.by_task[cls.task_type].__name__}; use the class of the task type "
-                f"{saved.task_type}"
+                f"Expected target PEFT class: {expected}, but you have asked for: {asked}; use the "
+                f"class of the task type {saved.task_type}"
             )
         if not saved.base_model_name_or_path:
             raise InputError(
