@@ -35,6 +35,7 @@ ORDER = [
     "score",
     "population",
     "settings",
+    "prefix",
     "learner",
     "checkpoint",
     "loop",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ class Batch:
         label_ids: ``(N, W)`` ids of single-token label words, or None.
         labels: ``(N,)`` index of the right label, or None where the whole vocabulary counts.
         decoder_input_ids: ``(R, K)`` for seq2seq models.
+        lengths: of each row, without padding.
+        prefixes: each row's ids in front of its first virtual token.
     """
 
     kind: str
@@ -46,6 +49,8 @@ class Batch:
     label_ids: Tensor | None = None
     labels: Tensor | None = None
     decoder_input_ids: Tensor | None = None
+    lengths: tuple[int, ...] = ()
+    prefixes: tuple[tuple[int, ...], ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -90,6 +95,8 @@ def collate(
         answers=answers,
         example=torch.tensor([n for _, n in rows]),
         member=torch.zeros(len(examples), dtype=torch.long),
+        lengths=tuple(map(len, inputs)),
+        prefixes=tuple(tuple(takewhile(_is_plain, s.ids)) for s in sequences),
     )
     if kind == "seq2seq":
         start = torch.full_like(answers[:, :1], decoder_start_id)
@@ -100,6 +107,10 @@ def collate(
     if all(e.compares and e.label is not None for e in examples):
         batch = replace(batch, labels=torch.tensor([e.label for e in examples]))
     return batch
+
+
+def _is_plain(token: int) -> bool:
+    return token >= 0
 
 
 def _by_word(example: Rendered) -> Rendered:

@@ -28,6 +28,7 @@ from .collate import Batch
 from .errors import InputError, TrainingError
 from .learner import Learner
 from .population import Member, Population
+from .prefix import PrefixStore
 from .prompt import Prompt
 from .render import Rendered, Renderer
 from .score import batch_for, model_device, score
@@ -66,7 +67,9 @@ class Loop:
         try:
             self._prepare(resume)
             owner = self.renderer.owner if self.renderer.compares else None
-            with Population(self.model, self.tokenizer, self.members, owner) as population:
+            with Population(
+                self.model, self.tokenizer, self.members, owner, self.prefix
+            ) as population:
                 self.population = population
                 self._epochs()
         finally:
@@ -87,6 +90,8 @@ class Loop:
         self.learners = [
             Learner(member, self.prompt.encoder, settings, self.steps, self.accelerator)
         ]
+        causal, cache = self.renderer.kind == "causal", settings.prefix_cache
+        self.prefix = PrefixStore(self.model, cache) if causal and cache != "off" else None
         self.identity = self._identity()
         self.step, self.epoch_loss = 0, 0.0
         if resume and self.output is not None:
@@ -95,7 +100,7 @@ class Loop:
     def _identity(self) -> dict[str, str]:
         """All that the numbers of this run depend on."""
         chosen = {**asdict(self.settings), **self.prompt.settings()}
-        for name in ("tracker", "checkpoint_seconds"):
+        for name in ("tracker", "checkpoint_seconds", "prefix_cache"):
             del chosen[name]
         start = self.prompt.vectors
         chosen["the prompt to begin from"] = None if start is None else start.double().sum().item()
@@ -184,6 +189,7 @@ class Loop:
             self.population.first_ids()[number],
             2 * self.settings.batch_size,
             self.accelerator.autocast,
+            self.prefix,
         )
         return {"dev_accuracy": accuracy, "dev_loss": loss}
 

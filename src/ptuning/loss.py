@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,9 +19,18 @@ from torch import Tensor, nn
 from .collate import IGNORED, Batch
 from .errors import InputError
 
+Prefix = Callable[[Batch], dict[str, Any] | None]
 
-def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits ``(R, K, vocabulary)`` at the K positions that predict `batch.answers`."""
+
+def answer_logits(model: nn.Module, batch: Batch, prefix: Prefix | None = None) -> Tensor:
+    """Logits ``(R, K, vocabulary)`` at the K positions that predict `batch.answers`.
+
+    Args:
+        model: the base model.
+        batch: its inputs.
+        prefix: gives causal models the keys and values of what does not depend on the prompt, and
+            what is left to compute (`prefix.PrefixStore`).
+    """
     inputs: dict[str, Any] = {
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,
@@ -31,15 +41,29 @@ def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
     count = batch.answers.shape[1]
     if batch.kind == "masked":
         return _masked_logits(model, batch.slots, count, inputs)
+    shorter = prefix(batch) if prefix else None
+    inputs = {**inputs, "use_cache": False} if shorter is None else {**shorter, "use_cache": True}
+    inputs |= positions(model, batch.attention_mask, inputs["input_ids"].shape[1], count)
+    return model(**inputs).logits[:, -count:]
+
+
+def positions(model: nn.Module, mask: Tensor, columns: int, count: int) -> dict[str, Tensor]:
+    """A causal model's position ids for the last `columns`, and the columns that get logits.
+
+    Args:
+        model: takes only what its forward has.
+        mask: ``(R, T)`` of the whole input.
+        columns: how many of its last columns are computed.
+        count: how many of these get logits.
+    """
     accepted = _forward_parameters(model)
+    result = {}
     if "position_ids" in accepted:
-        inputs["position_ids"] = position_ids(batch.attention_mask)
+        result["position_ids"] = position_ids(mask)[:, -columns:]
     if "logits_to_keep" in accepted:
         # Indices, not a count: a slice is not contiguous, and the head far slower with it.
-        length = batch.input_ids.shape[1]
-        kept = torch.arange(length - count, length, device=batch.input_ids.device)
-        inputs["logits_to_keep"] = kept
-    return model(**inputs, use_cache=False).logits[:, -count:]
+        result["logits_to_keep"] = torch.arange(columns - count, columns, device=mask.device)
+    return result
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from .collate import Batch
 from .encoder import PromptEncoder, initialise
 from .errors import PromptFileError
 from .inject import ATTACHING, Injector, input_embedding
-from .loss import answer_logits, example_losses
+from .loss import Prefix, answer_logits, example_losses
 from .prompt import Prompt
 
 
@@ -97,6 +97,7 @@ class Population(nn.Module):
         tokenizer: its length decides where virtual ids start.
         members: one or more.
         words: for label comparison the label of each word (`Renderer.owner`), else None.
+        prefix: keeps what does not depend on the members (`prefix.PrefixStore`), or None.
     """
 
     def __init__(
@@ -105,9 +106,10 @@ class Population(nn.Module):
         tokenizer: Any,
         members: Sequence[Member],
         words: Sequence[int] | None = None,
+        prefix: Prefix | None = None,
     ):
         super().__init__()
-        self.base = model
+        self.base, self.prefix = model, prefix
         self.members = nn.ModuleList(members)
         self.words = None if words is None else torch.tensor(words)
         for member in members:
@@ -151,7 +153,7 @@ class Population(nn.Module):
     def step(self, batch: Batch) -> Tensor:
         """Each member's loss ``(members,)``, summed over its answer tokens (or its examples)."""
         self._injector.write(self._span, self._tables())
-        logits = answer_logits(self.base, batch)
+        logits = answer_logits(self.base, batch, self.prefix)
         words = None if self.words is None else self.words.to(logits.device)
         losses = example_losses(logits, batch, words)
         return losses.new_zeros(len(self.members)).index_add(0, batch.member, losses)

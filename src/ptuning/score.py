@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .collate import Batch, collate
-from .loss import answer_logits, example_losses, examples_right
+from .loss import Prefix, answer_logits, example_losses, examples_right
 from .render import Rendered, Renderer
 
 
@@ -26,6 +26,7 @@ def score(
     first_id: int,
     batch_size: int,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    prefix: Prefix | None = None,
 ) -> tuple[float, float]:
     """Fraction answered right, and mean loss per answer token (or per label).
 
@@ -36,6 +37,7 @@ def score(
         first_id: id of the prompt's first virtual token; 0 for a manual template.
         batch_size: examples per forward.
         autocast: accelerate's mixed precision.
+        prefix: keeps what does not depend on the prompt, or None.
     """
     device = model_device(model)
     owner = torch.tensor(renderer.owner, device=device) if renderer.compares else None
@@ -45,7 +47,7 @@ def score(
         chunk = by_length[start : start + batch_size]
         batch = batch_for(model, renderer, chunk, [first_id] * len(chunk)).to(device)
         with autocast():
-            logits = answer_logits(model, batch)
+            logits = answer_logits(model, batch, prefix)
         right += float(examples_right(logits, batch, owner).sum())
         loss += float(example_losses(logits, batch, owner).sum())
     return right / len(examples), loss / sum(example.weight for example in examples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from .errors import InputError
@@ -10,6 +11,7 @@ LEARNING_RATES = {"mlp": 1e-3, "lstm": 2e-3, "none": 1e-2}
 """Default by encoder type; the smaller the network before the vectors, the larger the rate."""
 
 SCHEDULES = ("linear", "cosine", "constant")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class TrainSettings:
         mixed_precision: ``no``, ``bf16`` or ``fp16``: accelerate's autocast for the base model.
         tracker: a tracker of accelerate, such as ``tensorboard`` or ``wandb``.
         checkpoint_seconds: time between two checkpoints of a run that has an output folder.
+        prefix_cache: keep the keys and values of text before the first virtual token: ``auto``
+            (part of the free memory), ``off``, or bytes such as ``2G``. Changes no result.
 
     Raises:
         InputError: a value that cannot be trained with.
@@ -50,6 +54,7 @@ class TrainSettings:
     mixed_precision: str = "no"
     tracker: str | None = None
     checkpoint_seconds: float = 10.0
+    prefix_cache: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "gradient_accumulation", "patience"):
@@ -69,6 +74,21 @@ class TrainSettings:
                 f"mixed_precision is {self.mixed_precision!r}; expected no, bf16 or fp16"
             )
 
+        if self.prefix_cache not in ("auto", "off"):
+            parse_size(self.prefix_cache)
+
     def rate_for(self, encoder: str) -> float:
         """The learning rate for an encoder type."""
         return self.learning_rate or LEARNING_RATES[encoder]
+
+
+def parse_size(text: str) -> int:
+    """``500M`` or ``2G`` in bytes.
+
+    Raises:
+        InputError: no number with K, M, G or T behind it.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise InputError(f"prefix_cache is {text!r}; give auto, off, or bytes such as 500M or 2G")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

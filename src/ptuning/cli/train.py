@@ -103,6 +103,13 @@ def train(
         str, typer.Option(help="Of the frozen model: float32, bfloat16, float16 or auto.")
     ] = "float32",
     mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
+    prefix_cache: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|off|SIZE",
+            help="Keep what the model makes of text before the first virtual token; bytes: 2G.",
+        ),
+    ] = "auto",
     tracker: Annotated[
         str | None, typer.Option(help="A tracker of accelerate, such as tensorboard.")
     ] = None,

@@ -1,0 +1,169 @@
+"""The frozen prefix: keys and values of the text before the first virtual token, computed once.
+
+In a causal model that text does not depend on the prompt, so its keys and values never change while
+the prompt is trained: they are computed without a graph, kept, and only what follows has gradients.
+
+    plain     [pad | prefix | v v suffix]            all columns forward and backward
+    here      [pad | kept KV ][ v v suffix ]         the last S columns forward and backward
+
+S is the longest suffix of the batch; a row with a shorter one computes the end of its prefix again,
+so that no padding stands inside a row and sliding windows see what they see in the plain path. The
+plain path is `loss.answer_logits`; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from .collate import Batch
+from .loss import positions
+from .settings import parse_size
+
+KeyValues = list[Tensor]
+"""For each layer keys and values of one prefix: ``(2, heads, tokens, head width)``."""
+_SMALLEST = 8
+
+
+class PrefixStore:
+    """Keys and values of prefixes of one model, up to a number of bytes.
+
+    What was admitted first stays: a shuffled epoch would drive everything out of a store that keeps
+    what was used last. What has no room is computed again. On an accelerator the device's memory is
+    filled first, then pinned memory of the host.
+
+    Args:
+        model: a causal model.
+        size: ``auto`` (part of the memory that is free), or bytes such as ``500M`` or ``2G``.
+
+    Attributes:
+        bytes: what is kept.
+        computed: how many prefixes were computed so far.
+    """
+
+    def __init__(self, model: nn.Module, size: str = "auto"):
+        self.model = model
+        self._kept: dict[tuple[int, ...], KeyValues] = {}
+        self._size = size
+        self._budgets: dict[str, int] | None = None
+        self.bytes = 0
+        self.computed = 0
+
+    def __call__(self, batch: Batch) -> dict[str, Any] | None:
+        """The model's arguments for the columns that depend on the prompt, or None.
+
+        None where the prefixes are too short to be worth it, or the model drops a cache (gradient
+        checkpointing does).
+        """
+        suffix = max(n - len(p) for n, p in zip(batch.lengths, batch.prefixes, strict=True))
+        total = batch.input_ids.shape[1]
+        kept = total - suffix
+        if kept < _SMALLEST or 4 * kept < total or not _keeps_caches(self.model):
+            return None
+        cache = self._stacked(batch.prefixes, batch.lengths, suffix, kept, batch.input_ids.device)
+        return {
+            "input_ids": batch.input_ids[:, kept:],
+            "attention_mask": batch.attention_mask,
+            "past_key_values": cache,
+        }
+
+    def _stacked(
+        self,
+        prefixes: tuple[tuple[int, ...], ...],
+        lengths: tuple[int, ...],
+        suffix: int,
+        kept: int,
+        device: torch.device,
+    ) -> DynamicCache:
+        """A new cache of `kept` columns, each row's prefix at its end; the store stays as it is."""
+        found = self._of(dict.fromkeys(prefixes), device)
+        layers = []
+        for layer, example in enumerate(found[prefixes[0]]):
+            _, heads, _, width = example.shape
+            stacked = example.new_zeros(2, len(prefixes), heads, kept, width, device=device)
+            for row, prefix in enumerate(prefixes):
+                count = max(0, lengths[row] - suffix)
+                values = found[prefix][layer][:, :, :count]
+                stacked[:, row, :, kept - count :] = values.to(device, non_blocking=True)
+            layers.append((stacked[0], stacked[1]))
+        return DynamicCache(layers)
+
+    def _of(
+        self, prefixes: Iterable[tuple[int, ...]], device: torch.device
+    ) -> dict[tuple[int, ...], KeyValues]:
+        known = {prefix: self._kept.get(prefix) for prefix in prefixes}
+        missing = [prefix for prefix, values in known.items() if values is None]
+        if missing:
+            for prefix, values in zip(missing, self._compute(missing, device), strict=True):
+                known[prefix] = values
+                self._admit(prefix, values)
+        return {prefix: values for prefix, values in known.items() if values is not None}
+
+    @torch.no_grad()
+    def _compute(self, prefixes: list[tuple[int, ...]], device: torch.device) -> list[KeyValues]:
+        self.computed += len(prefixes)
+        length = max(1, max(map(len, prefixes)))
+        ids = torch.zeros(len(prefixes), length, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prefix in enumerate(prefixes):
+            if prefix:
+                ids[row, -len(prefix) :] = torch.tensor(prefix)
+                mask[row, -len(prefix) :] = 1
+        mask[:, -1] = 1  # an empty prefix: some column must be seen; it is cut off below
+        # Without the model's configuration, so that layers with a window keep every column.
+        cache = DynamicCache()
+        self.model(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            past_key_values=cache,
+            use_cache=True,
+            **positions(self.model, mask.to(device), length, 1),
+        )
+        layers: list[Any] = cache.layers
+        pairs = [torch.stack([layer.keys, layer.values]) for layer in layers]
+        return [
+            [pair[:, row, :, length - len(prefix) :].clone() for pair in pairs]
+            for row, prefix in enumerate(prefixes)
+        ]
+
+    def _admit(self, prefix: tuple[int, ...], values: KeyValues) -> None:
+        size = sum(value.numel() * value.element_size() for value in values)
+        if self._budgets is None:
+            self._budgets = budgets(self._size, values[0].device)
+        for place, room in self._budgets.items():
+            if size <= room:
+                if place == "host":
+                    values = [value.cpu().pin_memory() for value in values]
+                self._kept[prefix] = values
+                self._budgets[place] -= size
+                self.bytes += size
+                return
+
+
+def _keeps_caches(model: nn.Module) -> bool:
+    """Every layer attends to keys and values that it is given.
+
+    Recurrent layers have a state instead. Gradient checkpointing runs layers again, and
+    transformers then gives them no cache.
+    """
+    config: Any = model.config
+    kinds = getattr(config.get_text_config(), "layer_types", None) or ["full_attention"]
+    attends = {"full_attention", "sliding_attention"}.issuperset(kinds)
+    again = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    return attends and not again and not getattr(model, "_is_stateful", False)
+
+
+def budgets(size: str, device: torch.device) -> dict[str, int]:
+    """Bytes that may be kept on the model's device, and in the host's memory behind it."""
+    host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    if size != "auto":
+        return {"device": parse_size(size)}
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return {"device": free // 2, "host": host}
+    return {"device": host}

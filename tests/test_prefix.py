@@ -1,0 +1,156 @@
+"""The frozen prefix against its plain twin: the same losses and gradients, computed once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ptuning
+from ptuning.errors import InputError
+from ptuning.population import Member, Population
+from ptuning.prefix import PrefixStore, budgets
+from ptuning.render import Rendered, Renderer, render_all
+from ptuning.score import batch_for, score
+from ptuning.settings import parse_size
+
+from . import tiny
+
+TEMPLATE = "Question about {country} and {more}: [P*3] is [P*2] [MASK]"
+ROWS = [
+    {"country": "France and the big cities of Europe", "more": "x" * n, "capital": "Paris"}
+    for n in (1, 9, 30)
+] + [{"country": "It", "more": "", "capital": "Rome is not"}]
+
+
+def rendered(prompt: ptuning.Prompt, rows: list[Any]) -> tuple[Renderer, list[Rendered]]:
+    renderer = Renderer(tiny.tokenizer(), prompt, "causal", 128)
+    return renderer, render_all(renderer, rows, "training")
+
+
+def losses_and_gradient(
+    model: Any, prompt: ptuning.Prompt, rows: list[Any], store: PrefixStore | None
+) -> tuple[Tensor, Tensor]:
+    """Of two steps: what the store gives when it is empty, and when it is full."""
+    renderer, examples = rendered(prompt, rows)
+    owner = renderer.owner if renderer.compares else None
+    member = Member(prompt, model, 0, [None] * renderer.count)
+    with Population(model, renderer.tokenizer, [member], owner, store) as population:
+        losses = []
+        for _ in range(2):
+            batch = batch_for(model, renderer, examples, population.first_ids() * len(examples))
+            loss = population.step(batch).sum()
+            loss.backward()
+            losses.append(loss.detach())
+    gradient = torch.cat([p.grad.flatten() for p in member.parameters() if p.grad is not None])
+    return torch.stack(losses), gradient
+
+
+@pytest.mark.parametrize("size", ["auto", "1K", "20K"])
+@pytest.mark.parametrize("family", tiny.CAUSAL)
+def test_losses_and_gradients_are_the_plain_ones(family: str, size: str) -> None:
+    model = tiny.model(family)
+    prompt = ptuning.Prompt(TEMPLATE, answer="capital", answer_end=False)
+    plain = losses_and_gradient(model, prompt, ROWS, None)
+    store = PrefixStore(model, size)
+    kept = losses_and_gradient(model, prompt, ROWS, store)
+    assert store.computed >= len(ROWS)
+    torch.testing.assert_close(kept, plain, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "words", [{"yes": "Paris", "no": "Rome"}, {"yes": "not a city", "no": "Ra"}]
+)
+def test_label_words_of_one_and_several_tokens(words: dict[str, str]) -> None:
+    model = tiny.model("llama")
+    prompt = ptuning.Prompt(TEMPLATE, answer="label", verbalizer=words)
+    rows = [{**row, "label": "yes" if n % 2 else "no"} for n, row in enumerate(ROWS)]
+    plain = losses_and_gradient(model, prompt, rows, None)
+    store = PrefixStore(model)
+    kept = losses_and_gradient(model, prompt, rows, store)
+    assert store.computed == len(ROWS)
+    torch.testing.assert_close(kept, plain, atol=1e-5, rtol=0)
+
+
+def test_each_prefix_is_computed_once_and_never_changed() -> None:
+    model = tiny.model("gemma2")  # its layers have windows
+    prompt = ptuning.Prompt(TEMPLATE, answer="capital", answer_end=False)
+    store = PrefixStore(model)
+    losses_and_gradient(model, prompt, ROWS, store)
+    before = {k: [v.clone() for v in values] for k, values in store._kept.items()}
+    losses_and_gradient(model, prompt, ROWS, store)
+    assert store.computed == len(ROWS) == len(before)
+    assert store.bytes == sum(v.numel() * 4 for values in before.values() for v in values)
+    for key, values in before.items():
+        assert all(map(torch.equal, store._kept[key], values))
+
+
+def test_what_was_admitted_first_stays_within_the_size() -> None:
+    model = tiny.model("llama")
+    prompt = ptuning.Prompt(TEMPLATE, answer="capital", answer_end=False)
+    store = PrefixStore(model, "20K")
+    losses_and_gradient(model, prompt, ROWS, store)
+    first = list(store._kept)
+    losses_and_gradient(model, prompt, ROWS, store)
+    assert 0 < len(first) < len(ROWS) and list(store._kept) == first
+    assert store.bytes <= 20 * 1024
+    assert store.computed == len(ROWS) + 3 * (len(ROWS) - len(first))
+
+
+@pytest.mark.parametrize(
+    "template", ["[P*3] {country} and {more}: [MASK]", "Go: [P] {more} [MASK]"]
+)
+def test_a_short_prefix_is_not_worth_it(template: str) -> None:
+    model = tiny.model("llama")
+    store = PrefixStore(model)
+    losses_and_gradient(model, ptuning.Prompt(template, answer="capital"), ROWS, store)
+    assert store.computed == 0
+
+
+def test_gradient_checkpointing_takes_the_plain_path() -> None:
+    model = tiny.model("llama")
+    model.gradient_checkpointing_enable()
+    store = PrefixStore(model)
+    prompt = ptuning.Prompt(TEMPLATE, answer="capital", answer_end=False)
+    losses_and_gradient(model, prompt, ROWS, store)
+    assert store.computed == 0
+
+
+def test_training_and_evaluation_give_the_same_with_and_without() -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    prompts = []
+    for cache in ("off", "auto"):
+        prompt = ptuning.Prompt(TEMPLATE, answer="capital")
+        ptuning.train(
+            model, tokenizer, prompt, ROWS, dev=ROWS, epochs=6, batch_size=3, prefix_cache=cache,
+            gradient_accumulation=2,
+        )  # fmt: skip
+        prompts.append(prompt)
+    off, auto = prompts
+    torch.testing.assert_close(auto.vectors, off.vectors, atol=1e-5, rtol=0)
+    assert auto.training == pytest.approx(off.training, abs=1e-5)
+
+
+def test_scores_are_the_plain_ones() -> None:
+    model = tiny.model("gpt2")
+    prompt = ptuning.Prompt(TEMPLATE, answer="capital")
+    renderer, examples = rendered(prompt, ROWS)
+    member = Member(prompt, model, 0, [None] * renderer.count)
+    with Population(model, renderer.tokenizer, [member]) as population:
+        first = population.first_ids()[0]
+        store = PrefixStore(model)
+        plain = score(model, renderer, examples, first, 2)
+        assert score(model, renderer, examples, first, 2, prefix=store) == pytest.approx(plain)
+        assert store.computed == len(ROWS)
+
+
+def test_sizes_are_read_and_wrong_ones_refused() -> None:
+    assert parse_size("500M") == 500 * 2**20 and parse_size("2 GiB") == parse_size("2g") == 2**31
+    assert parse_size("123") == 123 and parse_size("1.5K") == 1536
+    assert budgets("1K", torch.device("cpu")) == {"device": 1024}
+    assert budgets("auto", torch.device("cpu"))["device"] > 0
+    for wrong in ("much", "-1", "2X", ""):
+        with pytest.raises(InputError, match="auto, off, or bytes"):
+            ptuning.TrainSettings(prefix_cache=wrong)
