@@ -36,6 +36,7 @@ ORDER = [
     "population",
     "settings",
     "prefix",
+    "variants",
     "learner",
     "checkpoint",
     "loop",

@@ -6,6 +6,7 @@ Members of a population never touch each other: nothing here is shared.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class Learner:
 
     Attributes:
         active: still in training.
+        dropped: the epoch at whose end it fell out of a population, or None.
         best: epoch, ``accuracy``, ``loss`` and weights of the best dev result so far; empty before
             the first.
         history: one record per epoch.
@@ -44,6 +46,7 @@ class Learner:
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.schedule = schedule
         self.active = True
+        self.dropped: int | None = None
         self.best: dict[str, Any] = {}
         self.history: list[dict[str, float]] = []
         self.without_gain = 0
@@ -55,15 +58,17 @@ class Learner:
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
         return torch.randperm(count, generator=generator).tolist()
 
-    def update(self) -> bool:
+    def update(self, finite: bool = True) -> bool:
         """Clip, take one optimizer step, and clear the gradient.
+
+        Args:
+            finite: the loss was; otherwise no step is taken.
 
         Returns:
             False where the gradient was not finite: then no step was taken. (In fp16 accelerate's
             scaler skips such steps by itself and lowers its scale.)
         """
-        finite = True
-        if self.active:
+        if self.active and finite:
             parameters = list(self.member.parameters())
             if self.accelerator.num_processes > 1:
                 for parameter in parameters:  # a process without an example adds nothing
@@ -84,7 +89,7 @@ class Learner:
         Without dev figures the latest is the best. With them accuracy decides, then loss.
         """
         self.history.append(record)
-        better = not self.best or "dev_loss" not in record or _rank(record) > _rank(self.best)
+        better = not self.best or "dev_loss" not in record or rank(record) > rank(self.best)
         if better:
             weights = {k: v.detach().cpu().clone() for k, v in self.weights().items()}
             self.best = {**record, "weights": weights, "vectors": self.vectors()}
@@ -117,6 +122,7 @@ class Learner:
             "schedule": self.schedule.last_epoch,
             "random_state": self.member.random_state,
             "active": self.active,
+            "dropped": self.dropped,
             "best": self.best,
             "history": self.history,
             "without_gain": self.without_gain,
@@ -128,14 +134,35 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.last_epoch = state["schedule"]
         self.member.random_state = state["random_state"]
-        self.active = state["active"]
+        self.active, self.dropped = state["active"], state["dropped"]
         self.best = state["best"]
         self.history = state["history"]
         self.without_gain = state["without_gain"]
 
 
-def _rank(record: dict[str, Any]) -> tuple[float, float]:
-    return record["dev_accuracy"], -record["dev_loss"]
+def rank(record: dict[str, Any]) -> tuple[float, float]:
+    """What a record is compared by, higher is better: dev accuracy, then loss."""
+    return record.get("dev_accuracy", 0.0), -record.get("dev_loss", record["loss"])
+
+
+def halve(learners: Sequence[Learner], epoch: int, epochs: int) -> None:
+    """At the rungs of a population drop the half that is behind (successive halving).
+
+    N members have log2(N) rungs, or one for each three epochs if that is fewer, evenly spread over
+    the epochs; behind the r-th there are N / 2^r. Without dev figures nobody is behind.
+    """
+    rungs = min(len(learners).bit_length() - 1, epochs // 3)
+    passed = sum(epoch >= round(epochs * r / (rungs + 1)) for r in range(1, rungs + 1))
+    staying = math.ceil(len(learners) / 2**passed)
+    active = [learner for learner in learners if learner.active and "dev_loss" in learner.best]
+    for learner in sorted(active, key=lambda x: rank(x.best), reverse=True)[staying:]:
+        learner.active, learner.dropped = False, epoch
+
+
+def best_of(learners: Sequence[Learner]) -> int:
+    """The number of the member with the best result; the first of equals."""
+    known = [number for number, learner in enumerate(learners) if learner.best]
+    return max(known, key=lambda number: (rank(learners[number].best), -number))
 
 
 def _rate_factor(step: int, warmup: int, steps: int, schedule: str) -> float:

@@ -20,30 +20,39 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import nn
+from torch import Tensor, nn
 
 from . import checkpoint
 from .base_model import describe
 from .collate import Batch
 from .errors import InputError, TrainingError
-from .learner import Learner
+from .learner import Learner, halve, rank
 from .population import Member, Population
 from .prefix import PrefixStore
-from .prompt import Prompt
-from .render import Rendered, Renderer
+from .render import Rendered
 from .score import batch_for, model_device, score
 from .settings import TrainSettings
+from .variants import Variant
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a listener hears: after each optimizer step, and with `record` after each epoch."""
+    """What a listener hears: after each optimizer step, and with `record` after each epoch.
+
+    Attributes:
+        loss: mean over the members in training.
+        record: of the member that is best so far.
+        members: how many are in training.
+        of: how many there were.
+    """
 
     step: int
     steps: int
     epoch: int
     loss: float
     record: dict[str, float] | None = None
+    members: int = 1
+    of: int = 1
 
 
 @dataclass
@@ -52,21 +61,18 @@ class Loop:
 
     model: nn.Module
     tokenizer: Any
-    prompt: Prompt
-    renderer: Renderer
-    examples: list[Rendered]
-    dev: list[Rendered]
-    settings: TrainSettings
+    variants: list[Variant]
     output: Path | None
     listener: Callable[[Progress], None]
 
-    def train(self, resume: bool) -> Learner:
-        """Train from the start, or from the newest checkpoint; gives the best member."""
+    def train(self, resume: bool) -> list[Learner]:
+        """Train from the start, or from the newest checkpoint; gives the members' learners."""
         first_in_process = not AcceleratorState._shared_state
         self.accelerator = _accelerator(self.settings, self.output)
         try:
             self._prepare(resume)
-            owner = self.renderer.owner if self.renderer.compares else None
+            renderer = self.variants[0].renderer
+            owner = renderer.owner if renderer.compares else None
             with Population(
                 self.model, self.tokenizer, self.members, owner, self.prefix
             ) as population:
@@ -76,58 +82,75 @@ class Loop:
             self.accelerator.end_training()
             if first_in_process:  # so that the next training may use another precision
                 AcceleratorState._reset_state()
-        return self.learners[0]
+        return self.learners
+
+    @property
+    def settings(self) -> TrainSettings:
+        """What all members share: epochs, batches, precision."""
+        return self.variants[0].settings
 
     def _prepare(self, resume: bool) -> None:
         settings = self.settings
         self.device = _place(self.model, self.accelerator)
-        words = [word for group in self.renderer.groups for word in group]
-        member = Member(self.prompt, self.model, settings.seed, words).to(self.device)
         per_step = settings.batch_size * settings.gradient_accumulation
-        self.steps_per_epoch = -(-len(self.examples) // per_step)
+        self.steps_per_epoch = -(-len(self.variants[0].examples) // per_step)
         self.steps = self.steps_per_epoch * settings.epochs
-        self.members = [member]
+        self.members = [self._member(variant) for variant in self.variants]
         self.learners = [
-            Learner(member, self.prompt.encoder, settings, self.steps, self.accelerator)
+            Learner(member, v.prompt.encoder, v.settings, self.steps, self.accelerator)
+            for member, v in zip(self.members, self.variants, strict=True)
         ]
-        causal, cache = self.renderer.kind == "causal", settings.prefix_cache
-        self.prefix = PrefixStore(self.model, cache) if causal and cache != "off" else None
+        causal = self.variants[0].renderer.kind == "causal"
+        keep = causal and settings.prefix_cache != "off"
+        self.prefix = PrefixStore(self.model, settings.prefix_cache) if keep else None
         self.identity = self._identity()
-        self.step, self.epoch_loss = 0, 0.0
+        self.step = 0
+        self.epoch_loss = torch.zeros(len(self.learners))
         if resume and self.output is not None:
             self._resume()
 
+    def _member(self, variant: Variant) -> Member:
+        words = [word for group in variant.renderer.groups for word in group]
+        member = Member(variant.prompt, self.model, variant.settings.seed, words)
+        return member.to(self.device)
+
     def _identity(self) -> dict[str, str]:
         """All that the numbers of this run depend on."""
-        chosen = {**asdict(self.settings), **self.prompt.settings()}
+        first = self.variants[0]
+        chosen = {**asdict(first.settings), **first.prompt.settings()}
         for name in ("tracker", "checkpoint_seconds", "prefix_cache"):
             del chosen[name]
-        start = self.prompt.vectors
+        start = first.prompt.vectors
         chosen["the prompt to begin from"] = None if start is None else start.double().sum().item()
         chosen["the base model"] = describe(self.model, self.tokenizer)["embedding"]["values"]
-        return checkpoint.fingerprint(chosen, [*self.examples, *self.dev])
+        chosen["the population"] = [variant.name for variant in self.variants]
+        return checkpoint.fingerprint(chosen, [*first.examples, *first.dev])
 
     def _epochs(self) -> None:
         self._saved_at = time.monotonic()
+        count = len(self.variants[0].examples)
         while self.step < self.steps and any(learner.active for learner in self.learners):
             epoch, done = divmod(self.step, self.steps_per_epoch)
-            orders = [learner.order(epoch, len(self.examples)) for learner in self.learners]
+            orders = [learner.order(epoch, count) for learner in self.learners]
             for position in range(done, self.steps_per_epoch):
                 self.population.train()
-                loss = self._optimizer_step(orders, position)
+                losses = self._optimizer_step(orders, position)
                 self.step += 1
-                self.epoch_loss += loss / self.steps_per_epoch
-                self._report(epoch, loss)
+                self.epoch_loss += losses / self.steps_per_epoch
+                self._report(epoch, losses)
                 ends_epoch = position == self.steps_per_epoch - 1
                 if not ends_epoch:
                     self._save_if_due()
             self._end_epoch(epoch)
 
-    def _optimizer_step(self, orders: list[list[int]], position: int) -> float:
-        """One optimizer step of every active member; gives the mean loss of the first."""
+    def _optimizer_step(self, orders: list[list[int]], position: int) -> Tensor:
+        """One optimizer step of every active member; gives each one's mean loss."""
         per_step = self.settings.batch_size * self.settings.gradient_accumulation
-        chosen = [order[position * per_step : (position + 1) * per_step] for order in orders]
-        weights = [sum(self.examples[i].weight for i in indices) for indices in chosen]
+        chosen = [
+            [variant.examples[i] for i in order[position * per_step : (position + 1) * per_step]]
+            for variant, order in zip(self.variants, orders, strict=True)
+        ]
+        weights = [sum(example.weight for example in examples) for examples in chosen]
         divisor = torch.tensor(weights, dtype=torch.float32, device=self.device)
         total = torch.zeros(len(self.learners), device=self.device)
         for start in range(0, per_step, self.settings.batch_size):
@@ -139,53 +162,69 @@ class Loop:
             self.accelerator.backward(losses.sum())
             total += losses.detach()
         total = self.accelerator.reduce(total, "sum")
-        if not bool(torch.isfinite(total).all()):
-            raise TrainingError(self._not_finite(f"the loss is {float(total[0])}"))
-        if not all([learner.update() for learner in self.learners]):
-            raise TrainingError(self._not_finite("the gradient is not finite"))
-        return float(total[0])
+        self._settle(total)
+        return total.cpu()
 
-    def _batch(self, chosen: list[list[int]]) -> Batch | None:
+    def _settle(self, losses: Tensor) -> None:
+        """Optimizer steps; a member that is no longer finite leaves, the last one raises."""
+        finite = torch.isfinite(losses).tolist()
+        for number, learner in enumerate(self.learners):
+            stepped = learner.update(finite[number])
+            if learner.active and not (finite[number] and stepped):
+                learner.active = False
+                if not any(other.active for other in self.learners):
+                    loss = float(losses[number])
+                    fault = (
+                        "the gradient is not finite" if finite[number] else f"the loss is {loss}"
+                    )
+                    raise TrainingError(self._not_finite(number, fault))
+
+    def _batch(self, chosen: list[list[Rendered]]) -> Batch | None:
         """One micro-batch: this process's share of every active member's examples."""
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         pairs = [
-            (index, number)
-            for number, indices in enumerate(chosen)
+            (example, number)
+            for number, examples in enumerate(chosen)
             if self.learners[number].active
-            for index in indices[process::processes]
+            for example in examples[process::processes]
         ]
         if not pairs:
             return None
         first_ids = self.population.first_ids()
         batch = batch_for(
             self.model,
-            self.renderer,
-            [self.examples[index] for index, _ in pairs],
+            self.variants[0].renderer,
+            [example for example, _ in pairs],
             [first_ids[number] for _, number in pairs],
         )
         return replace(batch, member=torch.tensor([n for _, n in pairs])).to(self.device)
 
     def _end_epoch(self, epoch: int) -> None:
+        records = []
         for number, learner in enumerate(self.learners):
             if not learner.active:
                 continue
-            record = {"epoch": epoch + 1, "loss": self.epoch_loss}
-            if self.dev:
+            record = {"epoch": epoch + 1, "loss": float(self.epoch_loss[number])}
+            if self.variants[number].dev:
                 record |= self._dev_result(number)
             learner.note(record)
-        self.epoch_loss = 0.0
-        record = self.learners[0].history[-1]
+            records.append(record)
+        self.epoch_loss.zero_()
+        if self.settings.halving:
+            halve(self.learners, epoch + 1, self.settings.epochs)
+        record = max(records, key=rank)
         self.accelerator.log(record, step=self.step)
         self._save()
-        self.listener(Progress(self.step, self.steps, epoch + 1, record["loss"], record))
+        self._tell(epoch, record["loss"], record)
 
     def _dev_result(self, number: int) -> dict[str, float]:
         self.population.eval()
         self.population.write_tables()
+        variant = self.variants[number]
         accuracy, loss = score(
             self.model,
-            self.renderer,
-            self.dev,
+            variant.renderer,
+            variant.dev,
             self.population.first_ids()[number],
             2 * self.settings.batch_size,
             self.accelerator.autocast,
@@ -193,9 +232,15 @@ class Loop:
         )
         return {"dev_accuracy": accuracy, "dev_loss": loss}
 
-    def _report(self, epoch: int, loss: float) -> None:
+    def _report(self, epoch: int, losses: Tensor) -> None:
+        active = [n for n, learner in enumerate(self.learners) if learner.active]
+        loss = float(losses[active].mean()) if active else float("nan")
         self.accelerator.log({"train_loss": loss}, step=self.step)
-        self.listener(Progress(self.step, self.steps, epoch + 1, loss))
+        self._tell(epoch, loss)
+
+    def _tell(self, epoch: int, loss: float, record: dict[str, float] | None = None) -> None:
+        members, of = sum(learner.active for learner in self.learners), len(self.learners)
+        self.listener(Progress(self.step, self.steps, epoch + 1, loss, record, members, of))
 
     def _save_if_due(self) -> None:
         if time.monotonic() - self._saved_at >= self.settings.checkpoint_seconds:
@@ -208,7 +253,7 @@ class Loop:
             "identity": self.identity,
             "step": self.step,
             "epoch_loss": self.epoch_loss,
-            "answer_tokens": self.prompt.answer_tokens,
+            "answer_tokens": self.variants[0].prompt.answer_tokens,
             "learners": [learner.state() for learner in self.learners],
         }
         checkpoint.save(self.output, self.step, state)
@@ -224,12 +269,13 @@ class Loop:
         for learner, saved in zip(self.learners, state["learners"], strict=True):
             learner.load(saved)
 
-    def _not_finite(self, fault: str) -> str:
-        best = self.learners[0].best
+    def _not_finite(self, number: int, fault: str) -> str:
+        best = self.learners[number].best
         kept = (
             f"the best result so far is epoch {best['epoch']}'s" if best else "nothing was learned"
         )
-        rate = self.settings.rate_for(self.prompt.encoder)
+        variant = self.variants[number]
+        rate = variant.settings.rate_for(variant.prompt.encoder)
         where = f"; the last checkpoint in {self.output} is good" if self.output else ""
         return (
             f"{fault} at step {self.step + 1} of {self.steps}: training stopped ({kept}"

@@ -149,6 +149,12 @@ class Prompt(Task):
         self.vectors, self.base_model = vectors, start.base_model
         self.encoder_weights = start.encoder_weights if fits else None
 
+    def become(self, other: Prompt) -> None:
+        """Take over another prompt's settings, such as the winner's of a population."""
+        for name in (*other.settings(), "num_virtual_tokens"):
+            setattr(self, name, getattr(other, name))
+        self.__dict__.pop("parsed", None)  # of the template before
+
     def settings(self) -> dict[str, Any]:
         """What a user chose, as plain values."""
         return {**super().settings(), **{name: getattr(self, name) for name in _ENCODER}}

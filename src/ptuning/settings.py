@@ -33,6 +33,7 @@ class TrainSettings:
         mixed_precision: ``no``, ``bf16`` or ``fp16``: accelerate's autocast for the base model.
         tracker: a tracker of accelerate, such as ``tensorboard`` or ``wandb``.
         checkpoint_seconds: time between two checkpoints of a run that has an output folder.
+        halving: drop members of a population that fall behind on dev, half of them at each rung.
         prefix_cache: keep the keys and values of text before the first virtual token: ``auto``
             (part of the free memory), ``off``, or bytes such as ``2G``. Changes no result.
 
@@ -54,6 +55,7 @@ class TrainSettings:
     mixed_precision: str = "no"
     tracker: str | None = None
     checkpoint_seconds: float = 10.0
+    halving: bool = True
     prefix_cache: str = "auto"
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from torch import nn
 
 from .base_model import check_same, context_length, describe, task_kind
 from .errors import DataError, InputError
+from .learner import Learner, best_of
 from .loop import Loop, Progress
 from .prompt import Prompt
 from .render import Example, Rendered, Renderer, answer_column, render_all
 from .settings import TrainSettings
+from .variants import Variant, choices
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,18 @@ class TrainResult:
         best: the record of the epoch whose vectors the prompt now has.
         shortened: training examples that were cut to the length limit.
         seconds: wall time of this call.
+        members: one for each prompt of the population: ``name`` (its seed and grid values),
+            ``best`` (its best record), ``epochs`` that it trained, and ``dropped``, the epoch in
+            which it fell out, or None.
+        winner: the number of the member that the prompt now is.
     """
 
     history: list[dict[str, float]]
     best: dict[str, float]
     shortened: int
     seconds: float
+    members: list[dict[str, Any]]
+    winner: int
 
 
 def train(
@@ -47,6 +55,8 @@ def train(
     output: str | Path | None = None,
     resume: bool = False,
     settings: TrainSettings | None = None,
+    population: int = 1,
+    grid: Mapping[str, Sequence[Any]] | None = None,
     listener: Callable[[Progress], None] | None = None,
     **options: Any,
 ) -> TrainResult:
@@ -61,6 +71,9 @@ def train(
         output: folder for checkpoints of the running training.
         resume: continue from the newest checkpoint in `output`, if there is one.
         settings: how to train; `options` change single fields of it.
+        population: train so many seeds side by side in shared batches, and keep the best by dev.
+        grid: values to train side by side too, such as ``{"encoder": ["mlp", "lstm"]}``; each
+            combination with each seed is a member (`variants.KEYS` lists what may vary).
         listener: called after each step and epoch.
 
     Raises:
@@ -78,36 +91,68 @@ def train(
     if prompt.base_model:
         check_same(prompt.base_model, model, tokenizer)
     prompt.answer = answer_column(prompt, rows[0])
-    renderer = Renderer(tokenizer, prompt, task_kind(model), context_length(model, tokenizer))
-    examples = render_all(renderer, rows, "training")
-    learn_answer_length(prompt, renderer, examples)
+    chosen = choices(prompt, settings, population, grid)
+    variants = _rendered(model, tokenizer, chosen, rows, dev)
     loop = Loop(
         model=model,
         tokenizer=tokenizer,
-        prompt=prompt,
-        renderer=renderer,
-        examples=examples,
-        dev=render_all(renderer, dev, "dev"),
-        settings=settings,
+        variants=variants,
         output=Path(output) if output is not None else None,
         listener=listener or (lambda progress: None),
     )
-    learner = loop.train(resume)
+    learners = loop.train(resume)
+    winner = best_of(learners)
+    learner, variant = learners[winner], variants[winner]
+    prompt.become(variant.prompt)
     prompt.vectors = learner.best["vectors"]
     prompt.encoder_weights = learner.best["weights"]
     prompt.base_model = describe(model, tokenizer)
-    best = {k: v for k, v in learner.best.items() if k not in ("weights", "vectors")}
+    best = _figures(learner)
     majority = Counter(str(row[prompt.answer]) for row in rows).most_common(1)[0][0]
     prompt.training = {
         "examples": len(rows),
         "dev_examples": len(dev),
         "majority_answer": majority,
-        "learning_rate": settings.rate_for(prompt.encoder),
-        "seed": settings.seed,
+        "learning_rate": variant.settings.rate_for(prompt.encoder),
+        "seed": variant.settings.seed,
+        "population": len(variants),
         **best,
     }
-    shortened = sum(example.shortened for example in examples)
-    return TrainResult(learner.history, best, shortened, time.monotonic() - started)
+    members = [
+        {"name": v.name, "best": _figures(x), "epochs": len(x.history), "dropped": x.dropped}
+        for v, x in zip(variants, learners, strict=True)
+    ]
+    shortened = sum(example.shortened for example in variant.examples)
+    seconds = time.monotonic() - started
+    return TrainResult(learner.history, best, shortened, seconds, members, winner)
+
+
+def _figures(learner: Learner) -> dict[str, float]:
+    return {k: v for k, v in learner.best.items() if k not in ("weights", "vectors")}
+
+
+def _rendered(
+    model: nn.Module,
+    tokenizer: Any,
+    chosen: list[tuple[dict[str, Any], Prompt, TrainSettings]],
+    rows: list[Example],
+    dev: list[Example],
+) -> list[Variant]:
+    """The members with their examples; those of one template share them."""
+    made: dict[str | None, tuple[Renderer, list[Rendered], list[Rendered]]] = {}
+    variants = []
+    for name, prompt, settings in chosen:
+        if prompt.template not in made:
+            context = context_length(model, tokenizer)
+            renderer = Renderer(tokenizer, prompt, task_kind(model), context)
+            examples = render_all(renderer, rows, "training")
+            learn_answer_length(prompt, renderer, examples)
+            made[prompt.template] = renderer, examples, render_all(renderer, dev, "dev")
+        renderer, examples, dev_examples = made[prompt.template]
+        prompt.answer_tokens = renderer.task.answer_tokens
+        prompt.set_count(renderer.count)
+        variants.append(Variant(name, prompt, settings, renderer, examples, dev_examples))
+    return variants
 
 
 def _with_options(settings: TrainSettings, options: dict[str, Any]) -> TrainSettings:

@@ -73,15 +73,18 @@ def training_bar() -> Iterator[Callable[[Progress], None]]:
         def listener(heard: Progress) -> None:
             bar.update(task, completed=heard.step, total=heard.steps)
             if heard.record:
-                bar.console.print(_epoch_line(heard.record), markup=False)
+                bar.console.print(_epoch_line(heard), markup=False)
             else:
                 bar.update(task, description=f"epoch {heard.epoch}, loss {heard.loss:.3f}")
 
         yield listener
 
 
-def _epoch_line(record: dict[str, float]) -> str:
+def _epoch_line(heard: Progress) -> str:
+    record = heard.record or {}
     line = f"epoch {record['epoch']:>3}  loss {record['loss']:.4f}"
     if "dev_accuracy" in record:
         line += f"  dev {percent(record['dev_accuracy'])} %  dev loss {record['dev_loss']:.4f}"
+    if heard.of > 1:
+        line += f"  (the best of this epoch; {heard.members} of {heard.of} members go on)"
     return line

@@ -11,7 +11,7 @@ import yaml
 
 from ..errors import InputError
 
-_NOT_SAVED = ("config", "resume", "overwrite", "json_output")
+_NOT_SAVED = ("config", "resume", "overwrite", "json_output", "more_of_grid")
 
 
 def use_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -47,6 +47,10 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
 def settings_of(context: typer.Context) -> dict[str, Any]:
     """All options of this run by name, as ``--config`` reads them."""
     values = {k: v for k, v in context.params.items() if k not in _NOT_SAVED}
+    if context.params.get("more_of_grid"):
+        values["population_grid"] = " ".join(
+            [values["population_grid"], *context.params["more_of_grid"]]
+        )
     return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 

@@ -99,6 +99,24 @@ def train(
         int | None, typer.Option(help="Stop after so many epochs without a better dev result.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of initialisation, order and dropout.")] = 0,
+    population: Annotated[
+        int, typer.Option(help="Train so many seeds side by side; the best by dev is saved.")
+    ] = 1,
+    population_grid: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY=V,V ...",
+            help="Values to train side by side too: learning_rate=1e-3,3e-3 encoder=mlp,lstm "
+            "virtual_tokens=3,6 (of each group); templates are separated by '|'.",
+        ),
+    ] = None,
+    more_of_grid: Annotated[
+        list[str] | None, typer.Argument(metavar="", hidden=True, show_default=False)
+    ] = None,
+    halving: Annotated[
+        bool,
+        typer.Option("--halving/--no-halving", help="Drop members that fall behind on dev."),
+    ] = True,
     dtype: Annotated[
         str, typer.Option(help="Of the frozen model: float32, bfloat16, float16 or auto.")
     ] = "float32",
@@ -156,6 +174,7 @@ def train(
     _check_output(output, resume, overwrite)
     prompt = _prompt(context)
     settings = _settings(context.params)
+    grid = _grid(population_grid, more_of_grid)
     rows = read_examples(data)
     dev_rows = read_examples(dev) if dev else []
     check_writable(output)
@@ -176,6 +195,8 @@ def train(
             output=output,
             resume=resume,
             settings=settings,
+            population=population,
+            grid=grid,
             listener=listener,
         )
     report = _save(output, prompt, result)
@@ -244,6 +265,15 @@ def _settings(options: dict[str, Any]) -> Any:
     return TrainSettings(**{k: v for k, v in options.items() if k in names})
 
 
+def _grid(first: str | None, more: list[str] | None) -> dict[str, Any] | None:
+    """The grid, also where its parts were typed without quotes."""
+    from ..variants import parse_grid
+
+    if more and first is None:
+        raise InputError(f"what is {more[0]!r}? Options begin with --; see ptuning train --help")
+    return parse_grid([first, *(more or [])]) if first else None
+
+
 def _save(output: Path, prompt: Prompt, result: TrainResult) -> dict[str, Any]:
     from ..environment import versions
     from ..files import pack_json
@@ -253,6 +283,8 @@ def _save(output: Path, prompt: Prompt, result: TrainResult) -> dict[str, Any]:
     report = {
         "best": result.best,
         "history": result.history,
+        "members": result.members,
+        "winner": result.winner,
         "shortened": result.shortened,
         "seconds": round(result.seconds, 2),
         "versions": versions(),
@@ -269,8 +301,36 @@ def _write(output: Path, files: dict[str, bytes]) -> None:
 
 def _tell(output: Path, prompt: Prompt, result: TrainResult) -> None:
     best = result.best
+    if len(result.members) > 1:
+        _tell_members(result)
     line = f"{prompt.num_virtual_tokens} virtual tokens saved in {output} (epoch {best['epoch']}"
     if "dev_accuracy" in best:
         line += f", dev {console.percent(best['dev_accuracy'])} %"
     console.out.print(f"{line}, {result.seconds:.0f} s)", markup=False)
     console.out.print(f"next: ptuning evaluate {output} --data test.jsonl", markup=False)
+
+
+def _tell_members(result: TrainResult) -> None:
+    """All members, the best first, with mean and deviation of what decided."""
+    from statistics import mean, stdev
+
+    def figure(member: dict[str, Any]) -> float:
+        best = member["best"]
+        return best.get("dev_accuracy", -best["loss"])
+
+    by_dev = "dev_accuracy" in result.best
+    rows = []
+    for member in sorted(result.members, key=figure, reverse=True):
+        name = ", ".join(f"{k} {v}" for k, v in member["name"].items())
+        score = console.percent(figure(member)) if by_dev else f"{member['best']['loss']:.4f}"
+        dropped = member["dropped"]
+        left = "" if dropped is None else f"dropped after epoch {dropped}"
+        rows.append([name, score, str(member["best"]["epoch"]), left])
+    console.table("Members", ["member", "dev (%)" if by_dev else "loss", "best epoch", ""], rows)
+    if by_dev:
+        figures = [100 * figure(member) for member in result.members]
+        console.out.print(
+            f"dev: mean {mean(figures):.1f}, deviation {stdev(figures):.1f}, best "
+            f"{max(figures):.1f} (members that were dropped count with their best until then)",
+            markup=False,
+        )
