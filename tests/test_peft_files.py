@@ -210,9 +210,7 @@ def test_a_prompt_with_trained_modules_is_not_attached_without_them(folder: Path
     rewrite(folder, {"prompt_embeddings": torch.ones(4, 32), name: torch.ones(2)})
     prompt = ptuning.Prompt.load(folder)
     assert list(prompt.modules) == ["score.weight"]
-    with pytest.raises(
-        InputError, match=r"together with score\.weight .*ptuning\.peft_compat"
-    ):
+    with pytest.raises(InputError, match=r"together with score\.weight .*ptuning\.peft_compat"):
         ptuning.attach(tiny.model("llama"), None, prompt)
 
 

@@ -25,12 +25,14 @@ class Placement:
         head: ``(B,)`` special tokens of each row that stay in front of `before`; none by default.
         tail: likewise those that stay behind `after`.
         behind_padding: False puts `before` in front of the left padding, as the reference does.
-        pads_right: move left padding to the right, for encoders that count positions from column 0.
+        pads_right: move left padding to the right, for encoders: they count positions from the
+            first column, or pool it.
         fill_left: pad the rows with fewer inserted tokens on the left.
 
     Attributes:
         columns: ``(B, T)`` the column in the result of each column of the text.
         lead: ``(B,)`` padding in front of each row of the result.
+        rolled: ``(B,)`` padding that was moved from the left to the right.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Placement:
         if not behind_padding:
             lead = none
         missing = self.inserted - start - end if fill_left else none
-        self.lead = (lead + missing).squeeze(1)
+        self.lead, self.rolled = (lead + missing).squeeze(1), rolled.squeeze(1)
         column = torch.arange(length + self.inserted, device=device)
         at = column - missing
         first = lead + (none if head is None else head.unsqueeze(1))
@@ -101,6 +103,12 @@ class Placement:
     def text_of(self, placed: Tensor) -> Tensor:
         """The text's part ``(B, T, …)`` of an output ``(B, P, …)``."""
         return placed.gather(1, _wide(self.columns, placed.shape[2:]))
+
+    def unrolled(self, placed: Tensor) -> Tensor:
+        """An output ``(B, P, …)`` with its padding on the left again, where it was moved."""
+        column = torch.arange(self._source.shape[1], device=placed.device)
+        index = (column - self.rolled.unsqueeze(1)) % len(column)
+        return placed.gather(1, _wide(index, placed.shape[2:]))
 
     def position_ids(self) -> Tensor:
         """``(B, P)`` positions that do not count the padding in front."""

@@ -23,7 +23,12 @@ from .auto import (
 )
 from .heads import ModulesToSaveWrapper
 from .model import PeftModel
-from .saving import get_peft_model_state_dict, set_peft_model_state_dict
+from .saving import (
+    get_base_model_state_dict,
+    get_peft_model_state_dict,
+    set_base_model_state_dict,
+    set_peft_model_state_dict,
+)
 from .tasks import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -69,8 +74,10 @@ __all__ = [
     "PromptEncoderReparameterizationType",
     "PromptLearningConfig",
     "TaskType",
+    "get_base_model_state_dict",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]

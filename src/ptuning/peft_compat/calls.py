@@ -16,7 +16,7 @@ from ..errors import InputError
 from . import generation
 from .heads import wrappers
 from .inputs import Base, Seat, place, placed_ids
-from .outputs import shift_answer_positions, without_virtual
+from .outputs import restored
 
 BASE = "__base__"
 """In ``adapter_names`` a row without a prompt, as in the reference; None means the same."""
@@ -40,13 +40,10 @@ def forward(model: Any, arguments: dict[str, Any]) -> Any:
     rows = _rows(model, names, arguments)
     with _written(model, rows) as seats, ExitStack() as stack:
         base = model.base()
-        inputs, where = place(base, seats, arguments, stack)
-        if drop:
-            shift_answer_positions(inputs, where)
-        as_tuple = drop and inputs.pop("return_dict", None) is False
-        output = model.base_model(**inputs)
-        if drop:
-            output = without_virtual(output, where, decoder=base.logits_of_decoder)
+        inputs, where = place(base, seats, arguments, stack, of_text=drop)
+        as_tuple = inputs.pop("return_dict", base.model.config.return_dict) is False
+        output = model.base_model(**inputs, return_dict=True)
+        output = restored(output, where, decoder=base.logits_of_decoder, text_only=drop)
         return output.to_tuple() if as_tuple else output
 
 

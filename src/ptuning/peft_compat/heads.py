@@ -118,12 +118,15 @@ def wrappers(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
 
 
 def find(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    """The modules whose names end with one of `names`, by their names in the model."""
+    """The modules whose names end with one of `names`, by their names in the model.
+
+    As in the reference the end need not be a whole name: ``pre_classifier`` ends with a classifier.
+    """
     wrapped = wrappers(model)
     found = {
         path: module
         for path, module in model.named_modules()
-        if any(path == name or path.endswith(f".{name}") for name in names)
+        if path.endswith(tuple(names))
         and not any(path.startswith(f"{outer}.") for outer in wrapped)
     }
     return {p: m for p, m in found.items() if not any(p.startswith(f"{o}.") for o in found)}

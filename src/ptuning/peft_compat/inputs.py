@@ -65,7 +65,12 @@ class Base:
 
 
 def place(
-    base: Base, seats: Sequence[Seat], inputs: dict[str, Any], stack: ExitStack
+    base: Base,
+    seats: Sequence[Seat],
+    inputs: dict[str, Any],
+    stack: ExitStack,
+    *,
+    of_text: bool = False,
 ) -> tuple[dict[str, Any], Placement]:
     """A call's arguments with prompts in them.
 
@@ -74,6 +79,8 @@ def place(
         seats: for each row what is put around its text; one for all rows alike.
         inputs: the call's arguments.
         stack: holds what must be undone after the call.
+        of_text: positions of answers count from the text's first token, instead of from the first
+            virtual one as the reference's do.
 
     Returns:
         The base model's arguments, and where the text stands in them.
@@ -97,7 +104,8 @@ def place(
     ids = _inserted_ids(seats, where.inserted, text.device)
     if mask is not None:
         inputs["attention_mask"] = where(mask, 1)
-    _spread(base, inputs, where, (rows, length), mask)
+    _spread(base, inputs, where, mask)
+    _find_answers(inputs, where, [0 if of_text else _in_front(seat) for seat in seats])
     if base.reference_layout:
         inputs["inputs_embeds"] = _embeddings(base, where, text, ids, embedded)
         return inputs, where
@@ -153,8 +161,8 @@ def _placement(
         head=head,
         tail=tail,
         behind_padding=not base.reference_layout,
-        pads_right=base.encodes_and_decodes and not base.reference_layout,
-        fill_left=not base.encodes_and_decodes,
+        pads_right=not (base.causal or base.reference_layout),
+        fill_left=base.causal,
         device=text.device,
     )
 
@@ -184,7 +192,6 @@ def _spread(
     base: Base,
     inputs: dict[str, Any],
     where: Placement,
-    shape: tuple[int, int],
     mask: Tensor | None,
 ) -> None:
     """Spread what has a value per token over the placed columns."""
@@ -209,8 +216,32 @@ def _spread(
     per_token = base.task in (TaskType.CAUSAL_LM, TaskType.TOKEN_CLS) or (
         base.task is None and not base.encodes_and_decodes
     )
-    if per_token and labels is not None and labels.shape == shape:
+    if not per_token or labels is None or labels.dim() != 2:
+        return
+    if labels.shape[1] == where.length:
         inputs["labels"] = where(labels, -100, pad=-100)
+    elif labels.shape[1] == where.length + where.inserted:  # as the reference wants them
+        own, virtual = labels[:, where.inserted :], labels[:, : where.inserted]
+        inputs["labels"] = where(own, virtual, pad=-100)
+
+
+def _in_front(seat: Seat) -> int:
+    """How many virtual tokens the reference would count before a row's text."""
+    return 0 if seat is None or seat[0].template is not None else seat[0].length
+
+
+def _find_answers(inputs: dict[str, Any], where: Placement, offsets: list[int]) -> None:
+    """Start and end of an answer ``(B,)``, counted from `offsets` before the text, as columns."""
+    for name in ("start_positions", "end_positions"):
+        if name not in inputs:
+            continue
+        given = inputs[name].view(-1, 1)
+        at = given - torch.tensor(offsets, device=given.device).unsqueeze(1)
+        column = where.columns.gather(1, at.clamp(0, where.length - 1))
+        column = torch.where(at < 0, given + where.lead.unsqueeze(1), column)
+        outside = (at >= where.length) | (given < 0)
+        ignored = where.length + where.inserted
+        inputs[name] = column.masked_fill(outside, ignored).squeeze(1)
 
 
 def _shifted(positions: Tensor, where: Placement, mask: Tensor | None, offset: int) -> Tensor:

@@ -127,6 +127,31 @@ def set_peft_model_state_dict(
     return torch.nn.modules.module._IncompatibleKeys(missing, wrong)
 
 
+def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
+    """The base model's own tensors under its own names, without adapters."""
+    state = model.get_base_model().state_dict()
+    return {
+        key.replace(".original_module.", "."): tensor
+        for key, tensor in state.items()
+        if ".modules_to_save." not in key
+    }
+
+
+def set_base_model_state_dict(
+    model: Any, state_dict: Mapping[str, Tensor], strict: bool = True
+) -> torch.nn.modules.module._IncompatibleKeys:
+    """Load the base model's own tensors, as `get_base_model_state_dict` gives them."""
+    base = model.get_base_model()
+    names = {
+        key.replace(".original_module.", "."): key
+        for key in base.state_dict()
+        if ".modules_to_save." not in key
+    }
+    inner = {names.get(key, key): tensor for key, tensor in state_dict.items()}
+    trained = {k: v for k, v in base.state_dict().items() if ".modules_to_save." in k}
+    return base.load_state_dict({**trained, **inner}, strict=strict)
+
+
 def _module_tensors(model: Any, name: str) -> dict[str, Tensor]:
     """The tensors of an adapter's trained modules, under the names that are saved."""
     return {

@@ -60,6 +60,12 @@ class Surface:
         if enable is not None:
             enable()
 
+    def set_requires_grad(self: Any, adapter_names: Any, requires_grad: bool = True) -> None:
+        """Refused, as in the reference: load an adapter with ``is_trainable`` instead."""
+        raise TypeError(
+            "Setting `requires_grad` is not supported for prompt learning methods like P_TUNING."
+        )
+
     def supports_lora_conversion(self: Any, adapter_name: str = "default") -> bool:
         """Always false: a prompt is not a change of weights."""
         return False
