@@ -118,11 +118,10 @@ def _rows(model: Any, names: Sequence[str | None] | None, inputs: dict[str, Any]
         if not model.active_adapters:
             raise InputError("no adapter is left on this model; add one, or call base_model")
         return [model.active_adapter]
-    text = inputs.get("input_ids")
-    count = len(inputs["inputs_embeds"] if text is None else text)
-    if len(names) != count:
+    text = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    if text is not None and len(names) != len(text):
         raise InputError(
-            f"adapter_names has {len(names)} names, and the batch {count} rows; give each row's"
+            f"adapter_names has {len(names)} names, and the batch {len(text)} rows; give each row's"
         )
     for name in set(names) - {None, BASE}:
         model.adapter(name)

@@ -116,6 +116,8 @@ def _tokenized(parsed: Template, tokenizer: Any, causal: bool) -> Frame:
             parts += [named.name(virtual + i) for i in range(piece.count or 0)]
             virtual += piece.count or 0
         elif isinstance(piece, Field):
+            # The row's ids are given, so a space in front of them would be a token of its own.
+            parts = [*parts[:-1], parts[-1].rstrip(" ")] if parts else parts
             parts.append(named.name(count))
         elif isinstance(piece, Slot):
             parts.append(named.slot)

@@ -223,6 +223,15 @@ def _spread(
     elif labels.shape[1] == where.length + where.inserted:  # as the reference wants them
         own, virtual = labels[:, where.inserted :], labels[:, : where.inserted]
         inputs["labels"] = where(own, virtual, pad=-100)
+    if base.causal and not base.reference_layout:
+        inputs["labels"] = _without_first(inputs["labels"], where)
+
+
+def _without_first(labels: Tensor, where: Placement) -> Tensor:
+    """No label for a row's first token if padding is in front: alone nothing would predict it."""
+    column = torch.arange(labels.shape[1], device=labels.device)
+    lead = where.lead.unsqueeze(1)
+    return labels.masked_fill((column == lead) & (lead > 0), -100)
 
 
 def _in_front(seat: Seat) -> int:

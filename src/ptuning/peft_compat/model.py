@@ -231,9 +231,8 @@ class PeftModel(Surface, Stored, PushToHubMixin, nn.Module):  # type: ignore[mis
         Takes ``adapter_names`` too. Sequences hold the text's ids and the new ones, as the
         reference's do.
         """
-        if args:
-            kwargs["input_ids"] = args[0]
-        return calls.generate(self, kwargs)
+        names = ["input_ids", *list(inspect.signature(self.base_model.generate).parameters)[1:]]
+        return calls.generate(self, {**dict(zip(names, args, strict=False)), **kwargs})
 
     def base(self) -> Base:
         """What placing inputs needs to know of the base model."""
@@ -275,6 +274,9 @@ def _with_signature(call: Any, names: tuple[str, ...]) -> Any:
     def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
         if len(args) > len(names):
             raise TypeError(f"forward takes at most {len(names)} positional arguments: {names}")
+        twice = sorted(set(names[: len(args)]) & set(kwargs))
+        if twice:
+            raise TypeError(f"forward got {twice[0]} twice, by position and by name")
         return call(self, {**dict(zip(names, args, strict=False)), **kwargs})
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
