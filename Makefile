@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # Made anew whenever what it is made from changes.
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test test-all lint bench-step clean
+.PHONY: demo test test-all lint bench-step parity clean
 
 demo: $(STAMP) ## fetch a small real model and watch a prompt learn
 	$(BIN)/ptuning fetch smollm2
@@ -24,6 +24,9 @@ lint: $(STAMP) ## style and types
 
 bench-step: $(STAMP) models ## one training step against PEFT's
 	$(BIN)/python benchmarks/train_step.py
+
+parity: $(STAMP) ## every model family and task beside PEFT
+	$(BIN)/python benchmarks/parity.py
 
 .PHONY: models
 models: $(STAMP)

@@ -54,6 +54,7 @@ ORDER = [
     "peft_compat.names",
     "peft_compat.heads",
     "peft_compat.frame",
+    "peft_compat.seats",
     "peft_compat.inputs",
     "peft_compat.outputs",
     "peft_compat.generation",

@@ -212,10 +212,18 @@ def input_embedding(model: nn.Module) -> nn.Embedding:
 
 
 def _shared_embeddings(model: nn.Module) -> list[nn.Embedding]:
-    """The input embedding and every other embedding of the same weight (T5 and BART have three)."""
+    """The input embedding and every other embedding of the same weight (T5 and BART have three).
+
+    Offloaded modules have placeholders for the one weight; there the model says what is tied.
+    """
     first = input_embedding(model)
     found = {id(first): first}
-    for module in model.modules():
-        if isinstance(module, nn.Embedding) and module.weight is first.weight:
-            found.setdefault(id(module), module)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    own = {f"{name}.weight" for name, module in model.named_modules() if module is first}
+    own |= {tied[name] for name in own if name in tied}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            alike = f"{name}.weight" in own or tied.get(f"{name}.weight") in own
+            if module.weight is first.weight or alike:
+                found.setdefault(id(module), module)
     return list(found.values())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import PeftType, PromptEncoderConfig, TaskType
 from ..encoder import PromptEncoder
@@ -49,12 +49,12 @@ class Adapter:
         count = len(self.span.rows)
         if torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters()):
             self._known = None
-            injector.write(self.span, encoder.table()[:count])
+            injector.write(self.span, _table(encoder)[:count])
             return
         state = tuple((p.data_ptr(), p._version) for p in encoder.parameters())
         if state != self._known or encoder.training:
             with torch.inference_mode(False), torch.no_grad():
-                rows = encoder.table()[:count].clone()
+                rows = _table(encoder)[:count].clone()
             injector.write(self.span, rows)
             self._known = state
 
@@ -67,6 +67,12 @@ class Adapter:
         """Let go of the graph of the rows."""
         if self.span.rows.requires_grad:
             injector.write(self.span, self.span.rows.detach())
+
+
+def _table(encoder: PromptEncoder) -> Tensor:
+    """The encoder's vectors, in its own precision also where the model runs in a lower one."""
+    with torch.autocast(encoder.embedding.weight.device.type, enabled=False):
+        return encoder.table()
 
 
 def checked(config: Any) -> PromptEncoderConfig:

@@ -15,8 +15,9 @@ from torch import Tensor
 from ..errors import InputError
 from . import generation
 from .heads import wrappers
-from .inputs import Base, Seat, place, placed_ids
+from .inputs import place
 from .outputs import restored
+from .seats import Base, Seat, placed_ids
 
 BASE = "__base__"
 """In ``adapter_names`` a row without a prompt, as in the reference; None means the same."""

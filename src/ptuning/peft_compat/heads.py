@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from ..errors import InputError
@@ -34,6 +36,7 @@ class ModulesToSaveWrapper(nn.Module):
         self.modules_to_save = AdapterDict()
         self.active_adapter: str | None = None
         self._local = threading.local()
+        self._last: list[str | None] | None = None
 
     @property
     def active_adapters(self) -> list[str]:
@@ -45,8 +48,11 @@ class ModulesToSaveWrapper(nn.Module):
         return set(self.modules_to_save)
 
     def add(self, name: str) -> None:
-        """A trainable copy of the original for an adapter."""
-        self.modules_to_save[name] = copy.deepcopy(self.original_module).requires_grad_(False)
+        """A trainable copy of the original for an adapter; of offloaded weights a real one."""
+        with align_module_device(self.original_module):
+            made = copy.deepcopy(self.original_module)
+        remove_hook_from_module(made, recurse=True)
+        self.modules_to_save[name] = made.requires_grad_(False)
 
     def activate(self, name: str | None, trainable: bool) -> None:
         """Use an adapter's copy, and train it and no other."""
@@ -59,7 +65,7 @@ class ModulesToSaveWrapper(nn.Module):
     @contextmanager
     def using(self, names: Sequence[str | None]) -> Iterator[None]:
         """In this thread each row of a batch gets the copy of its own adapter meanwhile."""
-        self._local.names = list(names)
+        self._local.names = self._last = list(names)
         try:
             yield
         finally:
@@ -68,6 +74,8 @@ class ModulesToSaveWrapper(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the active adapter's copy gives, or each row's own."""
         names = getattr(self._local, "names", None)
+        if names is None and torch._C._current_graph_task_id() != -1:
+            names = self._last  # gradient checkpointing computes the last call's layers again
         if names is None:
             return self._of(self.active_adapter)(*args, **kwargs)
         if len(set(names)) == 1:

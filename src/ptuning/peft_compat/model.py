@@ -24,9 +24,9 @@ from ..inject import Injector, input_embedding
 from . import calls, heads
 from .adapters import Adapter, checked, completed
 from .frame import Frame, from_template
-from .inputs import Base
 from .names import AdapterDict, check_name
-from .stored import Stored
+from .seats import Base
+from .stored import Stored, expect_no_base
 from .surface import Surface
 
 
@@ -95,6 +95,7 @@ class PeftModel(Surface, Stored, PushToHubMixin, nn.Module):  # type: ignore[mis
             if ".modules_to_save." not in name:
                 parameter.requires_grad_(False)
         self._activate_modules()
+        self.register_load_state_dict_post_hook(expect_no_base)
 
     @property
     def peft_config(self) -> dict[str, PromptEncoderConfig]:
@@ -231,7 +232,8 @@ class PeftModel(Surface, Stored, PushToHubMixin, nn.Module):  # type: ignore[mis
         Takes ``adapter_names`` too. Sequences hold the text's ids and the new ones, as the
         reference's do.
         """
-        names = ["input_ids", *list(inspect.signature(self.base_model.generate).parameters)[1:]]
+        base: Any = self.base_model
+        names = ["input_ids", *list(inspect.signature(base.generate).parameters)[1:]]
         return calls.generate(self, {**dict(zip(names, args, strict=False)), **kwargs})
 
     def base(self) -> Base:

@@ -180,3 +180,10 @@ class Stored:
         for key in [k for k in state if k.startswith(mine) and ".modules_to_save." not in k]:
             del state[key]
         return state
+
+
+def expect_no_base(module: nn.Module, keys: Any) -> None:
+    """A state dict without the base model's tensors is whole (`Stored.state_dict`)."""
+    keys.missing_keys[:] = [
+        key for key in keys.missing_keys if "base_model." not in key or ".modules_to_save." in key
+    ]
