@@ -154,3 +154,88 @@ def test_sizes_are_read_and_wrong_ones_refused() -> None:
     for wrong in ("much", "-1", "2X", ""):
         with pytest.raises(InputError, match="auto, off, or bytes"):
             ptuning.TrainSettings(prefix_cache=wrong)
+
+
+@pytest.fixture
+def without_sharing(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a prediction on the plain path."""
+
+    def run(*args: Any, **options: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr("ptuning.prefix._SMALLEST", 10**9)
+            return ptuning.predict_details(*args, **options)
+
+    return run
+
+
+def trained(template: str, width: int = 32, **options: Any) -> ptuning.Prompt:
+    prompt = ptuning.Prompt(template, **options)
+    prompt.set_count(sum(group.count for group in prompt.parsed.virtual))
+    assert prompt.num_virtual_tokens is not None
+    prompt.vectors = torch.randn(prompt.num_virtual_tokens, width)
+    return prompt
+
+
+def assert_alike(got: list[Any], expected: list[Any]) -> None:
+    for one, other in zip(got, expected, strict=True):
+        assert one.answer == other.answer
+        assert one.probability == pytest.approx(other.probability, rel=1e-4)
+        assert one.probabilities == pytest.approx(other.probabilities, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", tiny.CAUSAL)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"verbalizer": {"yes": "Paris", "no": "Rome"}},
+        {"verbalizer": {"yes": "not a city", "no": "Ra"}},
+        {"answer_tokens": 5},
+    ],
+    ids=["words", "several_tokens", "free"],
+)
+def test_predictions_with_a_shared_head_are_the_plain_ones(
+    family: str, options: dict[str, Any], without_sharing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny.model(family), tiny.tokenizer()
+    width = model.get_input_embeddings().embedding_dim
+    prompt = trained("[P*9] Is this so [P*2]: {country} and {more} [P] [MASK]", width, **options)
+    computed: list[int] = []
+    original = PrefixStore._compute
+
+    def compute(self: PrefixStore, prefixes: Any, device: Any) -> Any:
+        computed.append(len(prefixes))
+        return original(self, prefixes, device)
+
+    monkeypatch.setattr(PrefixStore, "_compute", compute)
+    rows = [{k: v for k, v in row.items() if k != "capital"} for row in ROWS]
+    got = ptuning.predict_details(model, tokenizer, prompt, rows, batch_size=3)
+    assert computed, "the shared part was not used"
+    assert_alike(got, without_sharing(model, tokenizer, prompt, rows, batch_size=3))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_several_prompts_read_a_document_once(
+    family: str, without_sharing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny.model(family), tiny.tokenizer()
+    words = {"yes": "Paris", "no": "Rome"}
+    prompts = [
+        trained("{more} about {country} [P*3] city? [MASK]", verbalizer=words),
+        trained("{more} about {country} [P*5] [MASK]", answer_tokens=3),
+        trained("{more} about {country} [P*2] long [P] [MASK]", verbalizer=words),
+    ]
+    rows = [{"country": "France and Italy and Spain", "more": "word " * n} for n in (3, 8)]
+    seen: list[int] = []
+    original = PrefixStore._compute
+
+    def compute(self: PrefixStore, prefixes: Any, device: Any) -> Any:
+        seen.extend(map(len, prefixes))
+        return original(self, prefixes, device)
+
+    monkeypatch.setattr(PrefixStore, "_compute", compute)
+    got = ptuning.predict_details(model, tokenizer, prompts, rows)
+    assert len(seen) == len(rows)
+    for one, prompt in zip(got, prompts, strict=True):
+        assert_alike(one, without_sharing(model, tokenizer, prompt, rows))
+    answers = ptuning.predict(model, tokenizer, prompts, rows)
+    assert answers == [[prediction.answer for prediction in one] for one in got]

@@ -37,6 +37,7 @@ class Batch:
         decoder_input_ids: ``(R, K)`` for seq2seq models.
         lengths: of each row, without padding.
         prefixes: each row's ids in front of its first virtual token.
+        heads: how many tokens of each row stand in front of its first field.
     """
 
     kind: str
@@ -51,6 +52,7 @@ class Batch:
     decoder_input_ids: Tensor | None = None
     lengths: tuple[int, ...] = ()
     prefixes: tuple[tuple[int, ...], ...] = ()
+    heads: tuple[int, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -97,6 +99,7 @@ def collate(
         member=torch.zeros(len(examples), dtype=torch.long),
         lengths=tuple(map(len, inputs)),
         prefixes=tuple(tuple(takewhile(_is_plain, s.ids)) for s in sequences),
+        heads=tuple(s.fields[0][1] if s.fields else 0 for s in sequences),
     )
     if kind == "seq2seq":
         start = torch.full_like(answers[:, :1], decoder_start_id)

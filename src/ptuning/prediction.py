@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,13 @@ from .base_model import context_length, eval_mode, task_kind
 from .collate import Batch
 from .errors import InputError
 from .loss import answer_logits, label_scores
+from .prefix import PrefixStore, for_prediction
 from .render import Example, Renderer, render_all
 from .score import batch_for, model_device
 from .task import Task
+
+_KEPT = "64M"
+"""What one prompt's prediction keeps of the parts that its rows share."""
 
 
 @dataclass(frozen=True)
@@ -37,23 +42,28 @@ class Prediction:
 def predict(
     model: nn.Module,
     tokenizer: Any,
-    prompt: Task,
+    prompt: Task | Sequence[Task],
     rows: Iterable[Example],
     *,
     candidates: Sequence[str] | None = None,
     answer_tokens: int | None = None,
     batch_size: int = 32,
-) -> list[str]:
+) -> list[Any]:
     """The answer to each row; `predict_details` also gives probabilities.
 
     Args:
         model: the frozen base model.
         tokenizer: the model's.
-        prompt: a trained prompt, attached or not; or a manual `Task`.
+        prompt: a trained prompt, attached or not; or a manual `Task`. Or several: then the result
+            has a list for each, and what a causal model makes of text in front of all their virtual
+            tokens (one document, many tasks) is computed once.
         rows: examples, column -> value; the answer column is not needed.
         candidates: choose among these answers.
         answer_tokens: longest free answer in tokens; by default the training's.
         batch_size: rows per forward.
+
+    Returns:
+        a string for each row; for several prompts a list of strings for each prompt.
 
     Raises:
         InputError, DataError: prompt, model or rows do not fit together.
@@ -62,57 +72,72 @@ def predict(
         >>> predict(model, tokenizer, prompt, [{"country": "France"}])
         ['Paris']
     """
-    details = predict_details(
-        model,
-        tokenizer,
-        prompt,
-        rows,
-        candidates=candidates,
-        answer_tokens=answer_tokens,
-        batch_size=batch_size,
-    )
-    return [prediction.answer for prediction in details]
+    options: Any = {"candidates": candidates, "answer_tokens": answer_tokens}
+    details: Any = predict_details(model, tokenizer, prompt, rows, **options, batch_size=batch_size)
+    if isinstance(prompt, Task):
+        return [prediction.answer for prediction in details]
+    return [[prediction.answer for prediction in of_one] for of_one in details]
 
 
 @torch.no_grad()
 def predict_details(
     model: nn.Module,
     tokenizer: Any,
-    prompt: Task,
+    prompt: Task | Sequence[Task],
     rows: Iterable[Example],
     *,
     candidates: Sequence[str] | None = None,
     answer_tokens: int | None = None,
     batch_size: int = 32,
-) -> list[Prediction]:
+) -> list[Any]:
     """Like `predict`, with probabilities."""
-    task = prompt if answer_tokens is None else replace(prompt, answer_tokens=answer_tokens)
-    renderer = Renderer(
-        tokenizer,
-        task,
-        task_kind(model),
-        context_length(model, tokenizer),
-        list(candidates) if candidates else None,
-    )
-    renderer.compares = bool(renderer.labels)
+    tasks, rows = [prompt] if isinstance(prompt, Task) else list(prompt), list(rows)
+    kind = task_kind(model)
+    store = PrefixStore(model, _KEPT) if kind == "causal" else None
+    if store and len(tasks) > 1:
+        store = PrefixStore(model)
+    results = []
+    for task in tasks:
+        asked = task if answer_tokens is None else replace(task, answer_tokens=answer_tokens)
+        choices = list(candidates) if candidates else None
+        renderer = Renderer(tokenizer, asked, kind, context_length(model, tokenizer), choices)
+        renderer.compares = bool(renderer.labels)
+        share = partial(for_prediction, documents=len(tasks) > 1) if store else None
+        with eval_mode(model), placed(model, tokenizer, task) as first_id:
+            results.append(_answers(model, renderer, rows, first_id, batch_size, store, share))
+    return results[0] if isinstance(prompt, Task) else results
+
+
+def _answers(
+    model: nn.Module,
+    renderer: Renderer,
+    rows: list[Example],
+    first_id: int,
+    batch_size: int,
+    store: PrefixStore | None,
+    share: Callable[[Batch], Batch] | None,
+) -> list[Prediction]:
+    """One task's answers, in batches of rows of like length."""
     examples = render_all(renderer, rows, "prediction", answered=False)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].sequences[0].ids))
     result: list[Prediction] = [Prediction("", 0.0)] * len(examples)
     answer = _compare if renderer.compares else _decode
-    with eval_mode(model), placed(model, tokenizer, prompt) as first_id:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            chunk = [examples[i] for i in chosen]
-            batch = batch_for(model, renderer, chunk, [first_id] * len(chunk))
-            answers = answer(model, renderer, batch.to(model_device(model)))
-            for index, prediction in zip(chosen, answers, strict=True):
-                result[index] = prediction
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        chunk = [examples[i] for i in chosen]
+        batch = batch_for(model, renderer, chunk, [first_id] * len(chunk))
+        batch = share(batch) if share else batch
+        answers = answer(model, renderer, batch.to(model_device(model)), store)
+        for index, prediction in zip(chosen, answers, strict=True):
+            result[index] = prediction
     return result
 
 
-def _compare(model: nn.Module, renderer: Renderer, batch: Batch) -> list[Prediction]:
+def _compare(
+    model: nn.Module, renderer: Renderer, batch: Batch, store: PrefixStore | None
+) -> list[Prediction]:
     owner = torch.tensor(renderer.owner, device=batch.input_ids.device)
-    scores = label_scores(answer_logits(model, batch), batch, owner)
+    scores = label_scores(answer_logits(model, batch, store), batch, owner)
     labels = list(renderer.labels)
     predictions = []
     for row in scores.softmax(1).tolist():
@@ -122,17 +147,21 @@ def _compare(model: nn.Module, renderer: Renderer, batch: Batch) -> list[Predict
     return predictions
 
 
-def _decode(model: nn.Module, renderer: Renderer, batch: Batch) -> list[Prediction]:
+def _decode(
+    model: nn.Module, renderer: Renderer, batch: Batch, store: PrefixStore | None
+) -> list[Prediction]:
     if renderer.kind == "masked":
         count = renderer.task.answer_tokens or 1
         empty = batch.answers.new_zeros(len(batch.input_ids), count)
         logits = answer_logits(model, replace(batch, answers=empty))
         best = logits.float().log_softmax(-1).max(-1)
         return _texts(renderer.tokenizer, best.indices, best.values)
-    return _generate(model, renderer, batch)
+    return _generate(model, renderer, batch, store)
 
 
-def _generate(model: Any, renderer: Renderer, batch: Batch) -> list[Prediction]:
+def _generate(
+    model: Any, renderer: Renderer, batch: Batch, store: PrefixStore | None
+) -> list[Prediction]:
     from transformers import GenerationConfig
 
     limit = renderer.task.answer_tokens
@@ -157,10 +186,13 @@ def _generate(model: Any, renderer: Renderer, batch: Batch) -> list[Prediction]:
         return_dict_in_generate=True,
         output_logits=True,
     )
+    shared = store(batch) if store else None
+    cache = {} if shared is None else {"past_key_values": shared["past_key_values"]}
     made = model.generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         generation_config=config,
+        **cache,
     )
     steps = len(made.logits)
     chosen = made.sequences[:, -steps:]

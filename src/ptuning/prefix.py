@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from .collate import Batch
+from .collate import IGNORED, Batch
 from .loss import positions
 from .settings import parse_size
 
@@ -143,6 +144,27 @@ class PrefixStore:
                 self._budgets[place] -= size
                 self.bytes += size
                 return
+
+
+def for_prediction(batch: Batch, documents: bool) -> Batch:
+    """The batch with the prefixes that can be shared when nothing is trained.
+
+    The rows of one example, which differ in the answer that they score, share all in front of it;
+    other rows share what stands in front of their first field, virtual tokens included. With
+    `documents` text in front of the virtual tokens, if any, is shared with other prompts instead.
+    """
+    if documents and min(map(len, batch.prefixes)) >= _SMALLEST:
+        return batch
+    several = len(batch.example) > len(batch.member)
+    answers = batch.answers.shape[1] - (batch.answers == IGNORED).sum(1)
+    prefixes = []
+    for row, ids in enumerate(batch.input_ids.tolist()):
+        length = batch.lengths[row]
+        context = length - max(0, int(answers[row]) - 1)
+        shared = context - 1 if several else batch.heads[row]
+        start = len(ids) - length
+        prefixes.append(tuple(ids[start : start + shared]))
+    return replace(batch, prefixes=tuple(prefixes))
 
 
 def _keeps_caches(model: nn.Module) -> bool:

@@ -125,10 +125,13 @@ def wrappers(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
     return {n: m for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
 
 
-def find(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+def find(model: nn.Module, names: Sequence[str], embedding: nn.Module) -> dict[str, nn.Module]:
     """The modules whose names end with one of `names`, by their names in the model.
 
     As in the reference the end need not be a whole name: ``pre_classifier`` ends with a classifier.
+
+    Raises:
+        InputError: one of them holds the input embedding, or is never called.
     """
     wrapped = wrappers(model)
     found = {
@@ -137,7 +140,20 @@ def find(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
         if path.endswith(tuple(names))
         and not any(path.startswith(f"{outer}.") for outer in wrapped)
     }
-    return {p: m for p, m in found.items() if not any(p.startswith(f"{o}.") for o in found)}
+    outer = {p: m for p, m in found.items() if not any(p.startswith(f"{o}.") for o in found)}
+    for path, module in outer.items():
+        inner = getattr(module, "original_module", module)
+        if any(part is embedding for part in inner.modules()):
+            raise InputError(
+                f"modules_to_save names the input embedding ({path}); prompts are written behind "
+                "it, and it cannot be trained with them: leave it out"
+            )
+        if isinstance(inner, nn.ModuleList | nn.ModuleDict):
+            raise InputError(
+                f"modules_to_save names {path}, a {type(inner).__name__}, which is never called; "
+                "name the modules in it"
+            )
+    return outer
 
 
 def wrap(model: nn.Module, paths: Sequence[str]) -> dict[str, ModulesToSaveWrapper]:

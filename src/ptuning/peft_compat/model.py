@@ -168,7 +168,8 @@ class PeftModel(Surface, Stored, PushToHubMixin, nn.Module):  # type: ignore[mis
         values = completed(config, self.base_model, frame)
         trained = config.replace(**values)
         encoder = PromptEncoder(trained).to(self._device())
-        found = heads.find(self.base_model, trained.modules_to_save or ())
+        names = trained.modules_to_save or ()
+        found = heads.find(self.base_model, names, input_embedding(self.base_model))
         for name, value in values.items():
             setattr(config, name, value)
         for wrapper in heads.wrap(self.base_model, list(found)).values():
