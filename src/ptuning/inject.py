@@ -40,6 +40,9 @@ class Span:
         self.rows = rows
         self.users = 1
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "rows": self.rows.detach()}
+
     @property
     def end(self) -> int:
         """One past the last id."""
@@ -175,10 +178,11 @@ class Injector:
         return torch.where(virtual.unsqueeze(-1), vectors, output)
 
     def __getstate__(self) -> dict[str, Any]:
-        spans = [Span(span.first, span.rows.detach()) for span in self.spans]
-        table, owner = self._lookup
-        state = {**self.__dict__, "spans": spans, "_lookup": (table.detach(), owner)}
-        return {k: v for k, v in state.items() if k != "_local"}
+        state = {k: v for k, v in self.__dict__.items() if k != "_local"}
+        if "_lookup" in state:
+            table, owner = self._lookup
+            state["_lookup"] = (table.detach(), owner)
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

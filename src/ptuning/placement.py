@@ -70,7 +70,7 @@ class Placement:
         # The text's own columns first, then the inserted tokens, then one column of padding.
         text = torch.where(at < first, at, at - start)
         text = torch.where(at < last, text, at - start - end)
-        text = (text + rolled) % length
+        text = (text + rolled) % max(1, length)
         source = torch.where((at >= first) & (at < first + start), length + at - first, text)
         source = torch.where((at >= last) & (at < last + end), length + start + at - last, source)
         outside = (at < 0) | (at >= length + start + end)

@@ -39,29 +39,21 @@ class Adapter:
     config: PromptEncoderConfig
     frame: Frame
     span: Span
-    _known: tuple[Any, ...] | None = None
 
     def write(self, injector: Injector, encoder: PromptEncoder) -> None:
-        """Let the virtual ids stand for what the encoder gives now.
-
-        Without gradients nothing is computed again until the encoder changes.
-        """
+        """Let the virtual ids stand for what the encoder gives now."""
         count = len(self.span.rows)
         if torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters()):
-            self._known = None
             injector.write(self.span, _table(encoder)[:count])
             return
-        state = tuple((p.data_ptr(), p._version) for p in encoder.parameters())
-        if state != self._known or encoder.training:
-            with torch.inference_mode(False), torch.no_grad():
-                rows = _table(encoder)[:count].clone()
+        with torch.inference_mode(False), torch.no_grad():
+            rows = _table(encoder)[:count].clone()
+        if not torch.equal(rows, self.span.rows):  # else nothing is to be written: threads may read
             injector.write(self.span, rows)
-            self._known = state
 
     def attach(self, injector: Injector) -> None:
         """Claim other ids for the same rows."""
         self.span = injector.add(self.span.rows)
-        self._known = None
 
     def release(self, injector: Injector) -> None:
         """Let go of the graph of the rows."""

@@ -35,12 +35,12 @@ def forward(model: Any, arguments: dict[str, Any]) -> Any:
     arguments.pop("task_ids", None)
     drop = arguments.pop("drop_virtual_positions", model.drop_virtual_positions)
     names = arguments.pop("adapter_names", None)
+    base = model.base()
     if model._adapters_disabled:
         with _modules_of(model, [None]):
             return model.base_model(**arguments)
     rows = _rows(model, names, arguments)
     with _written(model, rows) as seats, ExitStack() as stack:
-        base = model.base()
         inputs, where = place(base, seats, arguments, stack, of_text=drop)
         as_tuple = inputs.pop("return_dict", base.model.config.return_dict) is False
         output = model.base_model(**inputs, return_dict=True)
@@ -60,6 +60,7 @@ def generate(model: Any, arguments: dict[str, Any]) -> Any:
     """
     arguments.pop("task_ids", None)
     names = arguments.pop("adapter_names", None)
+    base = model.base()
     if model._adapters_disabled:
         with _modules_of(model, [None]):
             return model.base_model.generate(**arguments)
@@ -70,7 +71,6 @@ def generate(model: Any, arguments: dict[str, Any]) -> Any:
     generation.check_options(model.generation_config, arguments)
     rows = _rows(model, names, {"input_ids": ids})
     with _written(model, rows, grad=False) as seats:
-        base = model.base()
         how = _from_encoder if base.encodes_and_decodes else _from_text
         return how(base, model, seats, ids, arguments)
 
@@ -132,7 +132,7 @@ def _rows(model: Any, names: Sequence[str | None] | None, inputs: dict[str, Any]
 @contextmanager
 def _written(model: Any, rows: Sequence[str | None], grad: bool = True) -> Iterator[list[Seat]]:
     """Let the rows' virtual ids stand for what their encoders give now; yields the rows' seats."""
-    injector = model.base().injector
+    injector = model._injector
     used = {name: model.adapter(name) for name in dict.fromkeys(rows) if name is not None}
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
         for name, adapter in used.items():

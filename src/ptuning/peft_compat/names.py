@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from torch import nn
 
@@ -32,6 +33,14 @@ class AdapterDict(nn.ModuleDict):
     def __iter__(self) -> Iterator[str]:
         return map(_unescaped, super().__iter__())
 
+    def keys(self) -> Any:
+        """The names."""
+        return dict.fromkeys(self).keys()
+
+    def items(self) -> Any:
+        """The names with their modules."""
+        return {name: self[name] for name in self}.items()
+
 
 def check_name(name: str) -> None:
     """Refuse a name that cannot be a folder below the one that is saved to.
@@ -41,7 +50,8 @@ def check_name(name: str) -> None:
     """
     leaves = any(".." in kind(name).parts for kind in (PurePosixPath, PureWindowsPath))
     absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive
-    if not name.strip() or leaves or absolute or "\0" in name or name in (".", "__base__"):
+    nowhere = not name.strip() or not PurePosixPath(name).parts
+    if nowhere or leaves or absolute or "\0" in name or name == "__base__":
         raise InputError(f"the adapter name {name!r} cannot be a folder's name; give another name")
 
 
