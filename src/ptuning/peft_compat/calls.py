@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from . import generation
-from .heads import wrappers
+from .heads import remember, wrappers
 from .inputs import place
 from .outputs import restored
 from .seats import Base, Seat, placed_ids
@@ -100,7 +100,9 @@ def _from_encoder(
         raise InputError(
             "encoder_outputs were made without the prompt; give input_ids and leave them out"
         )
-    given = {"input_ids": ids, "attention_mask": arguments.pop("attention_mask", None)}
+    given = {name: arguments.pop(name, None) for name in ("attention_mask", "token_type_ids")} | {
+        "input_ids": ids
+    }
     with ExitStack() as stack, torch.no_grad():
         inputs, _ = place(base, seats, given, stack)
         config = arguments.get("generation_config") or model.generation_config
@@ -149,6 +151,9 @@ def _written(model: Any, rows: Sequence[str | None], grad: bool = True) -> Itera
 def _modules_of(model: Any, rows: Sequence[str | None]) -> Iterator[None]:
     """Let each row meet the modules that were trained with its adapter."""
     with ExitStack() as stack:
-        for wrapper in wrappers(model.base_model).values():
+        found = wrappers(model.base_model)
+        if found and torch.is_grad_enabled():
+            remember(model.base_model)
+        for wrapper in found.values():
             stack.enter_context(wrapper.using(rows))
         yield

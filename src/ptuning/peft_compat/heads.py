@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -36,7 +36,6 @@ class ModulesToSaveWrapper(nn.Module):
         self.modules_to_save = AdapterDict()
         self.active_adapter: str | None = None
         self._local = threading.local()
-        self._last: list[str | None] | None = None
 
     @property
     def active_adapters(self) -> list[str]:
@@ -65,17 +64,20 @@ class ModulesToSaveWrapper(nn.Module):
     @contextmanager
     def using(self, names: Sequence[str | None]) -> Iterator[None]:
         """In this thread each row of a batch gets the copy of its own adapter meanwhile."""
-        self._local.names = self._last = list(names)
+        before, self._local.names = self.names, list(names)
         try:
             yield
         finally:
-            self._local.names = None
+            self._local.names = before
+
+    @property
+    def names(self) -> list[str | None] | None:
+        """In this thread the adapter of each row, inside `using`."""
+        return getattr(self._local, "names", None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the active adapter's copy gives, or each row's own."""
-        names = getattr(self._local, "names", None)
-        if names is None and torch._C._current_graph_task_id() != -1:
-            names = self._last  # gradient checkpointing computes the last call's layers again
+        names = self.names
         if names is None:
             return self._of(self.active_adapter)(*args, **kwargs)
         if len(set(names)) == 1:
@@ -118,6 +120,38 @@ class ModulesToSaveWrapper(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._local = threading.local()
+
+
+class Remembering:
+    """A layer's checkpointing that computes the layer again with the rows' own modules."""
+
+    def __init__(self, checkpoint: Any, wrapped: list[ModulesToSaveWrapper]):
+        self.checkpoint, self.wrapped = checkpoint, wrapped
+
+    def __call__(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
+        """Checkpoint `layer`, which is called again in the backward pass."""
+        names = [(wrapper, wrapper.names) for wrapper in self.wrapped]
+
+        def again(*inputs: Any, **options: Any) -> Any:
+            with ExitStack() as stack:
+                for wrapper, own in names:
+                    if own is not None:
+                        stack.enter_context(wrapper.using(own))
+                return layer(*inputs, **options)
+
+        return self.checkpoint(again, *args, **kwargs)
+
+
+def remember(model: nn.Module) -> None:
+    """Let checkpointed layers with trained modules in them remember whose modules a call used."""
+    layers: Iterator[Any] = model.modules()
+    for layer in layers:
+        checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+        if checkpoint is None or isinstance(checkpoint, Remembering):
+            continue
+        wrapped = list(wrappers(layer).values())
+        if wrapped:
+            layer._gradient_checkpointing_func = Remembering(checkpoint, wrapped)
 
 
 def wrappers(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:

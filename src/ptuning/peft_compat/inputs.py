@@ -121,7 +121,7 @@ def _spread(
     elif labels.shape[1] == where.length + where.inserted:  # as the reference wants them
         own, virtual = labels[:, where.inserted :], labels[:, : where.inserted]
         inputs["labels"] = where(own, virtual, pad=-100)
-    if base.causal and not base.reference_layout:
+    if base.causal and base.task != TaskType.TOKEN_CLS and not base.reference_layout:
         inputs["labels"] = _without_first(inputs["labels"], where)
 
 
