@@ -217,6 +217,8 @@ def read(path: str | Path, **hub: Any) -> Saved:
         rows, config, modules = peft_files.read(folder, old_releases=True)
         if prompt and (len(rows) < len(prompt.vectors) or not _same(rows, prompt)):  # type: ignore[arg-type]
             prompt = None  # another program has written the reference's files anew
+        elif prompt:  # the reference knows no encoder without a head
+            config.encoder_reparameterization_type = prompt.encoder.upper()
     else:
         if not prompt.peft_config:
             raise PromptFileError(
