@@ -18,19 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from . import checkpoint
 from .base_model import describe
 from .collate import Batch
-from .errors import InputError, TrainingError
+from .devices import make_accelerator, place
+from .errors import TrainingError
 from .learner import Learner, halve, rank
 from .population import Member, Population
 from .prefix import PrefixStore
 from .render import Rendered
-from .score import batch_for, model_device, score
+from .score import batch_for, score
 from .settings import TrainSettings
 from .variants import Variant
 
@@ -68,7 +68,7 @@ class Loop:
     def train(self, resume: bool) -> list[Learner]:
         """Train from the start, or from the newest checkpoint; gives the members' learners."""
         first_in_process = not AcceleratorState._shared_state
-        self.accelerator = _accelerator(self.settings, self.output)
+        self.accelerator = make_accelerator(self.settings, self.output)
         try:
             self._prepare(resume)
             renderer = self.variants[0].renderer
@@ -91,7 +91,7 @@ class Loop:
 
     def _prepare(self, resume: bool) -> None:
         settings = self.settings
-        self.device = _place(self.model, self.accelerator)
+        self.device = place(self.model, self.accelerator)
         per_step = settings.batch_size * settings.gradient_accumulation
         self.steps_per_epoch = -(-len(self.variants[0].examples) // per_step)
         self.steps = self.steps_per_epoch * settings.epochs
@@ -282,29 +282,3 @@ class Loop:
             f"{where}). Use a lower learning rate than {rate:g}, or a base model in bfloat16 or "
             "float32 instead of float16"
         )
-
-
-def _accelerator(settings: TrainSettings, output: Path | None) -> Accelerator:
-    try:
-        accelerator = Accelerator(
-            mixed_precision=settings.mixed_precision,
-            log_with=settings.tracker,
-            project_dir=None if output is None else str(output),
-        )
-    except (ValueError, ImportError) as error:
-        raise InputError(
-            f"accelerate cannot be set up ({error}); a Trainer or Accelerator of another precision "
-            "in this process, or a tracker that is not installed, is the usual reason"
-        ) from error
-    if settings.tracker:
-        plain = {k: v for k, v in asdict(settings).items() if v is not None}
-        accelerator.init_trackers("ptuning", config=plain)
-    return accelerator
-
-
-def _place(model: nn.Module, accelerator: Accelerator) -> torch.device:
-    """Move the model to accelerate's device, unless it has been spread or placed already."""
-    if getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False):
-        return model_device(model)
-    model.to(accelerator.device)
-    return accelerator.device

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
-from . import console, run_files
+from . import console, run_files, training_report
 
 if TYPE_CHECKING:
     from ..prompt import Prompt
-    from ..training import TrainResult
 
 _RUN = ("prompt.json", "checkpoints")
 _PROMPT_OPTIONS = (
@@ -164,7 +163,7 @@ def train(
     """
     from .. import checkpoint
     from ..data import read_examples
-    from ..files import check_writable
+    from ..files import check_writable, write_folder
     from ..models import load_model
     from ..training import train as train_prompt
 
@@ -184,7 +183,7 @@ def train(
         checkpoint.delete_all(output)
         (output / "result.json").unlink(missing_ok=True)
     everything = run_files.settings_of(context)
-    _write(output, {"run.yaml": run_files.as_yaml(everything)})
+    write_folder(output, {"run.yaml": run_files.as_yaml(everything)})
     with console.training_bar() as listener:
         result = train_prompt(
             base,
@@ -199,12 +198,12 @@ def train(
             grid=grid,
             listener=listener,
         )
-    report = _save(output, prompt, result)
+    report = training_report.save(output, prompt, result)
     checkpoint.delete_all(output)
     if json_output:
         console.print_json(report)
     else:
-        _tell(output, prompt, result)
+        training_report.tell(output, prompt, result)
 
 
 def _finished(output: Path) -> bool:
@@ -272,65 +271,3 @@ def _grid(first: str | None, more: list[str] | None) -> dict[str, Any] | None:
     if more and first is None:
         raise InputError(f"what is {more[0]!r}? Options begin with --; see ptuning train --help")
     return parse_grid([first, *(more or [])]) if first else None
-
-
-def _save(output: Path, prompt: Prompt, result: TrainResult) -> dict[str, Any]:
-    from ..environment import versions
-    from ..files import pack_json
-    from ..plot import training_curve
-
-    prompt.save(output)
-    report = {
-        "best": result.best,
-        "history": result.history,
-        "members": result.members,
-        "winner": result.winner,
-        "shortened": result.shortened,
-        "seconds": round(result.seconds, 2),
-        "versions": versions(),
-    }
-    _write(output, {"curve.png": training_curve(result.history), "result.json": pack_json(report)})
-    return report
-
-
-def _write(output: Path, files: dict[str, bytes]) -> None:
-    from ..files import write_folder
-
-    write_folder(output, files)
-
-
-def _tell(output: Path, prompt: Prompt, result: TrainResult) -> None:
-    best = result.best
-    if len(result.members) > 1:
-        _tell_members(result)
-    line = f"{prompt.num_virtual_tokens} virtual tokens saved in {output} (epoch {best['epoch']}"
-    if "dev_accuracy" in best:
-        line += f", dev {console.percent(best['dev_accuracy'])} %"
-    console.out.print(f"{line}, {result.seconds:.0f} s)", markup=False)
-    console.out.print(f"next: ptuning evaluate {output} --data test.jsonl", markup=False)
-
-
-def _tell_members(result: TrainResult) -> None:
-    """All members, the best first, with mean and deviation of what decided."""
-    from statistics import mean, stdev
-
-    def figure(member: dict[str, Any]) -> float:
-        best = member["best"]
-        return best.get("dev_accuracy", -best["loss"])
-
-    by_dev = "dev_accuracy" in result.best
-    rows = []
-    for member in sorted(result.members, key=figure, reverse=True):
-        name = ", ".join(f"{k} {v}" for k, v in member["name"].items())
-        score = console.percent(figure(member)) if by_dev else f"{member['best']['loss']:.4f}"
-        dropped = member["dropped"]
-        left = "" if dropped is None else f"dropped after epoch {dropped}"
-        rows.append([name, score, str(member["best"]["epoch"]), left])
-    console.table("Members", ["member", "dev (%)" if by_dev else "loss", "best epoch", ""], rows)
-    if by_dev:
-        figures = [100 * figure(member) for member in result.members]
-        console.out.print(
-            f"dev: mean {mean(figures):.1f}, deviation {stdev(figures):.1f}, best "
-            f"{max(figures):.1f} (members that were dropped count with their best until then)",
-            markup=False,
-        )

@@ -1,0 +1,72 @@
+"""What a training leaves behind and says: files beside the prompt, a line, a table of members."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import console
+
+if TYPE_CHECKING:
+    from ..prompt import Prompt
+    from ..training import TrainResult
+
+
+def save(output: Path, prompt: Prompt, result: TrainResult) -> dict[str, Any]:
+    """Write the prompt, ``result.json`` and ``curve.png``; gives what ``--json`` prints."""
+    from ..environment import versions
+    from ..files import pack_json, write_folder
+    from ..plot import training_curve
+
+    prompt.save(output)
+    report = {
+        "best": result.best,
+        "history": result.history,
+        "members": result.members,
+        "winner": result.winner,
+        "shortened": result.shortened,
+        "seconds": round(result.seconds, 2),
+        "versions": versions(),
+    }
+    write_folder(
+        output, {"curve.png": training_curve(result.history), "result.json": pack_json(report)}
+    )
+    return report
+
+
+def tell(output: Path, prompt: Prompt, result: TrainResult) -> None:
+    """Say what came of it."""
+    best = result.best
+    if len(result.members) > 1:
+        _tell_members(result)
+    line = f"{prompt.num_virtual_tokens} virtual tokens saved in {output} (epoch {best['epoch']}"
+    if "dev_accuracy" in best:
+        line += f", dev {console.percent(best['dev_accuracy'])} %"
+    console.out.print(f"{line}, {result.seconds:.0f} s)", markup=False)
+    console.out.print(f"next: ptuning evaluate {output} --data test.jsonl", markup=False)
+
+
+def _tell_members(result: TrainResult) -> None:
+    """All members, the best first, with mean and deviation of what decided."""
+    from statistics import mean, stdev
+
+    def figure(member: dict[str, Any]) -> float:
+        best = member["best"]
+        return best.get("dev_accuracy", -best["loss"])
+
+    by_dev = "dev_accuracy" in result.best
+    rows = []
+    for member in sorted(result.members, key=figure, reverse=True):
+        name = ", ".join(f"{k} {v}" for k, v in member["name"].items())
+        score = console.percent(figure(member)) if by_dev else f"{member['best']['loss']:.4f}"
+        dropped = member["dropped"]
+        left = "" if dropped is None else f"dropped after epoch {dropped}"
+        rows.append([name, score, str(member["best"]["epoch"]), left])
+    console.table("Members", ["member", "dev (%)" if by_dev else "loss", "best epoch", ""], rows)
+    if by_dev:
+        figures = [100 * figure(member) for member in result.members]
+        console.out.print(
+            f"dev: mean {mean(figures):.1f}, deviation {stdev(figures):.1f}, best "
+            f"{max(figures):.1f} (members that were dropped count with their best until then)",
+            markup=False,
+        )
