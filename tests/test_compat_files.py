@@ -269,6 +269,10 @@ def test_an_adapter_without_a_task_finds_its_base_class(tmp_path: Path) -> None:
     again = peft_compat.AutoPeftModel.from_pretrained(tmp_path / "adapter")
     with torch.no_grad():
         assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    # As in the reference a task's class loads it too, with the base class that the file names.
+    asked = peft_compat.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert type(asked) is peft_compat.PeftModelForCausalLM
+    assert isinstance(asked.base_model, transformers.BertForMaskedLM)
     file = tmp_path / "adapter" / "adapter_config.json"
     values = json.loads(file.read_text())
     values["auto_mapping"]["parent_library"] = "os"

@@ -10,6 +10,7 @@ import transformers
 
 from ..config import PromptEncoderConfig, TaskType
 from ..errors import InputError
+from ..files import local_folder
 from .model import PeftModel
 
 _LIBRARIES = ("transformers",)
@@ -59,7 +60,7 @@ class AutoPeftModel:
         options = {name: kwargs.pop(name) for name in own if name in kwargs}
         hub = {name: kwargs[name] for name in ("token", "cache_dir") if name in kwargs}
         saved = PromptEncoderConfig.from_pretrained(place, revision=revision, **hub)
-        if saved.task_type != cls.task_type:
+        if saved.task_type is not None and saved.task_type != cls.task_type:
             expected, asked = (PeftModel.by_task[c.task_type].__name__ for c in (saved, cls))
             raise InputError(
                 f"Expected target PEFT class: {expected}, but you have asked for: {asked}; use the "
@@ -70,13 +71,15 @@ class AutoPeftModel:
                 f"the configuration in {place} names no base model; load the base model yourself "
                 "and use PeftModel.from_pretrained"
             )
-        base_class = cls.base_class or _named(saved.auto_mapping, import_allowlist)
+        base_class = cls.base_class
+        if saved.task_type is None:  # then the file names the class, whatever the task asked for
+            base_class = _named(saved.auto_mapping, import_allowlist)
         base = base_class.from_pretrained(
             saved.base_model_name_or_path, revision=saved.revision, **kwargs
         )
-        if (Path(place) / "tokenizer_config.json").is_file():
-            _grow(base, transformers.AutoTokenizer.from_pretrained(place))
-        return PeftModel.from_pretrained(
+        if (local_folder(place, revision, **hub) / "tokenizer_config.json").is_file():
+            _grow(base, transformers.AutoTokenizer.from_pretrained(place, revision=revision, **hub))
+        return PeftModel.by_task[cls.task_type].from_pretrained(
             base,
             place,
             adapter_name=adapter_name,

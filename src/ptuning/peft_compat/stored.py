@@ -158,7 +158,8 @@ class Stored:
         options = {name: kwargs[name] for name in own if name in kwargs}
         template = saved.prompt.template if saved.prompt else None
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        kind = cls.by_task[config.task_type]
+        task = config.task_type or getattr(cls, "task_type", None)
+        kind = cls.by_task[task]
         result: Any = kind(model, config, adapter_name, template=template, **options)
         try:
             load = saving.fill(

@@ -66,6 +66,20 @@ class Surface:
             "Setting `requires_grad` is not supported for prompt learning methods like P_TUNING."
         )
 
+    def get_layer_status(self: Any) -> Any:
+        """Refused, as in the reference: a prompt adds no layers."""
+        raise TypeError(
+            "get_layer_status() got an invalid PeftModel instance; prompts add no adapter layers; "
+            "see active_adapter and peft_config instead"
+        )
+
+    def get_model_status(self: Any) -> Any:
+        """Refused, as in the reference: a prompt adds no layers."""
+        raise TypeError(
+            "get_model_status() got an invalid PeftModel instance; prompts add no adapter layers; "
+            "see active_adapter and peft_config instead"
+        )
+
     def supports_lora_conversion(self: Any, adapter_name: str = "default") -> bool:
         """Always false: a prompt is not a change of weights."""
         return False
