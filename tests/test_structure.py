@@ -52,6 +52,7 @@ ORDER = [
     "plot",
     "environment",
     "demo",
+    "experiments.ledger",
     "peft_compat.names",
     "peft_compat.heads",
     "peft_compat.frame",

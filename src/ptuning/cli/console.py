@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -88,3 +89,50 @@ def _epoch_line(heard: Progress) -> str:
     if heard.of > 1:
         line += f"  (the best of this epoch; {heard.members} of {heard.of} members go on)"
     return line
+
+
+class PartsBar:
+    """A bar over the parts of an experiment: done, now, and the time that is left.
+
+    Use as a context manager. `begin` names the part that runs now, `listener` is for its training,
+    `end` prints its line.
+    """
+
+    def __init__(self, parts: int):
+        columns = [bars.TextColumn("{task.description}"), bars.BarColumn()]
+        columns += [bars.TextColumn("{task.percentage:.0f}%"), bars.TimeElapsedColumn()]
+        self._bar = bars.Progress(*columns, console=err, transient=True)
+        self._task = self._bar.add_task("", total=parts)
+        self._parts, self._done, self._measured = parts, 0, 0
+        self._started = time.monotonic()
+
+    def __enter__(self) -> PartsBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *rest: object) -> None:
+        self._bar.stop()
+
+    def begin(self, name: str) -> None:
+        """A part begins."""
+        self._bar.update(self._task, description=name)
+
+    def listener(self, heard: Progress) -> None:
+        """Moves the bar within a part."""
+        self._bar.update(self._task, completed=self._done + heard.step / heard.steps)
+
+    def end(self, line: str, measured: bool = True) -> None:
+        """A part is done; `measured` says that it ran now and was not taken from an earlier run."""
+        self._done += 1
+        self._measured += measured
+        self._bar.update(self._task, completed=self._done)
+        left = ""
+        if measured and self._done < self._parts:
+            each = (time.monotonic() - self._started) / self._measured
+            left = f"  (about {_duration(each * (self._parts - self._done))} left)"
+        self._bar.console.print(line + left, markup=False)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
