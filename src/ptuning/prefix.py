@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from .collate import IGNORED, Batch
 from .loss import positions
@@ -29,6 +30,15 @@ from .settings import parse_size
 KeyValues = list[Tensor]
 """For each layer keys and values of one prefix: ``(2, heads, tokens, head width)``."""
 _SMALLEST = 8
+
+
+class _KeptLayer(DynamicLayer):
+    """A cache layer around keys and values that are there already, without a copy of them."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
 
 
 class PrefixStore:
@@ -80,19 +90,24 @@ class PrefixStore:
         suffix: int,
         kept: int,
         device: torch.device,
-    ) -> DynamicCache:
+    ) -> Cache:
         """A new cache of `kept` columns, each row's prefix at its end; the store stays as it is."""
         found = self._of(dict.fromkeys(prefixes), device)
+        counts = [max(0, length - suffix) for length in lengths]
         layers = []
-        for layer, example in enumerate(found[prefixes[0]]):
-            _, heads, _, width = example.shape
-            stacked = example.new_zeros(2, len(prefixes), heads, kept, width, device=device)
-            for row, prefix in enumerate(prefixes):
-                count = max(0, lengths[row] - suffix)
+        for layer, first in enumerate(found[prefixes[0]]):
+            if len(found) == 1 and min(counts) == kept:  # one document: a view serves all rows
+                shared = first[:, None, :, :kept].to(device, non_blocking=True)
+                layers.append(_KeptLayer(*shared.expand(-1, len(prefixes), -1, -1, -1)))
+                continue
+            _, heads, _, width = first.shape
+            stacked = first.new_empty(2, len(prefixes), heads, kept, width, device=device)
+            for row, (prefix, count) in enumerate(zip(prefixes, counts, strict=True)):
+                stacked[:, row, :, : kept - count] = 0
                 values = found[prefix][layer][:, :, :count]
                 stacked[:, row, :, kept - count :] = values.to(device, non_blocking=True)
-            layers.append((stacked[0], stacked[1]))
-        return DynamicCache(layers)
+            layers.append(_KeptLayer(*stacked))
+        return Cache(layers=layers)
 
     def _of(
         self, prefixes: Iterable[tuple[int, ...]], device: torch.device
