@@ -1,7 +1,7 @@
 """What an experiment of many parts has finished: a file for each part, so that it can go on later.
 
-    OUT/run.json            the settings that every result depends on
-    OUT/done/PART.json      the result of one part
+OUT/run.json            the settings that every result depends on
+OUT/done/PART.json      the result of one part
 """
 
 from __future__ import annotations

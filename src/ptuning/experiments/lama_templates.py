@@ -1,0 +1,58 @@
+"""Templates of a LAMA relation: the manual ones, and those with virtual tokens among their words."""
+
+from __future__ import annotations
+
+from .lama_data import SUBJECT, Relation
+
+_FIELD = f"{{{SUBJECT}}}"
+
+
+def manual_template(relation: Relation, kind: str) -> str | None:
+    """LAMA's own template in this project's language.
+
+    Causal models get the text before ``[Y]``; None where the subject stands behind it.
+    """
+    text = relation.template.replace("{", "{{").replace("}", "}}")
+    before, after = text.split("[Y]")
+    if kind == "causal":
+        text = before.rstrip() + " [MASK]"
+        return text.replace("[X]", _FIELD) if "[X]" in before else None
+    return f"{before}[MASK]{after}".replace("[X]", _FIELD)
+
+
+def key_value_templates(relation: Relation) -> list[str]:
+    """Plain forms made from the relation's name in words."""
+    label = relation.label.replace("{", "{{").replace("}", "}}")
+    if not label:
+        return []
+    key = label[:1].upper() + label[1:]
+    return [
+        f"{_FIELD}\n{key}: [MASK]",
+        f"{_FIELD}. {key}: [MASK]",
+        f"Name: {_FIELD}\n{key}: [MASK]",
+        f"Name: {_FIELD}. {key}: [MASK]",
+        f"Subject: {_FIELD}\n{key}: [MASK]",
+        f"The {label} of {_FIELD} is [MASK]",
+        f"Question: What is the {label} of {_FIELD}?\nAnswer: [MASK]",
+    ]
+
+
+def all_manual(relation: Relation, kind: str) -> list[str]:
+    """Every manual template, LAMA's own first."""
+    own = manual_template(relation, kind)
+    return ([own] if own else []) + key_value_templates(relation)
+
+
+def plain_template(kind: str, size: int = 3) -> str:
+    """The paper's form: `size` virtual tokens on each side, without a word between them."""
+    group = f"[P*{size}]"
+    behind = f" {group}" if kind == "masked" else ""
+    return f"{group} {_FIELD} {group} [MASK]{behind}"
+
+
+def anchored_template(manual: str, kind: str, size: int = 3) -> str:
+    """A manual template's words as anchors: virtual tokens in front and behind the subject."""
+    group = f"[P*{size}]"
+    before, after = manual.split(_FIELD)
+    behind = f" {group}" if kind == "masked" else ""
+    return f"{group} {before}{_FIELD} {group}{after}{behind}"
