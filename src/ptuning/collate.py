@@ -6,6 +6,7 @@ last position; the encoders' inputs are padded on the right.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -18,6 +19,8 @@ from .layout import Sequence
 from .render import Rendered
 
 IGNORED = -100
+_BUSY = {"cpu": 512, "cuda": 16384}
+"""Tokens of a forward that keep a device busy; more of them run no faster for each."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Batch:
         labels: ``(N,)`` index of the right label, or None where the whole vocabulary counts.
         decoder_input_ids: ``(R, K)`` for seq2seq models.
         lengths: of each row, without padding.
-        prefixes: each row's ids in front of its first virtual token.
+        prefixes: each row's ids in front of its first virtual token, without the last of all, which
+            predicts.
         heads: how many tokens of each row stand in front of its first field.
     """
 
@@ -98,7 +102,7 @@ def collate(
         example=torch.tensor([n for _, n in rows]),
         member=torch.zeros(len(examples), dtype=torch.long),
         lengths=tuple(map(len, inputs)),
-        prefixes=tuple(tuple(takewhile(_is_plain, s.ids)) for s in sequences),
+        prefixes=tuple(tuple(takewhile(_is_plain, s.ids[:-1])) for s in sequences),
         heads=tuple(s.fields[0][1] if s.fields else 0 for s in sequences),
     )
     if kind == "seq2seq":
@@ -110,6 +114,31 @@ def collate(
     if all(e.compares and e.label is not None for e in examples):
         batch = replace(batch, labels=torch.tensor([e.label for e in examples]))
     return batch
+
+
+def by_length(
+    rows: Rows[tuple[Rendered, int]], device: torch.device
+) -> Iterator[list[tuple[Rendered, int]]]:
+    """Rows of like length together, in parts of some size, so that little is padding.
+
+    A part is as large as the device needs to be busy; what the parts' losses add up to is the whole
+    batch's.
+
+    Args:
+        rows: examples, each with its member.
+        device: that will compute them.
+    """
+    enough = _BUSY.get(device.type, _BUSY["cuda"])
+    part: list[tuple[Rendered, int]] = []
+    tokens = 0
+    for row in sorted(rows, key=lambda r: max(len(s.ids) for s in r[0].sequences), reverse=True):
+        part.append(row)
+        tokens += sum(len(sequence.ids) for sequence in row[0].sequences)
+        if tokens >= enough:
+            yield part
+            part, tokens = [], 0
+    if part:
+        yield part
 
 
 def _is_plain(token: int) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .base_model import describe
-from .collate import Batch
+from .collate import Batch, by_length
 from .devices import make_accelerator, place
 from .errors import TrainingError
 from .learner import Learner, halve, rank
@@ -154,13 +154,12 @@ class Loop:
         divisor = torch.tensor(weights, dtype=torch.float32, device=self.device)
         total = torch.zeros(len(self.learners), device=self.device)
         for start in range(0, per_step, self.settings.batch_size):
-            batch = self._batch([c[start : start + self.settings.batch_size] for c in chosen])
-            if batch is None:
-                continue
-            with self.accelerator.autocast():
-                losses = self.population.step(batch) / divisor
-            self.accelerator.backward(losses.sum())
-            total += losses.detach()
+            rows = self._rows([c[start : start + self.settings.batch_size] for c in chosen])
+            for part in by_length(rows, self.device):
+                with self.accelerator.autocast():
+                    losses = self.population.step(self._batch(part)) / divisor
+                self.accelerator.backward(losses.sum())
+                total += losses.detach()
         total = self.accelerator.reduce(total, "sum")
         self._settle(total)
         return total.cpu()
@@ -179,25 +178,25 @@ class Loop:
                     )
                     raise TrainingError(self._not_finite(number, fault))
 
-    def _batch(self, chosen: list[list[Rendered]]) -> Batch | None:
-        """One micro-batch: this process's share of every active member's examples."""
+    def _rows(self, chosen: list[list[Rendered]]) -> list[tuple[Rendered, int]]:
+        """This process's share of every active member's examples, each with its member."""
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        pairs = [
+        return [
             (example, number)
             for number, examples in enumerate(chosen)
             if self.learners[number].active
             for example in examples[process::processes]
         ]
-        if not pairs:
-            return None
+
+    def _batch(self, rows: list[tuple[Rendered, int]]) -> Batch:
         first_ids = self.population.first_ids()
         batch = batch_for(
             self.model,
             self.variants[0].renderer,
-            [example for example, _ in pairs],
-            [first_ids[number] for _, number in pairs],
+            [example for example, _ in rows],
+            [first_ids[number] for _, number in rows],
         )
-        return replace(batch, member=torch.tensor([n for _, n in pairs])).to(self.device)
+        return replace(batch, member=torch.tensor([n for _, n in rows])).to(self.device)
 
     def _end_epoch(self, epoch: int) -> None:
         records = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,21 @@ from torch import Tensor, nn
 from .collate import IGNORED, Batch
 from .errors import InputError
 
-Prefix = Callable[[Batch], dict[str, Any] | None]
+
+@dataclass(frozen=True)
+class Shortened:
+    """A causal batch without the columns whose keys and values are known.
+
+    Attributes:
+        inputs: the model's arguments.
+        rows: from the model's logits to those ``(R, K, vocabulary)`` of the batch's rows.
+    """
+
+    inputs: dict[str, Any]
+    rows: Callable[[Tensor], Tensor]
+
+
+Prefix = Callable[[Batch], Shortened | None]
 
 
 def answer_logits(model: nn.Module, batch: Batch, prefix: Prefix | None = None) -> Tensor:
@@ -28,8 +43,7 @@ def answer_logits(model: nn.Module, batch: Batch, prefix: Prefix | None = None) 
     Args:
         model: the base model.
         batch: its inputs.
-        prefix: gives causal models the keys and values of what does not depend on the prompt, and
-            what is left to compute (`prefix.PrefixStore`).
+        prefix: tells what is left to compute for a causal model (`prefix.PrefixStore`), or None.
     """
     inputs: dict[str, Any] = {
         "input_ids": batch.input_ids,
@@ -42,9 +56,10 @@ def answer_logits(model: nn.Module, batch: Batch, prefix: Prefix | None = None) 
     if batch.kind == "masked":
         return _masked_logits(model, batch.slots, count, inputs)
     shorter = prefix(batch) if prefix else None
-    inputs = {**inputs, "use_cache": False} if shorter is None else {**shorter, "use_cache": True}
-    inputs |= positions(model, batch.attention_mask, inputs["input_ids"].shape[1], count)
-    return model(**inputs).logits[:, -count:]
+    if shorter is not None:
+        return shorter.rows(model(**shorter.inputs, use_cache=True).logits)
+    inputs |= positions(model, batch.attention_mask, batch.input_ids.shape[1], count)
+    return model(**inputs, use_cache=False).logits[:, -count:]
 
 
 def positions(model: nn.Module, mask: Tensor, columns: int, count: int) -> dict[str, Tensor]:
@@ -125,11 +140,19 @@ def label_scores(logits: Tensor, batch: Batch, words: Tensor) -> Tensor:
         batch: prepared for label comparison.
         words: ``(W,)`` the label of each word.
     """
+    return by_label(word_scores(logits, batch, len(words)), words)
+
+
+def word_scores(logits: Tensor, batch: Batch, words: int) -> Tensor:
+    """Scores ``(N, words)`` of the label words that each example compares."""
     if batch.label_ids is not None:
         column = -1 if batch.kind == "causal" else 0
-        scores = logits[:, column].float().gather(1, batch.label_ids)
-    else:
-        scores = -answer_nll(logits, batch.answers).sum(1).view(-1, len(words))
+        return logits[:, column].float().gather(1, batch.label_ids)
+    return -answer_nll(logits, batch.answers).sum(1).view(-1, words)
+
+
+def by_label(scores: Tensor, words: Tensor) -> Tensor:
+    """From scores ``(N, W)`` of words, whose labels are `words`, to ``(N, labels)``."""
     labels = int(words.max()) + 1
     if labels == len(words):
         return scores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -14,9 +15,9 @@ from .attachment import placed
 from .base_model import context_length, eval_mode, task_kind
 from .collate import Batch
 from .errors import InputError
-from .loss import answer_logits, label_scores
+from .loss import answer_logits, by_label, word_scores
 from .prefix import PrefixStore, for_prediction
-from .render import Example, Renderer, render_all
+from .render import Example, Rendered, Renderer, render_all
 from .score import batch_for, model_device
 from .task import Task
 
@@ -92,64 +93,93 @@ def predict_details(
 ) -> list[Any]:
     """Like `predict`, with probabilities."""
     tasks, rows = [prompt] if isinstance(prompt, Task) else list(prompt), list(rows)
-    kind = task_kind(model)
-    store = PrefixStore(model, _KEPT) if kind == "causal" else None
-    if store and len(tasks) > 1:
-        store = PrefixStore(model)
-    results = []
+    kind, context = task_kind(model), context_length(model, tokenizer)
+    store = PrefixStore(model, _KEPT if len(tasks) == 1 else "auto") if kind == "causal" else None
+    share = partial(for_prediction, documents=len(tasks) > 1) if store else None
+    choices = list(candidates) if candidates else None
+    asked = []
     for task in tasks:
-        asked = task if answer_tokens is None else replace(task, answer_tokens=answer_tokens)
-        choices = list(candidates) if candidates else None
-        renderer = Renderer(tokenizer, asked, kind, context_length(model, tokenizer), choices)
+        settled = task if answer_tokens is None else replace(task, answer_tokens=answer_tokens)
+        renderer = Renderer(tokenizer, settled, kind, context, choices)
         renderer.compares = bool(renderer.labels)
-        share = partial(for_prediction, documents=len(tasks) > 1) if store else None
-        with eval_mode(model), placed(model, tokenizer, task) as first_id:
-            results.append(_answers(model, renderer, rows, first_id, batch_size, store, share))
+        asked.append(_Asked(renderer, render_all(renderer, rows, "prediction", answered=False)))
+    results: list[list[Prediction]] = [[] for _ in tasks]
+    with eval_mode(model), ExitStack() as attached:
+        for task, question in zip(tasks, asked, strict=True):
+            question.first_id = attached.enter_context(placed(model, tokenizer, task))
+        for together in _in_one_batch(asked):
+            group = [asked[number] for number in together]
+            answers = _answers(model, group, len(rows), batch_size, store, share)
+            for number, of_one in zip(together, answers, strict=True):
+                results[number] = of_one
     return results[0] if isinstance(prompt, Task) else results
+
+
+@dataclass
+class _Asked:
+    """One task on all rows, and the id of its first virtual token."""
+
+    renderer: Renderer
+    examples: list[Rendered]
+    first_id: int = 0
+
+
+def _in_one_batch(asked: list[_Asked]) -> list[list[int]]:
+    """The numbers of tasks whose rows may share batches: those that compare as many words."""
+    groups: dict[Any, list[int]] = {}
+    for number, question in enumerate(asked):
+        renderer = question.renderer
+        key = len(renderer.owner) if renderer.compares else (number,)
+        groups.setdefault(key, []).append(number)
+    return list(groups.values())
 
 
 def _answers(
     model: nn.Module,
-    renderer: Renderer,
-    rows: list[Example],
-    first_id: int,
+    asked: list[_Asked],
+    count: int,
     batch_size: int,
     store: PrefixStore | None,
     share: Callable[[Batch], Batch] | None,
-) -> list[Prediction]:
-    """One task's answers, in batches of rows of like length."""
-    examples = render_all(renderer, rows, "prediction", answered=False)
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].sequences[0].ids))
-    result: list[Prediction] = [Prediction("", 0.0)] * len(examples)
+) -> list[list[Prediction]]:
+    """The tasks' answers, in batches of rows of like length; a row's tasks stand together."""
+    results = [[Prediction("", 0.0)] * count for _ in asked]
+    renderer = asked[0].renderer
+    order = sorted(range(count), key=lambda i: len(asked[0].examples[i].sequences[0].ids))
     answer = _compare if renderer.compares else _decode
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        chunk = [examples[i] for i in chosen]
-        batch = batch_for(model, renderer, chunk, [first_id] * len(chunk))
+    rows = max(1, batch_size // len(asked))
+    for start in range(0, count, rows):
+        places = [(t, i) for i in order[start : start + rows] for t in range(len(asked))]
+        chunk = [asked[t].examples[i] for t, i in places]
+        batch = batch_for(model, renderer, chunk, [asked[t].first_id for t, _ in places])
         batch = share(batch) if share else batch
-        answers = answer(model, renderer, batch.to(model_device(model)), store)
-        for index, prediction in zip(chosen, answers, strict=True):
-            result[index] = prediction
-    return result
+        renderers = [asked[t].renderer for t, _ in places]
+        answers = answer(model, renderers, batch.to(model_device(model)), store)
+        for (task, index), prediction in zip(places, answers, strict=True):
+            results[task][index] = prediction
+    return results
 
 
 def _compare(
-    model: nn.Module, renderer: Renderer, batch: Batch, store: PrefixStore | None
+    model: nn.Module, renderers: list[Renderer], batch: Batch, store: PrefixStore | None
 ) -> list[Prediction]:
-    owner = torch.tensor(renderer.owner, device=batch.input_ids.device)
-    scores = label_scores(answer_logits(model, batch, store), batch, owner)
-    labels = list(renderer.labels)
+    words = len(renderers[0].owner)
+    scores = word_scores(answer_logits(model, batch, store), batch, words)
     predictions = []
-    for row in scores.softmax(1).tolist():
-        best = max(range(len(row)), key=row.__getitem__)
-        named = dict(zip(labels, row, strict=True))
-        predictions.append(Prediction(labels[best], row[best], named))
+    for row, renderer in zip(scores, renderers, strict=True):
+        owner = torch.tensor(renderer.owner, device=row.device)
+        shares = by_label(row[None], owner)[0].softmax(0).tolist()
+        labels = list(renderer.labels)
+        best = max(range(len(shares)), key=shares.__getitem__)
+        named = dict(zip(labels, shares, strict=True))
+        predictions.append(Prediction(labels[best], shares[best], named))
     return predictions
 
 
 def _decode(
-    model: nn.Module, renderer: Renderer, batch: Batch, store: PrefixStore | None
+    model: nn.Module, renderers: list[Renderer], batch: Batch, store: PrefixStore | None
 ) -> list[Prediction]:
+    renderer = renderers[0]
     if renderer.kind == "masked":
         count = renderer.task.answer_tokens or 1
         empty = batch.answers.new_zeros(len(batch.input_ids), count)
@@ -186,8 +216,8 @@ def _generate(
         return_dict_in_generate=True,
         output_logits=True,
     )
-    shared = store(batch) if store else None
-    cache = {} if shared is None else {"past_key_values": shared["past_key_values"]}
+    shared = store.cache(batch) if store else None
+    cache = {} if shared is None else {"past_key_values": shared}
     made = model.generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,

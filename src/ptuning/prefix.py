@@ -24,7 +24,8 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from .collate import IGNORED, Batch
-from .loss import positions
+from .loss import Shortened, positions
+from .packing import Packed, can_pack, pack
 from .settings import parse_size
 
 KeyValues = list[Tensor]
@@ -65,36 +66,64 @@ class PrefixStore:
         self.bytes = 0
         self.computed = 0
 
-    def __call__(self, batch: Batch) -> dict[str, Any] | None:
-        """The model's arguments for the columns that depend on the prompt, or None.
-
-        None where the prefixes are too short to be worth it, or the model drops a cache (gradient
-        checkpointing does).
-        """
-        suffix = max(n - len(p) for n, p in zip(batch.lengths, batch.prefixes, strict=True))
-        total = batch.input_ids.shape[1]
-        kept = total - suffix
-        if kept < _SMALLEST or 4 * kept < total or not _keeps_caches(self.model):
+    def __call__(self, batch: Batch) -> Shortened | None:
+        """What is left to compute of a batch, or None where nothing can be saved."""
+        if not self._serves(batch):
             return None
-        cache = self._stacked(batch.prefixes, batch.lengths, suffix, kept, batch.input_ids.device)
-        return {
-            "input_ids": batch.input_ids[:, kept:],
+        packed = pack(batch) if can_pack(self.model) else None
+        if packed is not None:
+            return self._packed(packed)
+        total, count = batch.input_ids.shape[1], batch.answers.shape[1]
+        columns = _longest_suffix(batch)
+        inputs = {
+            "input_ids": batch.input_ids[:, total - columns :],
             "attention_mask": batch.attention_mask,
+            "past_key_values": self._stacked(batch, columns),
+            **positions(self.model, batch.attention_mask, columns, count),
+        }
+        return Shortened(inputs, lambda logits: logits[:, -count:])
+
+    def cache(self, batch: Batch) -> Cache | None:
+        """Keys and values of a batch's first columns, to generate behind them; or None."""
+        return self._stacked(batch, _longest_suffix(batch)) if self._serves(batch) else None
+
+    def _serves(self, batch: Batch) -> bool:
+        """The prefixes are long enough to be worth it, and the model reads caches."""
+        total = batch.input_ids.shape[1]
+        kept = total - _longest_suffix(batch)
+        return kept >= _SMALLEST and 4 * kept >= total and _keeps_caches(self.model)
+
+    def _packed(self, packed: Packed) -> Shortened:
+        device = packed.input_ids.device
+        longest = max(map(len, packed.prefixes))
+        cache = self._cache(packed.prefixes, [len(p) for p in packed.prefixes], longest, device)
+        inputs = {
+            "input_ids": packed.input_ids,
+            "attention_mask": packed.attention_mask,
+            "position_ids": packed.position_ids,
+            "logits_to_keep": packed.keep,
             "past_key_values": cache,
         }
+        return Shortened(inputs, lambda logits: logits[packed.group[:, None], packed.answers])
 
-    def _stacked(
+    def _stacked(self, batch: Batch, suffix: int) -> Cache:
+        counts = [max(0, length - suffix) for length in batch.lengths]
+        kept = batch.input_ids.shape[1] - suffix
+        return self._cache(batch.prefixes, counts, kept, batch.input_ids.device)
+
+    def _cache(
         self,
         prefixes: tuple[tuple[int, ...], ...],
-        lengths: tuple[int, ...],
-        suffix: int,
+        counts: list[int],
         kept: int,
         device: torch.device,
     ) -> Cache:
-        """A new cache of `kept` columns, each row's prefix at its end; the store stays as it is."""
+        """A new cache of `kept` columns: the first `counts` of each row's prefix at its end.
+
+        The store stays as it is.
+        """
         found = self._of(dict.fromkeys(prefixes), device)
-        counts = [max(0, length - suffix) for length in lengths]
-        layers = []
+        layers: list[Any] = []
         for layer, first in enumerate(found[prefixes[0]]):
             if len(found) == 1 and min(counts) == kept:  # one document: a view serves all rows
                 shared = first[:, None, :, :kept].to(device, non_blocking=True)
@@ -159,6 +188,10 @@ class PrefixStore:
                 self._budgets[place] -= size
                 self.bytes += size
                 return
+
+
+def _longest_suffix(batch: Batch) -> int:
+    return max(n - len(p) for n, p in zip(batch.lengths, batch.prefixes, strict=True))
 
 
 def for_prediction(batch: Batch, documents: bool) -> Batch:

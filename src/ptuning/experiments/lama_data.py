@@ -100,7 +100,7 @@ def read_facts(folder: Path, relation: Relation, tokenizer: Any) -> Facts:
 
 
 def is_one_token(tokenizer: Any, word: str) -> bool:
-    """The word, with a space before it, is one token of the vocabulary (and not the unknown one)."""
+    """The word, with a space before it, is one known token of the vocabulary."""
     ids = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
     return len(ids) == 1 and ids[0] != tokenizer.unk_token_id
 

@@ -1,4 +1,4 @@
-"""Templates of a LAMA relation: the manual ones, and those with virtual tokens among their words."""
+"""Templates of a LAMA relation: manual ones, and those with virtual tokens among their words."""
 
 from __future__ import annotations
 
