@@ -57,6 +57,7 @@ ORDER = [
     "experiments.lama_data",
     "experiments.lama_templates",
     "experiments.ranking",
+    "experiments.lama",
     "peft_compat.names",
     "peft_compat.heads",
     "peft_compat.frame",
@@ -77,6 +78,7 @@ ORDER = [
     "cli.training_report",
     "cli.train",
     "cli.use",
+    "cli.lama",
     "cli.run_demo",
     "cli.app",
 ]

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import io
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+
+def shares(names: list[str], bars: dict[str, list[float | None]], title: str) -> bytes:
+    """Groups of bars, a group for each name and a bar for each series, in percent."""
+    figure = Figure(figsize=(max(4.5, 0.55 * len(names) + 2), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panel = figure.subplots()
+    width = 0.8 / len(bars)
+    for number, (label, values) in enumerate(bars.items()):
+        places = [place + (number - (len(bars) - 1) / 2) * width for place in range(len(names))]
+        panel.bar(places, [100 * (value or 0) for value in values], width, label=label)
+    panel.set_xticks(range(len(names)), names, rotation=90 if len(names) > 8 else 0)
+    panel.set(ylabel=title, ylim=(0, 100))
+    panel.grid(axis="y", alpha=0.3)
+    panel.legend(ncols=len(bars), loc="upper center", fontsize="small")
+    return _png(figure)
+
 
 def training_curve(history: list[dict[str, float]], title: str = "P-tuning") -> bytes:
     """Loss and, where there is a dev set, dev accuracy over the epochs."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     epochs = [record["epoch"] for record in history]
     has_dev = bool(history) and "dev_accuracy" in history[-1]
     figure = Figure(figsize=(8 if has_dev else 4.5, 3.2), layout="constrained")
@@ -29,6 +45,10 @@ def training_curve(history: list[dict[str, float]], title: str = "P-tuning") -> 
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
     figure.suptitle(title)
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     return content.getvalue()

@@ -1,0 +1,178 @@
+"""``ptuning lama``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import InputError
+from . import console, run_files
+
+
+def lama(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Option(help="Hub name, folder, .gguf file, or a fetched model such as smollm2.")
+    ],
+    data: Annotated[Path, typer.Option(help="LAMA's folder: relations.jsonl and P*.jsonl.")],
+    output: Annotated[Path, typer.Option(help="Folder for figures, picture and prompts.")],
+    relations: Annotated[
+        str | None, typer.Option(help="Such as P36,P19. [default: all that have facts]")
+    ] = None,
+    template: Annotated[
+        str,
+        typer.Option(
+            help="Population's templates, separated by '|': own (LAMA's words as anchors), best "
+            "(the best manual template's), plain (no words), or text with {sub_label} and [MASK]."
+        ),
+    ] = "own|best",
+    encoder: Annotated[
+        str, typer.Option(help="Population's encoders: mlp, lstm, none, separated by commas.")
+    ] = "mlp,none",
+    virtual_tokens: Annotated[int, typer.Option(help="Virtual tokens of each group.")] = 3,
+    population: Annotated[int, typer.Option(help="Seeds of each template and encoder.")] = 1,
+    epochs: Annotated[int, typer.Option(help="Passes over a relation's facts.")] = 8,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="[default: 1e-3 for mlp, 2e-3 for lstm, 1e-2 for none]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Facts of each member per step.")] = 16,
+    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
+    candidates: Annotated[
+        Path | None,
+        typer.Option(help="File of answers that compete, one per line. [default: all tokens]"),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the frozen model: float32, bfloat16, float16 or auto.")
+    ] = "float32",
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run file (YAML) with any of these options; options given here come first.",
+            callback=run_files.use_config,
+            is_eager=True,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that --output holds.")
+    ] = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print the figures as JSON on stdout.")
+    ] = False,
+) -> None:
+    """Probe a model's knowledge of facts: by manual templates and by P-tuned prompts.
+
+    For each relation of LAMA: its manual template, the best manual template on dev, the majority
+    answer, and the best of a population of prompts on dev; P@1, P@10 and MRR on test. The same
+    command goes on where it stopped, a relation at a time. --output gets lama.json, lama.png,
+    run.yaml and the prompts.
+
+    Example:
+
+        ptuning lama --model smollm2 --data lama/ --relations P36,P19 --output out/
+    """
+    from ..environment import versions
+    from ..experiments.lama import LamaOptions, probe, summary
+    from ..experiments.lama_data import read_facts, read_relations
+    from ..experiments.ledger import Ledger
+    from ..files import pack_json, write_folder
+    from ..models import load_model
+    from ..plot import shares
+    from ..settings import TrainSettings
+
+    options = LamaOptions(
+        templates=_parts(template, "|", "--template"),
+        encoders=_parts(encoder, ",", "--encoder"),
+        virtual_tokens=virtual_tokens,
+        seeds=population,
+        settings=TrainSettings(
+            epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed
+        ),
+    )
+    chosen = read_relations(data, _parts(relations, ",", "--relations") if relations else ())
+    words = _words(candidates)
+    settings = run_files.settings_of(context)
+    decisive = {k: v for k, v in settings.items() if k not in ("output", "data", "relations")}
+    ledger = Ledger(output, decisive, overwrite)
+    console.say(f"loading {model}")
+    base, tokenizer = load_model(model, dtype=dtype)
+    found: dict[str, dict[str, Any]] = {}
+    with console.PartsBar(len(chosen)) as bar:
+        for relation in chosen:
+            figures = ledger.get(relation.name)
+            measured = figures is None
+            if figures is None:
+                bar.begin(f"{relation.name} {relation.label}")
+                facts = read_facts(data, relation, tokenizer)
+                figures, prompt = probe(
+                    base, tokenizer, relation, facts, options, words, bar.listener
+                )
+                prompt.save(output / "prompts" / relation.name)
+                ledger.put(relation.name, figures)
+            found[relation.name] = figures
+            bar.end(f"{relation.name:>6}  {_line(figures)}", measured)
+    means = summary(found)
+    report = {"relations": found, "mean": means, "settings": settings}
+    rows = {name: [f[key] for f in found.values()] for name, key in _SHOWN.items()}
+    files = {
+        "lama.json": pack_json({**report, "versions": versions()}),
+        "lama.png": shares(list(found), rows, "P@1 on test (%)"),
+        "run.yaml": run_files.as_yaml(settings),
+    }
+    write_folder(output, files)
+    if json_output:
+        console.print_json(report)
+        return
+    _tell(found, means)
+    console.out.print(f"lama.json, lama.png and the prompts are in {output}", markup=False)
+
+
+_SHOWN = {
+    "manual": "manual_p1",
+    "best manual": "best_manual_p1",
+    "majority": "majority_p1",
+    "P-tuned": "ptuned_p1",
+}
+
+
+def _tell(found: dict[str, dict[str, Any]], means: dict[str, Any]) -> None:
+    keys = [*_SHOWN.values(), "ptuned_p10", "ptuned_mrr"]
+    rows = [
+        [
+            name,
+            figures["label"],
+            *(_share(figures[key]) for key in keys),
+            str(figures["test_examples"]),
+        ]
+        for name, figures in found.items()
+    ]
+    rows.append(["mean", "", *(_share(means[key]) for key in keys), ""])
+    header = ["", "relation", *_SHOWN, "P@10", "MRR", "facts"]
+    console.table("P@1 on test (%); P@10 and MRR of the P-tuned prompt", header, rows)
+
+
+def _line(figures: dict[str, Any]) -> str:
+    shown = (f"{name} {_share(figures[key])}" for name, key in _SHOWN.items())
+    return "  ".join(shown) + f"  ({figures['label']})"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else console.percent(value)
+
+
+def _parts(text: str, separator: str, option: str) -> tuple[str, ...]:
+    parts = tuple(part.strip() for part in text.split(separator) if part.strip())
+    if not parts:
+        raise InputError(f"{option} is empty")
+    return parts
+
+
+def _words(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--candidates {path} cannot be read: {error}") from None
+    return [line.strip() for line in lines if line.strip()]

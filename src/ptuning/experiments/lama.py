@@ -1,0 +1,182 @@
+"""LAMA knowledge probing: what a frozen model says of facts, asked by hand and by a trained prompt.
+
+For each relation: LAMA's manual template, the best manual template on dev, the majority answer, and
+a P-tuned prompt that is the best of a population on dev. All choices are made on dev, all figures
+are from test (protocol: `lama_data`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import mean
+from typing import Any
+
+from torch import nn
+
+from ..base_model import task_kind
+from ..data import Row
+from ..errors import DataError, InputError
+from ..loop import Progress
+from ..prompt import Prompt
+from ..settings import TrainSettings
+from ..task import Task
+from ..training import train
+from .lama_data import OBJECT, SUBJECT, Facts, Relation, is_one_token
+from .lama_templates import all_manual, anchored_template, manual_template, plain_template
+from .ranking import metrics, ranks
+
+TEMPLATES = ("own", "best", "plain")
+MEASURED = ("manual_p1", "best_manual_p1", "majority_p1", "ptuned_p1", "ptuned_p10", "ptuned_mrr")
+
+
+@dataclass(frozen=True)
+class LamaOptions:
+    """What a population of prompts for one relation is made of.
+
+    Args:
+        templates: ``own`` (virtual tokens among the words of LAMA's template), ``best`` (of the
+            manual template that is best on dev), ``plain`` (no words), or templates with
+            ``{sub_label}``.
+        encoders: prompt encoders.
+        virtual_tokens: of each group.
+        seeds: how many of each combination.
+        settings: how to train.
+
+    Raises:
+        InputError: a template is neither a known form nor names the subject.
+    """
+
+    templates: tuple[str, ...]
+    encoders: tuple[str, ...]
+    virtual_tokens: int
+    seeds: int
+    settings: TrainSettings
+
+    def __post_init__(self) -> None:
+        for template in self.templates:
+            if template not in TEMPLATES and f"{{{SUBJECT}}}" not in template:
+                raise InputError(
+                    f"--template {template!r} is none of {', '.join(TEMPLATES)} and does not name "
+                    f"the subject: write {{{SUBJECT}}} where it stands"
+                )
+
+
+def probe(
+    model: nn.Module,
+    tokenizer: Any,
+    relation: Relation,
+    facts: Facts,
+    options: LamaOptions,
+    candidates: Sequence[str] = (),
+    listener: Callable[[Progress], None] | None = None,
+) -> tuple[dict[str, Any], Prompt]:
+    """Measure one relation.
+
+    Args:
+        model: causal or masked; stays as it is.
+        tokenizer: the model's.
+        relation: gives the manual templates.
+        facts: of the relation.
+        options: the population.
+        candidates: answers that compete; by default the whole vocabulary.
+        listener: hears the training.
+
+    Returns:
+        the relation's figures as plain values (fractions), and the trained prompt.
+
+    Raises:
+        DataError: a fact's object is no candidate.
+    """
+    started = time.monotonic()
+    kind = task_kind(model)
+    if kind == "seq2seq":
+        raise InputError("LAMA asks for one token at [MASK]; give a causal or masked LM")
+    competing = _ids(tokenizer, candidates, facts)
+    ranked = partial(ranks, model, tokenizer, candidates=competing)
+
+    def measured(task: Task, rows: list[Row]) -> dict[str, float]:
+        return metrics(ranked(task, rows))
+
+    by_hand = {text: _manual(text) for text in all_manual(relation, kind)}
+    on_dev = {text: measured(task, facts.dev) for text, task in by_hand.items()}
+    best = max(on_dev, key=lambda text: (on_dev[text]["p1"], on_dev[text]["mrr"]))
+    own = manual_template(relation, kind)
+    majority = Counter(str(row[OBJECT]) for row in facts.train).most_common(1)[0][0]
+    templates = _with_virtual_tokens(options, own or best, best, kind)
+    prompt = Prompt(templates[0], answer=OBJECT, encoder=options.encoders[0], answer_end=False)
+    result = train(
+        model,
+        tokenizer,
+        prompt,
+        facts.train,
+        facts.dev,
+        settings=options.settings,
+        population=options.seeds,
+        grid={"template": templates, "encoder": list(dict.fromkeys(options.encoders))},
+        listener=listener,
+    )
+    manual = measured(by_hand[own], facts.test) if own else {}
+    best_manual, ptuned = measured(by_hand[best], facts.test), measured(prompt, facts.test)
+    figures = {
+        **{f"manual_{name}": manual.get(name) for name in ("p1", "p10", "mrr")},
+        **{f"best_manual_{name}": value for name, value in best_manual.items()},
+        "majority_p1": mean(str(row[OBJECT]) == majority for row in facts.test),
+        **{f"ptuned_{name}": value for name, value in ptuned.items()},
+        "label": relation.label,
+        "train_examples": len(facts.train),
+        "dev_examples": len(facts.dev),
+        "test_examples": len(facts.test),
+        "manual_template": own,
+        "best_manual_template": best,
+        "majority_answer": majority,
+        "template": prompt.template,
+        "encoder": prompt.encoder,
+        "dev_p1": result.best["dev_accuracy"],
+        "epoch": result.best["epoch"],
+        "members": result.members,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    return figures, prompt
+
+
+def summary(relations: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+    """Means over the relations, each counted once; None where no relation has the figure."""
+    found = {
+        name: [r[name] for r in relations.values() if r[name] is not None] for name in MEASURED
+    }
+    return {name: mean(values) if values else None for name, values in found.items()}
+
+
+def _manual(text: str) -> Task:
+    return Task(text, answer=OBJECT, answer_end=False)
+
+
+def _with_virtual_tokens(options: LamaOptions, own: str, best: str, kind: str) -> list[str]:
+    """The population's templates, each once."""
+    size = options.virtual_tokens
+    forms = {
+        "own": anchored_template(own, kind, size),
+        "best": anchored_template(best, kind, size),
+        "plain": plain_template(kind, size),
+    }
+    chosen = [forms.get(template, template) for template in options.templates]
+    if len(set(chosen)) < len(chosen):  # LAMA's own template is the best one
+        chosen.append(forms["plain"])
+    return list(dict.fromkeys(chosen))
+
+
+def _ids(tokenizer: Any, candidates: Sequence[str], facts: Facts) -> list[int] | None:
+    """The ids of the candidates that are one token; None where all of the vocabulary competes."""
+    if not candidates:
+        return None
+    words = [word for word in dict.fromkeys(candidates) if is_one_token(tokenizer, word)]
+    missing = {str(row[OBJECT]) for row in (*facts.dev, *facts.test)} - set(words)
+    if missing:
+        raise DataError(
+            f"the object {min(missing)!r} is not among the candidates (--candidates); add it"
+        )
+    return [tokenizer(" " + word, add_special_tokens=False)["input_ids"][0] for word in words]

@@ -1,0 +1,225 @@
+"""LAMA: data, protocol, templates, ranks, and the command from facts to figures."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ptuning import Prompt, Task
+from ptuning.cli import main
+from ptuning.errors import DataError, InputError
+from ptuning.experiments import lama_templates as templates
+from ptuning.experiments.lama import summary
+from ptuning.experiments.lama_data import Relation, is_one_token, read_facts, read_relations
+from ptuning.experiments.ranking import metrics, ranks
+from ptuning.render import Renderer
+
+from . import tiny
+
+BORN = Relation("P19", "[X] was born in [Y] .", "place of birth")
+
+
+def one_token_words(tokenizer: Any) -> list[str]:
+    words = [tokenizer.decode([i]).strip() for i in range(len(tokenizer))]
+    return [w for w in dict.fromkeys(words) if w.isalpha() and is_one_token(tokenizer, w)]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Forty facts of two relations, some with objects of several tokens."""
+    folder = tmp_path / "lama"
+    folder.mkdir()
+    words = one_token_words(tiny.tokenizer())[:4]
+    assert len(words) == 4
+    relations = [
+        {"relation": "P19", "template": BORN.template, "label": BORN.label},
+        {"relation": "P36", "template": "The {capital} of [X] is [Y] .", "label": "capital"},
+        {"relation": "P99", "template": "[Y] has [X] .", "label": "other way"},
+    ]
+    _write(folder / "relations.jsonl", relations)
+    facts = [{"sub_label": f"town {n}", "obj_label": words[n % 4]} for n in range(40)]
+    facts += [{"sub_label": "far", "obj_label": "Antananarivo and more"}] * 3
+    _write(folder / "P19.jsonl", facts)
+    _write(folder / "P36.jsonl", facts[:20])
+    return folder
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = tiny.tokenizer()
+    tiny.model("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def lama(
+    data: Path,
+    tmp_path: Path,
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., tuple[int, str, str]]:
+    def call(*options: str) -> tuple[int, str, str]:
+        given = ["--model", str(model_folder), "--data", str(data), "--epochs", "2"]
+        given += ["--output", str(tmp_path / "out"), *options]
+        monkeypatch.setattr(sys, "argv", ["ptuning", "lama", *given])
+        with pytest.raises(SystemExit) as end:
+            main()
+        captured = capsys.readouterr()
+        assert isinstance(end.value.code, int)
+        return end.value.code, captured.out, captured.err
+
+    return call
+
+
+def test_facts_are_those_of_one_token_split_by_the_protocol(data: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    facts = read_facts(data, BORN, tokenizer)
+    rows = [json.loads(line) for line in (data / "P19.jsonl").read_text().splitlines()][:40]
+    random.Random(0).shuffle(rows)
+    assert (facts.train, facts.dev, facts.test) == (rows[:24], rows[24:30], rows[30:])
+
+
+def test_one_token_means_what_the_renderer_makes_of_the_answer() -> None:
+    tokenizer = tiny.tokenizer()
+    task = Task("{sub_label} is in [MASK]", answer="obj_label", answer_end=False)
+    renderer = Renderer(tokenizer, task, "causal")
+    for word in [*one_token_words(tokenizer)[:20], "Antananarivo", "xyzzy"]:
+        answer = renderer({"sub_label": "It", "obj_label": word}).sequences[0].answer
+        assert is_one_token(tokenizer, word) == (len(answer) == 1)
+
+
+def test_relations_are_those_with_facts_in_the_order_asked(data: Path) -> None:
+    assert [r.name for r in read_relations(data)] == ["P19", "P36"]
+    assert [r.name for r in read_relations(data, ["P36", "P19"])] == ["P36", "P19"]
+    with pytest.raises(InputError, match="unknown relation 'P1'"):
+        read_relations(data, ["P1"])
+    with pytest.raises(InputError, match="P99 has no facts"):
+        read_relations(data, ["P99"])
+    with pytest.raises(DataError, match=r"relations.jsonl is not there"):
+        read_relations(data.parent)
+
+
+def test_lamas_template_as_text_before_the_object_or_around_it() -> None:
+    assert templates.manual_template(BORN, "causal") == "{sub_label} was born in [MASK]"
+    assert templates.manual_template(BORN, "masked") == "{sub_label} was born in [MASK] ."
+    odd = Relation("P1", "[Y] has {x} [X] .", "")
+    assert templates.manual_template(odd, "causal") is None
+    assert templates.manual_template(odd, "masked") == "[MASK] has {{x}} {sub_label} ."
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked"])
+def test_virtual_tokens_stand_in_front_and_behind_the_subject(kind: str) -> None:
+    groups = {"causal": 2, "masked": 3}[kind]
+    made = [templates.plain_template(kind, 4)]
+    made += [templates.anchored_template(t, kind, 4) for t in templates.all_manual(BORN, kind)]
+    for template in made:
+        parsed = Prompt(template, answer="obj_label").parsed
+        assert [piece.count for piece in parsed.virtual] == [4] * groups
+        assert parsed.fields == ("sub_label",) and parsed.slot is not None
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_rank_counts_what_the_model_finds_at_least_as_likely(family: str) -> None:
+    tokenizer = tiny.tokenizer(around=family == "bert")
+    model = tiny.model(family, vocab_size=len(tokenizer))
+    words = one_token_words(tokenizer)[:6]
+    rows = [{"sub_label": "town " * (n + 1), "obj_label": w} for n, w in enumerate(words)]
+    task = Task("{sub_label} is in [MASK]", answer="obj_label", answer_end=False)
+    found = ranks(model, tokenizer, task, rows, batch_size=4)
+    ids = [tokenizer(" " + w, add_special_tokens=False)["input_ids"][0] for w in words]
+    among = ranks(model, tokenizer, task, rows, candidates=ids)
+    for row, right, rank, few in zip(rows, ids, found, among, strict=True):
+        text = f"{row['sub_label']} is in" + ("<mask>" if family == "bert" else "")
+        inputs = tokenizer(text, return_tensors="pt")["input_ids"]
+        at = int((inputs[0] == tokenizer.mask_token_id).nonzero()) if family == "bert" else -1
+        with torch.no_grad():
+            logits = model(input_ids=inputs).logits[0, at]
+        assert rank == int((logits >= logits[right]).sum())
+        assert few == int((logits[ids] >= logits[right]).sum())
+    with pytest.raises(DataError, match="no candidate"):
+        ranks(model, tokenizer, task, rows, candidates=ids[1:])
+
+
+def test_metrics_of_ranks() -> None:
+    assert metrics([1, 2, 10, 11]) == pytest.approx(
+        {"p1": 0.25, "p10": 0.75, "mrr": (1 + 1 / 2 + 1 / 10 + 1 / 11) / 4}
+    )
+
+
+def test_the_mean_counts_each_relation_once_and_leaves_out_what_is_missing() -> None:
+    one = {"manual_p1": None, "best_manual_p1": 0.5, "majority_p1": 0.1, "ptuned_p1": 1.0}
+    one |= {"ptuned_p10": 1.0, "ptuned_mrr": 1.0}
+    means = summary({"P1": one, "P2": {**one, "ptuned_p1": 0.5}})
+    assert means["manual_p1"] is None and means["ptuned_p1"] == 0.75
+
+
+def test_the_command_probes_relations_and_goes_on_where_it_stopped(
+    lama: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    code, out, err = lama("--relations", "P36")
+    assert code == 0, err
+    assert "P36" in out and "mean" in out
+    first = json.loads((tmp_path / "out/lama.json").read_text())
+    figures = first["relations"]["P36"]
+    assert figures["test_examples"] == 5
+    for key in ("manual_p1", "best_manual_p1", "majority_p1", "ptuned_p1", "ptuned_mrr"):
+        assert 0 <= figures[key] <= 1 and first["mean"][key] == figures[key]
+    assert {m["name"]["encoder"] for m in figures["members"]} == {"mlp", "none"}
+    assert len(figures["members"]) == 4
+    assert Prompt.load(tmp_path / "out/prompts/P36").template == figures["template"]
+    assert (tmp_path / "out/lama.png").read_bytes().startswith(b"\x89PNG")
+    code, _, err = lama("--relations", "P19,P36")
+    assert code == 0, err
+    both = json.loads((tmp_path / "out/lama.json").read_text())
+    assert list(both["relations"]) == ["P19", "P36"] and both["relations"]["P36"] == figures
+    code, _, err = lama("--relations", "P36", "--seed", "3")
+    assert code == 2 and "holds a run with seed=0" in err and "--overwrite" in err
+    code, _, err = lama("--relations", "P36", "--seed", "3", "--overwrite")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--relations", "P7"], ["unknown relation 'P7'"]),
+        (["--template", "[P*3] no subject [MASK]"], ["none of own, best, plain", "{sub_label}"]),
+        (["--candidates", "nowhere.txt"], ["nowhere.txt cannot be read"]),
+        (["--encoder", "gru"], ["gru"]),
+        (["--epochs", "0"], ["epochs is 0"]),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    lama: Callable[..., tuple[int, str, str]], options: list[str], parts: list[str]
+) -> None:
+    code, _, err = lama(*options)
+    assert code == 2 and "Traceback" not in err
+    assert all(part in err.splitlines()[-1] for part in parts), err
+
+
+def test_candidates_compete_alone(
+    lama: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    words = one_token_words(tiny.tokenizer())
+    (tmp_path / "words.txt").write_text("\n".join(words[:4]))
+    code, _, err = lama("--relations", "P36", "--candidates", str(tmp_path / "words.txt"))
+    assert code == 0, err
+    assert json.loads((tmp_path / "out/lama.json").read_text())["mean"]["ptuned_p10"] == 1.0
+    (tmp_path / "words.txt").write_text("\n".join(words[1:4]))
+    code, _, err = lama(
+        "--relations", "P36", "--candidates", str(tmp_path / "words.txt"), "--overwrite"
+    )
+    assert code == 2 and f"{words[0]!r} is not among the candidates" in err
