@@ -127,6 +127,12 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "RobertaForMaskedLM",
         {**_SMALL, "max_position_embeddings": 130, "type_vocab_size": 1},
     ),
+    "modernbert": (
+        "ModernBertConfig",
+        "ModernBertForMaskedLM",
+        {**_SMALL, "global_attn_every_n_layers": 2, "local_attention": 8, "cls_token_id": 1}
+        | {"sep_token_id": 2},
+    ),
     "t5": ("T5Config", "T5ForConditionalGeneration", _T5),
     "bart": ("BartConfig", "BartForConditionalGeneration", _BART),
 }
