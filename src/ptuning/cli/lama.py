@@ -139,17 +139,12 @@ _SHOWN = {
 def _tell(found: dict[str, dict[str, Any]], means: dict[str, Any]) -> None:
     keys = [*_SHOWN.values(), "ptuned_p10", "ptuned_mrr"]
     rows = [
-        [
-            name,
-            figures["label"],
-            *(_share(figures[key]) for key in keys),
-            str(figures["test_examples"]),
-        ]
+        [f"{name} {figures['label']}", *(_share(figures[key]) for key in keys)]
         for name, figures in found.items()
     ]
-    rows.append(["mean", "", *(_share(means[key]) for key in keys), ""])
-    header = ["", "relation", *_SHOWN, "P@10", "MRR", "facts"]
-    console.table("P@1 on test (%); P@10 and MRR of the P-tuned prompt", header, rows)
+    rows.append(["mean", *(_share(means[key]) for key in keys)])
+    title = "P@1 on test (%); P@10 and MRR of the P-tuned prompt"
+    console.table(title, ["relation", *_SHOWN, "P@10", "MRR"], rows)
 
 
 def _line(figures: dict[str, Any]) -> str:
