@@ -152,8 +152,12 @@ class Population(nn.Module):
 
     def step(self, batch: Batch) -> Tensor:
         """Each member's loss ``(members,)``, summed over its answer tokens (or its examples)."""
-        self._injector.write(self._span, self._tables())
-        logits = answer_logits(self.base, batch, self.prefix)
+        table = self._tables()
+        self._injector.write(self._span, table)
+        try:
+            logits = answer_logits(self.base, batch, self.prefix)
+        finally:  # whoever else uses the model must not find this step's graph in its embedding
+            self._injector.write(self._span, table.detach())
         words = None if self.words is None else self.words.to(logits.device)
         losses = example_losses(logits, batch, words)
         return losses.new_zeros(len(self.members)).index_add(0, batch.member, losses)
