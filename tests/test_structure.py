@@ -35,6 +35,7 @@ ORDER = [
     "score",
     "population",
     "settings",
+    "processes",
     "packing",
     "prefix",
     "variants",
@@ -79,6 +80,7 @@ ORDER = [
     "cli.use",
     "cli.run_demo",
     "cli.app",
+    "__main__",
 ]
 
 
