@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import subprocess
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import transformers
 from ptuning import InputError, PtuningError, load_model
 from ptuning.base_model import context_length, task_kind
 from ptuning.fetch import SOURCES, fetch
-from ptuning.models import cache_folder
+from ptuning.models import cache_folder, made_once
 from tests import tiny
 
 
@@ -105,3 +107,32 @@ def test_a_failed_download_is_one_error_and_leaves_no_folder(
     with pytest.raises(InputError, match="no model is called 'gpt'; there are smollm2, minilm"):
         fetch("gpt")
     assert set(SOURCES) == {"smollm2", "minilm"}
+
+
+def test_a_model_that_is_wanted_twice_at_once_is_made_once(tmp_path: Path) -> None:
+    made: list[Path] = []
+
+    def make(folder: Path) -> None:
+        made.append(folder)
+        time.sleep(0.05)  # the other one comes meanwhile
+        (folder / "config.json").write_text("{}")
+
+    threads = [
+        threading.Thread(target=made_once, args=(tmp_path / "model", make)) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1 and (tmp_path / "model" / "config.json").is_file()
+    assert not made[0].exists()
+
+
+def test_a_model_that_could_not_be_made_leaves_nothing(tmp_path: Path) -> None:
+    def make(folder: Path) -> None:
+        (folder / "half").touch()
+        raise InputError("no such file")
+
+    with pytest.raises(InputError, match="no such file"):
+        made_once(tmp_path / "model", make)
+    assert [path.name for path in tmp_path.iterdir()] == [".model.lock"]

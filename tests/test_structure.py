@@ -35,6 +35,7 @@ ORDER = [
     "score",
     "population",
     "settings",
+    "processes",
     "packing",
     "prefix",
     "variants",
@@ -81,6 +82,7 @@ ORDER = [
     "cli.lama",
     "cli.run_demo",
     "cli.app",
+    "__main__",
 ]
 
 

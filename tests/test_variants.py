@@ -13,6 +13,9 @@ import torch
 import ptuning
 from ptuning.errors import InputError
 from ptuning.loop import Loop
+from ptuning.population import Member, Population
+from ptuning.render import Renderer, render_all
+from ptuning.score import batch_for
 from ptuning.variants import KEYS, choices, parse_grid, resized
 
 from . import tiny
@@ -143,6 +146,37 @@ def test_without_dev_the_lowest_loss_wins() -> None:
         model, tokenizer, fresh(), ROWS, grid={"learning_rate": [1e-6, 3e-2]}, epochs=4
     )
     assert result.winner == 1 and result.members[0]["dropped"] is None
+
+
+def test_two_open_populations_on_one_model_never_meet_in_a_graph() -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    renderer = Renderer(tokenizer, fresh(), "causal", 128)
+    examples = render_all(renderer, ROWS, "training")
+
+    def opened(seed: int) -> Population:
+        return Population(model, tokenizer, [Member(fresh(), model, seed, [None] * 4)])
+
+    def step(population: Population) -> Any:
+        ids = population.first_ids() * len(examples)
+        return population.step(batch_for(model, renderer, examples, ids)).sum()
+
+    def gradients(population: Population) -> list[Any]:
+        found = [p.grad.clone() for p in population.roster[0].parameters()]
+        population.zero_grad()
+        return found
+
+    alone = []
+    for seed in (1, 2):
+        with opened(seed) as population:
+            step(population).backward()
+            alone.append(gradients(population))
+    with opened(1) as first, opened(2) as second:
+        for _ in range(2):  # the second round finds freed graphs, if any is left
+            losses = [step(first), step(second)]
+            losses[1].backward()
+            assert all(p.grad is None for p in first.roster[0].parameters())
+            losses[0].backward()
+            torch.testing.assert_close([gradients(first), gradients(second)], alone)
 
 
 def test_masked_and_encoder_decoder_models_take_populations() -> None:

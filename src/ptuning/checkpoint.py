@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import files
+from . import files, processes
 from .errors import InputError
 
 FOLDER = "checkpoints"
@@ -47,6 +47,33 @@ def load_newest(output: Path) -> dict[str, Any] | None:
         except Exception as error:  # torch raises several kinds for a damaged file
             warnings.warn(f"{folder} cannot be read and is skipped: {error}", stacklevel=2)
     return None
+
+
+def load_for_all(output: Path | None, identity: dict[str, str]) -> dict[str, Any] | None:
+    """What the main process finds in its `output` to go on with, given to all processes.
+
+    Args:
+        output: None to begin anew.
+        identity: of this process's run (`fingerprint`).
+
+    Raises:
+        InputError: the checkpoint is another run's, or the processes' runs differ.
+    """
+
+    def read() -> tuple[dict[str, str], dict[str, Any] | None]:
+        state = load_newest(output) if output is not None else None
+        if state is not None:
+            check_same_run(state["identity"], identity)
+        return identity, state
+
+    main, state = processes.from_main(read)
+    differing = [key for key in {**main, **identity} if main.get(key) != identity.get(key)]
+    if differing:
+        raise InputError(
+            f"{differing[0]} differs between this process and the main one; start all processes "
+            "with the same settings and data"
+        )
+    return state
 
 
 def delete_all(output: Path) -> None:

@@ -15,6 +15,7 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
+from . import processes
 from .data import Row, read_examples
 from .environment import versions
 from .errors import InputError
@@ -86,7 +87,7 @@ def run(
     started = time.monotonic()
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output} is a file; give a folder")
-    check_writable(output)
+    processes.from_main(lambda: check_writable(output))
     if model_name in SOURCES and not Path(model_name).exists():
         fetch(model_name)
     tell(f"loading {model_name}")
@@ -125,9 +126,13 @@ def run(
         "history": result.history,
         "versions": versions(),
     }
-    prompt.save(output)
-    curve = training_curve(result.history, TITLE)
-    write_folder(output, {"curve.png": curve, "metrics.json": pack_json(metrics)})
+
+    def save() -> None:
+        prompt.save(output)
+        curve = training_curve(result.history, TITLE)
+        write_folder(output, {"curve.png": curve, "metrics.json": pack_json(metrics)})
+
+    processes.from_main(save)
     return DemoResult(
         metrics,
         [

@@ -9,17 +9,20 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from . import processes
 from .errors import InputError
 from .score import model_device
 from .settings import TrainSettings
 
 
 def make_accelerator(settings: TrainSettings, output: Path | None) -> Accelerator:
-    """Accelerate, set up as the settings say.
+    """Accelerate, set up as the settings say; of several processes the main one has trackers.
 
     Raises:
         InputError: it cannot be, for instance since a tracker is not installed.
     """
+    if not processes.state().is_main_process:
+        output = None  # accelerate would make the folder
     try:
         accelerator = Accelerator(
             mixed_precision=settings.mixed_precision,
@@ -35,6 +38,15 @@ def make_accelerator(settings: TrainSettings, output: Path | None) -> Accelerato
         plain = {k: v for k, v in asdict(settings).items() if v is not None}
         accelerator.init_trackers("ptuning", config=plain)
     return accelerator
+
+
+def finish_trackers(accelerator: Accelerator) -> None:
+    """Let the trackers write what they have.
+
+    `Accelerator.end_training` would also part the processes, which may have more to do together.
+    """
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 def place(model: nn.Module, accelerator: Accelerator) -> torch.device:

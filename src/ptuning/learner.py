@@ -70,10 +70,6 @@ class Learner:
         """
         if self.active and finite:
             parameters = list(self.member.parameters())
-            if self.accelerator.num_processes > 1:
-                for parameter in parameters:  # a process without an example adds nothing
-                    grad = parameter.grad if parameter.grad is not None else parameter * 0
-                    parameter.grad = self.accelerator.reduce(grad.detach(), "sum")
             self.accelerator.unscale_gradients(self.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
             finite = self.accelerator.scaler is not None or bool(torch.isfinite(norm))

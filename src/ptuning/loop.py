@@ -21,16 +21,16 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, processes
 from .base_model import describe
 from .collate import Batch, by_length
-from .devices import make_accelerator, place
+from .devices import finish_trackers, make_accelerator, place
 from .errors import TrainingError
 from .learner import Learner, halve, rank
 from .population import Member, Population
 from .prefix import PrefixStore
 from .render import Rendered
-from .score import batch_for, score
+from .score import batch_for, sums
 from .settings import TrainSettings
 from .variants import Variant
 
@@ -79,7 +79,7 @@ class Loop:
                 self.population = population
                 self._epochs()
         finally:
-            self.accelerator.end_training()
+            finish_trackers(self.accelerator)
             if first_in_process:  # so that the next training may use another precision
                 AcceleratorState._reset_state()
         return self.learners
@@ -106,8 +106,7 @@ class Loop:
         self.identity = self._identity()
         self.step = 0
         self.epoch_loss = torch.zeros(len(self.learners))
-        if resume and self.output is not None:
-            self._resume()
+        self._resume(resume)
 
     def _member(self, variant: Variant) -> Member:
         words = [word for group in variant.renderer.groups for word in group]
@@ -153,16 +152,29 @@ class Loop:
         weights = [sum(example.weight for example in examples) for examples in chosen]
         divisor = torch.tensor(weights, dtype=torch.float32, device=self.device)
         total = torch.zeros(len(self.learners), device=self.device)
-        for start in range(0, per_step, self.settings.batch_size):
+        for start in range(0, len(chosen[0]), self.settings.batch_size):
             rows = self._rows([c[start : start + self.settings.batch_size] for c in chosen])
-            for part in by_length(rows, self.device):
-                with self.accelerator.autocast():
-                    losses = self.population.step(self._batch(part)) / divisor
-                self.accelerator.backward(losses.sum())
-                total += losses.detach()
-        total = self.accelerator.reduce(total, "sum")
+            with self.population.one_table() as table:
+                for part in by_length(rows, self.device):
+                    with self.accelerator.autocast():
+                        losses = self.population.losses(self._batch(part)) / divisor
+                    self.accelerator.backward(losses.sum())
+                    total += losses.detach()
+                if not rows:  # all are other processes': a gradient of zeros
+                    self.accelerator.backward(0 * table.sum())
+        total = self._add_up_gradients(total)
         self._settle(total)
         return total.cpu()
+
+    def _add_up_gradients(self, losses: Tensor) -> Tensor:
+        """Every process gets the sums of the active members' gradients, and of the losses."""
+        active = [learner.member for learner in self.learners if learner.active]
+        parameters = [p for m in active for p in m.parameters() if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        losses, *gradients = processes.add_up([losses, *gradients])
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return losses
 
     def _settle(self, losses: Tensor) -> None:
         """Optimizer steps; a member that is no longer finite leaves, the last one raises."""
@@ -180,13 +192,14 @@ class Loop:
 
     def _rows(self, chosen: list[list[Rendered]]) -> list[tuple[Rendered, int]]:
         """This process's share of every active member's examples, each with its member."""
-        process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        return [
-            (example, number)
-            for number, examples in enumerate(chosen)
-            if self.learners[number].active
-            for example in examples[process::processes]
-        ]
+        return processes.share(
+            [
+                (example, number)
+                for number, examples in enumerate(chosen)
+                if self.learners[number].active
+                for example in examples
+            ]
+        )
 
     def _batch(self, rows: list[tuple[Rendered, int]]) -> Batch:
         first_ids = self.population.first_ids()
@@ -200,13 +213,10 @@ class Loop:
 
     def _end_epoch(self, epoch: int) -> None:
         records = []
-        for number, learner in enumerate(self.learners):
-            if not learner.active:
-                continue
-            record = {"epoch": epoch + 1, "loss": float(self.epoch_loss[number])}
-            if self.variants[number].dev:
-                record |= self._dev_result(number)
-            learner.note(record)
+        active = [number for number, learner in enumerate(self.learners) if learner.active]
+        for number, figures in zip(active, self._dev_results(active), strict=True):
+            record = {"epoch": epoch + 1, "loss": float(self.epoch_loss[number]), **figures}
+            self.learners[number].note(record)
             records.append(record)
         self.epoch_loss.zero_()
         if self.settings.halving:
@@ -216,20 +226,31 @@ class Loop:
         self._save()
         self._tell(epoch, record["loss"], record)
 
-    def _dev_result(self, number: int) -> dict[str, float]:
+    def _dev_results(self, numbers: list[int]) -> list[dict[str, float]]:
+        """Dev figures of some members; each process computes its share of the examples."""
+        if not self.variants[0].dev:
+            return [{} for _ in numbers]
         self.population.eval()
         self.population.write_tables()
-        variant = self.variants[number]
-        accuracy, loss = score(
-            self.model,
-            variant.renderer,
-            variant.dev,
-            self.population.first_ids()[number],
-            2 * self.settings.batch_size,
-            self.accelerator.autocast,
-            self.prefix,
-        )
-        return {"dev_accuracy": accuracy, "dev_loss": loss}
+        first_ids = self.population.first_ids()
+        found = [
+            sums(
+                self.model,
+                self.variants[number].renderer,
+                processes.share(self.variants[number].dev),
+                first_ids[number],
+                2 * self.settings.batch_size,
+                self.accelerator.autocast,
+                self.prefix,
+            )
+            for number in numbers
+        ]
+        (added,) = processes.add_up([torch.tensor(found, dtype=torch.float64)])
+        weights = [sum(example.weight for example in self.variants[n].dev) for n in numbers]
+        return [
+            {"dev_accuracy": right / len(self.variants[0].dev), "dev_loss": loss / weight}
+            for (right, loss), weight in zip(added.tolist(), weights, strict=True)
+        ]
 
     def _report(self, epoch: int, losses: Tensor) -> None:
         active = [n for n, learner in enumerate(self.learners) if learner.active]
@@ -239,7 +260,8 @@ class Loop:
 
     def _tell(self, epoch: int, loss: float, record: dict[str, float] | None = None) -> None:
         members, of = sum(learner.active for learner in self.learners), len(self.learners)
-        self.listener(Progress(self.step, self.steps, epoch + 1, loss, record, members, of))
+        if self.accelerator.is_main_process:
+            self.listener(Progress(self.step, self.steps, epoch + 1, loss, record, members, of))
 
     def _save_if_due(self) -> None:
         if time.monotonic() - self._saved_at >= self.settings.checkpoint_seconds:
@@ -258,12 +280,11 @@ class Loop:
         checkpoint.save(self.output, self.step, state)
         self._saved_at = time.monotonic()
 
-    def _resume(self) -> None:
-        assert self.output is not None
-        state = checkpoint.load_newest(self.output)
+    def _resume(self, resume: bool) -> None:
+        folder = self.output if resume else None
+        state = checkpoint.load_for_all(folder, self.identity)
         if state is None:
             return
-        checkpoint.check_same_run(state["identity"], self.identity)
         self.step, self.epoch_loss = state["step"], state["epoch_loss"]
         for learner, saved in zip(self.learners, state["learners"], strict=True):
             learner.load(saved)

@@ -6,10 +6,12 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from .errors import InputError, PtuningError
 
@@ -65,8 +67,14 @@ def load_model(name: str, *, dtype: str = "float32", device: str | None = None) 
 
 
 def best_device() -> torch.device:
-    """The accelerator (CUDA, MPS, XPU) where there is one, else the CPU."""
+    """The accelerator (CUDA, MPS, XPU) where there is one, else the CPU.
+
+    Of several processes on a machine each has an accelerator of its own.
+    """
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    own = int(os.environ.get("LOCAL_RANK", 0))
+    if found is not None and 0 < own < torch.accelerator.device_count():
+        return torch.device(found.type, own)
     return found or torch.device("cpu")
 
 
@@ -104,25 +112,19 @@ def _auto_class(config: Any) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def converted_gguf(path: Path, folder: Path | None = None) -> Path:
+def converted_gguf(path: Path) -> Path:
     """The folder of a GGUF file's weights in safetensors; converted once, then kept.
 
-    Args:
-        path: the GGUF file.
-        folder: where to keep it; by default in the cache, by the file's place, size and time.
+    It is in the cache under the file's name and a hash of its place, size and time.
     """
-    if folder is None:
-        stat = path.stat()
-        key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-        folder = cache_folder() / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    if (folder / "config.json").is_file():
-        return folder
-    with staged_folder(folder) as staged:
-        _convert(path, staged)
-    return folder
+    stat = path.stat()
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    folder = cache_folder() / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    return made_once(folder, lambda staged: convert_gguf(path, staged))
 
 
-def _convert(path: Path, folder: Path) -> None:
+def convert_gguf(path: Path, folder: Path) -> None:
+    """Write a GGUF file's weights and tokenizer as a transformers model into `folder`."""
     import transformers
 
     where: dict[str, Any] = {"gguf_file": path.name}
@@ -142,26 +144,36 @@ def _convert(path: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-class staged_folder:
-    """A temporary folder that takes its final place only if all goes well."""
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """`folder`, made if it is not here: it takes its place only as a whole.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    Of several processes that want it at once one makes it, and the others wait.
 
-    def __enter__(self) -> Path:
-        try:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self.staged = Path(tempfile.mkdtemp(prefix=".", dir=self.folder.parent))
-        except OSError as error:
-            raise PtuningError(
-                f"cannot write to the cache {self.folder.parent}: {error.strerror}; set "
-                "PTUNING_CACHE to a folder with room"
-            ) from error
-        return self.staged
+    Args:
+        folder: of a model, in the cache.
+        make: fills a temporary folder.
+    """
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f".{folder.name}.lock"):
+            if not (folder / "config.json").is_file():
+                _make(folder, make)
+    except OSError as error:
+        raise PtuningError(
+            f"cannot write to the cache {folder.parent}: {error.strerror or error}; set "
+            "PTUNING_CACHE to a folder with room"
+        ) from error
+    return folder
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if kind is None and not (self.folder / "config.json").is_file():
-            self.staged.chmod(0o755)
-            shutil.rmtree(self.folder, ignore_errors=True)
-            os.rename(self.staged, self.folder)
-        shutil.rmtree(self.staged, ignore_errors=True)
+
+def _make(folder: Path, make: Callable[[Path], None]) -> None:
+    staged = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+    try:
+        make(staged)
+        staged.chmod(0o755)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(staged, folder)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)

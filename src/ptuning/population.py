@@ -152,7 +152,34 @@ class Population(nn.Module):
 
     def step(self, batch: Batch) -> Tensor:
         """Each member's loss ``(members,)``, summed over its answer tokens (or its examples)."""
-        self._injector.write(self._span, self._tables())
+        with self._written(self._tables()):
+            return self.losses(batch)
+
+    @contextmanager
+    def one_table(self) -> Iterator[Tensor]:
+        """A micro-batch whose parts share one run of the encoders, and so each member's dropout.
+
+        Gives the table, a leaf. The parts' `losses` bring their gradients to it, and at the end
+        they go on into the encoders together.
+        """
+        made = self._tables()
+        table = made.detach().requires_grad_()
+        with self._written(table):
+            yield table
+        if table.grad is not None:
+            made.backward(table.grad)
+
+    @contextmanager
+    def _written(self, table: Tensor) -> Iterator[None]:
+        """The table in the embedding; behind it only numbers stay, no graph that others meet."""
+        self._injector.write(self._span, table)
+        try:
+            yield
+        finally:
+            self._injector.write(self._span, table.detach())
+
+    def losses(self, batch: Batch) -> Tensor:
+        """Each member's loss ``(members,)`` with the table that is in the embedding now."""
         logits = answer_logits(self.base, batch, self.prefix)
         words = None if self.words is None else self.words.to(logits.device)
         losses = example_losses(logits, batch, words)

@@ -230,7 +230,8 @@ def _keeps_caches(model: nn.Module) -> bool:
 
 def budgets(size: str, device: torch.device) -> dict[str, int]:
     """Bytes that may be kept on the model's device, and in the host's memory behind it."""
-    host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that share the host's memory
+    host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 // beside
     if size != "auto":
         return {"device": parse_size(size)}
     if device.type == "cuda":

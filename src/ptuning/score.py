@@ -18,7 +18,6 @@ from .loss import Prefix, answer_logits, example_losses, examples_right
 from .render import Rendered, Renderer
 
 
-@torch.no_grad()
 def score(
     model: nn.Module,
     renderer: Renderer,
@@ -29,6 +28,24 @@ def score(
     prefix: Prefix | None = None,
 ) -> tuple[float, float]:
     """Fraction answered right, and mean loss per answer token (or per label).
+
+    The arguments are those of `sums`.
+    """
+    right, loss = sums(model, renderer, examples, first_id, batch_size, autocast, prefix)
+    return right / len(examples), loss / sum(example.weight for example in examples)
+
+
+@torch.no_grad()
+def sums(
+    model: nn.Module,
+    renderer: Renderer,
+    examples: list[Rendered],
+    first_id: int,
+    batch_size: int,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    prefix: Prefix | None = None,
+) -> tuple[float, float]:
+    """How many examples are answered right, and the sum of their losses.
 
     Args:
         model: with the prompt attached, in eval mode.
@@ -50,7 +67,7 @@ def score(
             logits = answer_logits(model, batch, prefix)
         right += float(examples_right(logits, batch, owner).sum())
         loss += float(example_losses(logits, batch, owner).sum())
-    return right / len(examples), loss / sum(example.weight for example in examples)
+    return right, loss
 
 
 def batch_for(

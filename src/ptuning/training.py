@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from . import processes
 from .base_model import check_same, context_length, describe, task_kind
 from .errors import DataError, InputError
 from .learner import Learner, best_of
@@ -62,19 +63,22 @@ def train(
 ) -> TrainResult:
     """Train a prompt on a frozen model; afterwards the prompt has its vectors.
 
+    Processes that a launcher started (`processes`) all call this with the same arguments, and all
+    get the result of a training in one process.
+
     Args:
         model: a causal, masked or encoder-decoder language model; stays as it is.
         tokenizer: the model's.
         prompt: a trained one continues from its weights.
         rows: training examples, column -> value.
         dev: examples that choose the best epoch; without them it is the last.
-        output: folder for checkpoints of the running training.
+        output: folder for checkpoints of the running training; only the main process uses it.
         resume: continue from the newest checkpoint in `output`, if there is one.
         settings: how to train; `options` change single fields of it.
         population: train so many seeds side by side in shared batches, and keep the best by dev.
         grid: values to train side by side too, such as ``{"encoder": ["mlp", "lstm"]}``; each
             combination with each seed is a member (`variants.KEYS` lists what may vary).
-        listener: called after each step and epoch.
+        listener: called after each step and epoch, in the main process.
 
     Raises:
         InputError: data, template, model or settings that do not fit together.
@@ -83,48 +87,49 @@ def train(
     Example:
         >>> result = train(model, tokenizer, prompt, rows, dev=dev_rows, epochs=5)
     """
-    settings = _with_options(settings or TrainSettings(), options)
-    started = time.monotonic()
-    rows, dev = list(rows), list(dev)
-    if not rows:
-        raise DataError("there is no training example; give at least one")
-    if prompt.base_model:
-        check_same(prompt.base_model, model, tokenizer)
-    prompt.answer = answer_column(prompt, rows[0])
-    chosen = choices(prompt, settings, population, grid)
-    variants = _rendered(model, tokenizer, chosen, rows, dev)
-    loop = Loop(
-        model=model,
-        tokenizer=tokenizer,
-        variants=variants,
-        output=Path(output) if output is not None else None,
-        listener=listener or (lambda progress: None),
-    )
-    learners = loop.train(resume)
-    winner = best_of(learners)
-    learner, variant = learners[winner], variants[winner]
-    prompt.become(variant.prompt)
-    prompt.vectors = learner.best["vectors"]
-    prompt.encoder_weights = learner.best["weights"]
-    prompt.base_model = describe(model, tokenizer)
-    best = _figures(learner)
-    majority = Counter(str(row[prompt.answer]) for row in rows).most_common(1)[0][0]
-    prompt.training = {
-        "examples": len(rows),
-        "dev_examples": len(dev),
-        "majority_answer": majority,
-        "learning_rate": variant.settings.rate_for(prompt.encoder),
-        "seed": variant.settings.seed,
-        "population": len(variants),
-        **best,
-    }
-    members = [
-        {"name": v.name, "best": _figures(x), "epochs": len(x.history), "dropped": x.dropped}
-        for v, x in zip(variants, learners, strict=True)
-    ]
-    shortened = sum(example.shortened for example in variant.examples)
-    seconds = time.monotonic() - started
-    return TrainResult(learner.history, best, shortened, seconds, members, winner)
+    with processes.together():
+        settings = _with_options(settings or TrainSettings(), options)
+        started = time.monotonic()
+        rows, dev = list(rows), list(dev)
+        if not rows:
+            raise DataError("there is no training example; give at least one")
+        if prompt.base_model:
+            check_same(prompt.base_model, model, tokenizer)
+        prompt.answer = answer_column(prompt, rows[0])
+        chosen = choices(prompt, settings, population, grid)
+        variants = _rendered(model, tokenizer, chosen, rows, dev)
+        loop = Loop(
+            model=model,
+            tokenizer=tokenizer,
+            variants=variants,
+            output=Path(output) if output is not None else None,
+            listener=listener or (lambda progress: None),
+        )
+        learners = loop.train(resume)
+        winner = best_of(learners)
+        learner, variant = learners[winner], variants[winner]
+        prompt.become(variant.prompt)
+        prompt.vectors = learner.best["vectors"]
+        prompt.encoder_weights = learner.best["weights"]
+        prompt.base_model = describe(model, tokenizer)
+        best = _figures(learner)
+        majority = Counter(str(row[prompt.answer]) for row in rows).most_common(1)[0][0]
+        prompt.training = {
+            "examples": len(rows),
+            "dev_examples": len(dev),
+            "majority_answer": majority,
+            "learning_rate": variant.settings.rate_for(prompt.encoder),
+            "seed": variant.settings.seed,
+            "population": len(variants),
+            **best,
+        }
+        members = [
+            {"name": v.name, "best": _figures(x), "epochs": len(x.history), "dropped": x.dropped}
+            for v, x in zip(variants, learners, strict=True)
+        ]
+        shortened = sum(example.shortened for example in variant.examples)
+        seconds = time.monotonic() - started
+        return TrainResult(learner.history, best, shortened, seconds, members, winner)
 
 
 def _figures(learner: Learner) -> dict[str, float]:

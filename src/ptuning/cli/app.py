@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failure, 2 wrong input. No traceback unless ``--debug``.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, Any
 
@@ -67,6 +68,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     console.quiet_libraries()
+    console.speak_if(os.environ.get("RANK", "0") == "0")
     try:
         code = app(
             [a for a in arguments if a != "--debug"], standalone_mode=False, prog_name="ptuning"
@@ -74,7 +76,7 @@ def main() -> None:
     except PtuningError as error:
         if debug:
             raise
-        console.say(f"error: {error}", style="red")
+        _complain(error, str(error))
         code = error.exit_code
     except UsageError as error:
         command = getattr(getattr(error, "ctx", None), "command_path", "ptuning")
@@ -90,6 +92,12 @@ def main() -> None:
             raise
         text = str(error).strip().splitlines()
         reason = f"{type(error).__name__}: {text[0] if text else 'no message'}"
-        console.say(f"error: {reason} (run again with --debug for the traceback)", style="red")
+        _complain(error, f"{reason} (run again with --debug for the traceback)")
         code = 1
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(error: Exception, text: str) -> None:
+    """Say an error, of several processes in the first that has it."""
+    console.speak_if(not getattr(error, "heard_elsewhere", False))
+    console.say(f"error: {text}", style="red")

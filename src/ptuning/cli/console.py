@@ -37,6 +37,11 @@ def quiet_libraries() -> None:
     warnings.showwarning = show  # type: ignore[assignment]
 
 
+def speak_if(main: bool) -> None:
+    """Of several processes only the main one speaks."""
+    out.quiet = err.quiet = not main
+
+
 def say(text: str, style: str | None = None) -> None:
     """A line on stderr, as it is."""
     err.print(text, style=style, markup=False)

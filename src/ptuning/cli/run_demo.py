@@ -25,9 +25,15 @@ def demo(
     on facts that ship with the package. All choices are made on dev, all figures are from test.
     """
     from .. import demo as facts
+    from .. import processes
 
-    with console.training_bar() as listener:
-        result = facts.run(model, output, console.say, listener)
+    with processes.together():
+        main = processes.state().is_main_process
+        console.speak_if(main)
+        with console.training_bar() as listener:
+            result = facts.run(model, output, console.say, listener)
+    if not main:
+        return
     if json_output:
         console.print_json(result.metrics)
         return

@@ -12,6 +12,7 @@ from . import console, run_files, training_report
 
 if TYPE_CHECKING:
     from ..prompt import Prompt
+    from ..training import TrainResult
 
 _RUN = ("prompt.json", "checkpoints")
 _PROMPT_OPTIONS = (
@@ -161,53 +162,71 @@ def train(
         ptuning train --model smollm2 --data train.csv --dev dev.csv \\
             --template "[P*3] {country} [P*3] [MASK]" --answer capital --output capital/
     """
-    from .. import checkpoint
+    from .. import processes
     from ..data import read_examples
-    from ..files import check_writable, write_folder
+    from ..files import check_writable
     from ..models import load_model
     from ..training import train as train_prompt
 
-    if _finished(output) and resume:
-        console.say(f"{output} holds a finished run; there is nothing to resume")
-        return
+    with processes.together():
+        console.speak_if(processes.state().is_main_process)
+        if not processes.from_main(lambda: _is_open(output, resume, overwrite)):
+            console.say(f"{output} holds a finished run; there is nothing to resume")
+            return
+        prompt = _prompt(context)
+        settings = _settings(context.params)
+        grid = _grid(population_grid, more_of_grid)
+        rows = read_examples(data)
+        dev_rows = read_examples(dev) if dev else []
+        processes.from_main(lambda: check_writable(output))
+        console.say(f"loading {model}")
+        base, tokenizer = load_model(model, dtype=dtype)
+        run_file = run_files.as_yaml(run_files.settings_of(context))
+        processes.from_main(lambda: _begin(output, run_file, anew=overwrite and not resume))
+        with console.training_bar() as listener:
+            result = train_prompt(
+                base,
+                tokenizer,
+                prompt,
+                rows,
+                dev_rows,
+                output=output,
+                resume=resume,
+                settings=settings,
+                population=population,
+                grid=grid,
+                listener=listener,
+            )
+        processes.from_main(lambda: _end(output, prompt, result, json_output))
+
+
+def _is_open(output: Path, resume: bool, overwrite: bool) -> bool:
+    """There is a run to begin or to go on with; raises where --output is not for this one."""
+    if resume and (output / "result.json").is_file() and (output / "prompt.safetensors").is_file():
+        return False
     _check_output(output, resume, overwrite)
-    prompt = _prompt(context)
-    settings = _settings(context.params)
-    grid = _grid(population_grid, more_of_grid)
-    rows = read_examples(data)
-    dev_rows = read_examples(dev) if dev else []
-    check_writable(output)
-    console.say(f"loading {model}")
-    base, tokenizer = load_model(model, dtype=dtype)
-    if overwrite and not resume:
+    return True
+
+
+def _begin(output: Path, run_file: bytes, anew: bool) -> None:
+    from .. import checkpoint
+    from ..files import write_folder
+
+    if anew:
         checkpoint.delete_all(output)
         (output / "result.json").unlink(missing_ok=True)
-    everything = run_files.settings_of(context)
-    write_folder(output, {"run.yaml": run_files.as_yaml(everything)})
-    with console.training_bar() as listener:
-        result = train_prompt(
-            base,
-            tokenizer,
-            prompt,
-            rows,
-            dev_rows,
-            output=output,
-            resume=resume,
-            settings=settings,
-            population=population,
-            grid=grid,
-            listener=listener,
-        )
+    write_folder(output, {"run.yaml": run_file})
+
+
+def _end(output: Path, prompt: Prompt, result: TrainResult, as_json: bool) -> None:
+    from .. import checkpoint
+
     report = training_report.save(output, prompt, result)
     checkpoint.delete_all(output)
-    if json_output:
+    if as_json:
         console.print_json(report)
     else:
         training_report.tell(output, prompt, result)
-
-
-def _finished(output: Path) -> bool:
-    return (output / "result.json").is_file() and (output / "prompt.safetensors").is_file()
 
 
 def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
