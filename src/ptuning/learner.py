@@ -6,12 +6,12 @@ Members of a population never touch each other: nothing here is shared.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -20,7 +20,15 @@ from .settings import TrainSettings
 
 
 class Learner:
-    """Drives one member.
+    """Drives one member, and the base model where it is trained with it.
+
+    Args:
+        member: what is trained.
+        encoder_type: decides the default rate.
+        settings: the member's own.
+        steps: of the whole training.
+        accelerator: prepares the optimizer.
+        model: the base model, if its weights are trained too.
 
     Attributes:
         active: still in training.
@@ -37,10 +45,16 @@ class Learner:
         settings: TrainSettings,
         steps: int,
         accelerator: Accelerator,
+        model: nn.Module | None = None,
     ):
         self.member, self.settings, self.accelerator = member, settings, accelerator
+        self.model = model
         rate = settings.rate_for(encoder_type)
-        optimizer = AdamW(member.parameters(), lr=rate, weight_decay=settings.weight_decay)
+        groups: list[dict[str, Any]] = [{"params": list(member.parameters())}]
+        if model is not None:
+            weights = list(self._model_weights().values())
+            groups.append({"params": weights, "lr": settings.model_learning_rate})
+        optimizer = AdamW(groups, lr=rate, weight_decay=settings.weight_decay)
         warmup = round(settings.warmup * steps)
         schedule = LambdaLR(optimizer, lambda s: _rate_factor(s, warmup, steps, settings.schedule))
         self.optimizer = accelerator.prepare_optimizer(optimizer)
@@ -69,7 +83,7 @@ class Learner:
             scaler skips such steps by itself and lowers its scale.)
         """
         if self.active and finite:
-            parameters = list(self.member.parameters())
+            parameters = self.parameters()
             self.accelerator.unscale_gradients(self.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
             finite = self.accelerator.scaler is not None or bool(torch.isfinite(norm))
@@ -87,14 +101,29 @@ class Learner:
         self.history.append(record)
         better = not self.best or "dev_loss" not in record or rank(record) > rank(self.best)
         if better:
-            weights = {k: v.detach().cpu().clone() for k, v in self.weights().items()}
-            self.best = {**record, "weights": weights, "vectors": self.vectors()}
+            self.best = {**record, "weights": _copy(self.weights()), "vectors": self.vectors()}
+            if self.model is not None:
+                self.best["model"] = _copy(self._model_weights())
             self.without_gain = 0
         else:
             self.without_gain += 1
             patience = self.settings.patience
             self.active = patience is None or self.without_gain < patience
         return better
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained."""
+        of_model = [] if self.model is None else list(self._model_weights().values())
+        return [*self.member.parameters(), *of_model]
+
+    def _model_weights(self) -> dict[str, nn.Parameter]:
+        named = () if self.model is None else self.model.named_parameters()
+        return {name: weight for name, weight in named if weight.is_floating_point()}
+
+    def put_best_into_model(self) -> None:
+        """Give the base model the weights that belong to the best result, if it was trained."""
+        if self.model is not None:
+            self.model.load_state_dict(self.best["model"], strict=False)
 
     def weights(self) -> dict[str, Tensor]:
         """The encoder's state dict."""
@@ -112,7 +141,9 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """All that training depends on, for a checkpoint."""
+        model = {} if self.model is None else {"model": dict(self._model_weights())}
         return {
+            **model,
             "encoder": self.weights(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.last_epoch,
@@ -127,6 +158,8 @@ class Learner:
     def load(self, state: dict[str, Any]) -> None:
         """Continue from `state`."""
         self.member.encoder.load_state_dict(state["encoder"])
+        if self.model is not None:
+            self.model.load_state_dict(state["model"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.last_epoch = state["schedule"]
         self.member.random_state = state["random_state"]
@@ -134,6 +167,10 @@ class Learner:
         self.best = state["best"]
         self.history = state["history"]
         self.without_gain = state["without_gain"]
+
+
+def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
 
 def rank(record: dict[str, Any]) -> tuple[float, float]:

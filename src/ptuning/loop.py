@@ -73,8 +73,9 @@ class Loop:
             self._prepare(resume)
             renderer = self.variants[0].renderer
             owner = renderer.owner if renderer.compares else None
+            tuned = self.settings.tune_model
             with Population(
-                self.model, self.tokenizer, self.members, owner, self.prefix
+                self.model, self.tokenizer, self.members, owner, self.prefix, tuned
             ) as population:
                 self.population = population
                 self._epochs()
@@ -96,12 +97,13 @@ class Loop:
         self.steps_per_epoch = -(-len(self.variants[0].examples) // per_step)
         self.steps = self.steps_per_epoch * settings.epochs
         self.members = [self._member(variant) for variant in self.variants]
+        tuned = self.model if settings.tune_model else None
         self.learners = [
-            Learner(member, v.prompt.encoder, v.settings, self.steps, self.accelerator)
+            Learner(member, v.prompt.encoder, v.settings, self.steps, self.accelerator, tuned)
             for member, v in zip(self.members, self.variants, strict=True)
         ]
         causal = self.variants[0].renderer.kind == "causal"
-        keep = causal and settings.prefix_cache != "off"
+        keep = causal and settings.prefix_cache != "off" and tuned is None
         self.prefix = PrefixStore(self.model, settings.prefix_cache) if keep else None
         self.identity = self._identity()
         self.step = 0
@@ -168,8 +170,8 @@ class Loop:
 
     def _add_up_gradients(self, losses: Tensor) -> Tensor:
         """Every process gets the sums of the active members' gradients, and of the losses."""
-        active = [learner.member for learner in self.learners if learner.active]
-        parameters = [p for m in active for p in m.parameters() if p.grad is not None]
+        active = [learner for learner in self.learners if learner.active]
+        parameters = [p for x in active for p in x.parameters() if p.grad is not None]
         gradients = [p.grad for p in parameters if p.grad is not None]
         losses, *gradients = processes.add_up([losses, *gradients])
         for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -98,6 +98,7 @@ class Population(nn.Module):
         members: one or more.
         words: for label comparison the label of each word (`Renderer.owner`), else None.
         prefix: keeps what does not depend on the members (`prefix.PrefixStore`), or None.
+        tune_model: the base model's parameters are trained too, and ask for gradients meanwhile.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Population(nn.Module):
         members: Sequence[Member],
         words: Sequence[int] | None = None,
         prefix: Prefix | None = None,
+        tune_model: bool = False,
     ):
         super().__init__()
         self.base, self.prefix = model, prefix
@@ -122,7 +124,7 @@ class Population(nn.Module):
         self._undo = ExitStack()
         self._undo.callback(self._injector.remove, self._span)
         self._undo.enter_context(eval_mode(model))
-        self._undo.enter_context(_frozen(model))
+        self._undo.enter_context(_asking_for_gradients(model, tune_model))
         self.register_state_dict_post_hook(_drop_base)
         self.register_load_state_dict_post_hook(_expect_no_base)
 
@@ -197,16 +199,16 @@ class Population(nn.Module):
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient meanwhile."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
+def _asking_for_gradients(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """All parameters ask for a gradient meanwhile, or none does."""
+    before = [(p, p.requires_grad) for p in model.parameters() if p.is_floating_point()]
+    for parameter, _ in before:
+        parameter.requires_grad_(wanted)
     try:
         yield
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for parameter, asked in before:
+            parameter.requires_grad_(asked)
 
 
 def _drop_base(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

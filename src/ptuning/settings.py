@@ -36,6 +36,9 @@ class TrainSettings:
         halving: drop members of a population that fall behind on dev, half of them at each rung.
         prefix_cache: keep the keys and values of text before the first virtual token: ``auto``
             (part of the free memory), ``off``, or bytes such as ``2G``. Changes no result.
+        tune_model: train the base model's weights together with the prompt (the paper's other
+            setting); its dropout stays off. For one prompt alone.
+        model_learning_rate: of the base model's weights, where they are trained.
 
     Raises:
         InputError: a value that cannot be trained with.
@@ -57,13 +60,15 @@ class TrainSettings:
     checkpoint_seconds: float = 10.0
     halving: bool = True
     prefix_cache: str = "auto"
+    tune_model: bool = False
+    model_learning_rate: float = 1e-5
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "gradient_accumulation", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; give a whole number of at least 1")
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "max_grad_norm", "model_learning_rate"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{name} is {value}; give a number above 0")

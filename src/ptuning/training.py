@@ -63,11 +63,15 @@ def train(
 ) -> TrainResult:
     """Train a prompt on a frozen model; afterwards the prompt has its vectors.
 
+    With ``tune_model=True`` the model is trained too, and afterwards has the weights that belong to
+    the prompt; save both.
+
     Processes that a launcher started (`processes`) all call this with the same arguments, and all
     get the result of a training in one process.
 
     Args:
-        model: a causal, masked or encoder-decoder language model; stays as it is.
+        model: a causal, masked or encoder-decoder language model; stays as it is, but for
+            ``tune_model``.
         tokenizer: the model's.
         prompt: a trained one continues from its weights.
         rows: training examples, column -> value.
@@ -97,6 +101,7 @@ def train(
             check_same(prompt.base_model, model, tokenizer)
         prompt.answer = answer_column(prompt, rows[0])
         chosen = choices(prompt, settings, population, grid)
+        _check_tuning(model, settings, len(chosen))
         variants = _rendered(model, tokenizer, chosen, rows, dev)
         loop = Loop(
             model=model,
@@ -108,6 +113,7 @@ def train(
         learners = loop.train(resume)
         winner = best_of(learners)
         learner, variant = learners[winner], variants[winner]
+        learner.put_best_into_model()
         prompt.become(variant.prompt)
         prompt.vectors = learner.best["vectors"]
         prompt.encoder_weights = learner.best["weights"]
@@ -132,8 +138,20 @@ def train(
         return TrainResult(learner.history, best, shortened, seconds, members, winner)
 
 
+def _check_tuning(model: Any, settings: TrainSettings, members: int) -> None:
+    if not settings.tune_model:
+        return
+    if members > 1:
+        raise InputError(
+            f"tune_model trains the base model with one prompt, and the population has {members}; "
+            "leave one of the two out"
+        )
+    if getattr(model, "is_quantized", False):
+        raise InputError("tune_model needs the base model's own weights; load it unquantized")
+
+
 def _figures(learner: Learner) -> dict[str, float]:
-    return {k: v for k, v in learner.best.items() if k not in ("weights", "vectors")}
+    return {k: v for k, v in learner.best.items() if k not in ("weights", "vectors", "model")}
 
 
 def _rendered(

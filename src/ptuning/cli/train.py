@@ -128,6 +128,13 @@ def train(
             help="Keep what the model makes of text before the first virtual token; bytes: 2G.",
         ),
     ] = "auto",
+    tune_model: Annotated[
+        bool,
+        typer.Option("--tune-model", help="Train the model too; it is saved in OUT/model."),
+    ] = False,
+    model_learning_rate: Annotated[
+        float, typer.Option(help="Of the model's weights, with --tune-model.")
+    ] = 1e-5,
     tracker: Annotated[
         str | None, typer.Option(help="A tracker of accelerate, such as tensorboard.")
     ] = None,
@@ -197,7 +204,8 @@ def train(
                 grid=grid,
                 listener=listener,
             )
-        processes.from_main(lambda: _end(output, prompt, result, json_output))
+        tuned = (base, tokenizer) if tune_model else None
+        processes.from_main(lambda: _end(output, prompt, result, json_output, tuned))
 
 
 def _is_open(output: Path, resume: bool, overwrite: bool) -> bool:
@@ -218,9 +226,13 @@ def _begin(output: Path, run_file: bytes, anew: bool) -> None:
     write_folder(output, {"run.yaml": run_file})
 
 
-def _end(output: Path, prompt: Prompt, result: TrainResult, as_json: bool) -> None:
+def _end(
+    output: Path, prompt: Prompt, result: TrainResult, as_json: bool, tuned: tuple[Any, Any] | None
+) -> None:
     from .. import checkpoint
 
+    if tuned is not None:
+        training_report.save_model(output, prompt, *tuned)
     report = training_report.save(output, prompt, result)
     checkpoint.delete_all(output)
     if as_json:

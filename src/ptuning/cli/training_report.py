@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,17 @@ def save(output: Path, prompt: Prompt, result: TrainResult) -> dict[str, Any]:
         output, {"curve.png": training_curve(result.history), "result.json": pack_json(report)}
     )
     return report
+
+
+def save_model(output: Path, prompt: Prompt, model: Any, tokenizer: Any) -> None:
+    """Write a model that was trained with the prompt, and say in the prompt where it is."""
+    folder, staged = output / "model", output / ".model"
+    shutil.rmtree(staged, ignore_errors=True)
+    model.save_pretrained(staged)
+    tokenizer.save_pretrained(staged)
+    shutil.rmtree(folder, ignore_errors=True)
+    staged.rename(folder)
+    prompt.base_model["name"] = str(folder.resolve())
 
 
 def tell(output: Path, prompt: Prompt, result: TrainResult) -> None:
