@@ -32,6 +32,7 @@ ORDER = [
     "collate",
     "attachment",
     "loss",
+    "chunked",
     "score",
     "population",
     "settings",

@@ -27,7 +27,8 @@ class Shortened:
 
     Attributes:
         inputs: the model's arguments.
-        rows: from the model's logits to those ``(R, K, vocabulary)`` of the batch's rows.
+        rows: from the model's logits, or what stands before its head, to those ``(R, K, …)`` of the
+            batch's rows.
     """
 
     inputs: dict[str, Any]
@@ -45,21 +46,36 @@ def answer_logits(model: nn.Module, batch: Batch, prefix: Prefix | None = None) 
         batch: its inputs.
         prefix: tells what is left to compute for a causal model (`prefix.PrefixStore`), or None.
     """
+    logits, rows = answer_outputs(model, batch, prefix)
+    return rows(logits)
+
+
+def answer_outputs(
+    model: nn.Module, batch: Batch, prefix: Prefix | None = None
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The model's logits, and from them, or what stands before its head, to ``(R, K, …)``.
+
+    The arguments are those of `answer_logits`.
+    """
     inputs: dict[str, Any] = {
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,
     }
     if batch.kind == "seq2seq":
         inputs["decoder_input_ids"] = batch.decoder_input_ids
-        return model(**inputs, use_cache=False).logits
+        return model(**inputs, use_cache=False).logits, _all
     count = batch.answers.shape[1]
     if batch.kind == "masked":
-        return _masked_logits(model, batch.slots, count, inputs)
+        return _masked_outputs(model, batch.slots, count, inputs)
     shorter = prefix(batch) if prefix else None
     if shorter is not None:
-        return shorter.rows(model(**shorter.inputs, use_cache=True).logits)
+        return model(**shorter.inputs, use_cache=True).logits, shorter.rows
     inputs |= positions(model, batch.attention_mask, batch.input_ids.shape[1], count)
-    return model(**inputs, use_cache=False).logits[:, -count:]
+    return model(**inputs, use_cache=False).logits, lambda logits: logits[:, -count:]
+
+
+def _all(logits: Tensor) -> Tensor:
+    return logits
 
 
 def positions(model: nn.Module, mask: Tensor, columns: int, count: int) -> dict[str, Tensor]:
@@ -86,7 +102,9 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def _masked_logits(model: nn.Module, slots: Tensor, count: int, inputs: dict[str, Any]) -> Tensor:
+def _masked_outputs(
+    model: nn.Module, slots: Tensor, count: int, inputs: dict[str, Any]
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Only the masks' hidden states reach the language-model head.
 
     The hook serves this thread's call alone, so other threads may use the model meanwhile.
@@ -94,16 +112,18 @@ def _masked_logits(model: nn.Module, slots: Tensor, count: int, inputs: dict[str
     base = getattr(model, "base_model", model)
     positions = slots.unsqueeze(1) + torch.arange(count, device=slots.device)
     positions = positions.clamp(max=inputs["input_ids"].shape[1] - 1)
+
+    def at_masks(values: Tensor) -> Tensor:
+        return values.gather(1, positions.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
     if base is model:
-        logits = model(**inputs).logits
-        return logits.gather(1, positions.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
+        return model(**inputs).logits, at_masks
     caller = threading.get_ident()
 
     def keep_answers(module: nn.Module, args: Any, output: Any) -> Any:
         if threading.get_ident() != caller:
             return output
-        hidden = output[0]
-        kept = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        kept = at_masks(output[0])
         if isinstance(output, tuple):
             return (kept, *output[1:])
         output.last_hidden_state = kept
@@ -111,7 +131,7 @@ def _masked_logits(model: nn.Module, slots: Tensor, count: int, inputs: dict[str
 
     handle = base.register_forward_hook(keep_answers)
     try:
-        return model(**inputs).logits
+        return model(**inputs).logits, _all
     finally:
         handle.remove()
 

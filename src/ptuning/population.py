@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import chunked
 from .base_model import eval_mode, first_free_id
 from .collate import Batch
 from .encoder import PromptEncoder, initialise
 from .errors import PromptFileError
 from .inject import ATTACHING, Injector, input_embedding
-from .loss import Prefix, answer_logits, example_losses
+from .loss import Prefix
 from .prompt import Prompt
 
 
@@ -182,9 +183,8 @@ class Population(nn.Module):
 
     def losses(self, batch: Batch) -> Tensor:
         """Each member's loss ``(members,)`` with the table that is in the embedding now."""
-        logits = answer_logits(self.base, batch, self.prefix)
-        words = None if self.words is None else self.words.to(logits.device)
-        losses = example_losses(logits, batch, words)
+        words = None if self.words is None else self.words.to(batch.input_ids.device)
+        losses = chunked.losses(self.base, batch, words, self.prefix)
         return losses.new_zeros(len(self.members)).index_add(0, batch.member, losses)
 
     def close(self) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .chunked import losses_and_right
 from .collate import Batch, collate
-from .loss import Prefix, answer_logits, example_losses, examples_right
+from .loss import Prefix
 from .render import Rendered, Renderer
 
 
@@ -64,9 +65,9 @@ def sums(
         chunk = by_length[start : start + batch_size]
         batch = batch_for(model, renderer, chunk, [first_id] * len(chunk)).to(device)
         with autocast():
-            logits = answer_logits(model, batch, prefix)
-        right += float(examples_right(logits, batch, owner).sum())
-        loss += float(example_losses(logits, batch, owner).sum())
+            losses, hits = losses_and_right(model, batch, owner, prefix)
+        right += float(hits.sum())
+        loss += float(losses.sum())
     return right, loss
 
 
