@@ -48,6 +48,18 @@ def test_prompt_and_model_learn_together(family: str) -> None:
     assert loss == pytest.approx(result.best["dev_loss"], rel=1e-4)
 
 
+def test_long_answers_bring_gradients_to_the_output_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny.tokenizer()
+    heads = []
+    for largest in (10**9, 0):
+        monkeypatch.setattr("ptuning.chunked.LARGEST", largest)
+        model = tiny.model("llama", vocab_size=len(tokenizer))
+        ptuning.train(model, tokenizer, prompt(), ROWS, **{**SETTINGS, "epochs": 1})
+        heads.append(model.lm_head.weight.detach())
+    torch.testing.assert_close(*heads)
+    assert not torch.equal(heads[0], tiny.model("llama", vocab_size=len(tokenizer)).lm_head.weight)
+
+
 def test_the_model_gets_the_weights_of_the_best_epoch() -> None:
     model, tokenizer = tiny.model("llama"), tiny.tokenizer()
     wild = {**SETTINGS, "model_learning_rate": 0.3, "schedule": "constant", "epochs": 6}

@@ -137,7 +137,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bart": ("BartConfig", "BartForConditionalGeneration", _BART),
 }
 CAUSAL = ("llama", "gpt2", "gemma2", "opt")
-MASKED = ("bert", "roberta")
+MASKED = ("bert", "roberta", "modernbert")
 SEQ2SEQ = ("t5", "bart")
 
 

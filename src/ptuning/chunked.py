@@ -47,7 +47,7 @@ def losses(
     """The loss ``(N,)`` of each example, as `loss.example_losses` gives it.
 
     Args:
-        model: the base model, frozen.
+        model: the base model; the chunks serve it where it is frozen.
         batch: its inputs.
         words: for label comparison the label of each word, else None.
         prefix: as for `loss.answer_logits`.
@@ -125,7 +125,7 @@ def _read(
     width = getattr(head, "out_features", 0)
     by_label = batch.labels is not None and words is not None
     small = batch.answers.numel() * width <= LARGEST
-    if head is None or small or by_label or model in _other_heads:
+    if head is None or small or by_label or model in _other_heads or _is_trained(head):
         return answer_logits(model, batch, prefix)
     with _first_positions(head) as given:
         logits, rows = answer_outputs(model, batch, prefix)
@@ -141,6 +141,11 @@ def _read(
         _other_heads.add(model)
         return answer_logits(model, batch, prefix)
     return _Unread(rows(given[0]), finished)
+
+
+def _is_trained(head: nn.Module) -> bool:
+    """Its weights want a gradient, which the chunks do not make."""
+    return torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())
 
 
 def _same(ours: Tensor, models: Tensor) -> bool:
