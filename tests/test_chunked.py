@@ -63,6 +63,7 @@ def hold_together(model: Any, rows: Any, batch: Batch, prefix: Any = None) -> No
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
 def test_chunks_equal_the_plain_twin(family: str, small_chunks: None, chunks: list[int]) -> None:
     model, rows = attached(family)
+    model.requires_grad_(False)
     hold_together(model, rows, batch_of(family, examples_for(KIND[family])))
     assert chunks == [6, 6]
 
@@ -81,7 +82,7 @@ def test_what_a_model_does_behind_its_head_is_done(
     values = {**tiny.FAMILIES["llama"][2], **SCALED[name]}
     values |= {"vocab_size": 400, "initializer_range": 0.5}
     config = getattr(transformers, f"{name}Config")(**values)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval().requires_grad_(False)
     rows = torch.randn(3, 32).requires_grad_()
     Injector(model).add(rows)
     hold_together(model, rows, batch_of("llama", examples_for("causal")))
@@ -97,7 +98,7 @@ def test_a_model_that_does_something_else_takes_the_plain_path(
             output.logits = output.logits.roll(1, -1) * 3
             return output
 
-    model = Odd(tiny.model("llama").config).eval()
+    model = Odd(tiny.model("llama").config).eval().requires_grad_(False)
     rows = torch.randn(3, 32).requires_grad_()
     Injector(model).add(rows)
     hold_together(model, rows, batch_of("llama", examples_for("causal")))
@@ -108,6 +109,7 @@ def test_a_model_that_does_something_else_takes_the_plain_path(
 def test_chunks_behind_kept_prefixes(shared: bool, small_chunks: None, chunks: list[int]) -> None:
     """With one prefix for all the rows stand packed in one row of the model."""
     model, rows = attached("llama")
+    model.requires_grad_(False)
     text = tuple(range(20, 40))
     examples = []
     for number, answer in enumerate(((30,), (50, 51, 52), (70, 71))):
@@ -127,6 +129,7 @@ def test_short_answers_and_labels_take_the_plain_path(
     chunks: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, _ = attached("llama")
+    model.requires_grad_(False)
     batch = batch_of("llama", examples_for("causal"))
     numbers = batch.answers.numel() * 400
     monkeypatch.setattr(chunked, "LARGEST", numbers)
@@ -144,6 +147,7 @@ def test_short_answers_and_labels_take_the_plain_path(
 
 def test_half_precision_stays_close(small_chunks: None, chunks: list[int]) -> None:
     model, rows = attached("llama")
+    model.requires_grad_(False)
     batch = batch_of("llama", examples_for("causal"))
     (expected,) = torch.autograd.grad(chunked.losses(model, batch, None).sum(), rows)
     with torch.autocast("cpu", torch.bfloat16):
@@ -155,6 +159,7 @@ def test_half_precision_stays_close(small_chunks: None, chunks: list[int]) -> No
 
 def test_no_more_logits_are_there_than_of_one_chunk(small_chunks: None) -> None:
     model, _ = attached("llama")
+    model.requires_grad_(False)
     sizes: list[int] = []
     head: nn.Module = model.get_output_embeddings()
     head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
