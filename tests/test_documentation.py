@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
@@ -28,6 +29,11 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smollm2_folder: P
     text = "country,capital\n" + "".join(f"{a},{b}\n" for a, b in FACTS)
     for name in ("train", "dev", "test", "new"):
         (tmp_path / f"{name}.csv").write_text(text)
+    (tmp_path / "lama").mkdir()
+    relation = {"relation": "P36", "template": "The capital of [X] is [Y] .", "label": "capital"}
+    (tmp_path / "lama/relations.jsonl").write_text(json.dumps(relation))
+    facts = [json.dumps({"sub_label": a, "obj_label": b}) for a, b in FACTS]
+    (tmp_path / "lama/P36.jsonl").write_text("\n".join(facts))
     return tmp_path
 
 
@@ -49,9 +55,10 @@ def test_command_lines_of_the_readme_run_in_order(
         "evaluate",
         "predict",
         "inspect",
+        "lama",
     ]
     for command in commands:
-        if command[1] == "train":
+        if command[1] in ("train", "lama"):
             command += ["--epochs", "1"]
         monkeypatch.setattr(sys, "argv", command)
         with pytest.raises(SystemExit) as end:

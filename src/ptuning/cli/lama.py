@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import InputError
 from . import console, run_files
+
+if TYPE_CHECKING:
+    from ..experiments.lama import LamaOptions
+    from ..experiments.lama_data import Relation
+    from ..experiments.ledger import Ledger
 
 
 def lama(
@@ -72,13 +78,11 @@ def lama(
 
         ptuning lama --model smollm2 --data lama/ --relations P36,P19 --output out/
     """
-    from ..environment import versions
-    from ..experiments.lama import LamaOptions, probe, summary
-    from ..experiments.lama_data import read_facts, read_relations
+    from .. import processes
+    from ..experiments.lama import LamaOptions, summary
+    from ..experiments.lama_data import read_relations
     from ..experiments.ledger import Ledger
-    from ..files import pack_json, write_folder
     from ..models import load_model
-    from ..plot import shares
     from ..settings import TrainSettings
 
     options = LamaOptions(
@@ -90,42 +94,71 @@ def lama(
             epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed
         ),
     )
-    chosen = read_relations(data, _parts(relations, ",", "--relations") if relations else ())
-    words = _words(candidates)
     settings = run_files.settings_of(context)
     decisive = {k: v for k, v in settings.items() if k not in ("output", "data", "relations")}
-    ledger = Ledger(output, decisive, overwrite)
-    console.say(f"loading {model}")
-    base, tokenizer = load_model(model, dtype=dtype)
-    found: dict[str, dict[str, Any]] = {}
-    with console.PartsBar(len(chosen)) as bar:
-        for relation in chosen:
+    with processes.together():
+        console.speak_if(processes.state().is_main_process)
+        chosen = read_relations(data, _parts(relations, ",", "--relations") if relations else ())
+        words = _words(candidates)
+        ledger = Ledger(output, decisive, overwrite)
+        console.say(f"loading {model}")
+        base, tokenizer = load_model(model, dtype=dtype)
+        found = _probe_all(base, tokenizer, chosen, data, options, words, ledger)
+        report = {"relations": found, "mean": summary(found), "settings": settings}
+        processes.from_main(lambda: _save(output, report))
+        if json_output:
+            processes.from_main(lambda: console.print_json(report))
+            return
+    _tell(found, summary(found))
+    console.out.print(f"lama.json, lama.png and the prompts are in {output}", markup=False)
+
+
+def _probe_all(
+    model: Any,
+    tokenizer: Any,
+    relations: list[Relation],
+    data: Path,
+    options: LamaOptions,
+    candidates: list[str],
+    ledger: Ledger,
+) -> dict[str, dict[str, Any]]:
+    """The figures of each relation: those of an earlier run, or measured now."""
+    from .. import processes
+    from ..experiments.lama import probe
+    from ..experiments.lama_data import read_facts
+
+    found = {}
+    with console.PartsBar(len(relations)) as bar:
+        for relation in relations:
             figures = ledger.get(relation.name)
             measured = figures is None
             if figures is None:
                 bar.begin(f"{relation.name} {relation.label}")
                 facts = read_facts(data, relation, tokenizer)
                 figures, prompt = probe(
-                    base, tokenizer, relation, facts, options, words, bar.listener
+                    model, tokenizer, relation, facts, options, candidates, bar.listener
                 )
-                prompt.save(output / "prompts" / relation.name)
+                folder = ledger.output / "prompts" / relation.name
+                processes.from_main(partial(prompt.save, folder))
                 ledger.put(relation.name, figures)
             found[relation.name] = figures
             bar.end(f"{relation.name:>6}  {_line(figures)}", measured)
-    means = summary(found)
-    report = {"relations": found, "mean": means, "settings": settings}
+    return found
+
+
+def _save(output: Path, report: dict[str, Any]) -> None:
+    from ..environment import versions
+    from ..files import pack_json, write_folder
+    from ..plot import shares
+
+    found = report["relations"]
     rows = {name: [f[key] for f in found.values()] for name, key in _SHOWN.items()}
     files = {
         "lama.json": pack_json({**report, "versions": versions()}),
         "lama.png": shares(list(found), rows, "P@1 on test (%)"),
-        "run.yaml": run_files.as_yaml(settings),
+        "run.yaml": run_files.as_yaml(report["settings"]),
     }
     write_folder(output, files)
-    if json_output:
-        console.print_json(report)
-        return
-    _tell(found, means)
-    console.out.print(f"lama.json, lama.png and the prompts are in {output}", markup=False)
 
 
 _SHOWN = {

@@ -2,6 +2,8 @@
 
 OUT/run.json            the settings that every result depends on
 OUT/done/PART.json      the result of one part
+
+Of several processes the main one reads and writes, and all get what it has.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from .. import processes
 from ..errors import InputError
 from ..files import check_writable, pack_json, write_file
 
@@ -29,11 +32,15 @@ class Ledger:
     """
 
     def __init__(self, output: Path, settings: dict[str, Any], overwrite: bool = False):
+        self.output, self._done = output, output / "done"
+        settings = json.loads(json.dumps(settings))
+        processes.from_main(lambda: self._open(settings, overwrite))
+
+    def _open(self, settings: dict[str, Any], overwrite: bool) -> None:
+        output = self.output
         if output.is_file():
             raise InputError(f"--output {output} is a file; give a folder")
         check_writable(output)
-        self.output, self._done = output, output / "done"
-        settings = json.loads(json.dumps(settings))
         if overwrite:
             shutil.rmtree(self._done, ignore_errors=True)
         elif (output / "run.json").is_file():
@@ -52,8 +59,13 @@ class Ledger:
     def get(self, part: str) -> dict[str, Any] | None:
         """The result of a part, or None where it is not finished."""
         path = self._done / f"{part}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+        def read() -> dict[str, Any] | None:
+            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+        return processes.from_main(read)
 
     def put(self, part: str, result: dict[str, Any]) -> None:
         """Keep the result of a finished part."""
-        write_file(self._done / f"{part}.json", pack_json(result))
+        content = pack_json(result)
+        processes.from_main(lambda: write_file(self._done / f"{part}.json", content))
