@@ -131,7 +131,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "ModernBertConfig",
         "ModernBertForMaskedLM",
         {**_SMALL, "global_attn_every_n_layers": 2, "local_attention": 8, "cls_token_id": 1}
-        | {"sep_token_id": 2},
+        | {"sep_token_id": 2, "initializer_range": 0.2, "initializer_cutoff_factor": 3.0},
     ),
     "t5": ("T5Config", "T5ForConditionalGeneration", _T5),
     "bart": ("BartConfig", "BartForConditionalGeneration", _BART),
