@@ -14,7 +14,7 @@ from typing import Any
 
 from .errors import DataError, InputError
 from .layout import Layout, Sequence
-from .task import Task
+from .task import Task, fill, named_fields
 from .template import Virtual
 from .vocabulary import resolve_words
 
@@ -92,6 +92,9 @@ class Renderer:
         self.labels = {c: (c,) for c in candidates} if candidates else task.labels
         self.compares = bool(candidates) or (bool(task.labels) and task.label_mode == "labels")
         self.owner = [n for n, words in enumerate(self.labels.values()) for _ in words]
+        named = [] if candidates else [w for words in task.labels.values() for w in words]
+        self._in_words = tuple(dict.fromkeys(name for w in named for name in named_fields(w)))
+        self._literal = candidates is not None
         self._layout = Layout(tokenizer, task, kind, [len(group) for group in self.groups])
         self._check_kind()
 
@@ -132,7 +135,8 @@ class Renderer:
             DataError: a column is missing, the answer is empty or no known label, or the example
                 does not fit the model's context.
         """
-        fields = self._fields(example)
+        fields = self._texts(example, self.task.parsed.fields, "template")
+        in_words = self._texts(example, self._in_words, "verbalizer")
         gold = self._gold(example) if answered else None
         label = None
         if gold is not None and self.labels:
@@ -143,24 +147,33 @@ class Renderer:
                 )
             label = list(self.labels).index(gold)
         if not self.compares:
-            word = self.labels[gold][0] if gold is not None and self.labels else gold
+            word = gold
+            if gold is not None and self.labels:
+                word = self._word(self.labels[gold][0], in_words)
             return Rendered(self._sequences(fields, [word]), label=label)
-        words = [word for words in self.labels.values() for word in words]
+        words = [self._word(w, in_words) for words in self.labels.values() for w in words]
         sequences = self._sequences(fields, words)
         alike = all(s.ids == sequences[0].ids and len(s.answer) == 1 for s in sequences)
         if alike:
             return Rendered(sequences[:1], tuple(s.answer[0] for s in sequences), label)
         return Rendered(sequences, label=label)
 
-    def _fields(self, example: Example) -> dict[str, str]:
-        for name in self.task.parsed.fields:
+    def _texts(self, example: Example, names: Iterable[str], what: str) -> dict[str, str]:
+        for name in names:
             if name not in example:
                 raise DataError(
-                    f"the template names the column {name!r}, and the example has "
+                    f"the {what} names the column {name!r}, and the example has "
                     f"{', '.join(map(repr, example)) or 'none'}; rename one of the two"
                 )
-        values = {name: example[name] for name in self.task.parsed.fields}
-        return {name: _text(name, value) for name, value in values.items()}
+        return {name: _text(name, example[name]) for name in names}
+
+    def _word(self, word: str, columns: dict[str, str]) -> str:
+        if self._literal:
+            return word
+        filled = fill(word, columns)
+        if not filled.strip():
+            raise DataError(f"the label word {word!r} is empty in this example")
+        return filled
 
     def _gold(self, example: Example) -> str:
         column = answer_column(self.task, example)

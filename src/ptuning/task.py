@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from string import Formatter
 from typing import Any
 
 from .errors import InputError
@@ -22,7 +23,9 @@ class Task:
     Args:
         template: text in the template language.
         answer: column of the right answer; by default ``answer``, else ``label``.
-        verbalizer: label -> the word(s) that stand for it. None means free answers.
+        verbalizer: label -> the word(s) that stand for it. None means free answers. A word may
+            name columns, as ``{"0": "{choice1}", "1": "{choice2}"}`` does: then each example
+            compares words of its own (`fill`).
         label_mode: ``"labels"`` compares the label words only, ``"vocabulary"`` trains over the
             whole vocabulary. Without a verbalizer it is the vocabulary.
         special_tokens: ``"around"``: BOS, CLS and SEP stand around the whole, virtual tokens
@@ -105,6 +108,31 @@ class Task:
         return Task(**settings)
 
 
+def named_fields(word: str) -> tuple[str, ...]:
+    """The columns that a label word names, such as ``{choice1}``; braces of text are doubled.
+
+    Raises:
+        InputError: a brace without its pair.
+    """
+    try:
+        pieces = list(Formatter().parse(word))
+    except ValueError as error:
+        raise InputError(
+            f"the label word {word!r} has a brace that names no column ({error}); double braces "
+            "that are text: {{ and }}"
+        ) from None
+    names = [(name, spec, kind) for _, name, spec, kind in pieces if name is not None]
+    if any(not name or spec or kind for name, spec, kind in names):
+        raise InputError(f"the label word {word!r} must name columns as {{name}}")
+    return tuple(name for name, _, _ in names)
+
+
+def fill(word: str, columns: Mapping[str, str]) -> str:
+    """A label word with its columns' texts in place of their names."""
+    pieces = Formatter().parse(word)
+    return "".join(text + (columns[name] if name is not None else "") for text, name, *_ in pieces)
+
+
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
     """`value`, if it is allowed; else an InputError that lists what is."""
     if not isinstance(value, str) or value not in allowed:
@@ -152,6 +180,7 @@ def _words_by_label(verbalizer: Mapping[str, str | Sequence[str]]) -> dict[str, 
     owner: dict[str, str] = {}
     for label, options in words.items():
         for word in options:
+            named_fields(word)
             if owner.setdefault(word, label) != label:
                 raise InputError(
                     f"labels {owner[word]!r} and {label!r} share the word {word!r}; each label "

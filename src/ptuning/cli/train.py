@@ -54,7 +54,9 @@ def train(
     ] = None,
     labels: Annotated[
         str | None,
-        typer.Option(help="Words that stand for the labels: yes=Yes,no=No; several with '|'."),
+        typer.Option(
+            help="Words that stand for the labels: yes=Yes,no=No; several with '|'; columns as {name}."
+        ),
     ] = None,
     encoder: Annotated[str, typer.Option(help="Prompt encoder: mlp, lstm or none.")] = "mlp",
     encoder_hidden_size: Annotated[

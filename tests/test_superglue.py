@@ -1,0 +1,253 @@
+"""SuperGLUE: files to rows, templates, metrics, and the command from files to figures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ptuning import Prompt
+from ptuning.cli import main
+from ptuning.errors import DataError
+from ptuning.experiments import superglue_metrics as metrics
+from ptuning.experiments.superglue_data import read_few, read_full, read_rows
+from ptuning.experiments.superglue_tasks import TASKS, prompted
+from ptuning.render import Renderer
+
+from . import tiny
+
+Command = Callable[..., tuple[int, str, str]]
+PASSAGE = {
+    "text": "Ann has a dog. Bob has a cat.",
+    "questions": [
+        {
+            "idx": 7,
+            "question": "Who has a dog?",
+            "answers": [
+                {"text": "Ann", "idx": 1, "label": 1},
+                {"text": "Bob", "idx": 2, "label": 0},
+            ],
+        },
+        {"idx": 8, "question": "A cat?", "answers": [{"text": "Bob", "idx": 3, "label": 1}]},
+    ],
+}
+WSC = {
+    "text": "Ann told Bob that she won.",
+    "target": {"span1_index": 0, "span1_text": "Ann", "span2_index": 4, "span2_text": "she"},
+}
+EXAMPLES: dict[str, list[dict[str, Any]]] = {
+    "BoolQ": [
+        {"question": "is it so", "passage": "It is so.", "label": True, "idx": 0},
+        {"question": "is it", "passage": "It is not.", "label": False, "idx": 1},
+    ],
+    "CB": [
+        {"premise": "It rains.", "hypothesis": "it is wet", "label": label, "idx": 0}
+        for label in ("entailment", "contradiction", "neutral")
+    ],
+    "COPA": [
+        {"premise": "It rained.", "choice1": "The road was wet.", "choice2": "I ran.",
+         "question": "effect", "label": 0, "idx": 0},
+        {"premise": "He fell.", "choice1": "He sat.", "choice2": "The road was wet.",
+         "question": "cause", "label": 1, "idx": 1},
+    ],
+    "MultiRC": [{"idx": 3, "version": 1.1, "passage": PASSAGE}],
+    "RTE": [
+        {"premise": "It rains.", "hypothesis": "It is wet.", "label": label, "idx": 0}
+        for label in ("entailment", "not_entailment")
+    ],
+    "WiC": [
+        {"word": "run", "sentence1": "I run.", "sentence2": "A run.", "label": label, "idx": 0}
+        for label in (True, False)
+    ],
+    "WSC": [{**WSC, "label": True, "idx": 0}],
+}  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """FewGLUE in small; WiC has no file to test on."""
+    for folder, rows in EXAMPLES.items():
+        (tmp_path / "few" / folder).mkdir(parents=True)
+        for part in ("train", "dev32", *(["val"] if folder != "WiC" else [])):
+            shown = rows * 2
+            if folder == "WSC" and part != "train":
+                shown = [*rows, {**WSC, "label": False, "idx": 1}]
+            text = "".join(json.dumps(row) + "\n" for row in shown)
+            (tmp_path / "few" / folder / f"{part}.jsonl").write_text(text)
+    return tmp_path / "few"
+
+
+@pytest.fixture
+def superglue(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Command:
+    tokenizer = tiny.tokenizer()
+    model = tiny.model("llama", vocab_size=len(tokenizer), max_position_embeddings=512)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+
+    def call(*options: str, **changes: str) -> tuple[int, str, str]:
+        given = {"model": tmp_path / "base", "output": tmp_path / "out", "epochs": 2, "seeds": 2}
+        given |= {"data": data} | changes
+        named = [str(part) for k, v in given.items() if v for part in (f"--{k}", v)]
+        monkeypatch.setattr(sys, "argv", ["ptuning", "superglue", *named, *options])
+        with pytest.raises(SystemExit) as end:
+            main()
+        captured = capsys.readouterr()
+        assert isinstance(end.value.code, int)
+        return end.value.code, captured.out, captured.err
+
+    return call
+
+
+def test_nested_questions_become_rows_that_know_their_question(data: Path) -> None:
+    rows = read_rows(data / "MultiRC/train.jsonl", "MultiRC")[:3]
+    assert [(r["answer_text"], r["label"], r["of_question"]) for r in rows] == [
+        ("Ann", 1, "3-7"),
+        ("Bob", 0, "3-7"),
+        ("Bob", 1, "3-8"),
+    ]
+
+
+def test_choices_are_clauses_behind_the_word_that_joins_them(data: Path) -> None:
+    effect, cause = read_rows(data / "COPA/train.jsonl", "COPA")[:2]
+    assert (effect["premise"], effect["joined"]) == ("It rained", "so")
+    assert (effect["choice1"], effect["choice2"]) == ("the road was wet", "I ran")
+    assert cause["joined"] == "because"
+
+
+def test_the_pronoun_is_marked_and_the_noun_is_the_answer(data: Path) -> None:
+    (row, *_) = read_rows(data / "WSC/train.jsonl", "WSC")
+    assert row["text"] == "Ann told Bob that *she* won."
+    assert (row["pronoun"], row["noun"]) == ("she", "Ann")
+
+
+def test_splits_of_fewglue_and_of_one_file(data: Path, tmp_path: Path) -> None:
+    few = read_few(data, "rte", most=3)
+    assert (len(few.train), len(few.dev), len(few.test)) == (4, 4, 3)
+    assert read_few(data, "WiC").test == []
+    rows = "".join(
+        json.dumps({"question": str(n), "passage": "x", "label": n % 2 == 0}) + "\n"
+        for n in range(20)
+    )
+    (tmp_path / "all.jsonl").write_text(rows)
+    full = read_full("BoolQ", tmp_path / "all.jsonl", None, None)
+    assert (len(full.train), len(full.dev), len(full.test)) == (12, 3, 5)
+    seen = {row["question"] for part in (full.train, full.dev, full.test) for row in part}
+    assert len(seen) == 20
+    (data / "CB/val.jsonl").unlink()
+    (data / "CB/train.jsonl").unlink()
+    with pytest.raises(DataError, match=r"train.jsonl is not there"):
+        read_few(data, "CB")
+    with pytest.raises(DataError, match="no folder Other"):
+        read_few(data, "Other")
+    (data / "COPA/train.jsonl").write_text('{"premise": "a"}\n')
+    with pytest.raises(DataError, match="line 1 is no example of COPA"):
+        read_few(data, "COPA")
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked"])
+@pytest.mark.parametrize("name", list(TASKS))
+def test_every_template_renders_a_row_of_its_task(name: str, kind: str, data: Path) -> None:
+    task = TASKS[name]
+    (row, *_) = read_few(data, task.folder).train
+    tokenizer = tiny.tokenizer(around=kind == "masked")
+    tasks = task.manual()
+    assert len(task.templates) >= 3
+    for by_hand in tasks:
+        assert by_hand.template is not None
+        prompt = Prompt(**{**by_hand.settings(), "template": prompted(by_hand.template, 3)})
+        for asked in (by_hand, prompt):
+            rendered = Renderer(tokenizer, asked, kind, 512)(row)
+            assert rendered.compares != task.generates
+            assert all(sequence.ids for sequence in rendered.sequences)
+
+
+def test_metrics_are_the_official_ones() -> None:
+    gold, said = ["1", "0", "1", "1"], ["1", "1", "0", "1"]
+    rows: list[dict[str, Any]] = [{"of_question": q} for q in ("a", "a", "b", "c")]
+    assert metrics.accuracy(gold, said, rows) == 0.5
+    assert metrics.f1a(gold, said, rows) == pytest.approx(2 / 3)  # precision 2/3, recall 2/3
+    assert metrics.em(gold, said, rows) == pytest.approx(1 / 3)
+    labels = ["x", "x", "y", "z"]
+    # x: precision 1, recall 1/2; y: precision 1/2, recall 1; z: right
+    assert metrics.macro_f1(labels, ["x", "y", "y", "z"], rows) == pytest.approx(
+        (2 / 3 * 2 + 1) / 3
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "noun", "same"),
+    [
+        ("the dog", "Dog", True),
+        ("Ann Smith", "Ann", True),
+        ("Bob", "Ann", False),
+        ("", "Ann", False),
+        ("the", "the dog", False),
+    ],
+)
+def test_a_noun_is_the_same_without_articles_and_case(said: str, noun: str, same: bool) -> None:
+    assert metrics.same_noun(said, noun) == same
+
+
+def test_the_command_measures_tasks_and_goes_on_where_it_stopped(
+    superglue: Command, tmp_path: Path
+) -> None:
+    code, out, err = superglue(task="copa")
+    assert code == 0, err
+    assert "copa" in out and "±" in out
+    first = json.loads((tmp_path / "out/superglue.json").read_text())["tasks"]["copa"]
+    code, _, err = superglue(task="copa,cb,multirc,wic,wsc")
+    assert code == 0, err
+    report = json.loads((tmp_path / "out/superglue.json").read_text())
+    assert report["tasks"]["copa"] == first
+    for name, metric in (("cb", "macro_f1"), ("multirc", "em"), ("wsc", "accuracy")):
+        task = report["tasks"][name]
+        assert task["measured_on"] == "test" and metric in task["metrics"]
+        assert len(task["seeds"]) == 2 and 0 <= task["mean"] <= 1
+        assert (tmp_path / f"out/prompts/{name}-1/prompt.safetensors").is_file()
+    assert report["tasks"]["wic"]["measured_on"] == "dev"
+    assert report["tasks"]["wic"]["majority"] is None
+    majority = report["tasks"]["wsc"]["baselines"]["majority"]["accuracy"]
+    assert majority == 0.5  # all training examples are true
+    assert (tmp_path / "out/superglue.png").read_bytes().startswith(b"\x89PNG")
+    code, _, err = superglue(task="copa", epochs="3")
+    assert code == 2 and "epochs=2" in err
+
+
+def test_fully_supervised_from_one_file(superglue: Command, tmp_path: Path) -> None:
+    rows = "".join(
+        json.dumps({"question": f"is it {n}", "passage": "It is.", "label": n % 2 == 0}) + "\n"
+        for n in range(20)
+    )
+    (tmp_path / "boolq.jsonl").write_text(rows)
+    code, _, err = superglue("--train", str(tmp_path / "boolq.jsonl"), task="boolq", data="")
+    assert code == 0, err
+    report = json.loads((tmp_path / "out/superglue.json").read_text())
+    baselines = report["tasks"]["boolq"]["baselines"]
+    assert [baselines[f"{p}_examples"] for p in ("train", "dev", "test")] == [12, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "part"),
+    [
+        ([], {"task": "snli"}, "'snli'; there are boolq"),
+        ([], {"task": "rte", "data": ""}, "give FewGLUE's folder"),
+        (["--train", "x.jsonl"], {"task": "rte,cb"}, "--train is for one task"),
+        ([], {"task": "rte", "seeds": "0"}, "--seeds is 0"),
+        (["--test", "x.jsonl"], {"task": "rte"}, "belong to --train"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    superglue: Command, options: list[str], changes: dict[str, str], part: str
+) -> None:
+    code, _, err = superglue(*options, **changes)
+    assert code == 2 and "Traceback" not in err
+    assert part in err.splitlines()[-1], err
