@@ -55,7 +55,7 @@ def train(
     labels: Annotated[
         str | None,
         typer.Option(
-            help="Words that stand for the labels: yes=Yes,no=No; several with '|'; columns as {name}."
+            help="Words for the labels: yes=Yes,no=No; several with '|'; columns as {name}."
         ),
     ] = None,
     encoder: Annotated[str, typer.Option(help="Prompt encoder: mlp, lstm or none.")] = "mlp",
