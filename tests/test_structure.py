@@ -37,6 +37,7 @@ ORDER = [
     "settings",
     "packing",
     "prefix",
+    "graphs",
     "variants",
     "devices",
     "learner",

@@ -26,6 +26,7 @@ from .base_model import describe
 from .collate import Batch, by_length
 from .devices import make_accelerator, place
 from .errors import TrainingError
+from .graphs import graphs_or_plain
 from .learner import Learner, halve, rank
 from .population import Member, Population
 from .prefix import PrefixStore
@@ -44,6 +45,7 @@ class Progress:
         record: of the member that is best so far.
         members: how many are in training.
         of: how many there were.
+        note: what the user should know, said once.
     """
 
     step: int
@@ -53,6 +55,7 @@ class Progress:
     record: dict[str, float] | None = None
     members: int = 1
     of: int = 1
+    note: str = ""
 
 
 @dataclass
@@ -77,6 +80,15 @@ class Loop:
                 self.model, self.tokenizer, self.members, owner, self.prefix
             ) as population:
                 self.population = population
+                prompts = [variant.prompt for variant in self.variants]
+                self.micro_step = graphs_or_plain(
+                    population,
+                    self._plain_step,
+                    prompts,
+                    self.settings,
+                    self.accelerator,
+                    self.notes.append,
+                )
                 self._epochs()
         finally:
             self.accelerator.end_training()
@@ -104,6 +116,7 @@ class Loop:
         keep = causal and settings.prefix_cache != "off"
         self.prefix = PrefixStore(self.model, settings.prefix_cache) if keep else None
         self.identity = self._identity()
+        self.notes: list[str] = []
         self.step = 0
         self.epoch_loss = torch.zeros(len(self.learners))
         if resume and self.output is not None:
@@ -118,7 +131,7 @@ class Loop:
         """All that the numbers of this run depend on."""
         first = self.variants[0]
         chosen = {**asdict(first.settings), **first.prompt.settings()}
-        for name in ("tracker", "checkpoint_seconds", "prefix_cache"):
+        for name in ("tracker", "checkpoint_seconds", "prefix_cache", "graphs"):
             del chosen[name]
         start = first.prompt.vectors
         chosen["the prompt to begin from"] = None if start is None else start.double().sum().item()
@@ -156,13 +169,17 @@ class Loop:
         for start in range(0, per_step, self.settings.batch_size):
             rows = self._rows([c[start : start + self.settings.batch_size] for c in chosen])
             for part in by_length(rows, self.device):
-                with self.accelerator.autocast():
-                    losses = self.population.step(self._batch(part)) / divisor
-                self.accelerator.backward(losses.sum())
-                total += losses.detach()
+                total += self.micro_step(self._batch(part), divisor)
         total = self.accelerator.reduce(total, "sum")
         self._settle(total)
         return total.cpu()
+
+    def _plain_step(self, batch: Batch, divisor: Tensor) -> Tensor:
+        """Each member's share of its mean loss; adds gradients. `graphs` may replay it instead."""
+        with self.accelerator.autocast():
+            losses = self.population.step(batch) / divisor
+        self.accelerator.backward(losses.sum())
+        return losses.detach()
 
     def _settle(self, losses: Tensor) -> None:
         """Optimizer steps; a member that is no longer finite leaves, the last one raises."""
@@ -239,7 +256,8 @@ class Loop:
 
     def _tell(self, epoch: int, loss: float, record: dict[str, float] | None = None) -> None:
         members, of = sum(learner.active for learner in self.learners), len(self.learners)
-        self.listener(Progress(self.step, self.steps, epoch + 1, loss, record, members, of))
+        note = self.notes.pop(0) if self.notes else ""
+        self.listener(Progress(self.step, self.steps, epoch + 1, loss, record, members, of, note))
 
     def _save_if_due(self) -> None:
         if time.monotonic() - self._saved_at >= self.settings.checkpoint_seconds:

@@ -150,12 +150,16 @@ class Population(nn.Module):
         with torch.no_grad():
             self._injector.write(self._span, self._tables())
 
-    def step(self, batch: Batch) -> Tensor:
-        """Each member's loss ``(members,)``, summed over its answer tokens (or its examples)."""
+    def step(self, batch: Batch, prefix: Prefix | None = None) -> Tensor:
+        """Each member's loss ``(members,)``, summed over its answer tokens (or its examples).
+
+        Args:
+            batch: on the model's device.
+            prefix: instead of the population's own.
+        """
         self._injector.write(self._span, self._tables())
-        logits = answer_logits(self.base, batch, self.prefix)
-        words = None if self.words is None else self.words.to(logits.device)
-        losses = example_losses(logits, batch, words)
+        logits = answer_logits(self.base, batch, prefix or self.prefix)
+        losses = example_losses(logits, batch, self.words)
         return losses.new_zeros(len(self.members)).index_add(0, batch.member, losses)
 
     def close(self) -> None:

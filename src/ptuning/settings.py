@@ -36,6 +36,8 @@ class TrainSettings:
         halving: drop members of a population that fall behind on dev, half of them at each rung.
         prefix_cache: keep the keys and values of text before the first virtual token: ``auto``
             (part of the free memory), ``off``, or bytes such as ``2G``. Changes no result.
+        graphs: ``auto`` replays steps of repeated shapes as CUDA graphs where that is possible,
+            ``off`` never does. Changes no result.
 
     Raises:
         InputError: a value that cannot be trained with.
@@ -57,6 +59,7 @@ class TrainSettings:
     checkpoint_seconds: float = 10.0
     halving: bool = True
     prefix_cache: str = "auto"
+    graphs: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "gradient_accumulation", "patience"):
@@ -78,6 +81,8 @@ class TrainSettings:
 
         if self.prefix_cache not in ("auto", "off"):
             parse_size(self.prefix_cache)
+        if self.graphs not in ("auto", "off"):
+            raise InputError(f"graphs is {self.graphs!r}; expected auto or off")
 
     def rate_for(self, encoder: str) -> float:
         """The learning rate for an encoder type."""

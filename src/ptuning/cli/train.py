@@ -127,6 +127,9 @@ def train(
             help="Keep what the model makes of text before the first virtual token; bytes: 2G.",
         ),
     ] = "auto",
+    graphs: Annotated[
+        str, typer.Option(help="auto: replay steps as CUDA graphs on a GPU; or off.")
+    ] = "auto",
     tracker: Annotated[
         str | None, typer.Option(help="A tracker of accelerate, such as tensorboard.")
     ] = None,
