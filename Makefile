@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # Made anew whenever what it is made from changes.
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test test-all lint bench-step parity clean
+.PHONY: demo test test-all lint bench parity clean
 
 demo: $(STAMP) ## fetch a small real model and watch a prompt learn
 	$(BIN)/ptuning fetch smollm2
@@ -22,8 +22,8 @@ lint: $(STAMP) ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench-step: $(STAMP) models ## one training step against PEFT's
-	$(BIN)/python benchmarks/train_step.py
+bench: $(STAMP) models ## every comparison with PEFT, at most 15 minutes on two cores
+	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 parity: $(STAMP) ## every model family and task beside PEFT
 	$(BIN)/python benchmarks/parity.py

@@ -39,6 +39,7 @@ ORDER = [
     "processes",
     "packing",
     "prefix",
+    "graphs",
     "variants",
     "devices",
     "learner",

@@ -105,8 +105,9 @@ class Injector:
     def write(self, span: Span, rows: Tensor) -> None:
         """Give a span new rows of the same shape, which may carry a gradient."""
         with ATTACHING:
+            same = rows.shape == span.rows.shape and self._lookup[1].device == self._device
             span.rows = rows
-            self._refresh()
+            self._refresh(self._lookup[1] if same else None)
 
     def borrow(self, rows: Tensor) -> Span | None:
         """The span whose rows are this very tensor, held once more; release it with `remove`."""
@@ -136,17 +137,25 @@ class Injector:
                 for key in [k for k, h in hooks.items() if getattr(h, "__self__", None) is self]:
                     del hooks[key]
 
-    def _refresh(self) -> None:
-        """One table of all rows, and for each id above the threshold its row or -1."""
+    def _refresh(self, owner: Tensor | None = None) -> None:
+        """One table of all rows, and for each id above the threshold its row or -1.
+
+        Args:
+            owner: the latter, where it is known.
+        """
+        rows = [span.rows.to(self._device) for span in self.spans]
+        table = rows[0] if len(rows) == 1 else torch.cat(rows)
+        owner = self._owner().to(self._device) if owner is None else owner
+        self._lookup = (table, owner)  # one assignment: forwards may run meanwhile
+
+    def _owner(self) -> Tensor:
         owner = torch.full((max(s.end for s in self.spans) - self.threshold,), -1)
         offset = 0
         for span in self.spans:
             at = span.first - self.threshold
             owner[at : at + len(span.rows)] = torch.arange(offset, offset + len(span.rows))
             offset += len(span.rows)
-        rows = [span.rows.to(self._device) for span in self.spans]
-        table = rows[0] if len(rows) == 1 else torch.cat(rows)
-        self._lookup = (table, owner.to(self._device))  # one assignment: forwards may run meanwhile
+        return owner
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         ids = args[0]

@@ -26,6 +26,7 @@ from .base_model import describe
 from .collate import Batch, by_length
 from .devices import finish_trackers, make_accelerator, place
 from .errors import TrainingError
+from .graphs import graphs_or_plain
 from .learner import Learner, halve, rank
 from .population import Member, Population
 from .prefix import PrefixStore
@@ -44,6 +45,7 @@ class Progress:
         record: of the member that is best so far.
         members: how many are in training.
         of: how many there were.
+        note: what the user should know, said once.
     """
 
     step: int
@@ -53,6 +55,7 @@ class Progress:
     record: dict[str, float] | None = None
     members: int = 1
     of: int = 1
+    note: str = ""
 
 
 @dataclass
@@ -78,6 +81,15 @@ class Loop:
                 self.model, self.tokenizer, self.members, owner, self.prefix, tuned
             ) as population:
                 self.population = population
+                prompts = [variant.prompt for variant in self.variants]
+                self.micro_step = graphs_or_plain(
+                    population,
+                    self._plain_step,
+                    prompts,
+                    self.settings,
+                    self.accelerator,
+                    self.notes.append,
+                )
                 self._epochs()
         finally:
             finish_trackers(self.accelerator)
@@ -106,6 +118,7 @@ class Loop:
         keep = causal and settings.prefix_cache != "off" and tuned is None
         self.prefix = PrefixStore(self.model, settings.prefix_cache) if keep else None
         self.identity = self._identity()
+        self.notes: list[str] = []
         self.step = 0
         self.epoch_loss = torch.zeros(len(self.learners))
         self._resume(resume)
@@ -119,7 +132,7 @@ class Loop:
         """All that the numbers of this run depend on."""
         first = self.variants[0]
         chosen = {**asdict(first.settings), **first.prompt.settings()}
-        for name in ("tracker", "checkpoint_seconds", "prefix_cache"):
+        for name in ("tracker", "checkpoint_seconds", "prefix_cache", "graphs"):
             del chosen[name]
         start = first.prompt.vectors
         chosen["the prompt to begin from"] = None if start is None else start.double().sum().item()
@@ -158,15 +171,20 @@ class Loop:
             rows = self._rows([c[start : start + self.settings.batch_size] for c in chosen])
             with self.population.one_table() as table:
                 for part in by_length(rows, self.device):
-                    with self.accelerator.autocast():
-                        losses = self.population.losses(self._batch(part)) / divisor
-                    self.accelerator.backward(losses.sum())
-                    total += losses.detach()
+                    total += self.micro_step(self._batch(part), divisor)
                 if not rows:  # all are other processes': a gradient of zeros
                     self.accelerator.backward(0 * table.sum())
         total = self._add_up_gradients(total)
         self._settle(total)
         return total.cpu()
+
+    def _plain_step(self, batch: Batch, divisor: Tensor) -> Tensor:
+        """Each member's share of its mean loss; its gradient goes to the table. `graphs` may
+        replay it instead."""
+        with self.accelerator.autocast():
+            losses = self.population.losses(batch) / divisor
+        self.accelerator.backward(losses.sum())
+        return losses.detach()
 
     def _add_up_gradients(self, losses: Tensor) -> Tensor:
         """Every process gets the sums of the active members' gradients, and of the losses."""
@@ -262,8 +280,10 @@ class Loop:
 
     def _tell(self, epoch: int, loss: float, record: dict[str, float] | None = None) -> None:
         members, of = sum(learner.active for learner in self.learners), len(self.learners)
+        note = self.notes.pop(0) if self.notes else ""
+        heard = Progress(self.step, self.steps, epoch + 1, loss, record, members, of, note)
         if self.accelerator.is_main_process:
-            self.listener(Progress(self.step, self.steps, epoch + 1, loss, record, members, of))
+            self.listener(heard)
 
     def _save_if_due(self) -> None:
         if time.monotonic() - self._saved_at >= self.settings.checkpoint_seconds:

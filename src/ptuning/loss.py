@@ -173,10 +173,14 @@ def word_scores(logits: Tensor, batch: Batch, words: int) -> Tensor:
 
 def by_label(scores: Tensor, words: Tensor) -> Tensor:
     """From scores ``(N, W)`` of words, whose labels are `words`, to ``(N, labels)``."""
-    labels = int(words.max()) + 1
-    if labels == len(words):
+    owner = words.tolist()
+    if max(owner) + 1 == len(owner):
         return scores
-    pooled = [torch.logsumexp(scores[:, words == label], dim=1) for label in range(labels)]
+    columns = scores.unbind(1)  # not a mask: its size would have to come from the device
+    pooled = [
+        torch.stack([c for c, o in zip(columns, owner, strict=True) if o == label], 1).logsumexp(1)
+        for label in range(max(owner) + 1)
+    ]
     return torch.stack(pooled, dim=1)
 
 

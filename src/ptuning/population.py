@@ -155,7 +155,7 @@ class Population(nn.Module):
 
     def step(self, batch: Batch) -> Tensor:
         """Each member's loss ``(members,)``, summed over its answer tokens (or its examples)."""
-        with self._written(self._tables()):
+        with self.written(self._tables()):
             return self.losses(batch)
 
     @contextmanager
@@ -166,25 +166,30 @@ class Population(nn.Module):
         they go on into the encoders together.
         """
         made = self._tables()
-        table = made.detach().requires_grad_()
-        with self._written(table):
-            yield table
-        if table.grad is not None:
-            made.backward(table.grad)
+        self.table = made.detach().requires_grad_()
+        with self.written(self.table):
+            yield self.table
+        if self.table.grad is not None:
+            made.backward(self.table.grad)
 
     @contextmanager
-    def _written(self, table: Tensor) -> Iterator[None]:
-        """The table in the embedding; behind it only numbers stay, no graph that others meet."""
+    def written(self, table: Tensor, behind: Tensor | None = None) -> Iterator[None]:
+        """The table in the embedding, and behind it another one: by default only its numbers, so
+        that no graph stays that others meet."""
         self._injector.write(self._span, table)
         try:
             yield
         finally:
-            self._injector.write(self._span, table.detach())
+            self._injector.write(self._span, table.detach() if behind is None else behind)
 
-    def losses(self, batch: Batch) -> Tensor:
-        """Each member's loss ``(members,)`` with the table that is in the embedding now."""
-        words = None if self.words is None else self.words.to(batch.input_ids.device)
-        losses = chunked.losses(self.base, batch, words, self.prefix)
+    def losses(self, batch: Batch, prefix: Prefix | None = None) -> Tensor:
+        """Each member's loss ``(members,)`` with the table that is in the embedding now.
+
+        Args:
+            batch: on the model's device.
+            prefix: instead of the population's own.
+        """
+        losses = chunked.losses(self.base, batch, self.words, prefix or self.prefix)
         return losses.new_zeros(len(self.members)).index_add(0, batch.member, losses)
 
     def close(self) -> None:

@@ -56,6 +56,7 @@ class PrefixStore:
     Attributes:
         bytes: what is kept.
         computed: how many prefixes were computed so far.
+        multiple: of which the columns behind the kept ones are, so that shapes repeat.
     """
 
     def __init__(self, model: nn.Module, size: str = "auto"):
@@ -65,6 +66,7 @@ class PrefixStore:
         self._budgets: dict[str, int] | None = None
         self.bytes = 0
         self.computed = 0
+        self.multiple = 1
 
     def __call__(self, batch: Batch) -> Shortened | None:
         """What is left to compute of a batch, or None where nothing can be saved."""
@@ -74,7 +76,7 @@ class PrefixStore:
         if packed is not None:
             return self._packed(packed)
         total, count = batch.input_ids.shape[1], batch.answers.shape[1]
-        columns = _longest_suffix(batch)
+        columns = self._suffix(batch)
         inputs = {
             "input_ids": batch.input_ids[:, total - columns :],
             "attention_mask": batch.attention_mask,
@@ -85,12 +87,16 @@ class PrefixStore:
 
     def cache(self, batch: Batch) -> Cache | None:
         """Keys and values of a batch's first columns, to generate behind them; or None."""
-        return self._stacked(batch, _longest_suffix(batch)) if self._serves(batch) else None
+        return self._stacked(batch, self._suffix(batch)) if self._serves(batch) else None
+
+    def _suffix(self, batch: Batch) -> int:
+        columns = -(-longest_suffix(batch) // self.multiple) * self.multiple
+        return min(columns, batch.input_ids.shape[1])
 
     def _serves(self, batch: Batch) -> bool:
         """The prefixes are long enough to be worth it, and the model reads caches."""
-        total = batch.input_ids.shape[1]
-        kept = total - _longest_suffix(batch)
+        total = max(batch.lengths)
+        kept = total - longest_suffix(batch)
         return kept >= _SMALLEST and 4 * kept >= total and _keeps_caches(self.model)
 
     def _packed(self, packed: Packed) -> Shortened:
@@ -190,7 +196,13 @@ class PrefixStore:
                 return
 
 
-def _longest_suffix(batch: Batch) -> int:
+def cache_of(layers: Iterable[tuple[Tensor, Tensor]]) -> Cache:
+    """A new cache around keys and values ``(R, heads, tokens, head width)`` of each layer."""
+    return Cache(layers=[_KeptLayer(keys, values) for keys, values in layers])
+
+
+def longest_suffix(batch: Batch) -> int:
+    """Columns from the first virtual token on, or from the last token on, of the longest row."""
     return max(n - len(p) for n, p in zip(batch.lengths, batch.prefixes, strict=True))
 
 

@@ -39,6 +39,8 @@ class TrainSettings:
         tune_model: train the base model's weights together with the prompt (the paper's other
             setting); its dropout stays off. For one prompt alone.
         model_learning_rate: of the base model's weights, where they are trained.
+        graphs: ``auto`` replays steps of repeated shapes as CUDA graphs where that is possible,
+            ``off`` never does. Changes no result.
 
     Raises:
         InputError: a value that cannot be trained with.
@@ -62,6 +64,7 @@ class TrainSettings:
     prefix_cache: str = "auto"
     tune_model: bool = False
     model_learning_rate: float = 1e-5
+    graphs: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "gradient_accumulation", "patience"):
@@ -83,6 +86,8 @@ class TrainSettings:
 
         if self.prefix_cache not in ("auto", "off"):
             parse_size(self.prefix_cache)
+        if self.graphs not in ("auto", "off"):
+            raise InputError(f"graphs is {self.graphs!r}; expected auto or off")
 
     def rate_for(self, encoder: str) -> float:
         """The learning rate for an encoder type."""

@@ -78,6 +78,8 @@ def training_bar() -> Iterator[Callable[[Progress], None]]:
 
         def listener(heard: Progress) -> None:
             bar.update(task, completed=heard.step, total=heard.steps)
+            if heard.note:
+                bar.console.print(heard.note, markup=False)
             if heard.record:
                 bar.console.print(_epoch_line(heard), markup=False)
             else:

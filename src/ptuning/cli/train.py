@@ -137,6 +137,9 @@ def train(
     model_learning_rate: Annotated[
         float, typer.Option(help="Of the model's weights, with --tune-model.")
     ] = 1e-5,
+    graphs: Annotated[
+        str, typer.Option(help="auto: replay steps as CUDA graphs on a GPU; or off.")
+    ] = "auto",
     tracker: Annotated[
         str | None, typer.Option(help="A tracker of accelerate, such as tensorboard.")
     ] = None,

@@ -1,0 +1,192 @@
+"""Every comparison with PEFT: same process, same inputs, runs of both sides in turn, medians.
+
+make bench                                    all rows of the CPU, then the curves
+python benchmarks/bench.py --row train_front  one row; the others keep their figures
+python benchmarks/bench.py --device cuda      the rows of a GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import os
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import curves
+import gpu
+import memory
+import report
+import torch
+from limits import MatmulRate, flops, synchronize
+from workloads import CPU_ROWS, GPU_ROWS, Row, Workload
+
+from ptuning import load_model
+from ptuning.fetch import fetch
+
+WORK = {
+    **{name: row.work for name, row in CPU_ROWS.items()},
+    "memory_after_cached": "peak memory of that training",
+    **{name: row.work for name, row in GPU_ROWS.items()},
+    "gpu_8b": "8B shape: prompt after texts of 256 tokens, keys and values kept, each side's best "
+    "batch size",
+}
+NAMES = {
+    "cpu": [*CPU_ROWS, "memory_after_cached"],
+    "cuda": ["gpu_8b", *GPU_ROWS],
+}
+_SAME = {torch.float32: 1e-4, torch.bfloat16: 0.3}
+"""Largest difference of numbers that must be equal. In bfloat16 logits round to 0.03 and sums of a
+loss differ by more; there the check only finds what is plainly wrong."""
+
+
+def measured(workload: Workload, model: Any, runs: int) -> report.Figure:
+    """Both sides and the rate of matrix products in turn, and what the medians say."""
+    limit = _SAME[model.dtype]
+    if not workload.difference <= limit:
+        raise SystemExit(
+            f"{workload.equal} differ by {workload.difference:.1e}, more than {limit:.0e}: the "
+            "sides do not do the same, so their times mean nothing"
+        )
+    training = any(part.backward for part in workload.our_parts)
+    rate = MatmulRate(model, workload.tokens, training)
+    rates, rounds = [], []
+    for number in range(runs + 3 if model.device.type == "cuda" else runs + 1):
+        times = [_seconds(run, model.device) for run in (workload.ours, workload.peft)]
+        speed = rate()
+        if number >= (3 if model.device.type == "cuda" else 1):  # the first ones warm up
+            rounds.append([1000 * seconds for seconds in times])
+            rates.append(speed)
+    ours, theirs = (statistics.median(column) for column in zip(*rounds, strict=True))
+    per_ms = statistics.median(rates) / 1000
+    least = flops(model, workload.our_parts) / per_ms
+    ratios = [theirs / ours for ours, theirs in rounds]
+    return {
+        "ours": ours,
+        "peft": theirs,
+        "ratio": theirs / ours,
+        "unit": "ms",
+        "spread": [min(ratios), max(ratios)],
+        "runs": runs,
+        "limit": {
+            "ours": least,
+            "peft": flops(model, workload.their_parts) / per_ms,
+            "ratio": theirs / least,
+            "gflops": per_ms / 1e6,
+        },
+        "difference": workload.difference,
+        "equal": workload.equal,
+    }
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def row(row: Row, base: Any, runs: int) -> report.Figure:
+    """One row on copies of the model."""
+    torch.manual_seed(0)
+    workload = row.make(copy.deepcopy(base), copy.deepcopy(base))
+    try:
+        return measured(workload, base, min(runs, row.most))
+    finally:
+        workload.close()
+
+
+def memory_row() -> report.Figure:
+    """Peak bytes of both sides' training, in processes of their own."""
+    peaks = memory.peaks(torch.get_num_threads())
+    ratio = peaks["ours"] / peaks["peft"]
+    return {**peaks, "ratio": ratio, "unit": "bytes", "spread": [ratio, ratio], "runs": 1}
+
+
+def gpu_8b(runs: int) -> report.Figure:
+    """Examples per second of both sides, each at its best batch size."""
+    torch.manual_seed(0)
+    found = gpu.search_8b(runs)
+    ours, theirs = found["ours"], found["peft"]
+    ratio = ours["examples"] / theirs["examples"]
+    sizes = ", ".join(
+        f"{name} best at {side['batch']:.0f} texts with {side['memory'] / 2**30:.1f} GiB"
+        for name, side in (("ours", ours), ("PEFT", theirs))
+    )
+    figures = {"ours": ours["examples"], "peft": theirs["examples"], "ratio": ratio}
+    return {**figures, "unit": "examples/s", "spread": [ratio, ratio], "runs": runs, "note": sizes}
+
+
+def figure_of(name: str, base: Any, runs: int) -> report.Figure:
+    """One row by its name; `base` is SmolLM2, or None where a GPU row makes its model up."""
+    if name == "memory_after_cached":
+        return memory_row()
+    if name == "gpu_8b":
+        return gpu_8b(runs)
+    chosen = {**CPU_ROWS, **GPU_ROWS}[name]
+    return row(chosen, gpu.made_up(chosen.shape) if chosen.shape else base, runs)
+
+
+def here(device: str) -> dict[str, str]:
+    """Machine, versions and date, kept beside every row."""
+    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    threads = "" if device == "cuda" else f", {torch.get_num_threads()} threads"
+    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "peft"))
+    return {
+        "machine": f"{name}, {os.cpu_count()} cores{threads}, {platform.system()}; Python "
+        f"{platform.python_version()}, {packages}",
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--row", nargs="*", choices=list(WORK), help="[default: all]")
+    parser.add_argument("--runs", type=int, default=5, help="timed runs of each side")
+    parser.add_argument("--curves", nargs="*", choices=list(curves.CURVES), help="[default: all]")
+    parser.add_argument("--no-curves", action="store_true")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("there is no GPU here: the rows of --device cuda are not measured")
+    names = NAMES[options.device] if options.row is None else options.row
+    if set(names) - set(NAMES[options.device]):
+        parser.error(f"rows of --device {options.device}: {', '.join(NAMES[options.device])}")
+    cpu = options.device == "cpu"
+    base = load_model(str(fetch("smollm2")))[0] if cpu else None
+    figures = []
+    for name in names:
+        figure = figure_of(name, base, options.runs)
+        figures.append({"name": name, "device": options.device, **figure, **here(options.device)})
+        report.show(figures[-1:])
+        every = report.merge(figures)  # what was measured stays if a later row fails
+    if cpu and not options.no_curves and (options.curves or options.row is None):
+        for name in options.curves or list(curves.CURVES):
+            curve = curves.CURVES[name]
+            points = curves.measure(base, curve, runs=2)
+            curves.draw(curve, points, report.IMAGES / f"{name}.png")
+    every = report.merge([])
+    report.show(every)
+    described = {name: curve.work for name, curve in curves.CURVES.items()}
+    report.write_page(every, WORK, described)
+
+
+if __name__ == "__main__":
+    main()

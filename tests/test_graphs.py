@@ -1,0 +1,220 @@
+"""Replayed micro-steps against plain ones; a stand-in replays by running on the static buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import ptuning
+from ptuning import loop
+from ptuning.collate import IGNORED
+from ptuning.errors import InputError
+from ptuning.graphs import GraphedStep, Outputs, fill, obstacle, rows_for, widened
+from ptuning.loop import Progress
+
+from . import tiny
+
+FRONT = "[P*3] {text} [P*2] is [MASK]"
+AFTER = "Question about {text}: [P*3] is [P*2] [MASK]"
+WORDS = {"yes": ["Paris", "Rome"], "no": "Ra"}
+ROWS = [
+    {"text": f"{n} " + "France and the cities " * (1 + n % 3), "answer": word, "label": label}
+    for n, (word, label) in enumerate([("Paris", "yes"), ("Rome", "no"), ("Oslo", "yes")] * 7)
+][:19]
+
+
+class Again:
+    """Runs the function on the static buffers, as a replayed graph does."""
+
+    def capture(self, function: Callable[[], Outputs]) -> None:
+        self.function = function
+
+    def replay(self) -> Outputs:
+        return self.function()
+
+
+class Wrong(Again):
+    def replay(self) -> Outputs:
+        losses, gradient = self.function()
+        return losses * 1.01, gradient
+
+
+class WrongGradient(Again):
+    def replay(self) -> Outputs:
+        losses, gradient = self.function()
+        return losses, 1.01 * gradient
+
+
+class Stale(Again):
+    """Gives what the captured batch gave, whatever is in the buffers."""
+
+    def replay(self) -> Outputs:
+        self.outputs = getattr(self, "outputs", None) or self.function()
+        return self.outputs
+
+
+class Failing(Again):
+    def capture(self, function: Callable[[], Outputs]) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+
+class Trained:
+    """A training on the tiny model, with graphs or without."""
+
+    def __init__(self, graph: type[Again] | None, monkeypatch: pytest.MonkeyPatch, **options: Any):
+        family = options.pop("family", "llama")
+        template, words = options.pop("template", FRONT), options.pop("words", None)
+        self.made: list[GraphedStep] = []
+        self.notes: list[str] = []
+
+        def chosen(population: Any, plain: Any, _: Any, __: Any, ___: Any, say: Any) -> Any:
+            if graph is None:
+                return plain
+            self.made.append(GraphedStep(population, plain, nullcontext, graph, 1e-3, say))
+            return self.made[0]
+
+        def listen(heard: Progress) -> None:
+            if heard.note:
+                self.notes.append(heard.note)
+
+        tokenizer = tiny.tokenizer()
+        column = {"answer": "label", "verbalizer": words} if words else {"answer": "answer"}
+        self.prompt = ptuning.Prompt(template, **column)
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "graphs_or_plain", chosen)
+            self.result = ptuning.train(
+                tiny.model(family, vocab_size=len(tokenizer)),
+                tokenizer,
+                self.prompt,
+                ROWS,
+                ROWS[:4],
+                listener=listen,
+                **{"epochs": 5, "batch_size": 4, "learning_rate": 1e-2, **options},
+            )
+
+    @property
+    def replays(self) -> int:
+        return self.made[0].replays
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"encoder": "lstm"},
+        {"gradient_accumulation": 2},
+        {"template": AFTER},
+        {"template": AFTER, "family": "gemma2"},
+        {"template": AFTER, "family": "gpt2"},
+        {"family": "opt"},
+        {"words": WORDS},
+        {"words": {"yes": "of", "no": "not"}, "template": AFTER},
+        {"words": {"yes": "not a city", "no": "Ra"}},
+        {"population": 3},
+        {"grid": {"encoder": ["mlp", "none"]}, "template": AFTER, "epochs": 9},
+        {"population": 4, "epochs": 6},
+    ],
+    ids=str,
+)
+def test_a_training_with_replayed_steps_is_the_plain_one(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if encoder := options.get("encoder"):
+        options = {**options, "grid": {"encoder": [encoder]}}
+        del options["encoder"]
+    plain = Trained(None, monkeypatch, **options)
+    graphed = Trained(Again, monkeypatch, **options)
+    assert graphed.replays > 5, "nothing was replayed"
+    assert len(graphed.notes) == 1 and "are replayed" in graphed.notes[0]
+    for got, expected in zip(graphed.result.members, plain.result.members, strict=True):
+        assert got["best"] == pytest.approx(expected["best"], abs=1e-5)
+    for got, expected in zip(graphed.result.history, plain.result.history, strict=True):
+        assert got == pytest.approx(expected, abs=1e-5)
+    torch.testing.assert_close(
+        graphed.prompt.trained_vectors(), plain.prompt.trained_vectors(), atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("graph", "why"),
+    [
+        (Wrong, "off by 1.0e-02"),
+        (WrongGradient, "off by 1.0e-02"),
+        (Failing, "failed (operation not permitted when stream is capturing)"),
+    ],
+)
+def test_a_wrong_graph_is_refused_and_training_goes_on(
+    graph: type[Again], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, refused = Trained(None, monkeypatch), Trained(graph, monkeypatch)
+    assert refused.replays == 0 and not refused.made[0].shapes
+    assert len(refused.notes) == 1 and why in refused.notes[0]
+    assert "every step runs plain" in refused.notes[0]
+    assert torch.equal(refused.prompt.trained_vectors(), plain.prompt.trained_vectors())
+
+
+def test_the_comparison_of_trajectories_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, stale = Trained(None, monkeypatch), Trained(Stale, monkeypatch)
+    difference = stale.prompt.trained_vectors() - plain.prompt.trained_vectors()
+    assert difference.abs().max() > 1e-3
+
+
+def test_rows_that_are_missing_are_filled_without_an_answer() -> None:
+    buffers = {"answers": torch.zeros(4, 1).long(), "input_ids": torch.zeros(4, 2).long()}
+    fill(
+        buffers, {"answers": torch.tensor([[5], [6]]), "input_ids": torch.tensor([[1, 2], [3, 4]])}
+    )
+    assert buffers["answers"].flatten().tolist() == [5, 6, IGNORED, IGNORED]
+    assert buffers["input_ids"].tolist() == [[1, 2], [3, 4], [3, 4], [3, 4]]
+    assert [rows_for(n) for n in (1, 2, 3, 5, 8, 9, 24, 25)] == [1, 2, 4, 8, 8, 16, 24, 32]
+
+
+def test_columns_are_padded_on_the_left() -> None:
+    ids = torch.arange(5)[None]
+    none = torch.zeros(0)
+    batch = ptuning.collate.Batch("causal", ids, torch.ones_like(ids), none, none, none, none)
+    wide = widened(batch)
+    assert wide.input_ids.shape == (1, 16) and wide.input_ids[0, -5:].tolist() == [0, 1, 2, 3, 4]
+    assert wide.attention_mask.sum() == 5 and wide.attention_mask[0, -5:].all()
+
+
+def test_what_cannot_be_captured_is_named() -> None:
+    accelerator = Accelerator(cpu=True)
+    lstm = ptuning.Prompt(FRONT, encoder="lstm", encoder_dropout=0.1)
+    assert obstacle(tiny.model(), [ptuning.Prompt(FRONT)], accelerator) is None
+    assert "dropout" in str(obstacle(tiny.model(), [lstm], accelerator))
+    assert "causal" in str(obstacle(tiny.model("bert"), [], accelerator))
+    assert "causal" in str(obstacle(tiny.model("t5"), [], accelerator))
+    model = tiny.model()
+    model.gradient_checkpointing_enable()
+    assert "checkpointing" in str(obstacle(model, [], accelerator))
+    with pytest.raises(InputError, match="graphs is 'always'; expected auto or off"):
+        replace(ptuning.TrainSettings(), graphs="always")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("template", [FRONT, AFTER])
+def test_on_a_gpu_the_captured_steps_are_the_plain_ones(template: str) -> None:
+    notes, vectors = [], []
+    for setting in ("off", "auto"):
+        tokenizer = tiny.tokenizer()
+        prompt = ptuning.Prompt(template, answer="answer")
+        ptuning.train(
+            tiny.model("llama", vocab_size=len(tokenizer)),
+            tokenizer,
+            prompt,
+            ROWS,
+            epochs=5,
+            batch_size=4,
+            graphs=setting,
+            listener=lambda heard: notes.append(heard.note),
+        )
+        vectors.append(prompt.trained_vectors())
+    assert any("are replayed" in note for note in notes)
+    torch.testing.assert_close(vectors[1], vectors[0], atol=1e-5, rtol=0)
