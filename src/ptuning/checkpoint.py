@@ -12,14 +12,18 @@ import io
 import json
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from . import files, processes
+from .base_model import describe
 from .errors import InputError
+from .variants import Variant
 
 FOLDER = "checkpoints"
 _KEPT = 2
@@ -83,6 +87,19 @@ def delete_all(output: Path) -> None:
 
 def _folders(output: Path) -> list[Path]:
     return sorted((output / FOLDER).glob("step-*"))
+
+
+def identity_of(variants: Sequence[Variant], model: nn.Module, tokenizer: Any) -> dict[str, str]:
+    """All that the numbers of a run depend on."""
+    first = variants[0]
+    chosen = {**asdict(first.settings), **first.prompt.settings()}
+    for name in ("tracker", "checkpoint_seconds", "prefix_cache", "graphs"):
+        del chosen[name]
+    start = first.prompt.vectors
+    chosen["the prompt to begin from"] = None if start is None else start.double().sum().item()
+    chosen["the base model"] = describe(model, tokenizer)["embedding"]["values"]
+    chosen["the population"] = [variant.name for variant in variants]
+    return fingerprint(chosen, [*first.examples, *first.dev])
 
 
 def fingerprint(settings: dict[str, Any], examples: Iterable[Any]) -> dict[str, str]:

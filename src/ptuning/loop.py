@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from . import checkpoint, processes
-from .base_model import describe
 from .collate import Batch, by_length
 from .devices import finish_trackers, make_accelerator, place
 from .errors import TrainingError
@@ -117,7 +116,7 @@ class Loop:
         causal = self.variants[0].renderer.kind == "causal"
         keep = causal and settings.prefix_cache != "off" and tuned is None
         self.prefix = PrefixStore(self.model, settings.prefix_cache) if keep else None
-        self.identity = self._identity()
+        self.identity = checkpoint.identity_of(self.variants, self.model, self.tokenizer)
         self.notes: list[str] = []
         self.step = 0
         self.epoch_loss = torch.zeros(len(self.learners))
@@ -127,18 +126,6 @@ class Loop:
         words = [word for group in variant.renderer.groups for word in group]
         member = Member(variant.prompt, self.model, variant.settings.seed, words)
         return member.to(self.device)
-
-    def _identity(self) -> dict[str, str]:
-        """All that the numbers of this run depend on."""
-        first = self.variants[0]
-        chosen = {**asdict(first.settings), **first.prompt.settings()}
-        for name in ("tracker", "checkpoint_seconds", "prefix_cache", "graphs"):
-            del chosen[name]
-        start = first.prompt.vectors
-        chosen["the prompt to begin from"] = None if start is None else start.double().sum().item()
-        chosen["the base model"] = describe(self.model, self.tokenizer)["embedding"]["values"]
-        chosen["the population"] = [variant.name for variant in self.variants]
-        return checkpoint.fingerprint(chosen, [*first.examples, *first.dev])
 
     def _epochs(self) -> None:
         self._saved_at = time.monotonic()
