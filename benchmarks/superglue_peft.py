@@ -2,7 +2,7 @@
 
     python benchmarks/superglue_peft.py --data DIR --task rte,cb,copa,boolq --output OUT
 
-The same rows, optimizer steps and batch size as the command's defaults; the rate (one of two) and the
+The same rows, optimizer steps and batch size as the command has; the rate (one of two) and the
 epoch are chosen on dev, the figures are from test. COPA's two choices stand in one text.
 """
 
