@@ -37,6 +37,7 @@ ORDER = [
     "settings",
     "packing",
     "prefix",
+    "static_shapes",
     "graphs",
     "variants",
     "devices",
