@@ -32,9 +32,11 @@ from workloads import CPU_ROWS, GPU_ROWS, Row, Workload
 from ptuning import load_model
 from ptuning.fetch import fetch
 
+_MEMORY = "peak memory of a training with the prompt after the text, sizes as above"
 WORK = {
-    **{name: row.work for name, row in CPU_ROWS.items()},
-    "memory_after_cached": "peak memory of that training",
+    **{name: row.work for name, row in list(CPU_ROWS.items())[:3]},
+    "memory_after_cached": _MEMORY,
+    **{name: row.work for name, row in list(CPU_ROWS.items())[3:]},
     **{name: row.work for name, row in GPU_ROWS.items()},
     "gpu_8b": "8B shape: prompt after texts of 256 tokens, keys and values kept, each side's best "
     "batch size",
@@ -48,8 +50,15 @@ _SAME = {torch.float32: 1e-4, torch.bfloat16: 0.3}
 loss differ by more; there the check only finds what is plainly wrong."""
 
 
-def measured(workload: Workload, model: Any, runs: int) -> report.Figure:
-    """Both sides and the rate of matrix products in turn, and what the medians say."""
+def measured(workload: Workload, model: Any, runs: int, before: int) -> report.Figure:
+    """Both sides and the rate of matrix products in turn, and what the medians say.
+
+    Args:
+        workload: the sides.
+        model: gives shapes, dtype and device.
+        runs: timed ones.
+        before: allocated bytes of a GPU, of the models alone.
+    """
     limit = _SAME[model.dtype]
     if not workload.difference <= limit:
         raise SystemExit(
@@ -58,11 +67,13 @@ def measured(workload: Workload, model: Any, runs: int) -> report.Figure:
         )
     training = any(part.backward for part in workload.our_parts)
     rate = MatmulRate(model, workload.tokens, training)
+    warm_up = 3 if model.device.type == "cuda" else 1  # a graph is captured in the second run
     rates, rounds = [], []
-    for number in range(runs + 3 if model.device.type == "cuda" else runs + 1):
+    peaks = _peaks(workload, warm_up, before) if model.device.type == "cuda" else []
+    for number in range(warm_up + runs):
         times = [_seconds(run, model.device) for run in (workload.ours, workload.peft)]
         speed = rate()
-        if number >= (3 if model.device.type == "cuda" else 1):  # the first ones warm up
+        if number >= warm_up:
             rounds.append([1000 * seconds for seconds in times])
             rates.append(speed)
     ours, theirs = (statistics.median(column) for column in zip(*rounds, strict=True))
@@ -84,7 +95,20 @@ def measured(workload: Workload, model: Any, runs: int) -> report.Figure:
         },
         "difference": workload.difference,
         "equal": workload.equal,
+        **({"note": "; ".join([*peaks, *workload.side.notes])} if peaks else {}),
     }
+
+
+def _peaks(workload: Workload, warm_up: int, before: int) -> list[str]:
+    """Peak memory of both sides on a GPU, in words; what ours keeps counts for ours."""
+    found = []
+    for side, run in (("ours", workload.ours), ("PEFT", workload.peft)):
+        start = before if side == "ours" else torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(warm_up):
+            run()
+        found.append(f"{side} {(torch.cuda.max_memory_allocated() - start) / 2**30:.2f} GiB")
+    return [f"peak memory {' and '.join(found)}"]
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
@@ -98,11 +122,13 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
 def row(row: Row, base: Any, runs: int) -> report.Figure:
     """One row on copies of the model."""
     torch.manual_seed(0)
-    workload = row.make(copy.deepcopy(base), copy.deepcopy(base))
+    copies = copy.deepcopy(base), copy.deepcopy(base)
+    before = torch.cuda.memory_allocated()
+    workload = row.make(*copies)
     try:
-        return measured(workload, base, min(runs, row.most))
+        return measured(workload, base, min(runs, row.most), before)
     finally:
-        workload.close()
+        workload.side.population.close()
 
 
 def memory_row() -> report.Figure:
@@ -176,13 +202,13 @@ def main() -> None:
         figure = figure_of(name, base, options.runs)
         figures.append({"name": name, "device": options.device, **figure, **here(options.device)})
         report.show(figures[-1:])
-        every = report.merge(figures)  # what was measured stays if a later row fails
+        report.merge(figures, list(WORK))  # what was measured stays if a later row fails
     if cpu and not options.no_curves and (options.curves or options.row is None):
         for name in options.curves or list(curves.CURVES):
             curve = curves.CURVES[name]
             points = curves.measure(base, curve, runs=2)
             curves.draw(curve, points, report.IMAGES / f"{name}.png")
-    every = report.merge([])
+    every = report.merge([], list(WORK))
     report.show(every)
     described = {name: curve.work for name, curve in curves.CURVES.items()}
     report.write_page(every, WORK, described)

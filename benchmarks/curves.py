@@ -81,7 +81,7 @@ def measure(base: Any, curve: Curve, runs: int) -> list[dict[str, float]]:
                 run()
                 if number:
                     times[side].append(1000 * (time.perf_counter() - start))
-        workload.close()
+        workload.side.population.close()
         points.append({"size": size, **{k: statistics.median(v) for k, v in times.items()}})
     return points
 

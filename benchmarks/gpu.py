@@ -68,15 +68,15 @@ def best_batch(
         ``examples`` per second at the best ``batch``, and the ``memory`` of it in bytes above what
         was allocated before.
     """
-    best: dict[str, float] = {"examples": 0.0}
+    best: dict[str, float] = {"examples": 0.0, "batch": 0, "memory": 0}
     size = 1
     while size <= most:
         gc.collect()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
+        step, close = make(size)
         try:
-            step, close = make(size)
             times = []
             for number in range(runs + 3):  # the first ones warm up, and capture graphs
                 torch.cuda.synchronize()
@@ -85,9 +85,10 @@ def best_batch(
                 torch.cuda.synchronize()
                 if number >= 3:
                     times.append(time.perf_counter() - start)
-            close()
         except torch.cuda.OutOfMemoryError:
             break
+        finally:
+            close()
         memory = torch.cuda.max_memory_allocated() - before
         speed = size / statistics.median(times)
         if speed > best["examples"]:

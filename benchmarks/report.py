@@ -24,11 +24,12 @@ _READING = """\
   faster. For memory it is **ours over PEFT: smaller is better** (0.35 or less is wanted).
 - **of single rounds**: the lowest and the highest ratio of one run of each side next to each other.
   A wide range says that other processes disturbed the machine.
-- **limit**: the floating-point operations that our side cannot avoid in the frozen model, forward
-  and (in training) backward, over the rate of matrix products at the model's own shapes, measured
-  in the same rounds. In brackets the same for PEFT's side: all positions, all logits.
-- **limit ratio**: PEFT's measured time over our limit; no implementation of the same work is
-  faster.
+- **limit**: the floating-point operations of our side in the frozen model (tokens behind the first
+  virtual one, logits where the answer is), forward and in training backward, over the rate of the
+  model's own matrix products, measured alone in the same rounds. In brackets the same for PEFT's
+  side: all positions, all logits.
+- **limit ratio**: PEFT's measured time over our limit: what the ratio would be if our side did
+  nothing but matrix products.
 - **equal**: before any training the numbers that must be equal are compared; here is the largest
   difference. More than 1e-4 in float32 ends the benchmark.
 - **memory**: the highest resident size above the loaded model over two epochs of three batches, the
@@ -37,11 +38,11 @@ _READING = """\
 """
 
 
-def merge(figures: list[Figure]) -> list[Figure]:
+def merge(figures: list[Figure], order: list[str]) -> list[Figure]:
     """Write ``results.json`` with these rows in place of the rows of their names; gives all."""
     known: list[Figure] = json.loads(JSON.read_text()) if JSON.exists() else []
-    fresh = {figure["name"]: figure for figure in figures}
-    merged = [fresh.pop(figure["name"], figure) for figure in known] + list(fresh.values())
+    rows = {figure["name"]: figure for figure in [*known, *figures]}
+    merged = [rows[name] for name in order if name in rows]
     JSON.write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
     return merged
 

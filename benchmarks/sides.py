@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ptuning import Prompt, TrainSettings
 from ptuning.collate import Batch, by_length, collate
+from ptuning.graphs import graphs_or_plain
 from ptuning.layout import Sequence
 from ptuning.learner import Learner
 from ptuning.loss import Prefix
@@ -82,7 +83,7 @@ class Ours:
         prompt = Prompt(f"{{text}}[P*{VIRTUAL}][MASK]", encoder="mlp")
         made = [Member(prompt, base, seed, [None] * VIRTUAL) for seed in range(members)]
         settings = TrainSettings(learning_rate=RATE, schedule="constant", warmup=0.0)
-        accelerator = Accelerator()
+        accelerator = Accelerator(cpu=base.device.type == "cpu")
         self.learners = []
         for member in made:
             if weights is not None:
@@ -90,6 +91,8 @@ class Ours:
             member.to(self.device)
             self.learners.append(Learner(member, "mlp", settings, 10**6, accelerator))
         self.population = Population(base, None, made)
+        self.accelerator, self.settings, self.prompt = accelerator, settings, prompt
+        self.notes: list[str] = []
 
     def batch(self, rows: list[tuple[Rendered, int]]) -> Batch:
         """Examples, each with its member, as one batch on the device."""
@@ -115,12 +118,27 @@ class Ours:
             prefix: gives the store that the step uses.
         """
 
+        def plain(batch: Batch, divisor: Tensor) -> Tensor:
+            losses = self.population.step(batch) / divisor
+            losses.sum().backward()
+            return losses.detach()
+
+        self.population.prefix = prefix()
+        step = graphs_or_plain(
+            self.population,
+            plain,
+            [self.prompt],
+            self.settings,
+            self.accelerator,
+            self.notes.append,
+        )
+        divisor = torch.full((len(self.learners),), float(len(examples)), device=self.device)
+
         def run() -> None:
             self.population.train()
             self.population.prefix = prefix()
             for part in by_length(self.rows(examples), self.device):
-                losses = self.population.step(self.batch(part)) / len(examples)
-                losses.sum().backward()
+                step(self.batch(part), divisor)
             for learner in self.learners:
                 learner.update()
 

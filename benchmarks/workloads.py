@@ -28,7 +28,7 @@ class Workload:
         equal: which numbers these are.
         our_parts, their_parts: what each side's model computes in a run.
         tokens: of one forward of ours, for the rate of matrix products.
-        close: takes our prompts off the model.
+        side: ours, to be closed.
     """
 
     ours: Step
@@ -38,7 +38,7 @@ class Workload:
     our_parts: list[Part]
     their_parts: list[Part]
     tokens: int
-    close: Callable[[], None]
+    side: Ours
 
 
 def texts(model: Any, rows: int, tokens: int) -> Tensor:
@@ -78,7 +78,7 @@ def train(base: Any, copy: Any, kind: str, rows: int = 8, tokens: int = 128) -> 
         parts,
         [_theirs(rows, tokens + 1, backward=True)],
         parts[0].tokens,
-        ours.population.close,
+        ours,
     )
 
 
@@ -108,7 +108,7 @@ def classify(base: Any, copy: Any, rows: int = 8, tokens: int = 16) -> Workload:
         [Part(rows * tokens, VIRTUAL + tokens / 2, rows, False)],
         [_theirs(rows, tokens, backward=False)],
         rows * tokens,
-        ours.population.close,
+        ours,
     )
 
 
@@ -146,7 +146,7 @@ def many_prompts(base: Any, copy: Any, prompts: int = 16, tokens: int = 512) -> 
         ],
         [_theirs(1, tokens, backward=False)] * prompts,
         tokens,
-        ours.population.close,
+        ours,
     )
 
 
@@ -174,7 +174,7 @@ def population(
         [_front(members * rows, tokens)],
         [_theirs(rows, tokens + 1, backward=True)] * members,
         min(512, members * rows * (tokens + VIRTUAL)) if base.device.type == "cpu" else 4096,
-        ours.population.close,
+        ours,
     )
 
 

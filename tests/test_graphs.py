@@ -15,8 +15,9 @@ import ptuning
 from ptuning import loop
 from ptuning.collate import IGNORED
 from ptuning.errors import InputError
-from ptuning.graphs import GraphedStep, Outputs, fill, obstacle, rows_for, widened
+from ptuning.graphs import GraphedStep, Outputs, obstacle
 from ptuning.loop import Progress
+from ptuning.static_shapes import fill, rows_for, widened
 
 from . import tiny
 
@@ -70,6 +71,7 @@ class Trained:
     def __init__(self, graph: type[Again] | None, monkeypatch: pytest.MonkeyPatch, **options: Any):
         family = options.pop("family", "llama")
         template, words = options.pop("template", FRONT), options.pop("words", None)
+        rows = options.pop("rows", ROWS)
         self.made: list[GraphedStep] = []
         self.notes: list[str] = []
 
@@ -92,8 +94,8 @@ class Trained:
                 tiny.model(family, vocab_size=len(tokenizer)),
                 tokenizer,
                 self.prompt,
-                ROWS,
-                ROWS[:4],
+                rows,
+                rows[:4],
                 listener=listen,
                 **{"epochs": 5, "batch_size": 4, "learning_rate": 1e-2, **options},
             )
@@ -136,6 +138,21 @@ def test_a_training_with_replayed_steps_is_the_plain_one(
         assert got["best"] == pytest.approx(expected["best"], abs=1e-5)
     for got, expected in zip(graphed.result.history, plain.result.history, strict=True):
         assert got == pytest.approx(expected, abs=1e-5)
+    torch.testing.assert_close(
+        graphed.prompt.trained_vectors(), plain.prompt.trained_vectors(), atol=1e-5, rtol=0
+    )
+
+
+def test_batches_with_and_without_a_prefix_may_have_one_shape(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    template = "{text} [P*3] is this or that, is it not [P*2] [MASK]"
+    rows = [{"text": f"{n}" + " is" * n, "answer": "not"} for n in range(14)]
+    options: dict[str, Any] = {"template": template, "rows": rows, "batch_size": 1, "epochs": 6}
+    plain = Trained(None, monkeypatch, **options)
+    graphed = Trained(Again, monkeypatch, **options)
+    captured = [shape[1:] for shape in graphed.made[0].shapes]
+    assert len(set(captured)) < len(captured)
     torch.testing.assert_close(
         graphed.prompt.trained_vectors(), plain.prompt.trained_vectors(), atol=1e-5, rtol=0
     )

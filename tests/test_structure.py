@@ -39,6 +39,7 @@ ORDER = [
     "processes",
     "packing",
     "prefix",
+    "static_shapes",
     "graphs",
     "variants",
     "devices",

@@ -4,9 +4,8 @@
     second                    plain step; beside it the graph is captured, replayed and compared
     later ones                batch and table into static buffers, replay, gradient to the table
 
-Lengths are padded on the left to a multiple of 16, rows by repeating the last one without an
-answer: neither changes a result. Keys and values of the frozen prefix go into static buffers too.
-Only causal models; what does not fit, or cannot be captured, takes the plain step.
+Keys and values of the frozen prefix go into static buffers too (`static_shapes`). Only causal
+models; what does not fit, or cannot be captured, takes the plain step.
 """
 
 from __future__ import annotations
@@ -18,25 +17,23 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .collate import IGNORED, Batch
+from .collate import Batch
 from .loss import Shortened
 from .population import Population
-from .prefix import PrefixStore, cache_of, longest_suffix
+from .prefix import PrefixStore, cache_of
 from .prompt import Prompt
 from .settings import TrainSettings
+from .static_shapes import GIVEN, SUFFIXES, buffers_for, fill, shape_of, tensors_of, widened
 
 MicroStep = Callable[[Batch, Tensor], Tensor]
 """From a batch and each member's divisor to its share of the mean loss; its gradient is added to
 the table of the population's micro-batch."""
 Outputs = tuple[Tensor, Tensor]
 """Losses ``(members,)`` and the table's gradient."""
-_LENGTHS, _SUFFIXES, _MOST, _WARM_UPS = 16, 4, 32, 3
-_HAVE_NO_ROWS = ("divisor", "table", "given logits_to_keep")
-_WITHOUT_ANSWER = ("answers", "labels")
+_MOST, _WARM_UPS = 32, 3
 
 
 class Graph(Protocol):
@@ -104,21 +101,23 @@ class GraphedStep:
         self._seen: set[Any] = set()
         self._refused = False
         if isinstance(population.prefix, PrefixStore):
-            population.prefix.multiple = _SUFFIXES
+            population.prefix.multiple = SUFFIXES
 
     def __call__(self, batch: Batch, divisor: Tensor) -> Tensor:
         """As `MicroStep`."""
         wide = widened(batch)
-        shape = _shape(wide)
-        full = shape not in self.shapes and len(self.shapes) >= _MOST
-        if self._refused or full or shape not in self._seen:
+        shape = shape_of(wide)
+        if self._refused or shape not in self._seen:
             self._seen.add(shape)
             return self.plain(batch, divisor)
         given = self.population.prefix(wide) if self.population.prefix else None
+        shape = (given is None, *shape)
         if given is not None and given.inputs["attention_mask"].dim() > 2:  # packed: never twice
             return self.plain(batch, divisor)
         table = self.population.table
-        tensors = {**_tensors(wide, divisor, given), "table": table.detach()}
+        tensors = tensors_of(wide, divisor, table, given)
+        if shape not in self.shapes and len(self.shapes) >= _MOST:
+            return self.plain(batch, divisor)
         if shape not in self.shapes:
             return self._first(batch, divisor, shape, wide, given, tensors)
         buffers, graph = self.shapes[shape]
@@ -143,16 +142,17 @@ class GraphedStep:
         expected = self.plain(batch, divisor)
         assert table.grad is not None
         gradient = table.grad - before
-        buffers = buffers_for(tensors, len(wide.member))
-        buffers["table"].requires_grad_()
-        fill(buffers, tensors)
         try:
+            buffers = buffers_for(tensors, len(wide.member))
+            buffers["table"].requires_grad_()
+            fill(buffers, tensors)
             graph = self.new_graph()
             graph.capture(partial(self._run, wide, given, buffers))
             losses, got = graph.replay()
             off = max(_distance(expected, losses), _distance(gradient, got))
         except Exception as error:  # whatever a model does that a graph cannot hold
-            self._refuse(f"capturing the step failed ({str(error).splitlines()[0]})")
+            fault = (str(error) or type(error).__name__).splitlines()[0]
+            self._refuse(f"capturing the step failed ({fault})")
             return expected
         if not off <= self.tolerance:  # also where it is not a number
             self._refuse(f"the captured step is off by {off:.1e} of the plain one")
@@ -171,9 +171,9 @@ class GraphedStep:
             if given is None:
                 return None
             inputs: dict[str, Any] = {
-                name.removeprefix("given "): value
+                name.removeprefix(GIVEN): value
                 for name, value in buffers.items()
-                if name.startswith("given ")
+                if name.startswith(GIVEN)
             }
             layers = range(len(given.inputs["past_key_values"].layers))
             kept = [(buffers[f"keys {i}"], buffers[f"values {i}"]) for i in layers]
@@ -231,67 +231,6 @@ def obstacle(model: nn.Module, prompts: Sequence[Prompt], accelerator: Accelerat
         return "the model is spread over devices"
     causal = not config.is_encoder_decoder and getattr(model, "can_generate", lambda: False)()
     return None if causal else "the model is not a causal one"
-
-
-def widened(batch: Batch) -> Batch:
-    """A causal batch with more padding on the left, to a multiple of 16 columns."""
-    more = -batch.input_ids.shape[1] % _LENGTHS
-    return replace(
-        batch,
-        input_ids=F.pad(batch.input_ids, (more, 0)),
-        attention_mask=F.pad(batch.attention_mask, (more, 0)),
-    )
-
-
-def rows_for(count: int) -> int:
-    """Examples of the static batch that serves `count`: a power of two, or a multiple of 8."""
-    return 1 << (count - 1).bit_length() if count < 8 else -(-count // 8) * 8
-
-
-def buffers_for(tensors: dict[str, Tensor], examples: int) -> dict[str, Tensor]:
-    """Static buffers for tensors of a batch of so many examples, with room for `rows_for` them."""
-    rows = rows_for(examples)
-    return {
-        name: value.new_zeros(
-            value.shape
-            if name in _HAVE_NO_ROWS
-            else (len(value) * rows // examples, *value.shape[1:])
-        )
-        for name, value in tensors.items()
-    }
-
-
-@torch.no_grad()
-def fill(buffers: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    """Copy a batch into static buffers; rows that it lacks repeat its last one, without answer."""
-    for name, buffer in buffers.items():
-        value = tensors[name]
-        buffer[: len(value)].copy_(value)
-        buffer[len(value) :] = IGNORED if name in _WITHOUT_ANSWER else value[-1:]
-
-
-def _shape(wide: Batch) -> tuple[Any, ...]:
-    """What decides the shapes of all buffers."""
-    examples = len(wide.member)
-    words = None if wide.label_ids is None else wide.label_ids.shape[1]
-    suffix = -(-longest_suffix(wide) // _SUFFIXES)
-    compares = wide.labels is not None
-    rows = len(wide.input_ids) // examples
-    sizes = (*wide.input_ids.shape[1:], *wide.answers.shape[1:], suffix)
-    return rows_for(examples), rows, words, compares, *sizes
-
-
-def _tensors(wide: Batch, divisor: Tensor, given: Shortened | None) -> dict[str, Tensor]:
-    """All tensors that a step reads, by names of their own."""
-    found = {name: value for name, value in vars(wide).items() if isinstance(value, Tensor)}
-    found["divisor"] = divisor
-    if given is not None:
-        for name, value in given.inputs.items():
-            if isinstance(value, Tensor):
-                found[f"given {name}"] = value
-        for number, layer in enumerate(given.inputs["past_key_values"].layers):
-            found[f"keys {number}"], found[f"values {number}"] = layer.keys, layer.values
-    return found
 
 
 def _distance(expected: Tensor, got: Tensor) -> float:

@@ -80,14 +80,9 @@ class Loop:
                 self.model, self.tokenizer, self.members, owner, self.prefix, tuned
             ) as population:
                 self.population = population
-                prompts = [variant.prompt for variant in self.variants]
+                plain, prompts = self._plain_step, [v.prompt for v in self.variants]
                 self.micro_step = graphs_or_plain(
-                    population,
-                    self._plain_step,
-                    prompts,
-                    self.settings,
-                    self.accelerator,
-                    self.notes.append,
+                    population, plain, prompts, self.settings, self.accelerator, self.notes.append
                 )
                 self._epochs()
         finally:
