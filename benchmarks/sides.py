@@ -119,7 +119,7 @@ class Ours:
         """
 
         def plain(batch: Batch, divisor: Tensor) -> Tensor:
-            losses = self.population.step(batch) / divisor
+            losses = self.population.losses(batch) / divisor
             losses.sum().backward()
             return losses.detach()
 
@@ -137,8 +137,9 @@ class Ours:
         def run() -> None:
             self.population.train()
             self.population.prefix = prefix()
-            for part in by_length(self.rows(examples), self.device):
-                step(self.batch(part), divisor)
+            with self.population.one_table():
+                for part in by_length(self.rows(examples), self.device):
+                    step(self.batch(part), divisor)
             for learner in self.learners:
                 learner.update()
 
