@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import ptuning
-from ptuning.errors import DataError, InputError
+from ptuning.errors import DataError
 from ptuning.evaluation import teacher_forced
 from ptuning.loss import answer_logits, example_losses
 from ptuning.render import Renderer
 from ptuning.score import batch_for
+from ptuning.task import fill, named_fields
 
 from . import tiny
 
@@ -78,10 +79,11 @@ def test_a_column_that_is_missing_or_empty_is_named() -> None:
         renderer({"premise": "It", "choice1": "a", "choice2": " ", "label": 0})
 
 
-@pytest.mark.parametrize("word", ["{choice1", "choice}", "{}", "{a!r}", "{a:3}"])
-def test_braces_without_a_column_are_refused(word: str) -> None:
-    with pytest.raises(InputError, match="label word"):
-        ptuning.Task("{premise} [MASK]", verbalizer={"0": word, "1": "b"})
+@pytest.mark.parametrize(
+    ("word", "text"), [("{", "{"), ("a}", "a}"), ("{}", "{}"), ("{{a}}", "{a}"), ("{{", "{")]
+)
+def test_braces_that_name_no_column_are_text(word: str, text: str) -> None:
+    assert named_fields(word) == () and fill(word, {}) == text
 
 
 def test_doubled_braces_are_text_and_candidates_are_taken_as_they_are() -> None:

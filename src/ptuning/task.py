@@ -6,14 +6,16 @@ is a `Task`; a `Prompt` is a `Task` with trained virtual tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from string import Formatter
 from typing import Any
 
 from .errors import InputError
 from .template import Template, Virtual, parse
+
+_IN_WORD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
 
 @dataclass(eq=False)
@@ -109,28 +111,13 @@ class Task:
 
 
 def named_fields(word: str) -> tuple[str, ...]:
-    """The columns that a label word names, such as ``{choice1}``; braces of text are doubled.
-
-    Raises:
-        InputError: a brace without its pair.
-    """
-    try:
-        pieces = list(Formatter().parse(word))
-    except ValueError as error:
-        raise InputError(
-            f"the label word {word!r} has a brace that names no column ({error}); double braces "
-            "that are text: {{ and }}"
-        ) from None
-    names = [(name, spec, kind) for _, name, spec, kind in pieces if name is not None]
-    if any(not name or spec or kind for name, spec, kind in names):
-        raise InputError(f"the label word {word!r} must name columns as {{name}}")
-    return tuple(name for name, _, _ in names)
+    """The columns that a label word names, such as ``{choice1}``; doubled braces are text."""
+    return tuple(match[1] for match in _IN_WORD.finditer(word) if match[1])
 
 
 def fill(word: str, columns: Mapping[str, str]) -> str:
     """A label word with its columns' texts in place of their names."""
-    pieces = Formatter().parse(word)
-    return "".join(text + (columns[name] if name is not None else "") for text, name, *_ in pieces)
+    return _IN_WORD.sub(lambda match: columns[match[1]] if match[1] else match[0][0], word)
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
@@ -180,7 +167,6 @@ def _words_by_label(verbalizer: Mapping[str, str | Sequence[str]]) -> dict[str, 
     owner: dict[str, str] = {}
     for label, options in words.items():
         for word in options:
-            named_fields(word)
             if owner.setdefault(word, label) != label:
                 raise InputError(
                     f"labels {owner[word]!r} and {label!r} share the word {word!r}; each label "
