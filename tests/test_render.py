@@ -888,6 +888,8 @@ def test_unusable_verbalizer_is_an_error(verbalizer: dict[Any, Any], part: str) 
         ("{x} [P:capital city] [MASK]", [" capital city"]),
         ("[P*2] {x} [P:capital of] [P] [MASK]", [None, " capital of", None]),
         ("[P][P:capital] {x} [MASK]", [None, " capital"]),
+        ("{x}[P:\nAnswer:] [MASK]", ["\nAnswer:"]),
+        ("[P:\nAnswer:]{x} [MASK]", ["\nAnswer:"]),
     ],
 )
 def test_words_have_one_virtual_token_per_token(

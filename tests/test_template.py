@@ -20,6 +20,7 @@ VALID: list[tuple[str, list[Piece]]] = [
     ("[P:capital]", [Virtual(0, "capital")]),
     ("[P:capital city]", [Virtual(0, "capital city")]),
     ("[P: capital ]", [Virtual(0, "capital")]),
+    ("[P: \nAnswer: ]", [Virtual(0, "\nAnswer:")]),
     ("[P:*3]", [Virtual(0, "*3")]),
     ("{name}", [Field("name")]),
     ("{ name }", [Field("name")]),
@@ -194,7 +195,8 @@ def flat(template: Template, *, virtual: bool) -> str:
             case Slot(space):
                 parts.append(" \ue002" if space else "\ue002")
             case Virtual(_, words):
-                parts.append(f" {words}" if words and virtual else "")
+                space = "" if (words or "\n").startswith(("\n", "\r", "\t")) else " "
+                parts.append(f"{space}{words or ''}" if virtual else "")
     return "".join(parts)
 
 
@@ -244,6 +246,7 @@ def test_template_knows_its_virtual_tokens_slot_and_what_follows_it() -> None:
         ("[P*3] {sub_label} [P*3] capital [P*2] [MASK]", "{sub_label} capital [MASK]"),
         ("{text}[P:In short] [MASK].", "{text} In short [MASK]."),
         ("[P:The capital] of {x} is [MASK]", "The capital of {x} is [MASK]"),
+        ("{text}?[P:\nAnswer:] [MASK]", "{text}?\nAnswer: [MASK]"),
         ("{a}[P*4][MASK]", "{a}[MASK]"),
         ("[P]", ""),
         ("no virtual token {a}", "no virtual token {a}"),

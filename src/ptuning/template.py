@@ -39,6 +39,12 @@ class Virtual:
     count: int
     words: str | None = None
 
+    @property
+    def spelled(self) -> str:
+        """The words as they continue a text: behind a space, or the line break they begin with."""
+        words = self.words or ""
+        return words if not words or words[0] in "\n\r\t" else f" {words}"
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -96,7 +102,7 @@ class Template:
             if isinstance(piece, Text):
                 literal += piece.text
             elif isinstance(piece, Virtual):
-                literal += f" {piece.words}" if piece.words else ""
+                literal += piece.spelled
             else:
                 parts.append(_escape(literal))
                 literal = ""
@@ -202,7 +208,7 @@ def _bracket(text: str, start: int) -> tuple[Piece, int] | None:
                 text,
                 start + 1,
             )
-        return Virtual(0, inside[2:].strip()), end + 1
+        return Virtual(0, inside[2:].strip(" ")), end + 1
     return None
 
 

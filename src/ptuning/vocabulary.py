@@ -100,7 +100,7 @@ def resolve_words(tokenizer: Any, task: Task) -> list[list[int | None]]:
             groups.append([None] * group.count)
             continue
         first = position == 0 and task.parsed.pieces[0] == group
-        text = group.words if first else f" {group.words}"
+        text = group.spelled.removeprefix(" ") if first else group.spelled
         groups.append(list(tokenizer(text, add_special_tokens=False)["input_ids"]))
         if not groups[-1]:
             raise InputError(f"the words of [P:{group.words}] have no token in this tokenizer")
