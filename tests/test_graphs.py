@@ -16,7 +16,7 @@ from ptuning import loop
 from ptuning.collate import IGNORED
 from ptuning.errors import InputError
 from ptuning.graphs import GraphedStep, Outputs, obstacle
-from ptuning.loop import Progress
+from ptuning.progress import Progress
 from ptuning.static_shapes import fill, rows_for, widened
 
 from . import tiny

@@ -21,7 +21,8 @@ import torch
 import ptuning
 from ptuning import processes
 from ptuning.cli import main
-from ptuning.loop import Loop, Progress
+from ptuning.loop import Loop
+from ptuning.progress import Progress
 
 from . import tiny
 

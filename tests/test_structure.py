@@ -45,6 +45,7 @@ ORDER = [
     "devices",
     "learner",
     "checkpoint",
+    "progress",
     "loop",
     "training",
     "trainer",

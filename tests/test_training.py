@@ -11,8 +11,9 @@ from accelerate.state import AcceleratorState
 
 import ptuning
 from ptuning import InputError, Prompt, TrainingError, TrainSettings, checkpoint, train
-from ptuning.loop import Progress
+from ptuning.evaluation import teacher_forced
 from ptuning.population import Member
+from ptuning.progress import Progress
 from tests import tiny
 
 TEMPLATE = "[P*3] {country} [P*2] is [MASK]"
@@ -313,6 +314,34 @@ def test_a_saved_prompt_goes_on_where_it_stopped(
     before = ptuning.evaluate(model, tokenizer, first, ROWS).loss
     train(model, tokenizer, again, ROWS, epochs=4, batch_size=7)
     assert ptuning.evaluate(model, tokenizer, again, ROWS).loss < before
+
+
+@pytest.mark.parametrize("encoder", ["mlp", "none"])
+def test_words_may_be_the_best_result(model: Any, tokenizer: Any, encoder: str) -> None:
+    """Epoch 0 has the manual template's own figures."""
+    prompt = Prompt("{text}[P:\nIt is] [MASK]", verbalizer={"0": "yes", "1": "no"}, encoder=encoder)
+    by_hand = teacher_forced(model, tokenizer, prompt.manual(), LABELLED)
+    result = train(model, tokenizer, prompt, LABELLED, LABELLED, epochs=2, learning_rate=1e-15)
+    assert result.best["epoch"] == 0 and [r["epoch"] for r in result.history] == [1, 2]
+    assert teacher_forced(model, tokenizer, prompt, LABELLED) == pytest.approx(by_hand, abs=1e-4)
+    figures = result.best["dev_accuracy"], result.best["dev_loss"]
+    assert figures == pytest.approx(by_hand, abs=1e-4)
+
+
+def test_a_trained_prompt_that_further_training_harms_stays_as_it_is(
+    model: Any, tokenizer: Any
+) -> None:
+    prompt = prompt_for(encoder="none")
+    train(model, tokenizer, prompt, ROWS, ROWS, epochs=30, learning_rate=3e-2, batch_size=7)
+    before = prompt.trained_vectors().clone()
+    result = train(model, tokenizer, prompt, ROWS, ROWS, epochs=2, learning_rate=1e4)
+    assert result.best["epoch"] == 0
+    torch.testing.assert_close(prompt.trained_vectors(), before)
+
+
+def test_random_virtual_tokens_are_no_result(model: Any, tokenizer: Any) -> None:
+    result = train(model, tokenizer, prompt_for(), ROWS, ROWS, epochs=1, learning_rate=1e-9)
+    assert result.best["epoch"] == 1
 
 
 @pytest.mark.parametrize("labelled", [False, True])

@@ -22,11 +22,11 @@ from .errors import InputError
 from .evaluation import manual_score, teacher_forced
 from .fetch import SOURCES, fetch
 from .files import check_writable, pack_json, write_folder
-from .loop import Progress
 from .models import load_model
 from .nearest import Neighbours, nearest_words
 from .plot import training_curve
 from .prediction import predict
+from .progress import Progress
 from .prompt import Prompt
 from .task import Task
 from .training import train

@@ -101,15 +101,22 @@ class Learner:
         self.history.append(record)
         better = not self.best or "dev_loss" not in record or rank(record) > rank(self.best)
         if better:
-            self.best = {**record, "weights": _copy(self.weights()), "vectors": self.vectors()}
-            if self.model is not None:
-                self.best["model"] = _copy(self._model_weights())
+            self._keep(record)
             self.without_gain = 0
         else:
             self.without_gain += 1
             patience = self.settings.patience
             self.active = patience is None or self.without_gain < patience
         return better
+
+    def note_start(self, figures: dict[str, float]) -> None:
+        """Take in the dev figures before the first step: the best so far, as epoch 0."""
+        self._keep({"epoch": 0, **figures})
+
+    def _keep(self, record: dict[str, float]) -> None:
+        self.best = {**record, "weights": _copy(self.weights()), "vectors": self.vectors()}
+        if self.model is not None:
+            self.best["model"] = _copy(self._model_weights())
 
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained."""
@@ -175,7 +182,9 @@ def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def rank(record: dict[str, Any]) -> tuple[float, float]:
     """What a record is compared by, higher is better: dev accuracy, then loss."""
-    return record.get("dev_accuracy", 0.0), -record.get("dev_loss", record["loss"])
+    if "dev_loss" in record:
+        return record["dev_accuracy"], -record["dev_loss"]
+    return 0.0, -record["loss"]
 
 
 def halve(learners: Sequence[Learner], epoch: int, epochs: int) -> None:

@@ -29,32 +29,11 @@ from .graphs import graphs_or_plain
 from .learner import Learner, halve, rank
 from .population import Member, Population
 from .prefix import PrefixStore
+from .progress import Progress
 from .render import Rendered
 from .score import batch_for, sums
 from .settings import TrainSettings
 from .variants import Variant
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a listener hears: after each optimizer step, and with `record` after each epoch.
-
-    Attributes:
-        loss: mean over the members in training.
-        record: of the member that is best so far.
-        members: how many are in training.
-        of: how many there were.
-        note: what the user should know, said once.
-    """
-
-    step: int
-    steps: int
-    epoch: int
-    loss: float
-    record: dict[str, float] | None = None
-    members: int = 1
-    of: int = 1
-    note: str = ""
 
 
 @dataclass
@@ -124,6 +103,7 @@ class Loop:
 
     def _epochs(self) -> None:
         self._saved_at = time.monotonic()
+        self._note_start()
         count = len(self.variants[0].examples)
         while self.step < self.steps and any(learner.active for learner in self.learners):
             epoch, done = divmod(self.step, self.steps_per_epoch)
@@ -212,6 +192,14 @@ class Loop:
             [first_ids[number] for _, number in rows],
         )
         return replace(batch, member=torch.tensor([n for _, n in rows])).to(self.device)
+
+    def _note_start(self) -> None:
+        """Members that begin as something (trained weights, words) may turn out best as they are:
+        their result before the first step is epoch 0's."""
+        begun = [n for n, variant in enumerate(self.variants) if variant.has_start]
+        if self.step == 0 and begun and self.variants[0].dev:
+            for number, figures in zip(begun, self._dev_results(begun), strict=True):
+                self.learners[number].note_start(figures)
 
     def _end_epoch(self, epoch: int) -> None:
         records = []

@@ -15,7 +15,8 @@ from . import processes
 from .base_model import check_same, context_length, describe, task_kind
 from .errors import DataError, InputError
 from .learner import Learner, best_of
-from .loop import Loop, Progress
+from .loop import Loop
+from .progress import Progress
 from .prompt import Prompt
 from .render import Example, Rendered, Renderer, answer_column, render_all
 from .settings import TrainSettings

@@ -43,6 +43,11 @@ class Variant:
     examples: list[Rendered]
     dev: list[Rendered]
 
+    @property
+    def has_start(self) -> bool:
+        """Its virtual tokens begin as something: as trained vectors, or as words."""
+        return self.prompt.vectors is not None or any(None not in g for g in self.renderer.groups)
+
 
 def choices(
     prompt: Prompt,

@@ -20,7 +20,7 @@ from torch import nn
 from ..base_model import task_kind
 from ..data import Row
 from ..errors import DataError, InputError
-from ..loop import Progress
+from ..progress import Progress
 from ..prompt import Prompt
 from ..settings import TrainSettings
 from ..task import Task

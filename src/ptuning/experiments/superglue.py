@@ -15,8 +15,8 @@ from torch import nn
 
 from ..data import Row
 from ..evaluation import teacher_forced
-from ..loop import Progress
 from ..prediction import predict
+from ..progress import Progress
 from ..prompt import Prompt
 from ..settings import TrainSettings
 from ..task import Task
