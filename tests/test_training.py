@@ -113,7 +113,10 @@ def test_accumulated_micro_batches_equal_one_batch(
     torch.testing.assert_close(vectors[0], vectors[1], atol=1e-5, rtol=0)
 
 
-def test_the_best_dev_epoch_is_kept_and_patience_stops(model: Any, tokenizer: Any) -> None:
+@pytest.mark.parametrize("choose_by", ["accuracy", "loss"])
+def test_the_best_dev_epoch_is_kept_and_patience_stops(
+    model: Any, tokenizer: Any, choose_by: str
+) -> None:
     prompt = prompt_for()
     result = train(
         model,
@@ -126,8 +129,10 @@ def test_the_best_dev_epoch_is_kept_and_patience_stops(model: Any, tokenizer: An
         learning_rate=0.5,  # too high on purpose: dev gets worse soon
         patience=2,
         schedule="constant",
+        choose_by=choose_by,
     )
-    ranks = [(r["dev_accuracy"], -r["dev_loss"]) for r in result.history]
+    figures = [(r["dev_accuracy"], -r["dev_loss"]) for r in result.history]
+    ranks = figures if choose_by == "accuracy" else [pair[::-1] for pair in figures]
     best = max(range(len(ranks)), key=lambda i: ranks[i])
     assert result.best["epoch"] == result.history[best]["epoch"]
     assert len(result.history) == best + 3 < 40
@@ -420,6 +425,7 @@ def test_a_tracker_gets_the_losses(model: Any, tokenizer: Any, tmp_path: Path) -
         ({"epochs": 0}, "epochs is 0"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0"),
         ({"schedule": "sine"}, "schedule is 'sine'"),
+        ({"choose_by": "f1"}, "choose_by is 'f1'"),
         ({"learning_rte": 1.0}, "unknown training setting 'learning_rte'"),
         ({"mixed_precision": "int3"}, "mixed_precision is 'int3'"),
     ],

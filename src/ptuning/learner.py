@@ -96,10 +96,11 @@ class Learner:
     def note(self, record: dict[str, float]) -> bool:
         """Take in an epoch's record; True where it is the best so far.
 
-        Without dev figures the latest is the best. With them accuracy decides, then loss.
+        Without dev figures the latest is the best.
         """
         self.history.append(record)
-        better = not self.best or "dev_loss" not in record or rank(record) > rank(self.best)
+        latest = not self.best or "dev_loss" not in record
+        better = latest or self.rank(record) > self.rank(self.best)
         if better:
             self._keep(record)
             self.without_gain = 0
@@ -108,6 +109,14 @@ class Learner:
             patience = self.settings.patience
             self.active = patience is None or self.without_gain < patience
         return better
+
+    def rank(self, record: dict[str, Any]) -> tuple[float, float]:
+        """What a record is compared by, higher is better: dev accuracy, then loss; or the other way
+        round (``choose_by``). Without dev figures the training loss."""
+        if "dev_loss" not in record:
+            return 0.0, -record["loss"]
+        accuracy, loss = record["dev_accuracy"], record["dev_loss"]
+        return (accuracy, -loss) if self.settings.choose_by == "accuracy" else (-loss, accuracy)
 
     def note_start(self, figures: dict[str, float]) -> None:
         """Take in the dev figures before the first step: the best so far, as epoch 0."""
@@ -180,13 +189,6 @@ def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
 
-def rank(record: dict[str, Any]) -> tuple[float, float]:
-    """What a record is compared by, higher is better: dev accuracy, then loss."""
-    if "dev_loss" in record:
-        return record["dev_accuracy"], -record["dev_loss"]
-    return 0.0, -record["loss"]
-
-
 def halve(learners: Sequence[Learner], epoch: int, epochs: int) -> None:
     """At the rungs of a population drop the half that is behind (successive halving).
 
@@ -197,14 +199,14 @@ def halve(learners: Sequence[Learner], epoch: int, epochs: int) -> None:
     passed = sum(epoch >= round(epochs * r / (rungs + 1)) for r in range(1, rungs + 1))
     staying = math.ceil(len(learners) / 2**passed)
     active = [learner for learner in learners if learner.active and "dev_loss" in learner.best]
-    for learner in sorted(active, key=lambda x: rank(x.best), reverse=True)[staying:]:
+    for learner in sorted(active, key=lambda x: x.rank(x.best), reverse=True)[staying:]:
         learner.active, learner.dropped = False, epoch
 
 
 def best_of(learners: Sequence[Learner]) -> int:
     """The number of the member with the best result; the first of equals."""
     known = [number for number, learner in enumerate(learners) if learner.best]
-    return max(known, key=lambda number: (rank(learners[number].best), -number))
+    return max(known, key=lambda n: (learners[n].rank(learners[n].best), -n))
 
 
 def _rate_factor(step: int, warmup: int, steps: int, schedule: str) -> float:

@@ -26,7 +26,7 @@ from .collate import Batch, by_length
 from .devices import finish_trackers, make_accelerator, place
 from .errors import TrainingError
 from .graphs import graphs_or_plain
-from .learner import Learner, halve, rank
+from .learner import Learner, halve
 from .population import Member, Population
 from .prefix import PrefixStore
 from .progress import Progress
@@ -211,7 +211,7 @@ class Loop:
         self.epoch_loss.zero_()
         if self.settings.halving:
             halve(self.learners, epoch + 1, self.settings.epochs)
-        record = max(records, key=rank)
+        record = max(records, key=self.learners[0].rank)
         self.accelerator.log(record, step=self.step)
         self._save()
         self._tell(epoch, record["loss"], record)

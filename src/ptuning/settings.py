@@ -11,6 +11,7 @@ LEARNING_RATES = {"mlp": 1e-3, "lstm": 2e-3, "none": 1e-2}
 """Default by encoder type; the smaller the network before the vectors, the larger the rate."""
 
 SCHEDULES = ("linear", "cosine", "constant")
+CHOICES = ("accuracy", "loss")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -28,6 +29,8 @@ class TrainSettings:
         max_grad_norm: the encoder's gradient is clipped to this norm.
         schedule: ``linear`` or ``cosine`` decay to zero, or ``constant``.
         warmup: fraction of all steps in which the rate rises from zero.
+        choose_by: which dev result is better: ``accuracy`` (of equals the lower loss) or ``loss``,
+            which swings less where dev examples are few.
         patience: stop after so many epochs without a better dev result; None never stops.
         shuffle: a new order of the examples in each epoch.
         mixed_precision: ``no``, ``bf16`` or ``fp16``: accelerate's autocast for the base model.
@@ -55,6 +58,7 @@ class TrainSettings:
     max_grad_norm: float = 1.0
     schedule: str = "linear"
     warmup: float = 0.05
+    choose_by: str = "accuracy"
     patience: int | None = None
     shuffle: bool = True
     mixed_precision: str = "no"
@@ -79,6 +83,8 @@ class TrainSettings:
             raise InputError(f"warmup is {self.warmup}; give the fraction of all steps, 0 to 1")
         if self.schedule not in SCHEDULES:
             raise InputError(f"schedule is {self.schedule!r}; expected one of {SCHEDULES}")
+        if self.choose_by not in CHOICES:
+            raise InputError(f"choose_by is {self.choose_by!r}; expected one of {CHOICES}")
         if self.mixed_precision not in ("no", "bf16", "fp16"):
             raise InputError(
                 f"mixed_precision is {self.mixed_precision!r}; expected no, bf16 or fp16"

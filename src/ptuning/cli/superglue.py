@@ -47,18 +47,20 @@ def superglue(
         typer.Option(help="Prompts instead of the task's own, separated by '|'."),
     ] = None,
     best_templates: Annotated[
-        int, typer.Option(help="Prompts from so many of the best manual templates on dev.")
+        int, typer.Option(help="So many of the task's prompts: those best on dev as words.")
     ] = 2,
     encoder: Annotated[
         str, typer.Option(help="Population's encoders: mlp, lstm, none, separated by commas.")
-    ] = "mlp",
-    virtual_tokens: Annotated[int, typer.Option(help="Virtual tokens of each group.")] = 3,
+    ] = "none",
     population: Annotated[int, typer.Option(help="Seeds of each template and encoder.")] = 1,
     epochs: Annotated[int, typer.Option(help="Passes over the examples.")] = 10,
     learning_rate: Annotated[
         float | None, typer.Option(help="[default: 1e-3 for mlp, 2e-3 for lstm, 1e-2 for none]")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Examples of each member per step.")] = 8,
+    choose_by: Annotated[
+        str, typer.Option(help="The best on dev: by accuracy, or by loss (few dev examples).")
+    ] = "loss",
     dtype: Annotated[
         str, typer.Option(help="Of the frozen model: float32, bfloat16, float16 or auto.")
     ] = "float32",
@@ -98,10 +100,13 @@ def superglue(
         templates=tuple(template.split("|")) if template else (),
         best=best_templates,
         encoders=tuple(part.strip() for part in encoder.split(",")),
-        virtual_tokens=virtual_tokens,
         population=population,
         settings=TrainSettings(
-            epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed
+            epochs=epochs,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            seed=seed,
+            choose_by=choose_by,
         ),
     )
     settings = run_files.settings_of(context)
@@ -117,10 +122,12 @@ def superglue(
         console.say(f"loading {model}")
         base, tokenizer = load_model(model, dtype=dtype)
         found: dict[str, Any] = {}
-        with console.PartsBar(len(tasks) * (1 + seeds)) as bar:
+        with console.PartsBar(len(tasks) * (2 + seeds)) as bar:
             for chosen in tasks:
                 parts = _Parts(base, tokenizer, chosen, splits[chosen.name], options, ledger, bar)
-                found[chosen.name] = _summary(parts.baselines(), parts.trained(seed, seeds))
+                manual = parts.baselines()
+                runs = [parts.trained(number, manual) for number in range(seed, seed + seeds)]
+                found[chosen.name] = _summary(manual, parts.tested(runs))
         report = {"tasks": found, "mean": _means(found), "settings": settings}
         processes.from_main(lambda: _save(output, report))
         if json_output:
@@ -161,35 +168,54 @@ class _Parts:
         self.bar.end(f"{self.task.name:>8}  {line}", known is None)
         return result
 
-    def trained(self, first: int, count: int) -> list[dict[str, Any]]:
+    def trained(self, seed: int, manual: dict[str, Any]) -> dict[str, Any]:
         from .. import processes
         from ..experiments.superglue import score, tuned
 
-        results = []
-        for seed in range(first, first + count):
-            name = f"{self.task.name}-{seed}"
-            known = self.ledger.get(name)
-            if known is None:
-                self.bar.begin(f"{self.task.name}, seed {seed}")
-                options = replace(self.options, settings=replace(self.options.settings, seed=seed))
-                manual = self.ledger.get(f"{self.task.name}-manual")
-                result, prompt = tuned(
-                    self.model,
-                    self.tokenizer,
-                    self.task,
-                    self.splits,
-                    manual,
-                    options,
-                    self.bar.listener,
-                )
-                processes.from_main(partial(prompt.save, self.ledger.output / "prompts" / name))
-                self.ledger.put(name, result)
-            else:
-                result = known
-            shown = console.percent(score(result["test"] or result["dev"]))
-            self.bar.end(f"{self.task.name:>8}  seed {seed}  P-tuned {shown}", known is None)
-            results.append(result)
-        return results
+        name = f"{self.task.name}-{seed}"
+        known = self.ledger.get(name)
+        if known is None:
+            self.bar.begin(f"{self.task.name}, seed {seed}")
+            options = replace(self.options, settings=replace(self.options.settings, seed=seed))
+            result, prompt = tuned(
+                self.model,
+                self.tokenizer,
+                self.task,
+                self.splits,
+                manual,
+                options,
+                self.bar.listener,
+            )
+            processes.from_main(partial(prompt.save, self._folder(seed)))
+            result["seed"] = seed
+            self.ledger.put(name, result)
+        else:
+            result = known
+        shown = console.percent(score(result["dev"]))
+        self.bar.end(f"{self.task.name:>8}  seed {seed}  P-tuned, dev {shown}", known is None)
+        return result
+
+    def tested(self, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The same with figures from test: what the seeds' prompts share is computed once."""
+        from ..experiments.superglue import measured, score
+        from ..prompt import Prompt
+
+        parts = [f"{self.task.name}-{run['seed']}-test" for run in runs]
+        known = [self.ledger.get(part) for part in parts]
+        if None in known:
+            self.bar.begin(f"{self.task.name}, test")
+            prompts = [Prompt.load(self._folder(run["seed"])) for run in runs]
+            figures = measured(self.model, self.tokenizer, self.task, prompts, self.splits.test)
+            for part, of_one in zip(parts, figures, strict=True):
+                self.ledger.put(part, {"test": of_one})
+        done = [{**run, **self.ledger.get(p)} for run, p in zip(runs, parts, strict=True)]
+        scores = [score(run["test"] or run["dev"]) for run in done]
+        line = f"P-tuned, {len(runs)} seeds, mean {console.percent(mean(scores))}"
+        self.bar.end(f"{self.task.name:>8}  {line}", None in known)
+        return done
+
+    def _folder(self, seed: int) -> Path:
+        return Path(self.ledger.output) / "prompts" / f"{self.task.name}-{seed}"
 
 
 def _tasks(names: str) -> list[SuperGlueTask]:
@@ -236,7 +262,7 @@ def _summary(manual: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, An
         "test_examples": manual["test_examples"],
         "majority": None if manual["majority"] is None else score(manual["majority"]),
         "best_manual": score(by_hand),
-        "best_manual_template": manual["templates"][0]["template"],
+        "best_manual_template": manual["templates"][0]["manual"],
         "mean": mean(scores),
         "deviation": stdev(scores) if len(scores) > 1 else 0.0,
         "metrics": {name: mean(run[part][name] for run in runs) for name in runs[0][part]},

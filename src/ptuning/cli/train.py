@@ -97,6 +97,9 @@ def train(
     ),
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
     max_grad_norm: Annotated[float, typer.Option(help="Clip the gradient to this norm.")] = 1.0,
+    choose_by: Annotated[
+        str, typer.Option(help="The best on dev: by accuracy, or by loss (few dev examples).")
+    ] = "accuracy",
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many epochs without a better dev result.")
     ] = None,

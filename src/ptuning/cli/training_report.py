@@ -59,16 +59,17 @@ def tell(output: Path, prompt: Prompt, result: TrainResult) -> None:
 
 
 def _tell_members(result: TrainResult) -> None:
-    """All members, the best first, with mean and deviation of what decided."""
+    """All members, the winner first, with mean and deviation of what decided."""
     from statistics import mean, stdev
 
     def figure(member: dict[str, Any]) -> float:
         best = member["best"]
-        return best.get("dev_accuracy", -best["loss"])
+        return best["dev_accuracy"] if "dev_accuracy" in best else -best["loss"]
 
     by_dev = "dev_accuracy" in result.best
+    winner = result.members[result.winner]
     rows = []
-    for member in sorted(result.members, key=figure, reverse=True):
+    for member in sorted(result.members, key=lambda m: (m is winner, figure(m)), reverse=True):
         name = ", ".join(f"{k} {v}" for k, v in member["name"].items())
         score = console.percent(figure(member)) if by_dev else f"{member['best']['loss']:.4f}"
         dropped = member["dropped"]

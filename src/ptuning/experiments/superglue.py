@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..task import Task
 from ..training import train
 from .superglue_data import Splits
 from .superglue_metrics import METRICS, same_noun
-from .superglue_tasks import SuperGlueTask, prompted
+from .superglue_tasks import SuperGlueTask
 
 Figures = dict[str, float]
 
@@ -33,10 +33,9 @@ class SuperGlueOptions:
     """What a population of prompts is made of.
 
     Args:
-        templates: with virtual tokens in them; by default those of the best manual templates.
-        best: of how many manual templates.
+        templates: of prompts; by default the task's own.
+        best: how many of the task's own, those whose words alone are best on dev.
         encoders: prompt encoders.
-        virtual_tokens: of each group.
         population: seeds of each template and encoder.
         settings: how to train.
     """
@@ -44,7 +43,6 @@ class SuperGlueOptions:
     templates: tuple[str, ...]
     best: int
     encoders: tuple[str, ...]
-    virtual_tokens: int
     population: int
     settings: TrainSettings
 
@@ -56,25 +54,33 @@ def baselines(
 
     Returns:
         plain values: ``majority`` and ``manual`` with a figure for each metric on test (None
-        without test rows), ``templates`` with template, verbalizer and dev figures of each.
+        without test rows), ``templates`` with each prompt's template, its words alone
+        (``manual``), verbalizer and their dev figures.
     """
     tried = []
-    for by_hand in task.manual():
-        on_dev = measured(model, tokenizer, task, by_hand, splits.dev)
+    for prompt in task.prompts():
+        by_hand = prompt.manual()
+        (on_dev,) = measured(model, tokenizer, task, [by_hand], splits.dev)
         answered = _answerable(task, splits.dev)
         _, loss = teacher_forced(model, tokenizer, by_hand, answered) if answered else (0.0, 0.0)
-        tried.append((score(on_dev), -loss, by_hand, on_dev))
+        tried.append((score(on_dev), -loss, prompt, by_hand, on_dev))
     tried.sort(key=lambda entry: entry[:2], reverse=True)
-    best = tried[0][2]
+    best = tried[0][3]
+    (on_test,) = measured(model, tokenizer, task, [best], splits.test)
     known = [_gold(row) for row in splits.train]
     majority = Counter(known).most_common(1)[0][0]
     return {
         "majority": _figures(task, splits.test, [majority] * len(splits.test)),
         "majority_answer": majority,
-        "manual": measured(model, tokenizer, task, best, splits.test),
+        "manual": on_test,
         "templates": [
-            {"template": t.template, "verbalizer": t.settings()["verbalizer"], "dev": figures}
-            for _, _, t, figures in tried
+            {
+                "template": prompt.template,
+                "manual": by_hand.template,
+                "verbalizer": by_hand.settings()["verbalizer"],
+                "dev": figures,
+            }
+            for _, _, prompt, by_hand, figures in tried
         ],
         "train_examples": len(splits.train),
         "dev_examples": len(splits.dev),
@@ -91,13 +97,11 @@ def tuned(
     options: SuperGlueOptions,
     listener: Callable[[Progress], None] | None = None,
 ) -> tuple[dict[str, Any], Prompt]:
-    """A prompt for one seed; `found` are the task's `baselines`."""
+    """A prompt for one seed, and its figures on dev; `found` are the task's `baselines`."""
     started = time.monotonic()
     first = found["templates"][0]
     alike = [t["template"] for t in found["templates"] if t["verbalizer"] == first["verbalizer"]]
-    templates = options.templates or tuple(
-        prompted(template, options.virtual_tokens) for template in alike[: options.best]
-    )
+    templates = options.templates or alike[: options.best]
     prompt = Prompt(
         templates[0],
         answer=task.answer,
@@ -116,9 +120,9 @@ def tuned(
         grid={"template": list(templates), "encoder": list(options.encoders)},
         listener=listener,
     )
+    (on_dev,) = measured(model, tokenizer, task, [prompt], splits.dev)
     figures = {
-        "test": measured(model, tokenizer, task, prompt, splits.test),
-        "dev": measured(model, tokenizer, task, prompt, splits.dev),
+        "dev": on_dev,
         "template": prompt.template,
         "encoder": prompt.encoder,
         "epoch": result.best["epoch"],
@@ -129,17 +133,24 @@ def tuned(
 
 
 def measured(
-    model: nn.Module, tokenizer: Any, task: SuperGlueTask, asked: Task, rows: list[Row]
-) -> Figures | None:
-    """The task's metrics of a prompt or manual template on rows; None without rows."""
+    model: nn.Module,
+    tokenizer: Any,
+    task: SuperGlueTask,
+    asked: Sequence[Task],
+    rows: list[Row],
+) -> list[Figures | None]:
+    """The task's metrics of prompts or manual templates on the same rows; None without rows."""
     if not rows:
-        return None
-    if not task.generates:
-        return _figures(task, rows, predict(model, tokenizer, asked, rows, batch_size=8))
-    longest = replace(asked, answer_tokens=max(asked.answer_tokens or 0, 8))
-    said = predict(model, tokenizer, longest, rows, batch_size=8)
-    same = [same_noun(phrase, row["noun"]) for phrase, row in zip(said, rows, strict=True)]
-    return _figures(task, rows, ["true" if right else "false" for right in same])
+        return [None for _ in asked]
+    if task.generates:
+        asked = [replace(one, answer_tokens=max(one.answer_tokens or 0, 8)) for one in asked]
+    found = []
+    for said in predict(model, tokenizer, asked, rows, batch_size=8):
+        if task.generates:
+            same = [same_noun(phrase, row["noun"]) for phrase, row in zip(said, rows, strict=True)]
+            said = ["true" if right else "false" for right in same]
+        found.append(_figures(task, rows, said))
+    return found
 
 
 def score(figures: Figures | None) -> float:

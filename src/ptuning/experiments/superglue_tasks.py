@@ -1,14 +1,16 @@
 """Templates and verbalizers of SuperGLUE's tasks, in the style of PET and of the paper.
 
-Each task has several hand-written templates. With virtual tokens in them they are the prompts: a
-group in front of the answer and one in front of the text, the words as anchors.
+Each template is a prompt whose virtual tokens begin as words, so that with 32 examples training
+starts from what the model answers anyway. Its manual template is the same text with those words as
+they are. Where it reads well the virtual tokens stand behind the text, whose keys and values are
+then computed once for all of a training.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..task import Task
+from ..prompt import Prompt
 
 Words = dict[str, str]
 
@@ -20,7 +22,7 @@ class SuperGlueTask:
     Attributes:
         name: as the command line has it.
         folder: of its files.
-        templates: hand-written ones.
+        templates: with virtual tokens.
         verbalizers: which words stand for the labels; none where the answer is free.
         metrics: what is measured, the first decides.
         answer: column of the right answer.
@@ -35,15 +37,15 @@ class SuperGlueTask:
     answer: str = "label"
     max_length: int = 384
 
-    def manual(self) -> list[Task]:
-        """Every template with every verbalizer."""
+    def prompts(self, encoder: str = "none") -> list[Prompt]:
+        """Every template with every verbalizer, untrained."""
         return [
-            Task(
+            Prompt(
                 template,
                 answer=self.answer,
                 verbalizer=words,
                 max_length=self.max_length,
-                answer_end=self.generates,
+                encoder=encoder,
             )
             for words in (self.verbalizers or (None,))
             for template in self.templates
@@ -53,13 +55,6 @@ class SuperGlueTask:
     def generates(self) -> bool:
         """The answer is free text (WSC: its training file has true examples only)."""
         return not self.verbalizers
-
-
-def prompted(template: str, size: int) -> str:
-    """A manual template with `size` virtual tokens in front and `size` before the answer."""
-    group = f"[P*{size}]"
-    before, after = template.split(" [MASK]")
-    return f"{group} {before} {group} [MASK]{after}"
 
 
 _YES: Words = {"true": "Yes", "false": "No"}
@@ -76,10 +71,10 @@ TASKS = {
             "boolq",
             "BoolQ",
             (
-                "{passage}\nQuestion: {question}?\nAnswer: [MASK]",
-                "{passage} Question: {question}? Answer: [MASK]",
-                "{passage} Based on the previous passage, {question}? [MASK]",
-                "Passage: {passage}\nQuestion: {question}? Yes or No?\nAnswer: [MASK]",
+                "{passage}\nQuestion: {question}?[P:\nAnswer:] [MASK]",
+                "{passage} Question: {question}? [P:Answer:] [MASK]",
+                "{passage} [P:Based on the previous passage,] {question}? [MASK]",
+                "Passage: {passage}\nQuestion: {question}? [P:Yes or No?\nAnswer:] [MASK]",
             ),
             (_YES, _TRUE),
             ("accuracy",),
@@ -88,10 +83,10 @@ TASKS = {
             "cb",
             "CB",
             (
-                "{premise}\nQuestion: {hypothesis}? Yes, No or Maybe?\nAnswer: [MASK]",
-                "{premise} Question: {hypothesis}? Answer: [MASK]",
-                "{premise}\nIs it true that {hypothesis}?\nAnswer: [MASK]",
-                '"{premise}" implies "{hypothesis}": [MASK]',
+                "{premise}\nQuestion: {hypothesis}? [P:Yes, No or Maybe?\nAnswer:] [MASK]",
+                "{premise} Question: {hypothesis}? [P:Answer:] [MASK]",
+                "{premise}\nIs it true that {hypothesis}?[P:\nAnswer:] [MASK]",
+                '"{premise}" [P:implies] "{hypothesis}": [MASK]',
             ),
             (
                 {"entailment": "Yes", "contradiction": "No", "neutral": "Maybe"},
@@ -103,9 +98,9 @@ TASKS = {
             "copa",
             "COPA",
             (
-                "{premise} {joined} [MASK]",
-                "{premise}, {joined} [MASK]",
-                '"{choice1}" or "{choice2}"? {premise} {joined} [MASK]',
+                "[P:This is true:] {premise} {joined} [MASK]",
+                "[P:Common sense:] {premise}, {joined} [MASK]",
+                '"{choice1}" or "{choice2}"? [P:Answer:] {premise} {joined} [MASK]',
             ),
             ({"0": "{choice1}", "1": "{choice2}"},),
             ("accuracy",),
@@ -114,9 +109,9 @@ TASKS = {
             "multirc",
             "MultiRC",
             (
-                "{passage}\nQuestion: {question}\nIs it {answer_text}?\nAnswer: [MASK]",
-                "{passage} Question: {question} Is the correct answer {answer_text}? [MASK]",
-                "{passage}\n{question}\nProposed answer: {answer_text}\nIs this right? [MASK]",
+                "{passage}\nQuestion: {question}\nIs it {answer_text}?[P:\nAnswer:] [MASK]",
+                "{passage} Question: {question} [P:Is the correct answer] {answer_text}? [MASK]",
+                "{passage}\n{question}\nProposed answer: {answer_text}[P:\nIs this right?] [MASK]",
             ),
             ({"1": "Yes", "0": "No"}, {"1": "True", "0": "False"}),
             ("f1a", "em"),
@@ -126,10 +121,10 @@ TASKS = {
             "rte",
             "RTE",
             (
-                "{premise}\nQuestion: {hypothesis} True or False?\nAnswer: [MASK]",
-                "{premise}\nQuestion: {hypothesis} Yes or No?\nAnswer: [MASK]",
-                "{premise} Question: {hypothesis}? Answer: [MASK]",
-                "{premise}\nIs it true that {hypothesis}\nAnswer: [MASK]",
+                "{premise}\nQuestion: {hypothesis} [P:True or False?\nAnswer:] [MASK]",
+                "{premise}\nQuestion: {hypothesis} [P:Yes or No?\nAnswer:] [MASK]",
+                "{premise} Question: {hypothesis}? [P:Answer:] [MASK]",
+                "{premise}\nIs it true that {hypothesis}[P:\nAnswer:] [MASK]",
             ),
             _ENTAILED,
             ("accuracy",),
@@ -138,9 +133,9 @@ TASKS = {
             "wic",
             "WiC",
             (
-                '"{sentence1}" / "{sentence2}" Similar sense of "{word}"? [MASK]',
-                "{sentence1} {sentence2} Does {word} have the same meaning in both? [MASK]",
-                "{word}: {sentence1}\n{word}: {sentence2}\nThe same sense? [MASK]",
+                '"{sentence1}" / "{sentence2}" [P:Similar sense of] "{word}"? [MASK]',
+                "{sentence1} {sentence2} Does {word} [P:have the same meaning in both?] [MASK]",
+                "{word}: {sentence1}\n{word}: {sentence2}[P:\nThe same sense?] [MASK]",
             ),
             (_YES, _TRUE),
             ("accuracy",),
@@ -149,9 +144,9 @@ TASKS = {
             "wsc",
             "WSC",
             (
-                "{text} The pronoun *{pronoun}* refers to [MASK]",
-                "{text} In the previous sentence, the pronoun *{pronoun}* refers to [MASK]",
-                "{text} Question: who or what is *{pronoun}*? Answer: [MASK]",
+                "{text} The pronoun *{pronoun}* [P:refers to] [MASK]",
+                "{text} In the previous sentence, the pronoun *{pronoun}* [P:refers to] [MASK]",
+                "{text} Question: who or what is *{pronoun}*? [P:Answer:] [MASK]",
             ),
             (),
             ("accuracy",),
