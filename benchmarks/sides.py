@@ -136,10 +136,13 @@ class Ours:
 
         def run() -> None:
             self.population.train()
-            self.population.prefix = prefix()
-            with self.population.one_table():
-                for part in by_length(self.rows(examples), self.device):
-                    step(self.batch(part), divisor)
+            self.population.prefix = store = prefix()
+            keep = store is not None
+            rows = by_length(self.rows(examples), self.device, keep)
+            parts = [self.batch(part) for part in rows]
+            with self.population.one_table(parts if keep and step is plain else ()):
+                for part in parts:
+                    step(part, divisor)
             for learner in self.learners:
                 learner.update()
 

@@ -55,7 +55,7 @@ def train(base: Any, copy: Any, kind: str, rows: int = 8, tokens: int = 128) -> 
     examples = rendered(ids, after=kind != "front")
     kept = PrefixStore(base)
     stores: dict[str, Callable[[], PrefixStore | None]] = {
-        "front": lambda: None,
+        "front": lambda: kept,  # shares the virtual tokens' keys and values in each step
         "first_epoch": lambda: PrefixStore(base),
         "cached": lambda: kept,
     }
@@ -63,7 +63,7 @@ def train(base: Any, copy: Any, kind: str, rows: int = 8, tokens: int = 128) -> 
     if kind == "front":
         with torch.no_grad():
             difference, equal = abs(mine - float(theirs.loss(ids))), "loss of both sides"
-        parts = [_front(rows, tokens)]
+        parts = _front(1, rows, tokens)
     else:
         plain = float(ours.losses(examples, None))
         difference, equal = abs(mine - plain), "our loss with and without kept keys and values"
@@ -77,7 +77,7 @@ def train(base: Any, copy: Any, kind: str, rows: int = 8, tokens: int = 128) -> 
         equal,
         parts,
         [_theirs(rows, tokens + 1, backward=True)],
-        parts[0].tokens,
+        parts[-1].tokens if kind == "front" else parts[0].tokens,
         ours,
     )
 
@@ -160,27 +160,31 @@ def population(
     examples = rendered(ids, after=False)
     with torch.no_grad():
         difference = (ours.losses(examples, None) - theirs.loss(ids)).abs().max()
-    one = theirs.step(ids)
+    one, store = theirs.step(ids), PrefixStore(base)
 
     def other() -> None:
         for _ in range(members):
             one()
 
     return Workload(
-        ours.step(examples, lambda: None),
+        ours.step(examples, lambda: store),
         other,
         float(difference),
         "every member's loss and PEFT's",
-        [_front(members * rows, tokens)],
+        _front(members, rows, tokens),
         [_theirs(rows, tokens + 1, backward=True)] * members,
         min(512, members * rows * (tokens + VIRTUAL)) if base.device.type == "cpu" else 4096,
         ours,
     )
 
 
-def _front(rows: int, tokens: int) -> Part:
-    length = VIRTUAL + tokens
-    return Part(rows * length, length / 2, rows, True)
+def _front(members: int, rows: int, tokens: int) -> list[Part]:
+    """Each member's virtual tokens once, and the texts of its rows behind them."""
+    texts = members * rows
+    return [
+        Part(members * VIRTUAL, VIRTUAL / 2, 0, True),
+        Part(texts * tokens, VIRTUAL + tokens / 2, texts, True),
+    ]
 
 
 def _theirs(rows: int, tokens: int, backward: bool) -> Part:

@@ -33,6 +33,8 @@ ORDER = [
     "attachment",
     "loss",
     "chunked",
+    "kept_cache",
+    "shared_head",
     "score",
     "population",
     "settings",

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ class Batch:
         lengths: of each row, without padding.
         prefixes: each row's ids in front of its first virtual token, without the last of all, which
             predicts.
-        heads: how many tokens of each row stand in front of its first field.
+        heads: each row's ids in front of its first field.
     """
 
     kind: str
@@ -56,7 +55,7 @@ class Batch:
     decoder_input_ids: Tensor | None = None
     lengths: tuple[int, ...] = ()
     prefixes: tuple[tuple[int, ...], ...] = ()
-    heads: tuple[int, ...] = ()
+    heads: tuple[tuple[int, ...], ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -102,8 +101,11 @@ def collate(
         example=torch.tensor([n for _, n in rows]),
         member=torch.zeros(len(examples), dtype=torch.long),
         lengths=tuple(map(len, inputs)),
-        prefixes=tuple(tuple(takewhile(_is_plain, s.ids[:-1])) for s in sequences),
-        heads=tuple(s.fields[0][1] if s.fields else 0 for s in sequences),
+        prefixes=tuple(s.ids[: _plain_prefix(s)] for s in sequences),
+        heads=tuple(
+            tuple(ids[: s.fields[0][1]]) if s.fields else ()
+            for s, ids in zip(sequences, inputs, strict=True)
+        ),
     )
     if kind == "seq2seq":
         start = torch.full_like(answers[:, :1], decoder_start_id)
@@ -117,7 +119,7 @@ def collate(
 
 
 def by_length(
-    rows: Rows[tuple[Rendered, int]], device: torch.device
+    rows: Rows[tuple[Rendered, int]], device: torch.device, kept: bool = False
 ) -> Iterator[list[tuple[Rendered, int]]]:
     """Rows of like length together, in parts of some size, so that little is padding.
 
@@ -127,22 +129,37 @@ def by_length(
     Args:
         rows: examples, each with its member.
         device: that will compute them.
+        kept: what stands before the first virtual token or the first field is not computed with
+            them (`prefix`, `shared_head`); a part may have four times as much of it.
     """
     enough = _BUSY.get(device.type, _BUSY["cuda"])
+    sized = [(_computed(row[0], kept), _computed(row[0], False), row) for row in rows]
     part: list[tuple[Rendered, int]] = []
-    tokens = 0
-    for row in sorted(rows, key=lambda r: max(len(s.ids) for s in r[0].sequences), reverse=True):
+    tokens = whole = 0
+    for computed, length, row in sorted(sized, key=lambda s: s[:2], reverse=True):
         part.append(row)
-        tokens += sum(len(sequence.ids) for sequence in row[0].sequences)
-        if tokens >= enough:
+        tokens, whole = tokens + computed, whole + length
+        if tokens >= enough or whole >= 4 * enough:
             yield part
-            part, tokens = [], 0
+            part, tokens, whole = [], 0, 0
     if part:
         yield part
 
 
-def _is_plain(token: int) -> bool:
-    return token >= 0
+def _computed(example: Rendered, kept: bool) -> int:
+    """Tokens of an example that a forward computes."""
+    return sum(len(s.ids) - (_shared(s) if kept else 0) for s in example.sequences)
+
+
+def _shared(sequence: Sequence) -> int:
+    head = sequence.fields[0][1] if sequence.fields else 0
+    return min(max(head, _plain_prefix(sequence)), len(sequence.ids) - 1)
+
+
+def _plain_prefix(sequence: Sequence) -> int:
+    """How many tokens stand in front of the first virtual one, without the last of all."""
+    virtual = (place for place, token in enumerate(sequence.ids) if token < 0)
+    return next(virtual, max(0, len(sequence.ids) - 1))
 
 
 def _by_word(example: Rendered) -> Rendered:

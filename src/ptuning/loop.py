@@ -131,9 +131,13 @@ class Loop:
         total = torch.zeros(len(self.learners), device=self.device)
         for start in range(0, len(chosen[0]), self.settings.batch_size):
             rows = self._rows([c[start : start + self.settings.batch_size] for c in chosen])
-            with self.population.one_table() as table:
-                for part in by_length(rows, self.device):
-                    total += self.micro_step(self._batch(part), divisor)
+            keep = self.prefix is not None
+            parts = [self._batch(part) for part in by_length(rows, self.device, keep)]
+            # A graph that is replayed computes whole rows: its inputs stand still.
+            sharing = parts if keep and self.micro_step == self._plain_step else []
+            with self.population.one_table(sharing, self.accelerator.autocast) as table:
+                for part in parts:
+                    total += self.micro_step(part, divisor)
                 if not rows:  # all are other processes': a gradient of zeros
                     self.accelerator.backward(0 * table.sum())
         total = self._add_up_gradients(total)

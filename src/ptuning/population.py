@@ -8,8 +8,8 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from .errors import PromptFileError
 from .inject import ATTACHING, Injector, input_embedding
 from .loss import Prefix
 from .prompt import Prompt
+from .shared_head import SharedHeads, first_of, share_heads
 
 
 class Member(nn.Module):
@@ -113,6 +114,7 @@ class Population(nn.Module):
     ):
         super().__init__()
         self.base, self.prefix = model, prefix
+        self.heads: SharedHeads | None = None
         self.members = nn.ModuleList(members)
         self.words = None if words is None else torch.tensor(words)
         for member in members:
@@ -159,16 +161,32 @@ class Population(nn.Module):
             return self.losses(batch)
 
     @contextmanager
-    def one_table(self) -> Iterator[Tensor]:
+    def one_table(
+        self,
+        sharing: Sequence[Batch] = (),
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> Iterator[Tensor]:
         """A micro-batch whose parts share one run of the encoders, and so each member's dropout.
 
         Gives the table, a leaf. The parts' `losses` bring their gradients to it, and at the end
         they go on into the encoders together.
+
+        Args:
+            sharing: the parts, if what stands in front of their rows' first fields is to be
+                computed once for all of them.
+            autocast: accelerate's mixed precision.
         """
         made = self._tables()
         self.table = made.detach().requires_grad_()
-        with self.written(self.table):
-            yield self.table
+        try:
+            with self.written(self.table):
+                with autocast():
+                    self.heads = share_heads(self.base, sharing)
+                yield self.table
+                if self.heads is not None:
+                    self.heads.backward()
+        finally:
+            self.heads = None
         if self.table.grad is not None:
             made.backward(self.table.grad)
 
@@ -187,9 +205,10 @@ class Population(nn.Module):
 
         Args:
             batch: on the model's device.
-            prefix: instead of the population's own.
+            prefix: instead of the population's own and of shared heads.
         """
-        losses = chunked.losses(self.base, batch, self.words, prefix or self.prefix)
+        prefix = prefix or first_of(self.heads, self.prefix)
+        losses = chunked.losses(self.base, batch, self.words, prefix)
         return losses.new_zeros(len(self.members)).index_add(0, batch.member, losses)
 
     def close(self) -> None:

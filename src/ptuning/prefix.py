@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from .collate import IGNORED, Batch
+from .kept_cache import cache_of, reads_caches
 from .loss import Shortened, positions
 from .packing import Packed, can_pack, pack
 from .settings import parse_size
@@ -31,15 +31,6 @@ from .settings import parse_size
 KeyValues = list[Tensor]
 """For each layer keys and values of one prefix: ``(2, heads, tokens, head width)``."""
 _SMALLEST = 8
-
-
-class _KeptLayer(DynamicLayer):
-    """A cache layer around keys and values that are there already, without a copy of them."""
-
-    def __init__(self, keys: Tensor, values: Tensor):
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
 
 
 class PrefixStore:
@@ -97,7 +88,7 @@ class PrefixStore:
         """The prefixes are long enough to be worth it, and the model reads caches."""
         total = max(batch.lengths)
         kept = total - longest_suffix(batch)
-        return kept >= _SMALLEST and 4 * kept >= total and _keeps_caches(self.model)
+        return kept >= _SMALLEST and 4 * kept >= total and reads_caches(self.model)
 
     def _packed(self, packed: Packed) -> Shortened:
         device = packed.input_ids.device
@@ -129,11 +120,12 @@ class PrefixStore:
         The store stays as it is.
         """
         found = self._of(dict.fromkeys(prefixes), device)
-        layers: list[Any] = []
+        layers: list[tuple[Tensor, Tensor]] = []
         for layer, first in enumerate(found[prefixes[0]]):
             if len(found) == 1 and min(counts) == kept:  # one document: a view serves all rows
                 shared = first[:, None, :, :kept].to(device, non_blocking=True)
-                layers.append(_KeptLayer(*shared.expand(-1, len(prefixes), -1, -1, -1)))
+                keys, values = shared.expand(-1, len(prefixes), -1, -1, -1)
+                layers.append((keys, values))
                 continue
             _, heads, _, width = first.shape
             stacked = first.new_empty(2, len(prefixes), heads, kept, width, device=device)
@@ -141,8 +133,8 @@ class PrefixStore:
                 stacked[:, row, :, : kept - count] = 0
                 values = found[prefix][layer][:, :, :count]
                 stacked[:, row, :, kept - count :] = values.to(device, non_blocking=True)
-            layers.append(_KeptLayer(*stacked))
-        return Cache(layers=layers)
+            layers.append((stacked[0], stacked[1]))
+        return cache_of(layers)
 
     def _of(
         self, prefixes: Iterable[tuple[int, ...]], device: torch.device
@@ -196,11 +188,6 @@ class PrefixStore:
                 return
 
 
-def cache_of(layers: Iterable[tuple[Tensor, Tensor]]) -> Cache:
-    """A new cache around keys and values ``(R, heads, tokens, head width)`` of each layer."""
-    return Cache(layers=[_KeptLayer(keys, values) for keys, values in layers])
-
-
 def longest_suffix(batch: Batch) -> int:
     """Columns from the first virtual token on, or from the last token on, of the longest row."""
     return max(n - len(p) for n, p in zip(batch.lengths, batch.prefixes, strict=True))
@@ -221,23 +208,10 @@ def for_prediction(batch: Batch, documents: bool) -> Batch:
     for row, ids in enumerate(batch.input_ids.tolist()):
         length = batch.lengths[row]
         context = length - max(0, int(answers[row]) - 1)
-        shared = context - 1 if several else batch.heads[row]
+        shared = context - 1 if several else len(batch.heads[row])
         start = len(ids) - length
         prefixes.append(tuple(ids[start : start + shared]))
     return replace(batch, prefixes=tuple(prefixes))
-
-
-def _keeps_caches(model: nn.Module) -> bool:
-    """Every layer attends to keys and values that it is given.
-
-    Recurrent layers have a state instead. Gradient checkpointing runs layers again, and
-    transformers then gives them no cache.
-    """
-    config: Any = model.config
-    kinds = getattr(config.get_text_config(), "layer_types", None) or ["full_attention"]
-    attends = {"full_attention", "sliding_attention"}.issuperset(kinds)
-    again = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    return attends and not again and not getattr(model, "_is_stateful", False)
 
 
 def budgets(size: str, device: torch.device) -> dict[str, int]:

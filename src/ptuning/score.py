@@ -17,6 +17,7 @@ from .chunked import losses_and_right
 from .collate import Batch, collate
 from .loss import Prefix
 from .render import Rendered, Renderer
+from .shared_head import first_of, share_heads
 
 
 def score(
@@ -55,17 +56,19 @@ def sums(
         first_id: id of the prompt's first virtual token; 0 for a manual template.
         batch_size: examples per forward.
         autocast: accelerate's mixed precision.
-        prefix: keeps what does not depend on the prompt, or None.
+        prefix: keeps what does not depend on the prompt, or None: then nothing is shared.
     """
     device = model_device(model)
     owner = torch.tensor(renderer.owner, device=device) if renderer.compares else None
     right = loss = 0.0
     by_length = sorted(examples, key=lambda e: len(e.sequences[0].ids))
-    for start in range(0, len(by_length), batch_size):
-        chunk = by_length[start : start + batch_size]
-        batch = batch_for(model, renderer, chunk, [first_id] * len(chunk)).to(device)
+    chunks = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+    batches = [batch_for(model, renderer, c, [first_id] * len(c)).to(device) for c in chunks]
+    with autocast():
+        heads = share_heads(model, batches) if prefix is not None else None
+    for batch in batches:
         with autocast():
-            losses, hits = losses_and_right(model, batch, owner, prefix)
+            losses, hits = losses_and_right(model, batch, owner, first_of(heads, prefix))
         right += float(hits.sum())
         loss += float(losses.sum())
     return right, loss

@@ -1,0 +1,41 @@
+"""A model's cache around keys and values that are there already.
+
+It is made anew for every forward, so what it is made of never changes. This module does not know
+where keys and values come from (`prefix`, `shared_head`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+
+class _KeptLayer(DynamicLayer):
+    """A cache layer around keys and values, without a copy of them."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
+
+def cache_of(layers: Iterable[tuple[Tensor, Tensor]]) -> Cache:
+    """A new cache around keys and values ``(R, heads, tokens, head width)`` of each layer."""
+    return Cache(layers=[_KeptLayer(keys, values) for keys, values in layers])
+
+
+def reads_caches(model: nn.Module) -> bool:
+    """Every layer attends to keys and values that it is given.
+
+    Recurrent layers have a state instead. Gradient checkpointing runs layers again, and
+    transformers then gives them no cache.
+    """
+    config: Any = model.config
+    kinds = getattr(config.get_text_config(), "layer_types", None) or ["full_attention"]
+    attends = {"full_attention", "sliding_attention"}.issuperset(kinds)
+    again = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    return attends and not again and not getattr(model, "_is_stateful", False)

@@ -1,0 +1,137 @@
+"""The shared head: what a prompt's rows have in front of their first field, computed once for all.
+
+In a causal model the tokens before the first field, virtual ones among them, are the same in every
+row of a prompt, and nothing behind them changes their keys and values.
+
+    plain     R rows of    [pad | v v words text]
+    here      one row of   [v v words], its keys and values given to R rows of [text]
+
+In training these keys and values have gradients: the rows' gradients add up in a leaf and go on
+through the head once (`SharedHeads.backward`). As in `prefix`, a row with a shorter text computes
+the end of its head again, so that no padding stands inside a row. The plain path is
+`loss.answer_logits` without a prefix; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from .collate import Batch
+from .kept_cache import cache_of, reads_caches
+from .loss import Prefix, Shortened, positions
+
+_WORTH = 8
+"""At least one in so many tokens must be saved: a pass of its own for the heads has a price."""
+
+
+class SharedHeads:
+    """Keys and values of heads, with gradients where gradients are on.
+
+    Args:
+        model: a causal model, the prompts' vectors in its embedding.
+        heads: their ids.
+    """
+
+    def __init__(self, model: nn.Module, heads: Sequence[tuple[int, ...]]):
+        self.model = model
+        self._row = {head: number for number, head in enumerate(heads)}
+        self._width = max(map(len, heads))
+        ids = torch.tensor([[0] * (self._width - len(head)) + list(head) for head in heads])
+        mask = torch.tensor([[0] * (self._width - len(head)) + [1] * len(head) for head in heads])
+        device = next(model.parameters()).device
+        cache = DynamicCache()  # without a configuration layers with a window keep every column
+        model(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            past_key_values=cache,
+            use_cache=True,
+            **positions(model, mask.to(device), self._width, 1),
+        )
+        layers: list[Any] = cache.layers
+        self._made: list[Tensor] = [t for layer in layers for t in (layer.keys, layer.values)]
+        self._kept = [_by_token(tensor) for tensor in self._made]
+
+    def __call__(self, batch: Batch) -> Shortened | None:
+        """What is left to compute of a batch, or None where nothing is saved."""
+        total, count = batch.input_ids.shape[1], batch.answers.shape[1]
+        known = [len(head) if head in self._row else 0 for head in batch.heads]
+        rest = max(length - head for length, head in zip(batch.lengths, known, strict=True))
+        columns = min(max(rest, count), total)
+        if columns == total:
+            return None
+        index = self._index(batch, total - columns).to(batch.input_ids.device)
+        kept = [
+            _by_row(F.embedding(index, flat), made)
+            for flat, made in zip(self._kept, self._made, strict=True)
+        ]
+        inputs = {
+            "input_ids": batch.input_ids[:, -columns:],
+            "attention_mask": batch.attention_mask,
+            "past_key_values": cache_of(zip(kept[::2], kept[1::2], strict=True)),
+            **positions(self.model, batch.attention_mask, columns, count),
+        }
+        return Shortened(inputs, lambda logits: logits[:, -count:])
+
+    def _index(self, batch: Batch, kept: int) -> Tensor:
+        """For each row and kept column ``(R, kept)`` its token among all heads'; 0 for padding."""
+        rows = []
+        for head, length in zip(batch.heads, batch.lengths, strict=True):
+            taken = max(0, length - (batch.input_ids.shape[1] - kept))
+            first = self._row.get(head, 0) * self._width + self._width - len(head)
+            rows.append([0] * (kept - taken) + list(range(first, first + taken)))
+        return torch.tensor(rows)
+
+    def backward(self) -> None:
+        """Bring the gradients that the rows left here on to the prompts' vectors."""
+        pairs = [
+            (made, flat.grad.view(len(made), self._width, made.shape[1], -1).transpose(1, 2))
+            for made, flat in zip(self._made, self._kept, strict=True)
+            if flat.grad is not None
+        ]
+        if pairs:
+            made, gradients = zip(*pairs, strict=True)
+            torch.autograd.backward(
+                made, [g.to(m.dtype) for m, g in zip(made, gradients, strict=True)]
+            )
+
+
+def share_heads(model: nn.Module, batches: Sequence[Batch]) -> SharedHeads | None:
+    """The heads with virtual tokens in them of the rows of some batches; None where it is not
+    worth it."""
+    if not batches or batches[0].kind != "causal" or not reads_caches(model):
+        return None
+    rows = [row for batch in batches for row in zip(batch.heads, batch.prefixes, strict=True)]
+    # Without a virtual token the head is part of the frozen prefix, which is kept for longer.
+    heads = [head for head, prefix in rows if len(head) > len(prefix)]
+    distinct = list(dict.fromkeys(heads))
+    saved = sum(map(len, heads)) - sum(map(len, distinct))
+    tokens = sum(length for batch in batches for length in batch.lengths)
+    return SharedHeads(model, distinct) if saved * _WORTH >= tokens else None
+
+
+def first_of(*prefixes: Prefix | None) -> Prefix:
+    """The first of some that saves anything."""
+
+    def shorter(batch: Batch) -> Shortened | None:
+        found = (prefix(batch) for prefix in prefixes if prefix is not None)
+        return next((one for one in found if one is not None), None)
+
+    return shorter
+
+
+def _by_token(tensor: Tensor) -> Tensor:
+    """``(D, heads, tokens, width)`` -> a leaf ``(D x tokens, heads x width)``, in float32 so that
+    gradients of half precision add up in it."""
+    flat = tensor.detach().transpose(1, 2).flatten(2).flatten(0, 1).float()
+    return flat.requires_grad_(tensor.requires_grad)
+
+
+def _by_row(tokens: Tensor, like: Tensor) -> Tensor:
+    """``(R, kept, heads x width)`` -> ``(R, heads, kept, width)``."""
+    return tokens.unflatten(2, (like.shape[1], -1)).transpose(1, 2).to(like.dtype)
