@@ -21,6 +21,7 @@ from ptuning.graphs import graphs_or_plain
 from ptuning.layout import Sequence
 from ptuning.learner import Learner
 from ptuning.loss import Prefix
+from ptuning.packing import can_pack
 from ptuning.population import Member, Population
 from ptuning.render import Rendered
 
@@ -138,7 +139,7 @@ class Ours:
             self.population.train()
             self.population.prefix = store = prefix()
             keep = store is not None
-            rows = by_length(self.rows(examples), self.device, keep)
+            rows = by_length(self.rows(examples), self.device, keep, can_pack(self.base))
             parts = [self.batch(part) for part in rows]
             with self.population.one_table(parts if keep and step is plain else ()):
                 for part in parts:

@@ -35,7 +35,8 @@ COPA = 'What is {joined}? "{premise}" {joined} "{choice1}" or "{choice2}"'
 
 def texts(task: SuperGlueTask, rows: list[Row]) -> list[str]:
     """The rows in the words of the task's first template."""
-    template = COPA if task.name == "copa" else task.templates[0].replace(" [MASK]", "")
+    manual = task.prompts()[0].manual().template or ""
+    template = COPA if task.name == "copa" else manual.replace(" [MASK]", "")
     return [template.format(**row) for row in rows]
 
 

@@ -6,7 +6,7 @@ A row's function gets two copies of the base model, one for each side.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from limits import Part
 from sides import VIRTUAL, Ours, Step, Theirs, rendered
 from torch import Tensor
 
+from ptuning.label_words import label_word_scores
 from ptuning.loss import answer_logits
 from ptuning.prefix import PrefixStore, for_prediction
 
@@ -92,10 +93,11 @@ def classify(base: Any, copy: Any, rows: int = 8, tokens: int = 16) -> Workload:
     store = PrefixStore(base)
     answers = torch.cat([text, text[:, :1]], 1)
     batch = ours.batch(ours.rows(rendered(answers, after=False)))
+    batch = replace(batch, label_ids=words.expand(rows, -1))
 
     @torch.no_grad()
     def mine() -> Tensor:
-        return answer_logits(base, for_prediction(batch, False), store)[:, -1, words]
+        return label_word_scores(base, for_prediction(batch, False), len(words), store)
 
     def other() -> Tensor:
         return theirs.last_logits(text)[:, words]
@@ -105,7 +107,7 @@ def classify(base: Any, copy: Any, rows: int = 8, tokens: int = 16) -> Workload:
         other,
         float((mine() - other()).abs().max()),
         "logits of both sides",
-        [Part(rows * tokens, VIRTUAL + tokens / 2, rows, False)],
+        [Part(rows * tokens, VIRTUAL + tokens / 2, 0, False)],
         [_theirs(rows, tokens, backward=False)],
         rows * tokens,
         ours,

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptuning.collate import IGNORED, collate
+from ptuning.collate import IGNORED, by_length, collate
 from ptuning.layout import Sequence
 from ptuning.render import Rendered
 
@@ -124,3 +126,45 @@ def test_nothing_is_lost_or_invented_by_padding(
         assert batch.input_ids[index][pads].eq(0).all()
     order = batch.attention_mask if kind == "causal" else batch.attention_mask.flip(1)
     assert order.diff(dim=1).ge(0).all()
+
+
+def rows_of(lengths: list[tuple[int, int]], head: int) -> list[tuple[Rendered, int]]:
+    """Rows with `head` virtual tokens in front of a field, as (text length, member)."""
+    return [
+        (
+            Rendered(
+                (Sequence((-1,) * head + (5,) * n, head + n, (20,), (("x", head, head + n),)),)
+            ),
+            m,
+        )
+        for n, m in lengths
+    ]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.integers(0, 3)), max_size=40),
+    st.booleans(),
+    st.booleans(),
+)
+def test_parts_hold_every_row_once_and_keep_the_device_busy(
+    lengths: list[tuple[int, int]], kept: bool, packed: bool
+) -> None:
+    rows = rows_of(lengths, 6)
+    parts = list(by_length(rows, torch.device("cpu"), kept, packed))
+    assert sorted(map(id, (row for part in parts for row in part))) == sorted(map(id, rows))
+    assert all(parts)
+    sizes = [sum(len(e.sequences[0].ids) - (6 if kept else 0) for e, _ in p) for p in parts]
+    assert sum(sizes) < 900 or max(sizes) < 2 * 512 + 306
+    members = [member for part in parts for _, member in part]
+    if kept and packed:  # a member's rows stand together
+        assert members == sorted(members, reverse=True)
+    elif parts:
+        spans = [[len(e.sequences[0].ids) for e, _ in part] for part in parts]
+        assert all(min(a) >= max(b) for a, b in itertools.pairwise(spans))
+
+
+def test_what_is_kept_does_not_count_as_computed() -> None:
+    rows = rows_of([(20, 0)] * 8, 500)
+    assert len(list(by_length(rows, torch.device("cpu")))) == 8
+    assert len(list(by_length(rows, torch.device("cpu"), kept=True))) == 2  # kept: four times 512

@@ -11,9 +11,7 @@ positions at each call: a model that does anything else takes the plain path, `l
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -23,7 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .collate import IGNORED, Batch
-from .loss import Prefix, answer_logits, answer_outputs, example_losses, examples_right
+from .label_words import label_word_scores
+from .loss import (
+    Prefix,
+    answer_logits,
+    answer_outputs,
+    example_losses,
+    examples_right,
+    losses_of_labels,
+)
+from .output_head import behind_the_head, output_head, seeing
 
 LARGEST = 2**24
 """Logits of more numbers than this are never there at once."""
@@ -52,9 +59,11 @@ def losses(
         words: for label comparison the label of each word, else None.
         prefix: as for `loss.answer_logits`.
     """
-    found = _read(model, batch, words, prefix)
+    if batch.labels is not None and words is not None:
+        return _of_labels(model, batch, batch.labels, words, prefix)[0]
+    found = _read(model, batch, prefix)
     if isinstance(found, Tensor):
-        return example_losses(found, batch, words)
+        return example_losses(found, batch, None)
     return _by_position(found, batch.answers)[0].sum(1)
 
 
@@ -63,11 +72,19 @@ def losses_and_right(
     model: nn.Module, batch: Batch, words: Tensor | None, prefix: Prefix | None = None
 ) -> tuple[Tensor, Tensor]:
     """`losses`, and as `loss.examples_right` says which examples ``(N,)`` are answered right."""
-    found = _read(model, batch, words, prefix)
+    if batch.labels is not None and words is not None:
+        return _of_labels(model, batch, batch.labels, words, prefix)
+    found = _read(model, batch, prefix)
     if isinstance(found, Tensor):
-        return example_losses(found, batch, words), examples_right(found, batch, words)
+        return example_losses(found, batch, None), examples_right(found, batch, None)
     nll, right = _by_position(found, batch.answers)
     return nll.sum(1), right.all(1)
+
+
+def _of_labels(
+    model: nn.Module, batch: Batch, labels: Tensor, words: Tensor, prefix: Prefix | None
+) -> tuple[Tensor, Tensor]:
+    return losses_of_labels(label_word_scores(model, batch, len(words), prefix), labels, words)
 
 
 def _by_position(unread: _Unread, answers: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,23 +134,22 @@ class _Chunks(torch.autograd.Function):
         return (of_losses.unsqueeze(1) * gradients).to(context.dtype), None, None
 
 
-def _read(
-    model: nn.Module, batch: Batch, words: Tensor | None, prefix: Prefix | None
-) -> Tensor | _Unread:
-    """Logits where they are small or label words are compared, else what is before the head."""
-    head = _output_head(model)
+def _read(model: nn.Module, batch: Batch, prefix: Prefix | None) -> Tensor | _Unread:
+    """Logits where they are small, else what is before the head."""
+    head = output_head(model)
     width = getattr(head, "out_features", 0)
-    by_label = batch.labels is not None and words is not None
     small = batch.answers.numel() * width <= LARGEST
-    if head is None or small or by_label or model in _other_heads or _is_trained(head):
+    if head is None or small or model in _other_heads or _is_trained(head):
         return answer_logits(model, batch, prefix)
-    with _first_positions(head) as given:
+    with seeing(head, slice(0, 1)) as given:
         logits, rows = answer_outputs(model, batch, prefix)
     if not given:  # a compiled model takes no notice of hooks
         return rows(logits)
 
     def finished(hidden: Tensor) -> Tensor:
-        return _behind_the_head(model, head(hidden))
+        logits = behind_the_head(model, head(hidden))
+        bias = getattr(model, "final_logits_bias", None)  # BART
+        return logits if bias is None else logits + bias
 
     with torch.no_grad():
         same = len(given) == 1 and _same(finished(given[0][:, :1]), logits)
@@ -153,48 +169,3 @@ def _same(ours: Tensor, models: Tensor) -> bool:
     return ours.shape == models.shape and torch.allclose(
         ours.float(), models.float(), rtol=1e-5, atol=1e-5, equal_nan=True
     )
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if get else None
-    return head if isinstance(head, nn.Module) else None
-
-
-@contextmanager
-def _first_positions(head: nn.Module) -> Iterator[list[Tensor]]:
-    """The head sees the first position of each row only; gives what it would have seen.
-
-    The hook serves this thread's call alone, so other threads may use the model meanwhile.
-    """
-    caller = threading.get_ident()
-    given: list[Tensor] = []
-
-    def take(module: nn.Module, args: Any) -> Any:
-        if threading.get_ident() != caller:
-            return None
-        given.append(args[0])
-        return (args[0][:, :1], *args[1:])
-
-    handle = head.register_forward_pre_hook(take)
-    try:
-        yield given
-    finally:
-        handle.remove()
-
-
-def _behind_the_head(model: nn.Module, logits: Tensor) -> Tensor:
-    """What models do to their head's logits, found by the names that transformers gives it."""
-    config: Any = model.config
-    config = config.get_text_config(decoder=True)
-    scale = getattr(model, "logit_scale", None)  # Cohere
-    if isinstance(scale, float | int):
-        logits = logits * scale
-    divisor = getattr(config, "logits_scaling", None)  # Granite
-    if divisor is not None:
-        logits = logits / divisor
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
-    if cap is not None:
-        logits = torch.tanh(logits / cap) * cap
-    bias = getattr(model, "final_logits_bias", None)  # BART
-    return logits if bias is None else logits + bias

@@ -40,7 +40,7 @@ class Batch:
         lengths: of each row, without padding.
         prefixes: each row's ids in front of its first virtual token, without the last of all, which
             predicts.
-        heads: each row's ids in front of its first field.
+        heads: each row's ids in front of its first field, without the last of all.
     """
 
     kind: str
@@ -102,10 +102,7 @@ def collate(
         member=torch.zeros(len(examples), dtype=torch.long),
         lengths=tuple(map(len, inputs)),
         prefixes=tuple(s.ids[: _plain_prefix(s)] for s in sequences),
-        heads=tuple(
-            tuple(ids[: s.fields[0][1]]) if s.fields else ()
-            for s, ids in zip(sequences, inputs, strict=True)
-        ),
+        heads=tuple(tuple(ids[: _head(s)]) for s, ids in zip(sequences, inputs, strict=True)),
     )
     if kind == "seq2seq":
         start = torch.full_like(answers[:, :1], decoder_start_id)
@@ -119,7 +116,10 @@ def collate(
 
 
 def by_length(
-    rows: Rows[tuple[Rendered, int]], device: torch.device, kept: bool = False
+    rows: Rows[tuple[Rendered, int]],
+    device: torch.device,
+    kept: bool = False,
+    packed: bool = False,
 ) -> Iterator[list[tuple[Rendered, int]]]:
     """Rows of like length together, in parts of some size, so that little is padding.
 
@@ -131,19 +131,25 @@ def by_length(
         device: that will compute them.
         kept: what stands before the first virtual token or the first field is not computed with
             them (`prefix`, `shared_head`); a part may have four times as much of it.
+        packed: rows behind a shared head are not padded (`packing`): a member's stand together.
     """
-    enough = _BUSY.get(device.type, _BUSY["cuda"])
-    sized = [(_computed(row[0], kept), _computed(row[0], False), row) for row in rows]
+    if not rows:
+        return
+    busy = _BUSY.get(device.type, _BUSY["cuda"])
+    sizes = [(_computed(example, kept), _computed(example, False)) for example, _ in rows]
+    computed, whole = map(sum, zip(*sizes, strict=True))
+    enough = computed / max(1, round(computed / busy), round(whole / (4 * busy)))
+    groups = [n if kept and packed and _begins_virtual(e) else -1 for e, n in rows]
+    order = sorted(range(len(rows)), key=lambda i: (groups[i], sizes[i]), reverse=True)
     part: list[tuple[Rendered, int]] = []
-    tokens = whole = 0
-    for computed, length, row in sorted(sized, key=lambda s: s[:2], reverse=True):
-        part.append(row)
-        tokens, whole = tokens + computed, whole + length
-        if tokens >= enough or whole >= 4 * enough:
+    tokens = cut = 0
+    for index in order:
+        part.append(rows[index])
+        tokens += sizes[index][0]
+        if tokens >= (cut + 1) * enough and index != order[-1]:
             yield part
-            part, tokens, whole = [], 0, 0
-    if part:
-        yield part
+            part, cut = [], cut + 1
+    yield part
 
 
 def _computed(example: Rendered, kept: bool) -> int:
@@ -152,8 +158,17 @@ def _computed(example: Rendered, kept: bool) -> int:
 
 
 def _shared(sequence: Sequence) -> int:
-    head = sequence.fields[0][1] if sequence.fields else 0
-    return min(max(head, _plain_prefix(sequence)), len(sequence.ids) - 1)
+    """Tokens in front of the first virtual one, or of the first field if that is further."""
+    return max(_head(sequence), _plain_prefix(sequence))
+
+
+def _begins_virtual(example: Rendered) -> bool:
+    return any(_head(s) > _plain_prefix(s) for s in example.sequences)
+
+
+def _head(sequence: Sequence) -> int:
+    """How many tokens stand in front of the first field, without the last of all."""
+    return min(sequence.fields[0][1], len(sequence.ids) - 1) if sequence.fields else 0
 
 
 def _plain_prefix(sequence: Sequence) -> int:

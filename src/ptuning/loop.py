@@ -27,6 +27,7 @@ from .devices import finish_trackers, make_accelerator, place
 from .errors import TrainingError
 from .graphs import graphs_or_plain
 from .learner import Learner, halve
+from .packing import can_pack
 from .population import Member, Population
 from .prefix import PrefixStore
 from .progress import Progress
@@ -131,8 +132,8 @@ class Loop:
         total = torch.zeros(len(self.learners), device=self.device)
         for start in range(0, len(chosen[0]), self.settings.batch_size):
             rows = self._rows([c[start : start + self.settings.batch_size] for c in chosen])
-            keep = self.prefix is not None
-            parts = [self._batch(part) for part in by_length(rows, self.device, keep)]
+            keep, packs = self.prefix is not None, can_pack(self.model)
+            parts = [self._batch(part) for part in by_length(rows, self.device, keep, packs)]
             # A graph that is replayed computes whole rows: its inputs stand still.
             sharing = parts if keep and self.micro_step == self._plain_step else []
             with self.population.one_table(sharing, self.accelerator.autocast) as table:

@@ -184,10 +184,19 @@ def by_label(scores: Tensor, words: Tensor) -> Tensor:
     return torch.stack(pooled, dim=1)
 
 
+def losses_of_labels(scores: Tensor, labels: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+    """From the scores ``(N, W)`` of label words to each example's loss, and whether the best label
+    is the right one."""
+    scores = by_label(scores, words)
+    right = scores.argmax(1).eq(labels)
+    return F.cross_entropy(scores, labels, reduction="none"), right
+
+
 def example_losses(logits: Tensor, batch: Batch, words: Tensor | None) -> Tensor:
     """The loss ``(N,)`` of each example, a sum over its answer tokens."""
     if batch.labels is not None and words is not None:
-        return F.cross_entropy(label_scores(logits, batch, words), batch.labels, reduction="none")
+        scores = word_scores(logits, batch, len(words))
+        return losses_of_labels(scores, batch.labels, words)[0]
     return answer_nll(logits, batch.answers).sum(1)
 
 
@@ -195,5 +204,6 @@ def example_losses(logits: Tensor, batch: Batch, words: Tensor | None) -> Tensor
 def examples_right(logits: Tensor, batch: Batch, words: Tensor | None) -> Tensor:
     """``(N,)``: the best label is the right one, or greedy decoding gives the whole answer."""
     if batch.labels is not None and words is not None:
-        return label_scores(logits, batch, words).argmax(1) == batch.labels
+        scores = word_scores(logits, batch, len(words))
+        return losses_of_labels(scores, batch.labels, words)[1]
     return ((logits.argmax(-1) == batch.answers) | (batch.answers == IGNORED)).all(1)

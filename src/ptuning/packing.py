@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from .collate import Batch
+from .loss import Shortened
 
 _WIDEST = 4096
 """Columns of a packed row: attention between segments is masked, but still computed."""
@@ -41,6 +43,17 @@ class Packed:
     keep: Tensor
     group: Tensor
     answers: Tensor
+
+    def behind(self, cache: Cache) -> Shortened:
+        """What is left to compute behind the prefixes' keys and values, each at the right end."""
+        inputs = {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+            "logits_to_keep": self.keep,
+            "past_key_values": cache,
+        }
+        return Shortened(inputs, lambda logits: logits[self.group[:, None], self.answers])
 
 
 def can_pack(model: nn.Module) -> bool:

@@ -15,7 +15,8 @@ from .attachment import placed
 from .base_model import context_length, eval_mode, task_kind
 from .collate import Batch
 from .errors import InputError
-from .loss import answer_logits, by_label, word_scores
+from .label_words import label_word_scores
+from .loss import answer_logits, by_label
 from .prefix import PrefixStore, for_prediction
 from .render import Example, Rendered, Renderer, render_all
 from .score import batch_for, model_device
@@ -164,7 +165,7 @@ def _compare(
     model: nn.Module, renderers: list[Renderer], batch: Batch, store: PrefixStore | None
 ) -> list[Prediction]:
     words = len(renderers[0].owner)
-    scores = word_scores(answer_logits(model, batch, store), batch, words)
+    scores = label_word_scores(model, batch, words, store)
     predictions = []
     for row, renderer in zip(scores, renderers, strict=True):
         owner = torch.tensor(renderer.owner, device=row.device)

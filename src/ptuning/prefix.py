@@ -91,17 +91,9 @@ class PrefixStore:
         return kept >= _SMALLEST and 4 * kept >= total and reads_caches(self.model)
 
     def _packed(self, packed: Packed) -> Shortened:
+        counts = [len(prefix) for prefix in packed.prefixes]
         device = packed.input_ids.device
-        longest = max(map(len, packed.prefixes))
-        cache = self._cache(packed.prefixes, [len(p) for p in packed.prefixes], longest, device)
-        inputs = {
-            "input_ids": packed.input_ids,
-            "attention_mask": packed.attention_mask,
-            "position_ids": packed.position_ids,
-            "logits_to_keep": packed.keep,
-            "past_key_values": cache,
-        }
-        return Shortened(inputs, lambda logits: logits[packed.group[:, None], packed.answers])
+        return packed.behind(self._cache(packed.prefixes, counts, max(counts), device))
 
     def _stacked(self, batch: Batch, suffix: int) -> Cache:
         counts = [max(0, length - suffix) for length in batch.lengths]

@@ -7,24 +7,27 @@ row of a prompt, and nothing behind them changes their keys and values.
     here      one row of   [v v words], its keys and values given to R rows of [text]
 
 In training these keys and values have gradients: the rows' gradients add up in a leaf and go on
-through the head once (`SharedHeads.backward`). As in `prefix`, a row with a shorter text computes
-the end of its head again, so that no padding stands inside a row. The plain path is
-`loss.answer_logits` without a prefix; a test holds the two together.
+through the head once (`SharedHeads.backward`). Where the model allows it the rows of a prompt stand
+one behind the other (`packing`), so that nothing is padding. Elsewhere, as in `prefix`, a row with
+a shorter text computes the end of its head again, so that no padding stands inside a row. The plain
+path is `loss.answer_logits` without a prefix; a test holds the two together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from .collate import Batch
 from .kept_cache import cache_of, reads_caches
 from .loss import Prefix, Shortened, positions
+from .packing import can_pack, pack
 
 _WORTH = 8
 """At least one in so many tokens must be saved: a pass of its own for the heads has a price."""
@@ -59,33 +62,37 @@ class SharedHeads:
 
     def __call__(self, batch: Batch) -> Shortened | None:
         """What is left to compute of a batch, or None where nothing is saved."""
+        heads = tuple(head if head in self._row else () for head in batch.heads)
+        packed = pack(replace(batch, prefixes=heads)) if can_pack(self.model) else None
+        if packed is not None:
+            counts = [len(head) for head in packed.prefixes]
+            return packed.behind(self._cache(packed.prefixes, counts, max(counts)))
         total, count = batch.input_ids.shape[1], batch.answers.shape[1]
-        known = [len(head) if head in self._row else 0 for head in batch.heads]
-        rest = max(length - head for length, head in zip(batch.lengths, known, strict=True))
+        rest = max(n - len(head) for n, head in zip(batch.lengths, heads, strict=True))
         columns = min(max(rest, count), total)
         if columns == total:
             return None
-        index = self._index(batch, total - columns).to(batch.input_ids.device)
-        kept = [
-            _by_row(F.embedding(index, flat), made)
-            for flat, made in zip(self._kept, self._made, strict=True)
-        ]
+        counts = [max(0, length - columns) for length in batch.lengths]
         inputs = {
             "input_ids": batch.input_ids[:, -columns:],
             "attention_mask": batch.attention_mask,
-            "past_key_values": cache_of(zip(kept[::2], kept[1::2], strict=True)),
+            "past_key_values": self._cache(heads, counts, total - columns),
             **positions(self.model, batch.attention_mask, columns, count),
         }
         return Shortened(inputs, lambda logits: logits[:, -count:])
 
-    def _index(self, batch: Batch, kept: int) -> Tensor:
-        """For each row and kept column ``(R, kept)`` its token among all heads'; 0 for padding."""
+    def _cache(self, heads: Sequence[tuple[int, ...]], counts: list[int], kept: int) -> Cache:
+        """A cache of `kept` columns: the first `counts` tokens of each row's head at its end."""
         rows = []
-        for head, length in zip(batch.heads, batch.lengths, strict=True):
-            taken = max(0, length - (batch.input_ids.shape[1] - kept))
+        for head, count in zip(heads, counts, strict=True):
             first = self._row.get(head, 0) * self._width + self._width - len(head)
-            rows.append([0] * (kept - taken) + list(range(first, first + taken)))
-        return torch.tensor(rows)
+            rows.append([0] * (kept - count) + list(range(first, first + count)))
+        index = torch.tensor(rows, device=self._kept[0].device)
+        given = [
+            _by_row(F.embedding(index, flat), made)
+            for flat, made in zip(self._kept, self._made, strict=True)
+        ]
+        return cache_of(zip(given[::2], given[1::2], strict=True))
 
     def backward(self) -> None:
         """Bring the gradients that the rows left here on to the prompts' vectors."""

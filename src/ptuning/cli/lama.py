@@ -31,19 +31,23 @@ def lama(
         str,
         typer.Option(
             help="Population's templates, separated by '|': own (LAMA's words as anchors), best "
-            "(the best manual template's), plain (no words), or text with {sub_label} and [MASK]."
+            "(the best manual template's), own-words and best-words (virtual tokens begin as these "
+            "words), plain (no words), or text with {sub_label} and [MASK]."
         ),
-    ] = "own|best",
+    ] = "own|best-words",
     encoder: Annotated[
         str, typer.Option(help="Population's encoders: mlp, lstm, none, separated by commas.")
-    ] = "mlp,none",
+    ] = "none",
     virtual_tokens: Annotated[int, typer.Option(help="Virtual tokens of each group.")] = 3,
     population: Annotated[int, typer.Option(help="Seeds of each template and encoder.")] = 1,
-    epochs: Annotated[int, typer.Option(help="Passes over a relation's facts.")] = 8,
+    epochs: Annotated[
+        int | None,
+        typer.Option(help="Passes over a relation's facts. [default: 150 steps, 3 to 10 epochs]"),
+    ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="[default: 1e-3 for mlp, 2e-3 for lstm, 1e-2 for none]")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Facts of each member per step.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Facts of each member per step.")] = 8,
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
     candidates: Annotated[
         Path | None,
@@ -90,9 +94,8 @@ def lama(
         encoders=_parts(encoder, ",", "--encoder"),
         virtual_tokens=virtual_tokens,
         seeds=population,
-        settings=TrainSettings(
-            epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed
-        ),
+        epochs=epochs,
+        settings=TrainSettings(learning_rate=learning_rate, batch_size=batch_size, seed=seed),
     )
     settings = run_files.settings_of(context)
     decisive = {k: v for k, v in settings.items() if k not in ("output", "data", "relations")}

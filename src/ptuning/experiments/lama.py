@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import mean
 from typing import Any
@@ -26,10 +26,17 @@ from ..settings import TrainSettings
 from ..task import Task
 from ..training import train
 from .lama_data import OBJECT, SUBJECT, Facts, Relation, is_one_token
-from .lama_templates import all_manual, anchored_template, manual_template, plain_template
+from .lama_templates import (
+    all_manual,
+    anchored_template,
+    manual_template,
+    plain_template,
+    worded_template,
+)
 from .ranking import metrics, ranks
 
-TEMPLATES = ("own", "best", "plain")
+TEMPLATES = ("own", "best", "own-words", "best-words", "plain")
+_STEPS, _FEWEST, _MOST = 150, 3, 10
 MEASURED = ("manual_p1", "best_manual_p1", "majority_p1", "ptuned_p1", "ptuned_p10", "ptuned_mrr")
 
 
@@ -39,12 +46,13 @@ class LamaOptions:
 
     Args:
         templates: ``own`` (virtual tokens among the words of LAMA's template), ``best`` (of the
-            manual template that is best on dev), ``plain`` (no words), or templates with
-            ``{sub_label}``.
+            manual template that is best on dev), ``own-words`` and ``best-words`` (virtual tokens
+            that begin as these words), ``plain`` (no words), or templates with ``{sub_label}``.
         encoders: prompt encoders.
         virtual_tokens: of each group.
         seeds: how many of each combination.
-        settings: how to train.
+        epochs: None for as many as 150 steps take, 3 to 10: relations differ in size.
+        settings: how to train otherwise.
 
     Raises:
         InputError: a template is neither a known form nor names the subject.
@@ -54,6 +62,7 @@ class LamaOptions:
     encoders: tuple[str, ...]
     virtual_tokens: int
     seeds: int
+    epochs: int | None
     settings: TrainSettings
 
     def __post_init__(self) -> None:
@@ -63,6 +72,13 @@ class LamaOptions:
                     f"--template {template!r} is none of {', '.join(TEMPLATES)} and does not name "
                     f"the subject: write {{{SUBJECT}}} where it stands"
                 )
+
+    def settings_for(self, facts: Facts) -> TrainSettings:
+        """How to train on a relation's facts."""
+        if self.epochs is not None:
+            return replace(self.settings, epochs=self.epochs)
+        enough = round(_STEPS * self.settings.batch_size / len(facts.train))
+        return replace(self.settings, epochs=min(max(enough, _FEWEST), _MOST))
 
 
 def probe(
@@ -114,7 +130,7 @@ def probe(
         prompt,
         facts.train,
         facts.dev,
-        settings=options.settings,
+        settings=options.settings_for(facts),
         population=options.seeds,
         grid={"template": templates, "encoder": list(dict.fromkeys(options.encoders))},
         listener=listener,
@@ -161,6 +177,8 @@ def _with_virtual_tokens(options: LamaOptions, own: str, best: str, kind: str) -
     forms = {
         "own": anchored_template(own, kind, size),
         "best": anchored_template(best, kind, size),
+        "own-words": worded_template(own, kind, size),
+        "best-words": worded_template(best, kind, size),
         "plain": plain_template(kind, size),
     }
     chosen = [forms.get(template, template) for template in options.templates]

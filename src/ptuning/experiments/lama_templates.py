@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from .lama_data import SUBJECT, Relation
 
 _FIELD = f"{{{SUBJECT}}}"
@@ -56,3 +58,21 @@ def anchored_template(manual: str, kind: str, size: int = 3) -> str:
     before, after = manual.split(_FIELD)
     behind = f" {group}" if kind == "masked" else ""
     return f"{group} {before}{_FIELD} {group}{after}{behind}"
+
+
+def worded_template(manual: str, kind: str, size: int = 3) -> str:
+    """A manual template whose words begin the virtual tokens: training starts from what they get.
+
+    Punctuation at the subject stays. Where no words stand beside the subject that could begin
+    something, or the answer stands in front of it, `anchored_template`.
+    """
+    before, after = manual.split(_FIELD)
+    between, slot, behind = after.partition(" [MASK]")
+    beside, words = re.fullmatch(r"(\S*)(.*)", between, re.DOTALL).groups()  # type: ignore[union-attr]
+    front = before.strip()
+    if not slot or not (front or words.strip()) or re.search(r"[\[\]{}]", front + words):
+        return anchored_template(manual, kind, size)
+    start = f"[P:{front}] " if front else ""
+    if words.strip():
+        words = f"[P:{words}]" if words.startswith("\n") else f" [P:{words.strip()}]"
+    return f"{start}{_FIELD}{beside}{words} [MASK]{behind}"

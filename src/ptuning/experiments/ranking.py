@@ -15,6 +15,7 @@ from ..errors import DataError
 from ..loss import answer_logits
 from ..render import Renderer, render_all
 from ..score import batch_for, model_device
+from ..shared_head import share_heads
 from ..task import Task
 
 
@@ -52,12 +53,16 @@ def ranks(
     result = [0] * len(examples)
     device = model_device(model)
     with eval_mode(model), placed(model, tokenizer, task) as first_id:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            chunk = [examples[i] for i in chosen]
-            batch = batch_for(model, renderer, chunk, [first_id] * len(chunk)).to(device)
-            column = -1 if kind == "causal" else 0
-            logits = answer_logits(model, batch)[:, column]
+        chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        first_ids = [first_id] * batch_size
+        batches = [
+            batch_for(model, renderer, [examples[i] for i in chunk], first_ids).to(device)
+            for chunk in chunks
+        ]
+        heads = share_heads(model, batches)
+        column = -1 if kind == "causal" else 0
+        for chosen, batch in zip(chunks, batches, strict=True):
+            logits = answer_logits(model, batch, heads)[:, column]
             found = _ranks(logits, batch.answers[:, column], competing)
             for index, rank in zip(chosen, found.tolist(), strict=True):
                 result[index] = rank
