@@ -211,7 +211,7 @@ def test_the_command_probes_relations_and_goes_on_where_it_stopped(
     assert figures["test_examples"] == 5
     for key in ("manual_p1", "best_manual_p1", "majority_p1", "ptuned_p1", "ptuned_mrr"):
         assert 0 <= figures[key] <= 1 and first["mean"][key] == figures[key]
-    assert {m["name"]["encoder"] for m in figures["members"]} == {"none"}
+    assert {m["name"]["encoder"] for m in figures["members"]} == {"mlp"}
     assert len({m["name"]["template"] for m in figures["members"]}) == len(figures["members"]) == 2
     assert Prompt.load(tmp_path / "out/prompts/P36").template == figures["template"]
     assert (tmp_path / "out/lama.png").read_bytes().startswith(b"\x89PNG")

@@ -34,10 +34,10 @@ def lama(
             "(the best manual template's), own-words and best-words (virtual tokens begin as these "
             "words), plain (no words), or text with {sub_label} and [MASK]."
         ),
-    ] = "own|best-words",
+    ] = "own|best",
     encoder: Annotated[
         str, typer.Option(help="Population's encoders: mlp, lstm, none, separated by commas.")
-    ] = "none",
+    ] = "mlp",
     virtual_tokens: Annotated[int, typer.Option(help="Virtual tokens of each group.")] = 3,
     population: Annotated[int, typer.Option(help="Seeds of each template and encoder.")] = 1,
     epochs: Annotated[
