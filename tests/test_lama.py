@@ -229,7 +229,10 @@ def test_the_command_probes_relations_and_goes_on_where_it_stopped(
     ("options", "parts"),
     [
         (["--relations", "P7"], ["unknown relation 'P7'"]),
-        (["--template", "[P*3] no subject [MASK]"], ["none of own, best, own-words, best-words, plain", "{sub_label}"]),
+        (
+            ["--template", "[P*3] no subject [MASK]"],
+            ["none of own, best, own-words, best-words, plain", "{sub_label}"],
+        ),
         (["--candidates", "nowhere.txt"], ["nowhere.txt cannot be read"]),
         (["--encoder", "gru"], ["gru"]),
         (["--epochs", "0"], ["epochs is 0"]),

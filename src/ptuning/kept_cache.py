@@ -1,7 +1,7 @@
-"""A model's cache around keys and values that are there already.
+"""Keys and values of some columns of a causal model: computing them, and a cache around them.
 
-It is made anew for every forward, so what it is made of never changes. This module does not know
-where keys and values come from (`prefix`, `shared_head`).
+The cache is made anew for every forward, so what it is made of never changes. This module does not
+know which columns these are (`prefix`, `shared_head`).
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+from .loss import positions
 
 
 class _KeptLayer(DynamicLayer):
@@ -26,6 +28,21 @@ class _KeptLayer(DynamicLayer):
 def cache_of(layers: Iterable[tuple[Tensor, Tensor]]) -> Cache:
     """A new cache around keys and values ``(R, heads, tokens, head width)`` of each layer."""
     return Cache(layers=[_KeptLayer(keys, values) for keys, values in layers])
+
+
+def keys_and_values(model: nn.Module, ids: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What each layer makes of rows ``(R, T)``: ``(R, heads, T, head width)``; without logits."""
+    body = getattr(model, "base_model", model)
+    cache = DynamicCache()  # without a configuration layers with a window keep every column
+    body(
+        input_ids=ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=True,
+        **positions(body, mask, ids.shape[1], 1),
+    )
+    layers: list[Any] = cache.layers
+    return [(layer.keys, layer.values) for layer in layers]
 
 
 def reads_caches(model: nn.Module) -> bool:

@@ -16,14 +16,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
 from .collate import IGNORED, Batch
-from .kept_cache import cache_of, reads_caches
+from .kept_cache import cache_of, keys_and_values, reads_caches
 from .loss import Shortened, positions
 from .packing import Packed, can_pack, pack
 from .settings import parse_size
@@ -150,17 +149,8 @@ class PrefixStore:
                 ids[row, -len(prefix) :] = torch.tensor(prefix)
                 mask[row, -len(prefix) :] = 1
         mask[:, -1] = 1  # an empty prefix: some column must be seen; it is cut off below
-        # Without the model's configuration, so that layers with a window keep every column.
-        cache = DynamicCache()
-        self.model(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            past_key_values=cache,
-            use_cache=True,
-            **positions(self.model, mask.to(device), length, 1),
-        )
-        layers: list[Any] = cache.layers
-        pairs = [torch.stack([layer.keys, layer.values]) for layer in layers]
+        layers = keys_and_values(self.model, ids.to(device), mask.to(device))
+        pairs = [torch.stack(layer) for layer in layers]
         return [
             [pair[:, row, :, length - len(prefix) :].clone() for pair in pairs]
             for row, prefix in enumerate(prefixes)

@@ -17,15 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
 from .collate import Batch
-from .kept_cache import cache_of, reads_caches
+from .kept_cache import cache_of, keys_and_values, reads_caches
 from .loss import Prefix, Shortened, positions
 from .packing import can_pack, pack
 
@@ -48,16 +47,8 @@ class SharedHeads:
         ids = torch.tensor([[0] * (self._width - len(head)) + list(head) for head in heads])
         mask = torch.tensor([[0] * (self._width - len(head)) + [1] * len(head) for head in heads])
         device = next(model.parameters()).device
-        cache = DynamicCache()  # without a configuration layers with a window keep every column
-        model(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            past_key_values=cache,
-            use_cache=True,
-            **positions(model, mask.to(device), self._width, 1),
-        )
-        layers: list[Any] = cache.layers
-        self._made: list[Tensor] = [t for layer in layers for t in (layer.keys, layer.values)]
+        layers = keys_and_values(model, ids.to(device), mask.to(device))
+        self._made = [tensor for layer in layers for tensor in layer]
         self._kept = [_by_token(tensor) for tensor in self._made]
 
     def __call__(self, batch: Batch) -> Shortened | None:
