@@ -30,9 +30,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     original = SharedHeads.__init__
 
-    def init(self: SharedHeads, model: Any, heads: Any) -> None:
+    def init(self: SharedHeads, model: Any, heads: Any, device: torch.device) -> None:
         seen.append(len(heads))
-        original(self, model, heads)
+        original(self, model, heads, device)
 
     monkeypatch.setattr(SharedHeads, "__init__", init)
     return seen
@@ -124,9 +124,13 @@ def test_where_nothing_is_saved_there_is_no_head(template: str, rows: list[Any])
     assert share_heads(model, [batch_for(model, renderer, examples, [400] * len(rows))]) is None
 
 
-def test_models_that_read_no_cache_take_the_plain_path() -> None:
+@pytest.mark.parametrize("what", ["checkpointing", "spread"])
+def test_models_that_read_no_cache_take_the_plain_path(what: str) -> None:
     model = tiny.model("llama")
-    model.gradient_checkpointing_enable()
+    if what == "checkpointing":
+        model.gradient_checkpointing_enable()
+    else:
+        model.hf_device_map = {"model": 0, "lm_head": 1}
     prompt = ptuning.Prompt(TEMPLATES[0], answer="capital", answer_end=False)
     renderer = Renderer(tiny.tokenizer(), prompt, "causal", 128)
     examples = render_all(renderer, ROWS, "training")

@@ -46,7 +46,7 @@ def keys_and_values(model: nn.Module, ids: Tensor, mask: Tensor) -> list[tuple[T
 
 
 def reads_caches(model: nn.Module) -> bool:
-    """Every layer attends to keys and values that it is given.
+    """Every layer attends to keys and values that it is given, on one device.
 
     Recurrent layers have a state instead. Gradient checkpointing runs layers again, and
     transformers then gives them no cache.
@@ -55,4 +55,5 @@ def reads_caches(model: nn.Module) -> bool:
     kinds = getattr(config.get_text_config(), "layer_types", None) or ["full_attention"]
     attends = {"full_attention", "sliding_attention"}.issuperset(kinds)
     again = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    return attends and not again and not getattr(model, "_is_stateful", False)
+    spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+    return attends and not (again or spread or getattr(model, "_is_stateful", False))

@@ -38,15 +38,15 @@ class SharedHeads:
     Args:
         model: a causal model, the prompts' vectors in its embedding.
         heads: their ids.
+        device: that takes the model's inputs.
     """
 
-    def __init__(self, model: nn.Module, heads: Sequence[tuple[int, ...]]):
+    def __init__(self, model: nn.Module, heads: Sequence[tuple[int, ...]], device: torch.device):
         self.model = model
         self._row = {head: number for number, head in enumerate(heads)}
         self._width = max(map(len, heads))
         ids = torch.tensor([[0] * (self._width - len(head)) + list(head) for head in heads])
         mask = torch.tensor([[0] * (self._width - len(head)) + [1] * len(head) for head in heads])
-        device = next(model.parameters()).device
         layers = keys_and_values(model, ids.to(device), mask.to(device))
         self._made = [tensor for layer in layers for tensor in layer]
         self._kept = [_by_token(tensor) for tensor in self._made]
@@ -110,7 +110,9 @@ def share_heads(model: nn.Module, batches: Sequence[Batch]) -> SharedHeads | Non
     distinct = list(dict.fromkeys(heads))
     saved = sum(map(len, heads)) - sum(map(len, distinct))
     tokens = sum(length for batch in batches for length in batch.lengths)
-    return SharedHeads(model, distinct) if saved * _WORTH >= tokens else None
+    if saved * _WORTH < tokens:
+        return None
+    return SharedHeads(model, distinct, batches[0].input_ids.device)
 
 
 def first_of(*prefixes: Prefix | None) -> Prefix:
