@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +11,13 @@ import torch
 
 import ptuning
 from ptuning import packing
+from ptuning.collate import Batch, collate
+from ptuning.layout import Sequence
 from ptuning.loss import answer_logits
+from ptuning.packing import saves_padding
 from ptuning.population import Member, Population
 from ptuning.prefix import PrefixStore
-from ptuning.render import Renderer, render_all
+from ptuning.render import Rendered, Renderer, render_all
 from ptuning.score import batch_for
 
 from . import tiny
@@ -87,13 +92,14 @@ def test_many_prompts_on_one_document_are_one_row(monkeypatch: pytest.MonkeyPatc
         prompt.vectors = torch.randn(size, 32)
         prompts.append(prompt)
     shapes: list[tuple[int, ...]] = []
-    forward = model.forward
+    forward = model.model.forward
 
+    @functools.wraps(forward)
     def counted(*args: Any, **inputs: Any) -> Any:
         shapes.append(tuple(inputs["input_ids"].shape))
         return forward(*args, **inputs)
 
-    monkeypatch.setattr(model, "forward", counted)
+    monkeypatch.setattr(model.model, "forward", counted)
     rows = [{k: v for k, v in row.items() if k != "label"} for row in ROWS[:2]]
     got = ptuning.predict_details(model, tokenizer, prompts, rows)
     monkeypatch.undo()
@@ -123,3 +129,17 @@ def test_other_attention_keeps_rows_apart_and_gives_the_same() -> None:
         apart = answer_logits(model, batch, PrefixStore(model))
     real = batch.answers != -100
     torch.testing.assert_close(packed[real], apart[real], atol=1e-5, rtol=0)
+
+
+def test_rows_of_unlike_length_are_packed_and_long_equal_ones_are_not() -> None:
+    def batch(rests: list[int]) -> Batch:
+        head = (400, 401)
+        rows = [
+            Sequence((-1, -2, *range(5, 5 + n)), 2 + n, (9,), (("x", 2, 2 + n),)) for n in rests
+        ]
+        made = collate([Rendered((row,)) for row in rows], "causal", [400] * len(rows))
+        return replace(made, prefixes=(head,) * len(rows))
+
+    assert saves_padding(batch([2, 3, 4, 9] * 4), 576)
+    assert not saves_padding(batch([128] * 8), 576)
+    assert not saves_padding(batch([9] * 16), 576)

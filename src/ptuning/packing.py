@@ -9,6 +9,7 @@ cost one row.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +70,29 @@ def can_pack(model: nn.Module) -> bool:
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     window = getattr(text, "sliding_window", None) and not getattr(text, "layer_types", None)
     return bool(rotary) and kinds == {"full_attention"} and not window
+
+
+def saves_padding(batch: Batch, width: int) -> bool:
+    """Whether packed rows cost less than rows padded to the longest.
+
+    Packing computes no padding, but attention between segments that do not see each other. A token
+    costs as much in a layer's matrices as in attention to 6 x `width` keys, and half of that
+    counted, since products as small as attention's run slower.
+
+    Args:
+        batch: with the prefixes behind which rows may be packed.
+        width: the model's hidden size.
+    """
+    rests = [n - len(p) for n, p in zip(batch.lengths, batch.prefixes, strict=True)]
+    packed: Counter[tuple[int, ...]] = Counter()
+    for prefix, rest in zip(batch.prefixes, rests, strict=True):
+        packed[prefix] += rest
+    kept = max(map(len, packed))
+
+    def cost(rows: int, columns: int) -> int:
+        return rows * columns * (3 * width + kept + columns)
+
+    return cost(len(packed), max(packed.values())) < cost(len(rests), max(rests))
 
 
 def pack(batch: Batch) -> Packed | None:

@@ -7,9 +7,9 @@ row of a prompt, and nothing behind them changes their keys and values.
     here      one row of   [v v words], its keys and values given to R rows of [text]
 
 In training these keys and values have gradients: the rows' gradients add up in a leaf and go on
-through the head once (`SharedHeads.backward`). Where the model allows it the rows of a prompt stand
-one behind the other (`packing`), so that nothing is padding. Elsewhere, as in `prefix`, a row with
-a shorter text computes the end of its head again, so that no padding stands inside a row. The plain
+through the head once (`SharedHeads.backward`). Where the model allows it and much would be padding,
+the rows of a prompt stand one behind the other (`packing`). Elsewhere, as in `prefix`, a row with a
+shorter text computes the end of its head again, so that no padding stands inside a row. The plain
 path is `loss.answer_logits` without a prefix; a test holds the two together.
 """
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from transformers import Cache
 from .collate import Batch
 from .kept_cache import cache_of, keys_and_values, reads_caches
 from .loss import Prefix, Shortened, positions
-from .packing import can_pack, pack
+from .packing import Packed, can_pack, pack, saves_padding
 
 _WORTH = 8
 """At least one in so many tokens must be saved: a pass of its own for the heads has a price."""
@@ -54,7 +55,7 @@ class SharedHeads:
     def __call__(self, batch: Batch) -> Shortened | None:
         """What is left to compute of a batch, or None where nothing is saved."""
         heads = tuple(head if head in self._row else () for head in batch.heads)
-        packed = pack(replace(batch, prefixes=heads)) if can_pack(self.model) else None
+        packed = self._pack(replace(batch, prefixes=heads))
         if packed is not None:
             counts = [len(head) for head in packed.prefixes]
             return packed.behind(self._cache(packed.prefixes, counts, max(counts)))
@@ -71,6 +72,13 @@ class SharedHeads:
             **positions(self.model, batch.attention_mask, columns, count),
         }
         return Shortened(inputs, lambda logits: logits[:, -count:])
+
+    def _pack(self, behind: Batch) -> Packed | None:
+        if not can_pack(self.model):
+            return None
+        config: Any = self.model.config
+        width = config.get_text_config().hidden_size
+        return pack(behind) if saves_padding(behind, width) else None
 
     def _cache(self, heads: Sequence[tuple[int, ...]], counts: list[int], kept: int) -> Cache:
         """A cache of `kept` columns: the first `counts` tokens of each row's head at its end."""
