@@ -46,7 +46,7 @@ def training(side: str, base: Any) -> None:
     from sides import Ours, Theirs, rendered
     from workloads import texts
 
-    from ptuning.prefix import PrefixStore
+    from ptuning.fast.prefix import PrefixStore
 
     batches = [texts(base, ROWS, TOKENS) for _ in range(BATCHES)]
     if side == "peft":

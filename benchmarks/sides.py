@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ptuning import Prompt, TrainSettings
 from ptuning.collate import Batch, by_length, collate
+from ptuning.fast.packing import can_pack
 from ptuning.graphs import graphs_or_plain
 from ptuning.layout import Sequence
 from ptuning.learner import Learner
 from ptuning.loss import Prefix
-from ptuning.packing import can_pack
 from ptuning.population import Member, Population
 from ptuning.render import Rendered
 

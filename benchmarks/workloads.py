@@ -14,9 +14,9 @@ from limits import Part
 from sides import VIRTUAL, Ours, Step, Theirs, rendered
 from torch import Tensor
 
-from ptuning.label_words import label_word_scores
+from ptuning.fast.label_words import label_word_scores
+from ptuning.fast.prefix import PrefixStore, for_prediction
 from ptuning.loss import answer_logits
-from ptuning.prefix import PrefixStore, for_prediction
 
 
 @dataclass

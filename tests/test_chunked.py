@@ -10,12 +10,12 @@ import transformers
 from torch import nn
 
 import ptuning
-from ptuning import chunked
 from ptuning.collate import IGNORED, Batch
+from ptuning.fast import chunked
+from ptuning.fast.prefix import PrefixStore
 from ptuning.inject import Injector
 from ptuning.layout import Sequence
 from ptuning.loss import answer_logits, example_losses, examples_right
-from ptuning.prefix import PrefixStore
 from ptuning.render import Rendered
 
 from . import tiny

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 import ptuning
-from ptuning import label_words
 from ptuning.collate import Batch
-from ptuning.label_words import label_word_scores
+from ptuning.fast import label_words
+from ptuning.fast.label_words import label_word_scores
+from ptuning.fast.prefix import PrefixStore
 from ptuning.loss import answer_logits, word_scores
 from ptuning.population import Member, Population
-from ptuning.prefix import PrefixStore
 from ptuning.render import Renderer, render_all
 from ptuning.score import batch_for
 

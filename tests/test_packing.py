@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import ptuning
-from ptuning import packing
 from ptuning.collate import Batch, collate
+from ptuning.fast import packing
+from ptuning.fast.packing import saves_padding
+from ptuning.fast.prefix import PrefixStore
 from ptuning.layout import Sequence
 from ptuning.loss import answer_logits
-from ptuning.packing import saves_padding
 from ptuning.population import Member, Population
-from ptuning.prefix import PrefixStore
 from ptuning.render import Rendered, Renderer, render_all
 from ptuning.score import batch_for
 
@@ -50,8 +50,10 @@ def test_packed_rows_have_the_losses_and_gradients_of_rows_apart(
     model = tiny.model("llama")
     packs: list[Any] = []
     original = packing.pack
-    monkeypatch.setattr("ptuning.packing._WIDEST", tokens)
-    monkeypatch.setattr("ptuning.prefix.pack", lambda b: packs.append(original(b)) or packs[-1])
+    monkeypatch.setattr("ptuning.fast.packing._WIDEST", tokens)
+    monkeypatch.setattr(
+        "ptuning.fast.prefix.pack", lambda b: packs.append(original(b)) or packs[-1]
+    )
     packed = step(model, PrefixStore(model))
     if tokens == 20:  # too wide: the plain path
         assert packs == [None]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import ptuning
 from ptuning.errors import InputError
+from ptuning.fast.prefix import PrefixStore, budgets
 from ptuning.population import Member, Population
-from ptuning.prefix import PrefixStore, budgets
 from ptuning.render import Rendered, Renderer, render_all
 from ptuning.score import batch_for, score
 from ptuning.settings import parse_size
@@ -162,7 +162,7 @@ def without_sharing(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def run(*args: Any, **options: Any) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr("ptuning.prefix._SMALLEST", 10**9)
+            patch.setattr("ptuning.fast.prefix._SMALLEST", 10**9)
             return ptuning.predict_details(*args, **options)
 
     return run

@@ -11,10 +11,10 @@ from torch import Tensor
 
 import ptuning
 from ptuning.collate import Batch
+from ptuning.fast.shared_head import SharedHeads, share_heads
 from ptuning.population import Member, Population
 from ptuning.render import Rendered, Renderer, render_all
 from ptuning.score import batch_for, score
-from ptuning.shared_head import SharedHeads, share_heads
 
 from . import tiny
 

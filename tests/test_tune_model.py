@@ -52,7 +52,7 @@ def test_long_answers_bring_gradients_to_the_output_head(monkeypatch: pytest.Mon
     tokenizer = tiny.tokenizer()
     heads = []
     for largest in (10**9, 0):
-        monkeypatch.setattr("ptuning.chunked.LARGEST", largest)
+        monkeypatch.setattr("ptuning.fast.chunked.LARGEST", largest)
         model = tiny.model("llama", vocab_size=len(tokenizer))
         ptuning.train(model, tokenizer, prompt(), ROWS, **{**SETTINGS, "epochs": 1})
         heads.append(model.lm_head.weight.detach())

@@ -130,8 +130,8 @@ def by_length(
         rows: examples, each with its member.
         device: that will compute them.
         kept: what stands before the first virtual token or the first field is not computed with
-            them (`prefix`, `shared_head`); a part may have four times as much of it.
-        packed: rows behind a shared head are not padded (`packing`): a member's stand together.
+            them (`fast.prefix`, `fast.shared_head`); a part may have four times as much of it.
+        packed: rows behind a shared head may be packed (`fast.packing`): a member's are together.
     """
     if not rows:
         return

@@ -21,10 +21,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from .collate import Batch
-from .kept_cache import cache_of
+from .fast.kept_cache import cache_of
+from .fast.prefix import PrefixStore
 from .loss import Shortened
 from .population import Population
-from .prefix import PrefixStore
 from .prompt import Prompt
 from .settings import TrainSettings
 from .static_shapes import GIVEN, SUFFIXES, buffers_for, fill, shape_of, tensors_of, widened

@@ -25,11 +25,11 @@ from . import checkpoint, processes
 from .collate import Batch, by_length
 from .devices import finish_trackers, make_accelerator, place
 from .errors import TrainingError
+from .fast.packing import can_pack
+from .fast.prefix import PrefixStore
 from .graphs import graphs_or_plain
 from .learner import Learner, halve
-from .packing import can_pack
 from .population import Member, Population
-from .prefix import PrefixStore
 from .progress import Progress
 from .render import Rendered
 from .score import batch_for, sums

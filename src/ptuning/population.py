@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import chunked
 from .base_model import eval_mode, first_free_id
 from .collate import Batch
 from .encoder import PromptEncoder, initialise
 from .errors import PromptFileError
+from .fast import chunked
+from .fast.shared_head import SharedHeads, first_of, share_heads
 from .inject import ATTACHING, Injector, input_embedding
 from .loss import Prefix
 from .prompt import Prompt
-from .shared_head import SharedHeads, first_of, share_heads
 
 
 class Member(nn.Module):
@@ -99,7 +99,7 @@ class Population(nn.Module):
         tokenizer: its length decides where virtual ids start.
         members: one or more.
         words: for label comparison the label of each word (`Renderer.owner`), else None.
-        prefix: keeps what does not depend on the members (`prefix.PrefixStore`), or None.
+        prefix: keeps what does not depend on the members (`fast.prefix.PrefixStore`), or None.
         tune_model: the base model's parameters are trained too, and ask for gradients meanwhile.
     """
 

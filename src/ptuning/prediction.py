@@ -15,9 +15,9 @@ from .attachment import placed
 from .base_model import context_length, eval_mode, task_kind
 from .collate import Batch
 from .errors import InputError
-from .label_words import label_word_scores
+from .fast.label_words import label_word_scores
+from .fast.prefix import PrefixStore, for_prediction
 from .loss import answer_logits, by_label
-from .prefix import PrefixStore, for_prediction
 from .render import Example, Rendered, Renderer, render_all
 from .score import batch_for, model_device
 from .task import Task

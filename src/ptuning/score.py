@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .chunked import losses_and_right
 from .collate import Batch, collate
+from .fast.chunked import losses_and_right
+from .fast.shared_head import first_of, share_heads
 from .loss import Prefix
 from .render import Rendered, Renderer
-from .shared_head import first_of, share_heads
 
 
 def score(

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .collate import IGNORED, Batch
+from .fast.prefix import longest_suffix
 from .loss import Shortened
-from .prefix import longest_suffix
 
 SUFFIXES = 4
 """Columns behind a frozen prefix are a multiple of this."""

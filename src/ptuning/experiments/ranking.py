@@ -12,10 +12,10 @@ from ..attachment import placed
 from ..base_model import context_length, eval_mode, task_kind
 from ..data import Row
 from ..errors import DataError
+from ..fast.shared_head import share_heads
 from ..loss import answer_logits
 from ..render import Renderer, render_all
 from ..score import batch_for, model_device
-from ..shared_head import share_heads
 from ..task import Task
 
 

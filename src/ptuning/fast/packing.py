@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from .collate import Batch
-from .loss import Shortened
+from ..collate import Batch
+from ..loss import Shortened
 
 _WIDEST = 4096
 """Columns of a packed row: attention between segments is masked, but still computed."""

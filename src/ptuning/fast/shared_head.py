@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
-from .collate import Batch
+from ..collate import Batch
+from ..loss import Prefix, Shortened, positions
 from .kept_cache import cache_of, keys_and_values, reads_caches
-from .loss import Prefix, Shortened, positions
 from .packing import Packed, can_pack, pack, saves_padding
 
 _WORTH = 8

@@ -20,9 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .collate import IGNORED, Batch
-from .label_words import label_word_scores
-from .loss import (
+from ..collate import IGNORED, Batch
+from ..loss import (
     Prefix,
     answer_logits,
     answer_outputs,
@@ -30,6 +29,7 @@ from .loss import (
     examples_right,
     losses_of_labels,
 )
+from .label_words import label_word_scores
 from .output_head import behind_the_head, output_head, seeing
 
 LARGEST = 2**24

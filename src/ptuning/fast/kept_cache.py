@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .loss import positions
+from ..loss import positions
 
 
 class _KeptLayer(DynamicLayer):

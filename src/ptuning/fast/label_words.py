@@ -15,8 +15,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from .collate import Batch
-from .loss import Prefix, answer_logits, answer_outputs, word_scores
+from ..collate import Batch
+from ..loss import Prefix, answer_logits, answer_outputs, word_scores
 from .output_head import behind_the_head, output_head, seeing
 
 _alike: WeakSet[nn.Module] = WeakSet()

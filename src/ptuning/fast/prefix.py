@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from .collate import IGNORED, Batch
+from ..collate import IGNORED, Batch
+from ..loss import Shortened, positions
+from ..settings import parse_size
 from .kept_cache import cache_of, keys_and_values, reads_caches
-from .loss import Shortened, positions
 from .packing import Packed, can_pack, pack
-from .settings import parse_size
 
 KeyValues = list[Tensor]
 """For each layer keys and values of one prefix: ``(2, heads, tokens, head width)``."""
