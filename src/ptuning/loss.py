@@ -44,7 +44,7 @@ def answer_logits(model: nn.Module, batch: Batch, prefix: Prefix | None = None) 
     Args:
         model: the base model.
         batch: its inputs.
-        prefix: tells what is left to compute of a causal batch (`fast.prefix.PrefixStore`), or None.
+        prefix: says what is left to compute of a causal batch (`fast.prefix.PrefixStore`), or None.
     """
     logits, rows = answer_outputs(model, batch, prefix)
     return rows(logits)
