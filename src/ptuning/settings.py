@@ -38,7 +38,8 @@ class TrainSettings:
         checkpoint_seconds: time between two checkpoints of a run that has an output folder.
         halving: drop members of a population that fall behind on dev, half of them at each rung.
         prefix_cache: keep the keys and values of text before the first virtual token: ``auto``
-            (part of the free memory), ``off``, or bytes such as ``2G``. Changes no result.
+            (part of the free memory), ``off`` (every row is computed as a whole), or bytes such as
+            ``2G``. Changes no result.
         tune_model: train the base model's weights together with the prompt (the paper's other
             setting); its dropout stays off. For one prompt alone.
         model_learning_rate: of the base model's weights, where they are trained.
@@ -51,7 +52,7 @@ class TrainSettings:
 
     epochs: int = 10
     learning_rate: float | None = None
-    batch_size: int = 32
+    batch_size: int = 8
     gradient_accumulation: int = 1
     seed: int = 0
     weight_decay: float = 0.0

@@ -87,7 +87,7 @@ def train(
         float | None,
         typer.Option(help="[default: 1e-3 for mlp, 2e-3 for lstm, 1e-2 for none]"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples per micro-batch.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Examples per micro-batch.")] = 8,
     gradient_accumulation: Annotated[
         int, typer.Option(help="Micro-batches per optimizer step.")
     ] = 1,
@@ -130,7 +130,8 @@ def train(
         str,
         typer.Option(
             metavar="auto|off|SIZE",
-            help="Keep what the model makes of text before the first virtual token; bytes: 2G.",
+            help="Keep what the model makes of text before the first virtual token, up to bytes "
+            "such as 2G; off: compute every row as a whole.",
         ),
     ] = "auto",
     tune_model: Annotated[
