@@ -150,10 +150,9 @@ class PrefixStore:
                 mask[row, -len(prefix) :] = 1
         mask[:, -1] = 1  # an empty prefix: some column must be seen; it is cut off below
         layers = keys_and_values(self.model, ids.to(device), mask.to(device))
-        pairs = [torch.stack(layer) for layer in layers]
         return [
-            [pair[:, row, :, length - len(prefix) :].clone() for pair in pairs]
-            for row, prefix in enumerate(prefixes)
+            [torch.stack([k[row, :, length - n :], v[row, :, length - n :]]) for k, v in layers]
+            for row, n in enumerate(map(len, prefixes))
         ]
 
     def _admit(self, prefix: tuple[int, ...], values: KeyValues) -> None:
