@@ -125,8 +125,9 @@ def many_prompts(base: Any, copy: Any, prompts: int = 16, tokens: int = 512) -> 
 
     @torch.no_grad()
     def mine(store: PrefixStore | None = None) -> Tensor:
-        store = store or PrefixStore(base)
-        return answer_logits(base, ours.batch(rows), store)[:, -1, words]
+        store, batch = store or PrefixStore(base), ours.batch(rows)
+        batch = replace(batch, member=torch.zeros_like(batch.member))  # as `predict` has it
+        return answer_logits(base, batch, store)[:, -1, words]
 
     @torch.no_grad()
     def plain() -> Tensor:

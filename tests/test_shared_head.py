@@ -165,3 +165,25 @@ def test_scores_are_the_plain_ones(made: list[int]) -> None:
         assert made == [1]
         assert score(model, renderer, examples, first, 2) == pytest.approx(shared)
         assert made == [1]
+
+
+def test_a_member_that_is_not_finite_harms_no_other() -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    prompts = [ptuning.Prompt(t, answer="capital", encoder="none") for t in TEMPLATES]
+    renderers = [Renderer(tokenizer, prompt, "causal", 128) for prompt in prompts]
+    members = [
+        Member(p, model, 0, [None] * r.count) for p, r in zip(prompts, renderers, strict=True)
+    ]
+    members[0].encoder.embedding.weight.data.fill_(float("nan"))
+    examples = [render_all(renderer, ROWS, "training") for renderer in renderers]
+    with Population(model, tokenizer, members) as population:
+        first = population.first_ids()
+        chosen = [(e, n) for n, some in enumerate(examples) for e in some]
+        made = batch_for(model, renderers[0], [e for e, _ in chosen], [first[n] for _, n in chosen])
+        batch = replace(made, member=torch.tensor([n for _, n in chosen]))
+        with population.one_table([batch]):
+            losses = population.losses(batch)
+            losses[1].backward()
+    assert torch.isnan(losses[0]) and torch.isfinite(losses[1])
+    (gradient,) = (p.grad for p in members[1].parameters())
+    assert gradient is not None and torch.isfinite(gradient).all() and gradient.any()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class Packed:
     """A causal batch of R rows as G < R packed rows, one for each prefix.
 
     Attributes:
-        prefixes: of the packed rows.
+        prefixes: of the packed rows; each has one member's rows.
         input_ids: ``(G, W)`` the segments, without the prefixes.
         attention_mask: ``(G, 1, W, prefix + W)``, True where a column is seen.
         position_ids: ``(G, W)``.
@@ -84,10 +85,10 @@ def saves_padding(batch: Batch, width: int) -> bool:
         width: the model's hidden size.
     """
     rests = [n - len(p) for n, p in zip(batch.lengths, batch.prefixes, strict=True)]
-    packed: Counter[tuple[int, ...]] = Counter()
-    for prefix, rest in zip(batch.prefixes, rests, strict=True):
-        packed[prefix] += rest
-    kept = max(map(len, packed))
+    packed: Counter[Any] = Counter()
+    for owner, rest in zip(_owners(batch), rests, strict=True):
+        packed[owner] += rest
+    kept = max(map(len, batch.prefixes))
 
     def cost(rows: int, columns: int) -> int:
         return rows * columns * (3 * width + kept + columns)
@@ -96,13 +97,16 @@ def saves_padding(batch: Batch, width: int) -> bool:
 
 
 def pack(batch: Batch) -> Packed | None:
-    """The batch with rows of one prefix packed; None where nothing is shared or a row is too wide.
+    """The batch with a member's rows of one prefix packed; None where nothing is shared or a row is
+    too wide.
 
     The rows' prefixes are left out of the packed rows, and shorter ones stand at the right.
     """
-    prefixes = tuple(dict.fromkeys(batch.prefixes))
-    if len(prefixes) == len(batch.prefixes):
+    owners = _owners(batch)
+    places = {owner: place for place, owner in enumerate(dict.fromkeys(owners))}
+    if len(places) == len(owners):
         return None
+    prefixes = tuple(prefix for prefix, _ in places)
     count = batch.answers.shape[1]
     ids: list[list[int]] = [[] for _ in prefixes]
     segments: list[list[int]] = [[] for _ in prefixes]
@@ -111,7 +115,7 @@ def pack(batch: Batch) -> Packed | None:
     for number, (row, length) in enumerate(
         zip(batch.input_ids.tolist(), batch.lengths, strict=True)
     ):
-        place = prefixes.index(batch.prefixes[number])
+        place = places[owners[number]]
         suffix = row[len(row) - length + len(batch.prefixes[number]) :]
         start = len(ids[place])
         ids[place] += suffix
@@ -136,6 +140,12 @@ def pack(batch: Batch) -> Packed | None:
         torch.tensor(group, device=device),
         answers.to(device),
     )
+
+
+def _owners(batch: Batch) -> list[tuple[tuple[int, ...], int]]:
+    """Whose packed row each row belongs to: rows of one prefix and one member of a population, for
+    what is not finite in one member would reach others in its row, masked or not."""
+    return list(zip(batch.prefixes, batch.member[batch.example].tolist(), strict=True))
 
 
 def _mask(segment: Tensor, offset: Tensor, lengths: Tensor) -> Tensor:

@@ -85,8 +85,9 @@ class SharedHeads:
         rows = []
         for head, count in zip(heads, counts, strict=True):
             first = self._row.get(head, 0) * self._width + self._width - len(head)
-            rows.append([0] * (kept - count) + list(range(first, first + count)))
-        index = torch.tensor(rows, device=self._kept[0].device)
+            rows.append([-1] * (kept - count) + list(range(first, first + count)))
+        # Padding is zeros: a token of another prompt might not be finite, and 0 x nan is nan.
+        index = torch.tensor(rows, device=self._kept[0].device) % len(self._kept[0])
         given = [
             _by_row(F.embedding(index, flat), made)
             for flat, made in zip(self._kept, self._made, strict=True)
@@ -96,7 +97,7 @@ class SharedHeads:
     def backward(self) -> None:
         """Bring the gradients that the rows left here on to the prompts' vectors."""
         pairs = [
-            (made, flat.grad.view(len(made), self._width, made.shape[1], -1).transpose(1, 2))
+            (made, flat.grad[:-1].view(len(made), self._width, made.shape[1], -1).transpose(1, 2))
             for made, flat in zip(self._made, self._kept, strict=True)
             if flat.grad is not None
         ]
@@ -134,10 +135,10 @@ def first_of(*prefixes: Prefix | None) -> Prefix:
 
 
 def _by_token(tensor: Tensor) -> Tensor:
-    """``(D, heads, tokens, width)`` -> a leaf ``(D x tokens, heads x width)``, in float32 so that
-    gradients of half precision add up in it."""
+    """``(D, heads, tokens, width)`` -> a leaf ``(D x tokens + 1, heads x width)``, zeros in the
+    last row, in float32 so that gradients of half precision add up in it."""
     flat = tensor.detach().transpose(1, 2).flatten(2).flatten(0, 1).float()
-    return flat.requires_grad_(tensor.requires_grad)
+    return F.pad(flat, (0, 0, 0, 1)).requires_grad_(tensor.requires_grad)
 
 
 def _by_row(tokens: Tensor, like: Tensor) -> Tensor:
