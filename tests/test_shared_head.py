@@ -87,6 +87,22 @@ def test_losses_and_gradients_are_the_plain_ones(family: str, parts: int, made: 
     torch.testing.assert_close(kept, plain, atol=1e-5, rtol=1e-5)
 
 
+def test_a_part_of_rows_with_empty_fields_takes_the_plain_path(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ptuning.fast.shared_head.saves_padding", lambda batch, width: True)
+    empty = [
+        {"country": "", "capital": text} for text in ("Paris", "Rome is not in the north " * 2)
+    ]
+    short = [{"country": "Italy", "capital": "Rome"}] * 2
+    # Of two parts of every second row the second has none but empty fields.
+    rows = [row for pair in zip(short * 6, empty * 6, strict=True) for row in pair]
+    prompt = ptuning.Prompt(TEMPLATES[1], answer="capital", answer_end=False)
+    model = tiny.model("llama")
+    plain, kept = (steps(model, [prompt], rows, 2, shared) for shared in (False, True))
+    torch.testing.assert_close(kept, plain, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "words", [{"yes": "Paris", "no": "Rome"}, {"yes": "not a city", "no": "Ra"}]
 )

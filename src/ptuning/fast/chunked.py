@@ -7,6 +7,7 @@ The model runs as ever, but its output head sees each row's first position only;
 given is taken down and goes through it chunk by chunk. What the model does behind its head (a
 scale, a soft cap, a bias) is done likewise, and held against the model's own logits of the first
 positions at each call: a model that does anything else takes the plain path, `loss.answer_logits`.
+Where label words are compared, `label_words` scores them instead.
 """
 
 from __future__ import annotations

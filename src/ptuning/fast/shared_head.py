@@ -55,6 +55,8 @@ class SharedHeads:
     def __call__(self, batch: Batch) -> Shortened | None:
         """What is left to compute of a batch, or None where nothing is saved."""
         heads = tuple(head if head in self._row else () for head in batch.heads)
+        if not any(heads):  # such as rows whose first field is empty
+            return None
         packed = self._pack(replace(batch, prefixes=heads))
         if packed is not None:
             counts = [len(head) for head in packed.prefixes]
