@@ -12,7 +12,6 @@ import torch
 import ptuning
 from ptuning.collate import Batch, collate
 from ptuning.fast import packing
-from ptuning.fast.packing import saves_padding
 from ptuning.fast.prefix import PrefixStore
 from ptuning.layout import Sequence
 from ptuning.loss import answer_logits
@@ -43,22 +42,17 @@ def step(model: Any, store: PrefixStore | None) -> tuple[torch.Tensor, torch.Ten
     return loss.detach(), torch.cat([p.grad.flatten() for p in member.parameters()])
 
 
-@pytest.mark.parametrize("tokens", [16384, 20])
 def test_packed_rows_have_the_losses_and_gradients_of_rows_apart(
-    tokens: int, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = tiny.model("llama")
     packs: list[Any] = []
     original = packing.pack
-    monkeypatch.setattr("ptuning.fast.packing._WIDEST", tokens)
     monkeypatch.setattr(
-        "ptuning.fast.prefix.pack", lambda b: packs.append(original(b)) or packs[-1]
+        "ptuning.fast.prefix.pack", lambda m, b: packs.append(original(m, b)) or packs[-1]
     )
     packed = step(model, PrefixStore(model))
-    if tokens == 20:  # too wide: the plain path
-        assert packs == [None]
-    else:
-        assert packs[0].input_ids.shape[0] == len(ROWS)
+    assert packs[0].input_ids.shape[0] == len(ROWS)
     torch.testing.assert_close(packed, step(model, None), atol=1e-5, rtol=0)
 
 
@@ -68,7 +62,7 @@ def test_a_segment_sees_the_prefix_and_itself_alone() -> None:
     renderer = Renderer(tokenizer, prompt, "causal", 128)
     examples = render_all(renderer, ROWS[:2], "training")
     batch = batch_for(model, renderer, examples, [0, 0])
-    packed = packing.pack(batch)
+    packed = packing.pack(model, batch)
     assert packed is not None and packed.group.tolist() == [0, 0, 0, 1, 1, 1]
     kept = packed.attention_mask.shape[3] - packed.attention_mask.shape[2]
     lengths = [len(prefix) for prefix in packed.prefixes]
@@ -83,7 +77,7 @@ def test_a_segment_sees_the_prefix_and_itself_alone() -> None:
             assert not seen[:start, kept + start :].any()
 
 
-def test_many_prompts_on_one_document_are_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_prompts_on_one_document_share_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny.model("llama"), tiny.tokenizer()
     prompts = []
     for size in range(1, 6):
@@ -105,7 +99,7 @@ def test_many_prompts_on_one_document_are_one_row(monkeypatch: pytest.MonkeyPatc
     rows = [{k: v for k, v in row.items() if k != "label"} for row in ROWS[:2]]
     got = ptuning.predict_details(model, tokenizer, prompts, rows)
     monkeypatch.undo()
-    assert len(shapes) == 2 and shapes[1][0] == len(rows)
+    assert len(shapes) == 2 and shapes[1][0] < len(rows) * len(prompts)
     for prompt, answers in zip(prompts, got, strict=True):
         for row, answer in zip(rows, answers, strict=True):
             (alone,) = ptuning.predict_details(model, tokenizer, prompt, [row])
@@ -133,15 +127,31 @@ def test_other_attention_keeps_rows_apart_and_gives_the_same() -> None:
     torch.testing.assert_close(packed[real], apart[real], atol=1e-5, rtol=0)
 
 
-def test_rows_of_unlike_length_are_packed_and_long_equal_ones_are_not() -> None:
-    def batch(rests: list[int]) -> Batch:
-        head = (400, 401)
-        rows = [
-            Sequence((-1, -2, *range(5, 5 + n)), 2 + n, (9,), (("x", 2, 2 + n),)) for n in rests
-        ]
-        made = collate([Rendered((row,)) for row in rows], "causal", [400] * len(rows))
-        return replace(made, prefixes=(head,) * len(rows))
+def batch_of(rests: list[int], prefixes: list[tuple[int, ...]]) -> Batch:
+    """Rows of so many tokens behind prefixes."""
+    rows = []
+    for rest, prefix in zip(rests, prefixes, strict=True):
+        ids = (*prefix, *range(5, 5 + rest))
+        rows.append(Rendered((Sequence(ids, len(ids), (9,), (("x", len(prefix), len(ids)),)),)))
+    return replace(collate(rows, "causal", [400] * len(rows)), prefixes=tuple(prefixes))
 
-    assert saves_padding(batch([2, 3, 4, 9] * 4), 576)
-    assert not saves_padding(batch([128] * 8), 576)
-    assert not saves_padding(batch([9] * 16), 576)
+
+@pytest.mark.parametrize(
+    ("rests", "rows"), [([2, 3, 4, 9] * 4, 1), ([128] * 8, None), ([9] * 16, None)]
+)
+def test_rows_of_unlike_length_are_packed_and_equal_ones_are_not(
+    rests: list[int], rows: int | None
+) -> None:
+    model = tiny.model("llama", hidden_size=576)
+    packed = packing.pack(model, batch_of(rests, [(1, 2)] * len(rests)))
+    assert (packed and packed.input_ids.shape[0]) == rows
+
+
+def test_a_prompt_with_many_rows_does_not_make_others_wide() -> None:
+    """Candidates of eight questions in pairs, and sixteen rows behind one head."""
+    alone = [(number, 2, 3, 4) for number in range(10, 18) for _ in range(2)]
+    rests = [20] * 16 + [16] * 16
+    model = tiny.model("llama", hidden_size=576)
+    packed = packing.pack(model, batch_of(rests, [*alone, *[(1,)] * 16]))
+    assert packed is not None
+    assert packed.input_ids.numel() <= 1.2 * sum(rests)

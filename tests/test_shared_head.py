@@ -90,7 +90,7 @@ def test_losses_and_gradients_are_the_plain_ones(family: str, parts: int, made: 
 def test_a_part_of_rows_with_empty_fields_takes_the_plain_path(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ptuning.fast.shared_head.saves_padding", lambda batch, width: True)
+    monkeypatch.setattr("ptuning.fast.packing._WORTH", float("inf"))
     empty = [
         {"country": "", "capital": text} for text in ("Paris", "Rome is not in the north " * 2)
     ]

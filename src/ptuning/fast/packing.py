@@ -1,15 +1,15 @@
-"""Rows behind one prefix, one behind the other in a single row of the model.
+"""Rows behind one prefix, one behind the other in a row of the model.
 
     document | prompt A | prompt B | prompt C        one prefill, one copy of its keys and values
 
 Each segment sees the prefix and itself: the mask is block diagonal behind the prefix, and positions
 begin anew in each segment. So sixteen prompts on one document, or the candidates of one question,
-cost one row.
+cost a row or two; and rows of unlike length need little padding.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,16 +20,20 @@ from transformers import Cache
 from ..collate import Batch
 from ..loss import Shortened
 
-_WIDEST = 4096
-"""Columns of a packed row: attention between segments is masked, but still computed."""
+_COPY = 32
+"""What a kept column costs a row, in keys that a token attends to: a copy, and its memory."""
+_WORTH = 0.95
+"""Packed rows must cost at most so much of what the rows cost as they are."""
+
+Owner = tuple[tuple[int, ...], int]
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A causal batch of R rows as G < R packed rows, one for each prefix.
+    """A causal batch of R rows as G packed rows of W columns.
 
     Attributes:
-        prefixes: of the packed rows; each has one member's rows.
+        prefixes: of the packed rows; each has rows of one prefix and one member.
         input_ids: ``(G, W)`` the segments, without the prefixes.
         attention_mask: ``(G, 1, W, prefix + W)``, True where a column is seen.
         position_ids: ``(G, W)``.
@@ -73,76 +77,127 @@ def can_pack(model: nn.Module) -> bool:
     return bool(rotary) and kinds == {"full_attention"} and not window
 
 
-def saves_padding(batch: Batch, width: int) -> bool:
-    """Whether packed rows cost less than rows padded to the longest.
-
-    Packing computes no padding, but attention between segments that do not see each other. A token
-    costs as much in a layer's matrices as in attention to 6 x `width` keys, and half of that
-    counted, since products as small as attention's run slower.
-
-    Args:
-        batch: with the prefixes behind which rows may be packed.
-        width: the model's hidden size.
-    """
-    rests = [n - len(p) for n, p in zip(batch.lengths, batch.prefixes, strict=True)]
-    packed: Counter[Any] = Counter()
-    for owner, rest in zip(_owners(batch), rests, strict=True):
-        packed[owner] += rest
-    kept = max(map(len, batch.prefixes))
-
-    def cost(rows: int, columns: int) -> int:
-        return rows * columns * (3 * width + kept + columns)
-
-    return cost(len(packed), max(packed.values())) < cost(len(rests), max(rests))
-
-
-def pack(batch: Batch) -> Packed | None:
-    """The batch with a member's rows of one prefix packed; None where nothing is shared or a row is
-    too wide.
+def pack(model: nn.Module, batch: Batch) -> Packed | None:
+    """The batch in packed rows; None where the model takes none, or they would not cost less.
 
     The rows' prefixes are left out of the packed rows, and shorter ones stand at the right.
     """
     owners = _owners(batch)
-    places = {owner: place for place, owner in enumerate(dict.fromkeys(owners))}
-    if len(places) == len(owners):
+    if len(set(owners)) == len(owners) or not can_pack(model):
         return None
-    prefixes = tuple(prefix for prefix, _ in places)
+    rests = [n - len(p) for n, p in zip(batch.lengths, batch.prefixes, strict=True)]
     count = batch.answers.shape[1]
-    ids: list[list[int]] = [[] for _ in prefixes]
-    segments: list[list[int]] = [[] for _ in prefixes]
-    offsets: list[list[int]] = [[] for _ in prefixes]
-    group, columns = [], []
-    for number, (row, length) in enumerate(
-        zip(batch.input_ids.tolist(), batch.lengths, strict=True)
-    ):
-        place = places[owners[number]]
-        suffix = row[len(row) - length + len(batch.prefixes[number]) :]
-        start = len(ids[place])
-        ids[place] += suffix
-        segments[place] += [number] * len(suffix)
-        offsets[place] += range(len(suffix))
-        end = len(ids[place])
-        group.append(place)
-        columns.append([max(start, end - count + k) for k in range(count)])
-    width = max(map(len, ids))
-    if width > _WIDEST:
+    work = _Work.of(model, max(map(len, batch.prefixes)))
+    plans = list(_plans(owners, rests, count))
+    costs = [work(len(plan.owners), plan.width, len(plan.kept)) for plan in plans]
+    if min(costs) > _WORTH * work(len(rests), max(rests), count):
         return None
-    device = batch.input_ids.device
+    return _packed(batch, rests, plans[costs.index(min(costs))])
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What rows cost, in keys that one token attends to in every layer.
+
+    A token costs as much in the layers' matrices as attention to 6 x `width` keys, and half of that
+    counted, since products as small as attention's run slower.
+    """
+
+    token: int
+    logits: float
+    kept: int
+
+    @staticmethod
+    def of(model: nn.Module, kept: int) -> _Work:
+        config: Any = model.config
+        text = config.get_text_config()
+        logits = text.vocab_size / (4 * text.num_hidden_layers)
+        return _Work(3 * text.hidden_size, logits, kept)
+
+    def __call__(self, rows: int, columns: int, answers: int) -> float:
+        """Of `rows` behind kept columns, with logits at `answers` of their `columns`."""
+        behind = columns * (self.token + self.kept + columns)
+        return rows * (behind + _COPY * self.kept + answers * self.logits)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where the segments go.
+
+    Attributes:
+        owners: of the packed rows.
+        width: of the packed rows.
+        places: for each segment its packed row and first column.
+        columns: for each segment those that predict its answer.
+    """
+
+    owners: list[Owner]
+    width: int
+    places: list[tuple[int, int]]
+    columns: list[list[int]]
+
+    @property
+    def kept(self) -> set[int]:
+        """The columns that get logits, in every row."""
+        return {column for columns in self.columns for column in columns}
+
+
+def _plans(owners: Sequence[Owner], rests: Sequence[int], count: int) -> Iterator[_Plan]:
+    """Every owner's segments in one row, in two rows of about half that width, and so on."""
+    totals = dict.fromkeys(owners, 0)
+    for owner, rest in zip(owners, rests, strict=True):
+        totals[owner] += rest
+    widest, longest = max(totals.values()), max(rests)
+    yield _plan(owners, rests, count, widest)
+    for parts in range(2, widest // longest + 1):
+        yield _plan(owners, rests, count, widest // parts + longest)
+
+
+def _plan(owners: Sequence[Owner], rests: Sequence[int], count: int, room: int) -> _Plan:
+    """Rows of at most `room` columns, filled one after the other."""
+    filling: dict[Owner, int] = {}
+    of_row: list[Owner] = []
+    used: list[int] = []
+    places, columns = [], []
+    for owner, rest in zip(owners, rests, strict=True):
+        row = filling.get(owner)
+        if row is None or used[row] + rest > room:
+            row = filling[owner] = len(used)
+            of_row.append(owner)
+            used.append(0)
+        start, end = used[row], used[row] + rest
+        places.append((row, start))
+        columns.append([max(start, end - count + k) for k in range(count)])
+        used[row] = end
+    return _Plan(of_row, max(used), places, columns)
+
+
+def _packed(batch: Batch, rests: Sequence[int], plan: _Plan) -> Packed:
+    ids: list[list[int]] = [[] for _ in plan.owners]
+    segments: list[list[int]] = [[] for _ in plan.owners]
+    offsets: list[list[int]] = [[] for _ in plan.owners]
+    for number, (ids_of_row, rest) in enumerate(zip(batch.input_ids.tolist(), rests, strict=True)):
+        row, _ = plan.places[number]
+        ids[row] += ids_of_row[len(ids_of_row) - rest :]
+        segments[row] += [number] * rest
+        offsets[row] += range(rest)
+    device, width = batch.input_ids.device, plan.width
     segment, offset = _filled(segments, width, -1), _filled(offsets, width, 0)
+    prefixes = tuple(prefix for prefix, _ in plan.owners)
     lengths = torch.tensor([len(prefix) for prefix in prefixes])
-    keep, answers = torch.tensor(columns).unique(return_inverse=True)
+    keep, answers = torch.tensor(plan.columns).unique(return_inverse=True)
     return Packed(
         prefixes,
         _filled(ids, width, 0).to(device),
         _mask(segment, offset, lengths).to(device),
         (lengths[:, None] + offset).to(device),
         keep.to(device),
-        torch.tensor(group, device=device),
+        torch.tensor([row for row, _ in plan.places], device=device),
         answers.to(device),
     )
 
 
-def _owners(batch: Batch) -> list[tuple[tuple[int, ...], int]]:
+def _owners(batch: Batch) -> list[Owner]:
     """Whose packed row each row belongs to: rows of one prefix and one member of a population, for
     what is not finite in one member would reach others in its row, masked or not."""
     return list(zip(batch.prefixes, batch.member[batch.example].tolist(), strict=True))

@@ -25,7 +25,7 @@ from ..collate import IGNORED, Batch
 from ..loss import Shortened, positions
 from ..settings import parse_size
 from .kept_cache import cache_of, keys_and_values, reads_caches
-from .packing import Packed, can_pack, pack
+from .packing import Packed, pack
 
 KeyValues = list[Tensor]
 """For each layer keys and values of one prefix: ``(2, heads, tokens, head width)``."""
@@ -62,7 +62,7 @@ class PrefixStore:
         """What is left to compute of a batch, or None where nothing can be saved."""
         if not self._serves(batch):
             return None
-        packed = pack(batch) if can_pack(self.model) else None
+        packed = pack(self.model, batch)
         if packed is not None:
             return self._packed(packed)
         total, count = batch.input_ids.shape[1], batch.answers.shape[1]

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +26,7 @@ from transformers import Cache
 from ..collate import Batch
 from ..loss import Prefix, Shortened, positions
 from .kept_cache import cache_of, keys_and_values, reads_caches
-from .packing import Packed, can_pack, pack, saves_padding
+from .packing import pack
 
 _WORTH = 8
 """At least one in so many tokens must be saved: a pass of its own for the heads has a price."""
@@ -57,7 +56,7 @@ class SharedHeads:
         heads = tuple(head if head in self._row else () for head in batch.heads)
         if not any(heads):  # such as rows whose first field is empty
             return None
-        packed = self._pack(replace(batch, prefixes=heads))
+        packed = pack(self.model, replace(batch, prefixes=heads))
         if packed is not None:
             counts = [len(head) for head in packed.prefixes]
             return packed.behind(self._cache(packed.prefixes, counts, max(counts)))
@@ -74,13 +73,6 @@ class SharedHeads:
             **positions(self.model, batch.attention_mask, columns, count),
         }
         return Shortened(inputs, lambda logits: logits[:, -count:])
-
-    def _pack(self, behind: Batch) -> Packed | None:
-        if not can_pack(self.model):
-            return None
-        config: Any = self.model.config
-        width = config.get_text_config().hidden_size
-        return pack(behind) if saves_padding(behind, width) else None
 
     def _cache(self, heads: Sequence[tuple[int, ...]], counts: list[int], kept: int) -> Cache:
         """A cache of `kept` columns: the first `counts` tokens of each row's head at its end."""
