@@ -88,6 +88,7 @@ ORDER = [
     "peft_compat.auto",
     "cli.console",
     "cli.run_files",
+    "cli.options",
     "cli.training_report",
     "cli.train",
     "cli.use",

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import InputError
 from . import console, run_files
+from .options import Config, Dtype, Encoders, Json, LearningRate, Model, Overwrite, Seeds
 
 if TYPE_CHECKING:
     from ..experiments.lama import LamaOptions
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
 
 def lama(
     context: typer.Context,
-    model: Annotated[
-        str, typer.Option(help="Hub name, folder, .gguf file, or a fetched model such as smollm2.")
-    ],
+    model: Model,
     data: Annotated[Path, typer.Option(help="LAMA's folder: relations.jsonl and P*.jsonl.")],
     output: Annotated[Path, typer.Option(help="Folder for figures, picture and prompts.")],
     relations: Annotated[
@@ -35,41 +34,24 @@ def lama(
             "words), plain (no words), or text with {sub_label} and [MASK]."
         ),
     ] = "own|best",
-    encoder: Annotated[
-        str, typer.Option(help="Population's encoders: mlp, lstm, none, separated by commas.")
-    ] = "mlp",
+    encoder: Encoders = "mlp",
     virtual_tokens: Annotated[int, typer.Option(help="Virtual tokens of each group.")] = 3,
-    population: Annotated[int, typer.Option(help="Seeds of each template and encoder.")] = 1,
+    population: Seeds = 1,
     epochs: Annotated[
         int | None,
         typer.Option(help="Passes over a relation's facts. [default: 150 steps, 3 to 10 epochs]"),
     ] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="[default: 1e-3 for mlp, 2e-3 for lstm, 1e-2 for none]")
-    ] = None,
+    learning_rate: LearningRate = None,
     batch_size: Annotated[int, typer.Option(help="Facts of each member per step.")] = 8,
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
     candidates: Annotated[
         Path | None,
         typer.Option(help="File of answers that compete, one per line. [default: all tokens]"),
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Of the frozen model: float32, bfloat16, float16 or auto.")
-    ] = "float32",
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="Run file (YAML) with any of these options; options given here come first.",
-            callback=run_files.use_config,
-            is_eager=True,
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run that --output holds.")
-    ] = False,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="Print the figures as JSON on stdout.")
-    ] = False,
+    dtype: Dtype = "float32",
+    config: Config = None,
+    overwrite: Overwrite = False,
+    json_output: Json = False,
 ) -> None:
     """Probe a model's knowledge of facts: by manual templates and by P-tuned prompts.
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from . import console
+from .options import Json
 
 
 def demo(
@@ -15,9 +16,7 @@ def demo(
         Path("demo_output")
     ),
     model: Annotated[str, typer.Option(help="Base model; fetched if it is not here.")] = "smollm2",
-    json_output: Annotated[
-        bool, typer.Option("--json", help="Print the figures as JSON on stdout.")
-    ] = False,
+    json_output: Json = False,
 ) -> None:
     """See a frozen model learn a task: two to three minutes on two CPU cores.
 

@@ -12,6 +12,7 @@ import typer
 
 from ..errors import InputError
 from . import console, run_files
+from .options import ChooseBy, Config, Dtype, Encoders, Json, LearningRate, Model, Overwrite, Seeds
 
 if TYPE_CHECKING:
     from ..experiments.superglue import SuperGlueOptions
@@ -23,9 +24,7 @@ _ELSEWHERE = ("output", "data", "task", "seeds", "seed")
 
 def superglue(
     context: typer.Context,
-    model: Annotated[
-        str, typer.Option(help="Hub name, folder, .gguf file, or a fetched model such as smollm2.")
-    ],
+    model: Model,
     output: Annotated[Path, typer.Option(help="Folder for figures, picture and prompts.")],
     task: Annotated[str, typer.Option(help="Such as rte,cb: boolq cb copa multirc rte wic wsc.")],
     data: Annotated[
@@ -49,35 +48,16 @@ def superglue(
     best_templates: Annotated[
         int, typer.Option(help="So many of the task's prompts: those best on dev as words.")
     ] = 2,
-    encoder: Annotated[
-        str, typer.Option(help="Population's encoders: mlp, lstm, none, separated by commas.")
-    ] = "none",
-    population: Annotated[int, typer.Option(help="Seeds of each template and encoder.")] = 1,
+    encoder: Encoders = "none",
+    population: Seeds = 1,
     epochs: Annotated[int, typer.Option(help="Passes over the examples.")] = 10,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="[default: 1e-3 for mlp, 2e-3 for lstm, 1e-2 for none]")
-    ] = None,
+    learning_rate: LearningRate = None,
     batch_size: Annotated[int, typer.Option(help="Examples of each member per step.")] = 8,
-    choose_by: Annotated[
-        str, typer.Option(help="The best on dev: by accuracy, or by loss (few dev examples).")
-    ] = "loss",
-    dtype: Annotated[
-        str, typer.Option(help="Of the frozen model: float32, bfloat16, float16 or auto.")
-    ] = "float32",
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="Run file (YAML) with any of these options; options given here come first.",
-            callback=run_files.use_config,
-            is_eager=True,
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run that --output holds.")
-    ] = False,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="Print the figures as JSON on stdout.")
-    ] = False,
+    choose_by: ChooseBy = "loss",
+    dtype: Dtype = "float32",
+    config: Config = None,
+    overwrite: Overwrite = False,
+    json_output: Json = False,
 ) -> None:
     """SuperGLUE, few-shot or supervised: manual templates and P-tuned prompts.
 

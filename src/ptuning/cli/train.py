@@ -9,6 +9,7 @@ import typer
 
 from ..errors import InputError
 from . import console, run_files, training_report
+from .options import ChooseBy, Config, Dtype, Json, LearningRate, Model, Overwrite
 
 if TYPE_CHECKING:
     from ..prompt import Prompt
@@ -32,10 +33,7 @@ _PROMPT_OPTIONS = (
 
 def train(
     context: typer.Context,
-    model: Annotated[
-        str,
-        typer.Option(help="Hub name, folder, .gguf file, or a fetched model such as smollm2."),
-    ],
+    model: Model,
     data: Annotated[
         str, typer.Option(help="Training examples: JSONL, CSV, Parquet, or a hub data set.")
     ],
@@ -83,10 +81,7 @@ def train(
         int | None, typer.Option(help="Longest free answer in tokens. [default: as in the data]")
     ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 10,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(help="[default: 1e-3 for mlp, 2e-3 for lstm, 1e-2 for none]"),
-    ] = None,
+    learning_rate: LearningRate = None,
     batch_size: Annotated[int, typer.Option(help="Examples per micro-batch.")] = 8,
     gradient_accumulation: Annotated[
         int, typer.Option(help="Micro-batches per optimizer step.")
@@ -97,9 +92,7 @@ def train(
     ),
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
     max_grad_norm: Annotated[float, typer.Option(help="Clip the gradient to this norm.")] = 1.0,
-    choose_by: Annotated[
-        str, typer.Option(help="The best on dev: by accuracy, or by loss (few dev examples).")
-    ] = "accuracy",
+    choose_by: ChooseBy = "accuracy",
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many epochs without a better dev result.")
     ] = None,
@@ -122,9 +115,7 @@ def train(
         bool,
         typer.Option("--halving/--no-halving", help="Drop members that fall behind on dev."),
     ] = True,
-    dtype: Annotated[
-        str, typer.Option(help="Of the frozen model: float32, bfloat16, float16 or auto.")
-    ] = "float32",
+    dtype: Dtype = "float32",
     mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
     prefix_cache: Annotated[
         str,
@@ -150,23 +141,12 @@ def train(
     init_from: Annotated[
         Path | None, typer.Option(help="Continue from the vectors of this saved prompt.")
     ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="Run file (YAML) with any of these options; options given here come first.",
-            callback=run_files.use_config,
-            is_eager=True,
-        ),
-    ] = None,
+    config: Config = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the interrupted run in --output.")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run that --output holds.")
-    ] = False,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON on stdout.")
-    ] = False,
+    overwrite: Overwrite = False,
+    json_output: Json = False,
 ) -> None:
     """Train a prompt for a frozen model.
 

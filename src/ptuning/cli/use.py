@@ -10,6 +10,7 @@ import typer
 
 from ..errors import InputError
 from . import console
+from .options import Dtype, Json
 
 if TYPE_CHECKING:
     from ..evaluation import Evaluation
@@ -21,13 +22,11 @@ PromptFolder = Annotated[
 Model = Annotated[
     str | None, typer.Option(help="Base model. [default: the one that the prompt was trained on]")
 ]
-Dtype = Annotated[str, typer.Option(help="Of the frozen model: float32, bfloat16, float16, auto.")]
 Candidates = Annotated[
     Path | None, typer.Option(help="File of answers to choose among, one per line.")
 ]
 AnswerTokens = Annotated[int | None, typer.Option(help="Longest free answer in tokens.")]
 BatchSize = Annotated[int, typer.Option(help="Examples per forward.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
 def evaluate(

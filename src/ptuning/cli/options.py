@@ -1,0 +1,39 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import run_files
+
+Model = Annotated[
+    str, typer.Option(help="Hub name, folder, .gguf file, or a fetched model such as smollm2.")
+]
+Dtype = Annotated[
+    str, typer.Option(help="Of the frozen model: float32, bfloat16, float16 or auto.")
+]
+Encoders = Annotated[
+    str, typer.Option(help="Population's encoders: mlp, lstm, none, separated by commas.")
+]
+Seeds = Annotated[int, typer.Option(help="Seeds of each template and encoder.")]
+LearningRate = Annotated[
+    float | None, typer.Option(help="[default: 1e-3 for mlp, 2e-3 for lstm, 1e-2 for none]")
+]
+ChooseBy = Annotated[
+    str, typer.Option(help="The best on dev: by accuracy, or by loss (few dev examples).")
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        help="Run file (YAML) with any of these options; options given here come first.",
+        callback=run_files.use_config,
+        is_eager=True,
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the run that --output holds.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")]
