@@ -4,9 +4,9 @@
 
 The same rows, optimizer steps and batch size as the command has. The epoch is chosen on dev, and so
 is the rate, one of two, with the first seed; the figures are from test. COPA's two choices stand in
-one text. A batch is computed a few rows of like length at a time, which changes none of its numbers
-but spares most padding. A seed is finished for all tasks before the next begins, and a run that was
-stopped goes on.
+one text. A batch is computed a row at a time, without padding: transformers' classifiers take what
+stands last for the text's last token where they get vectors, as PEFT's P-tuning gives them. A seed is
+finished for all tasks before the next begins, and a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import argparse
 import json
 import statistics
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from ptuning.experiments.superglue_tasks import TASKS, SuperGlueTask
 from ptuning.fetch import fetch
 
 RATES = {"p_tuning": (1e-3, 1e-2), "lora": (2e-4, 1e-3)}
-EPOCHS, BATCH, ALIKE, VIRTUAL, LENGTH = 10, 8, 2, 20, 384
+EPOCHS, BATCH, VIRTUAL, LENGTH = 10, 8, 20, 384
 COPA = 'What is {joined}? "{premise}" {joined} "{choice1}" or "{choice2}"'
 
 
@@ -77,26 +76,17 @@ class Classifier:
         self.model = adapted(method, folder, len(self.names), pad)
         self.task, self.splits, self.seed = task, splits, seed
 
-    def parts(self, rows: list[Row], chosen: list[int]) -> Iterator[tuple[Any, list[int]]]:
-        """The chosen rows as inputs of the model, a few of like length together."""
-        words = texts(self.task, rows)
-        chosen = sorted(chosen, key=lambda i: len(words[i]))
-        for start in range(0, len(chosen), ALIKE):
-            alike = chosen[start : start + ALIKE]
-            inputs = self.tokenizer(
-                [words[i] for i in alike],
-                return_tensors="pt", padding=True, truncation=True, max_length=LENGTH,
-            )  # fmt: skip
-            yield inputs, alike
+    def inputs(self, rows: list[Row]) -> list[Any]:
+        """Each row as the model's input."""
+        return [
+            self.tokenizer(text, return_tensors="pt", truncation=True, max_length=LENGTH)
+            for text in texts(self.task, rows)
+        ]
 
     @torch.no_grad()
     def figures(self, rows: list[Row]) -> dict[str, float]:
         self.model.eval()
-        said = [""] * len(rows)
-        for inputs, alike in self.parts(rows, list(range(len(rows)))):
-            best = self.model(**inputs).logits.argmax(-1).tolist()
-            for index, label in zip(alike, best, strict=True):
-                said[index] = self.names[label]
+        said = [self.names[int(self.model(**one).logits.argmax())] for one in self.inputs(rows)]
         return {name: METRICS[name](labels(rows), said, rows) for name in self.task.metrics}
 
     def train(self, rate: float) -> float:
@@ -104,6 +94,7 @@ class Classifier:
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(trained.values(), lr=rate)
         rows = self.splits.train
+        inputs = self.inputs(rows)
         steps = EPOCHS * -(-len(rows) // BATCH)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1 - s / steps)
         gold = torch.tensor([self.names.index(name) for name in labels(rows)])
@@ -115,9 +106,9 @@ class Classifier:
             for start in range(0, len(rows), BATCH):
                 self.model.train()
                 batch = order[start : start + BATCH]
-                for inputs, alike in self.parts(rows, batch):
-                    loss = self.model(**inputs, labels=gold[alike]).loss
-                    (loss * len(alike) / len(batch)).backward()
+                for index in batch:
+                    loss = self.model(**inputs[index], labels=gold[index : index + 1]).loss
+                    (loss / len(batch)).backward()
                 torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
                 optimizer.step()
                 schedule.step()
