@@ -4,9 +4,9 @@
 
 The same rows, optimizer steps and batch size as the command has. The epoch is chosen on dev, and so
 is the rate, one of two, with the first seed; the figures are from test. COPA's two choices stand in
-one text. A batch is computed a row at a time, without padding: transformers' classifiers take what
-stands last for the text's last token where they get vectors, as PEFT's P-tuning gives them. A seed is
-finished for all tasks before the next begins, and a run that was stopped goes on.
+one text. A batch is computed a row at a time, without padding: given vectors, as PEFT's P-tuning
+gives them, transformers' classifiers take what stands last for the last token of the text. A seed
+is finished for all tasks before the next begins, and a run that was stopped goes on.
 """
 
 from __future__ import annotations
