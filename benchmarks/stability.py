@@ -30,11 +30,11 @@ CAPITAL = (
     "{sub_label} has the capital [MASK]",
 )
 ENTAILMENT = (
-    "{premise} Question: {hypothesis} True or False? Answer: [MASK]",
-    "{premise} Question: {hypothesis} True or false? Answer: [MASK]",
-    "{premise} Question: is it true that {hypothesis} True or False? Answer: [MASK]",
-    "{premise} Statement: {hypothesis} True or False? Answer: [MASK]",
-    "{premise} Question: {hypothesis} Is this True or False? Answer: [MASK]",
+    "{premise} Question: {hypothesis}? Answer: [MASK]",
+    "{premise} Question: {hypothesis}. Answer: [MASK]",
+    "{premise} Question: is it true that {hypothesis}? Answer: [MASK]",
+    "{premise} Statement: {hypothesis}. Answer: [MASK]",
+    "{premise} Claim: {hypothesis}. Answer: [MASK]",
 )
 Figures = dict[str, dict[str, dict[str, Any]]]
 
@@ -94,4 +94,4 @@ def run(subjects: list[Subject], once: Once, options: argparse.Namespace) -> Non
 
 
 if __name__ == "__main__":
-    study(__doc__, "rte", run)
+    study(__doc__, "cb", run)
