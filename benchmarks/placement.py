@@ -9,7 +9,6 @@ accuracy on test beside the seconds of the training. Epochs are chosen on dev.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from typing import Any
 
@@ -18,8 +17,6 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from subjects import FEW_SHOT, Once, Subject, study
-
-from ptuning.environment import versions
 
 TEXTS = {
     "LAMA P36": ("{sub_label}", "The capital of {sub_label} is"),
@@ -85,7 +82,9 @@ def tell(name: str, of_place: Runs) -> None:
     Console().print(table)
 
 
-def run(subjects: list[Subject], once: Once, options: argparse.Namespace) -> None:
+def run(
+    subjects: list[Subject], once: Once, options: argparse.Namespace
+) -> tuple[dict[str, Runs], Figure]:
     found: dict[str, Runs] = {
         subject.name: {
             label: [once(subject, template, seed) for seed in range(options.seeds)]
@@ -95,10 +94,8 @@ def run(subjects: list[Subject], once: Once, options: argparse.Namespace) -> Non
     }
     for name, of_place in found.items():
         tell(name, of_place)
-    picture(found).savefig(options.output / "placement.png", dpi=120)
-    text = json.dumps({**found, "versions": versions()}, indent=2)
-    (options.output / "placement.json").write_text(text, encoding="utf-8")
+    return found, picture(found)
 
 
 if __name__ == "__main__":
-    study(__doc__, ",".join(FEW_SHOT), run)
+    study("placement", __doc__, ",".join(FEW_SHOT), run, several=True)

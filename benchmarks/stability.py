@@ -9,7 +9,6 @@ its words; the spread of both. All figures are from test, epochs are chosen on d
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from typing import Any
 
@@ -18,8 +17,6 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from subjects import Once, Subject, study
-
-from ptuning.environment import versions
 
 SIDES = {"manual": "manual", "tuned": "with virtual tokens"}
 CAPITAL = (
@@ -78,7 +75,9 @@ def tell(name: str, of_wording: Figures) -> None:
     Console().print(table)
 
 
-def run(subjects: list[Subject], once: Once, options: argparse.Namespace) -> None:
+def run(
+    subjects: list[Subject], once: Once, options: argparse.Namespace
+) -> tuple[dict[str, Figures], Figure]:
     found: dict[str, Figures] = {
         subject.name: {
             text: {"manual": once(subject, text, 0), "tuned": once(subject, prompt, 0)}
@@ -88,10 +87,8 @@ def run(subjects: list[Subject], once: Once, options: argparse.Namespace) -> Non
     }
     for name, of_wording in found.items():
         tell(name, of_wording)
-    picture(found).savefig(options.output / "stability.png", dpi=120)
-    text = json.dumps({**found, "versions": versions()}, indent=2)
-    (options.output / "stability.json").write_text(text, encoding="utf-8")
+    return found, picture(found)
 
 
 if __name__ == "__main__":
-    study(__doc__, "cb", run)
+    study("stability", __doc__, "cb", run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 import warnings
 from collections.abc import Callable
@@ -10,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 import ptuning
+from ptuning.environment import versions
 from ptuning.evaluation import teacher_forced
 from ptuning.experiments.lama_data import read_facts, read_relations
 from ptuning.experiments.ledger import Ledger
@@ -86,14 +90,21 @@ Once = Callable[[Subject, str, int], dict[str, Any]]
 
 
 def study(
-    description: str, default: str, run: Callable[[list[Subject], Once, argparse.Namespace], None]
+    name: str,
+    description: str,
+    default: str,
+    run: Callable[[list[Subject], Once, argparse.Namespace], tuple[dict[str, Any], Figure]],
+    several: bool = False,
 ) -> None:
     """Read the command line, and run a study whose finished parts are kept.
 
     Args:
+        name: of the files it writes.
         description: of the command.
         default: the tasks it is made on.
-        run: gets the subjects, and what measures a template with a seed, once.
+        run: gets the subjects, and what measures a template with a seed, once; gives what it found
+            and a picture of it.
+        several: the study is made with `--seeds`.
     """
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--model", default="smollm2")
@@ -101,7 +112,8 @@ def study(
     parser.add_argument("--superglue", type=Path, help="FewGLUE's folder")
     parser.add_argument("--task", default=default, help="of FewGLUE")
     parser.add_argument("--max-examples", type=int, help="to test a task of FewGLUE with")
-    parser.add_argument("--seeds", type=int, default=1)
+    if several:
+        parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -123,4 +135,7 @@ def study(
         print(f"{100 * result['accuracy']:5.1f}  {subject.name}  {template!r}", flush=True)
         return result
 
-    run(subjects, once, options)
+    found, picture = run(subjects, once, options)
+    picture.savefig(options.output / f"{name}.png", dpi=120)
+    text = json.dumps({**found, "versions": versions()}, indent=2)
+    (options.output / f"{name}.json").write_text(text, encoding="utf-8")
