@@ -17,7 +17,7 @@ import ptuning
 from ptuning.environment import versions
 from ptuning.evaluation import teacher_forced
 from ptuning.experiments.lama_data import read_facts, read_relations
-from ptuning.experiments.ledger import Ledger
+from ptuning.experiments.ledger import Ledger, digest
 from ptuning.experiments.superglue_data import read_few
 from ptuning.experiments.superglue_tasks import TASKS
 
@@ -58,7 +58,7 @@ def capital(folder: Path, tokenizer: Any) -> Subject:
 def few_shot(folder: Path, name: str, most: int | None) -> Subject:
     """One of FewGLUE's tasks, trained as ``ptuning superglue`` does."""
     task = TASKS[name]
-    splits = read_few(folder, task.folder, most)
+    splits = read_few(folder, task, most)
     asked = {
         "answer": task.answer,
         "verbalizer": task.verbalizers[0],
@@ -128,10 +128,11 @@ def study(
     def once(subject: Subject, template: str, seed: int) -> dict[str, Any]:
         shown = "".join(c if c.isalnum() else "_" for c in template)
         part = f"{subject.name}-{shown}-{seed}".replace(" ", "-")
-        result = ledger.get(part)
+        made_of = digest(subject.train, subject.dev, subject.test)
+        result = ledger.get(part, made_of)
         if result is None:
             result = measure(base, tokenizer, subject, template, seed)
-            ledger.put(part, result)
+            ledger.put(part, made_of, result)
         print(f"{100 * result['accuracy']:5.1f}  {subject.name}  {template!r}", flush=True)
         return result
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ptuning.data import Row
 from ptuning.environment import versions
-from ptuning.experiments.ledger import Ledger
+from ptuning.experiments.ledger import Ledger, digest
 from ptuning.experiments.superglue_data import Splits, read_few
 from ptuning.experiments.superglue_metrics import METRICS
 from ptuning.experiments.superglue_tasks import TASKS, SuperGlueTask
@@ -43,9 +43,7 @@ def texts(task: SuperGlueTask, rows: list[Row]) -> list[str]:
 
 
 def labels(rows: list[Row]) -> list[str]:
-    return [
-        str(r["label"]).lower() if isinstance(r["label"], bool) else str(r["label"]) for r in rows
-    ]
+    return [row["label"] for row in rows]
 
 
 def adapted(method: str, folder: Path, count: int, pad: int) -> Any:
@@ -144,18 +142,19 @@ def main() -> None:
     warnings.simplefilter("ignore")
     ledger = Ledger(options.output, {"max_examples": options.max_examples})
     names = options.task.split(",")
-    splits = {n: read_few(options.data, TASKS[n].folder, options.max_examples) for n in names}
+    splits = {n: read_few(options.data, TASKS[n], options.max_examples) for n in names}
     found: dict[tuple[str, str], list[dict[str, Any]]] = {
         (name, method): [] for name in names for method in RATES
     }
     for seed in range(options.seeds):
         for (name, method), seeds in found.items():
             part = f"{name}-{method}-{seed}"
-            result = ledger.get(part)
+            made_of = digest(vars(splits[name]))
+            result = ledger.get(part, made_of)
             if result is None:
                 rates = (seeds[0]["rate"],) if seeds else RATES[method]
                 result = one_seed(TASKS[name], method, splits[name], seed, rates)
-                ledger.put(part, result)
+                ledger.put(part, made_of, result)
             seeds.append(result)
             test = statistics.mean(result["test"].values())
             print(f"{part:20} {100 * test:5.1f}  rate {result['rate']:g}", flush=True)

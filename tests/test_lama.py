@@ -234,8 +234,13 @@ def test_the_command_probes_relations_and_goes_on_where_it_stopped(
             ["none of own, best, own-words, best-words, plain", "{sub_label}"],
         ),
         (["--candidates", "nowhere.txt"], ["nowhere.txt cannot be read"]),
+        (["--candidates", "/dev/null"], ["--candidates /dev/null is empty"]),
+        (["--relations", ""], ["--relations is empty"]),
         (["--encoder", "gru"], ["gru"]),
-        (["--epochs", "0"], ["epochs is 0"]),
+        (["--template", "{sub_label} [MASK]"], ["no virtual token"]),
+        (["--template", "[P] {sub_label}[MASK]"], ["write a space before [MASK]"]),
+        (["--epochs", "0"], ["Invalid value for '--epochs'"]),
+        (["--population", "0"], ["Invalid value for '--population'"]),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(
@@ -259,3 +264,86 @@ def test_candidates_compete_alone(
         "--relations", "P36", "--candidates", str(tmp_path / "words.txt"), "--overwrite"
     )
     assert code == 2 and f"{words[0]!r} is not among the candidates" in err
+
+
+def test_a_relation_that_cannot_be_asked_does_not_end_the_others(
+    lama: Callable[..., tuple[int, str, str]], data: Path, tmp_path: Path
+) -> None:
+    _write(data / "P99.jsonl", [{"sub_label": "far", "obj_label": "Antananarivo and more"}] * 9)
+    code, _, err = lama()
+    assert code == 0 and "P99 is left out" in err, err
+    report = json.loads((tmp_path / "out/lama.json").read_text())
+    assert list(report["relations"]) == ["P19", "P36"] and list(report["left_out"]) == ["P99"]
+    code, _, err = lama("--relations", "P36,P99")
+    assert code == 2 and "0 facts whose object is one token" in err
+    (data / "P99.jsonl").write_text("{")
+    (tmp_path / "out/done/P36.json").unlink()
+    code, _, err = lama()
+    assert code == 2 and "P99.jsonl line 1" in err
+    assert not (tmp_path / "out/done/P36.json").exists()  # refused before anything was trained
+
+
+def test_finished_parts_of_other_facts_are_not_taken(
+    lama: Callable[..., tuple[int, str, str]], data: Path
+) -> None:
+    code, _, err = lama("--relations", "P36")
+    assert code == 0, err
+    with (data / "P36.jsonl").open("a") as file:
+        file.write((data / "P19.jsonl").read_text().splitlines()[0] + "\n")
+    code, _, err = lama("--relations", "P36")
+    assert code == 2 and "part P36 was made of other data" in err and "--overwrite" in err
+
+
+def test_a_run_that_was_refused_leaves_the_folder_free(
+    lama: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    code, _, _ = lama("--relations", "P36", "--model", str(tmp_path / "nowhere"))
+    assert code == 2
+    code, _, err = lama("--relations", "P36")
+    assert code == 0, err
+    settings = (tmp_path / "out/run.json").read_text()
+    (tmp_path / "out/run.json").write_text("[1]")
+    code, _, err = lama("--relations", "P36")
+    assert code == 2 and "run.json is missing or damaged" in err
+    (tmp_path / "out/run.json").write_text(settings)
+    (tmp_path / "out/done/P36.json").write_text("")  # a damaged part is measured again
+    code, _, err = lama("--relations", "P36")
+    assert code == 0, err
+
+
+def test_relations_in_a_run_file_may_be_a_list(
+    lama: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text("relations: [P36, P7]\n")
+    code, _, err = lama("--config", str(tmp_path / "run.yaml"))
+    assert code == 2 and "unknown relation 'P7'" in err
+
+
+def test_syntax_in_a_relations_words_is_text() -> None:
+    relation = Relation("P1", "[X] {a} [P] [MASK] is [Y] .", "kind [P*3]")
+    for template in templates.all_manual(relation, "causal"):
+        assert Task(template, answer="obj_label").parsed.virtual == ()
+    assert templates.manual_template(relation, "causal") == (
+        "{sub_label} {{a}} [[P]] [[MASK]] is [MASK]"
+    )
+
+
+def test_scores_that_are_no_numbers_rank_last() -> None:
+    model, tokenizer = tiny.model("llama", vocab_size=len(tiny.tokenizer())), tiny.tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    words = one_token_words(tokenizer)
+    task = Task("{sub_label} [MASK]", answer="obj_label", answer_end=False)
+    rows = [{"sub_label": "a", "obj_label": words[0]}]
+    assert ranks(model, tokenizer, task, rows) == [len(tokenizer)]
+
+
+def test_ctrl_c_is_one_line(
+    lama: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ptuning.experiments.lama_data.read_relations", interrupted)
+    code, _, err = lama("--relations", "P36")
+    assert code == 130 and "stopped; what was saved stays" in err.splitlines()[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -107,56 +108,106 @@ def superglue(
 
 
 def test_nested_questions_become_rows_that_know_their_question(data: Path) -> None:
-    rows = read_rows(data / "MultiRC/train.jsonl", "MultiRC")[:3]
+    rows = read_rows(data / "MultiRC/train.jsonl", TASKS["multirc"])[:3]
     assert [(r["answer_text"], r["label"], r["of_question"]) for r in rows] == [
-        ("Ann", 1, "3-7"),
-        ("Bob", 0, "3-7"),
-        ("Bob", 1, "3-8"),
+        ("Ann", "1", "3-7"),
+        ("Bob", "0", "3-7"),
+        ("Bob", "1", "3-8"),
     ]
 
 
 def test_choices_are_clauses_behind_the_word_that_joins_them(data: Path) -> None:
-    effect, cause = read_rows(data / "COPA/train.jsonl", "COPA")[:2]
+    effect, cause = read_rows(data / "COPA/train.jsonl", TASKS["copa"])[:2]
     assert (effect["premise"], effect["joined"]) == ("It rained", "so")
     assert (effect["choice1"], effect["choice2"]) == ("the road was wet", "I ran")
     assert cause["joined"] == "because"
 
 
 def test_the_pronoun_is_marked_and_the_noun_is_the_answer(data: Path) -> None:
-    (row, *_) = read_rows(data / "WSC/train.jsonl", "WSC")
+    file = data / "WSC/train.jsonl"
+    (row, *_) = read_rows(file, TASKS["wsc"])
     assert row["text"] == "Ann told Bob that *she* won."
     assert (row["pronoun"], row["noun"]) == ("she", "Ann")
+    at_end = {**WSC, "text": 'Ann said: "Bob saw her,"', "label": True}
+    at_end["target"] = {**WSC["target"], "span2_text": "her"}  # type: ignore[dict-item]
+    _write(file, [at_end])
+    assert read_rows(file, TASKS["wsc"])[0]["text"] == 'Ann said: "Bob saw *her*,"'
+    at_end["target"]["span2_index"] = 99
+    _write(file, [at_end])
+    with pytest.raises(DataError, match="the pronoun 'her' is not at word 99"):
+        read_rows(file, TASKS["wsc"])
 
 
-def test_splits_of_fewglue_and_of_one_file(data: Path, tmp_path: Path) -> None:
-    few = read_few(data, "rte", most=3)
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def test_splits_of_fewglue(data: Path) -> None:
+    few = read_few(data, TASKS["rte"], most=3)
     assert (len(few.train), len(few.dev), len(few.test)) == (4, 4, 3)
-    assert read_few(data, "WiC").test == []
-    rows = "".join(
-        json.dumps({"question": str(n), "passage": "x", "label": n % 2 == 0}) + "\n"
-        for n in range(20)
-    )
-    (tmp_path / "all.jsonl").write_text(rows)
-    full = read_full("BoolQ", tmp_path / "all.jsonl", None, None)
+    assert read_few(data, TASKS["wic"]).test == []
+    (data / "CB/train.jsonl").unlink()
+    with pytest.raises(DataError, match=r"train.jsonl is not there"):
+        read_few(data, TASKS["cb"])
+    (data / "COPA/train.jsonl").write_text('{"premise": "a"}\n')
+    with pytest.raises(DataError, match="example 1 is no example of COPA"):
+        read_few(data, TASKS["copa"])
+    for file in (data / "RTE").iterdir():
+        file.unlink()
+    (data / "RTE").rmdir()
+    with pytest.raises(DataError, match="no folder RTE"):
+        read_few(data, TASKS["rte"])
+
+
+def test_one_file_is_cut_in_three(tmp_path: Path) -> None:
+    file = tmp_path / "all.jsonl"
+    rows = [{"question": str(n), "passage": "x", "label": n % 2 == 0} for n in range(20)]
+    _write(file, rows)
+    full = read_full(TASKS["boolq"], file, None, None)
     assert (len(full.train), len(full.dev), len(full.test)) == (12, 3, 5)
     seen = {row["question"] for part in (full.train, full.dev, full.test) for row in part}
     assert len(seen) == 20
-    (data / "CB/val.jsonl").unlink()
-    (data / "CB/train.jsonl").unlink()
-    with pytest.raises(DataError, match=r"train.jsonl is not there"):
-        read_few(data, "CB")
-    with pytest.raises(DataError, match="no folder Other"):
-        read_few(data, "Other")
-    (data / "COPA/train.jsonl").write_text('{"premise": "a"}\n')
-    with pytest.raises(DataError, match="line 1 is no example of COPA"):
-        read_few(data, "COPA")
+    _write(file, rows[:2])
+    with pytest.raises(DataError, match="too few examples to be cut"):
+        read_full(TASKS["boolq"], file, None, None)
+
+
+def test_passages_stay_whole_where_examples_are_cut(data: Path, tmp_path: Path) -> None:
+    passages = [{"idx": n, "passage": PASSAGE} for n in range(10)]
+    _write(tmp_path / "all.jsonl", passages)
+    full = read_full(TASKS["multirc"], tmp_path / "all.jsonl", None, None)
+    questions = [{row["of_question"] for row in rows} for rows in (full.train, full.dev, full.test)]
+    assert [len(part) for part in questions] == [12, 2, 6]
+    assert not (questions[0] & questions[1] or questions[0] & questions[2])
+    _write(data / "MultiRC/val.jsonl", passages)
+    few = read_few(data, TASKS["multirc"], most=4)
+    assert len(few.test) == 4 * 3  # two questions with three answers
+
+
+def test_labels_are_text_and_the_tasks_own(data: Path) -> None:
+    _write(data / "BoolQ/dev32.jsonl", [{"question": "q", "passage": "p", "label": "True"}])
+    assert [row["label"] for row in read_few(data, TASKS["boolq"]).dev] == ["true"]
+    _write(data / "BoolQ/val.jsonl", [{"question": "q", "passage": "p", "label": 1}])
+    with pytest.raises(DataError, match=r"val.jsonl, example 1 has the label 1; BoolQ has true"):
+        read_few(data, TASKS["boolq"])
+    _write(data / "WSC/val.jsonl", [WSC])
+    with pytest.raises(DataError, match=r"example 1 has no label"):
+        read_few(data, TASKS["wsc"])
+
+
+def test_a_test_file_without_labels_is_passed_over(data: Path) -> None:
+    unlabelled = [{k: v for k, v in row.items() if k != "label"} for row in EXAMPLES["RTE"]]
+    _write(data / "RTE/test.jsonl", unlabelled)
+    assert len(read_few(data, TASKS["rte"]).test) == 4  # val.jsonl
+    _write(data / "RTE/test.jsonl", EXAMPLES["RTE"])
+    assert len(read_few(data, TASKS["rte"]).test) == 2
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked"])
 @pytest.mark.parametrize("name", list(TASKS))
 def test_every_template_renders_a_row_of_its_task(name: str, kind: str, data: Path) -> None:
     task = TASKS[name]
-    (row, *_) = read_few(data, task.folder).train
+    (row, *_) = read_few(data, task).train
     tokenizer = tiny.tokenizer(around=kind == "masked")
     assert len(task.templates) >= 3
     for prompt in task.prompts():
@@ -183,6 +234,8 @@ def test_metrics_are_the_official_ones() -> None:
     assert metrics.macro_f1(labels, ["x", "y", "y", "z"], rows) == pytest.approx(
         (2 / 3 * 2 + 1) / 3
     )
+    # x: precision 1, recall 1/2; y, which is never right: 0
+    assert metrics.macro_f1(["x", "x"], ["x", "y"], rows) == pytest.approx((2 / 3 + 0) / 2)
 
 
 @pytest.mark.parametrize(
@@ -216,12 +269,34 @@ def test_the_command_measures_tasks_and_goes_on_where_it_stopped(
         assert len(task["seeds"]) == 2 and 0 <= task["mean"] <= 1
         assert (tmp_path / f"out/prompts/{name}-1/prompt.safetensors").is_file()
     assert report["tasks"]["wic"]["measured_on"] == "dev"
-    assert report["tasks"]["wic"]["majority"] is None
+    assert report["tasks"]["wic"]["majority"] == 0.5
+    assert report["mean"]["tasks"] == ["copa", "cb", "multirc", "wsc"]
     majority = report["tasks"]["wsc"]["baselines"]["majority"]["accuracy"]
     assert majority == 0.5  # all training examples are true
     assert (tmp_path / "out/superglue.png").read_bytes().startswith(b"\x89PNG")
     code, _, err = superglue(task="copa", epochs="3")
     assert code == 2 and "epochs=2" in err
+
+
+def test_a_test_file_that_comes_later_is_measured_with_the_prompts_there_are(
+    superglue: Command, data: Path, tmp_path: Path
+) -> None:
+    code, out, err = superglue(task="wic")
+    assert code == 0 and "(dev" in out, err
+    trained = (tmp_path / "out/done/wic-1.json").read_bytes()
+    _write(data / "WiC/val.jsonl", EXAMPLES["WiC"])
+    code, out, err = superglue(task="wic")
+    assert code == 0 and "(dev" not in out, err
+    task = json.loads((tmp_path / "out/superglue.json").read_text())["tasks"]["wic"]
+    assert task["measured_on"] == "test" and task["test_examples"] == 2
+    assert (tmp_path / "out/done/wic-1.json").read_bytes() == trained
+    _write(data / "WiC/dev32.jsonl", EXAMPLES["WiC"])
+    code, _, err = superglue(task="wic")
+    assert code == 2 and "part wic-manual was made of other data" in err
+    shutil.rmtree(tmp_path / "out/prompts")
+    _write(data / "WiC/dev32.jsonl", EXAMPLES["WiC"] * 2)
+    code, _, err = superglue(task="wic")  # trained again
+    assert code == 0 and (tmp_path / "out/prompts/wic-0/prompt.json").is_file(), err
 
 
 def test_fully_supervised_from_one_file(superglue: Command, tmp_path: Path) -> None:
@@ -233,8 +308,9 @@ def test_fully_supervised_from_one_file(superglue: Command, tmp_path: Path) -> N
     code, _, err = superglue("--train", str(tmp_path / "boolq.jsonl"), task="boolq", data="")
     assert code == 0, err
     report = json.loads((tmp_path / "out/superglue.json").read_text())
-    baselines = report["tasks"]["boolq"]["baselines"]
-    assert [baselines[f"{p}_examples"] for p in ("train", "dev", "test")] == [12, 3, 5]
+    task = report["tasks"]["boolq"]
+    assert [task["baselines"][f"{part}_examples"] for part in ("train", "dev")] == [12, 3]
+    assert task["test_examples"] == 5
 
 
 @pytest.mark.parametrize(
@@ -243,7 +319,13 @@ def test_fully_supervised_from_one_file(superglue: Command, tmp_path: Path) -> N
         ([], {"task": "snli"}, "'snli'; there are boolq"),
         ([], {"task": "rte", "data": ""}, "give FewGLUE's folder"),
         (["--train", "x.jsonl"], {"task": "rte,cb"}, "--train is for one task"),
-        ([], {"task": "rte", "seeds": "0"}, "--seeds is 0"),
+        ([], {"task": "rte", "seeds": "0"}, "Invalid value for '--seeds'"),
+        (["--max-examples", "0"], {"task": "rte"}, "Invalid value for '--max-examples'"),
+        (["--best-templates", "0"], {"task": "rte"}, "Invalid value for '--best-templates'"),
+        (["--encoder", "gru"], {"task": "rte"}, "'gru'; expected one of mlp"),
+        (["--template", "{premise} [MASK]"], {"task": "rte"}, "no virtual token"),
+        (["--template", "{premise} [P] [MASK]"], {"task": "rte,copa,boolq"}, "names {premise}"),
+        (["--train", "x.jsonl"], {"task": "rte"}, "exclude each other"),
         (["--test", "x.jsonl"], {"task": "rte"}, "belong to --train"),
     ],
 )

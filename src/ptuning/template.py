@@ -104,7 +104,7 @@ class Template:
             elif isinstance(piece, Virtual):
                 literal += piece.spelled
             else:
-                parts.append(_escape(literal))
+                parts.append(escape(literal))
                 literal = ""
                 if isinstance(piece, Field):
                     parts.append(f"{{{piece.name}}}")
@@ -230,6 +230,6 @@ def _give_spaces(pieces: list[Piece]) -> tuple[Piece, ...]:
     return tuple(result)
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """The template that parses to `text` alone."""
     return _SYNTAX.sub(lambda m: f"[{m[0]}]" if len(m[0]) > 1 else m[0] * 2, text)

@@ -38,6 +38,9 @@ A template says where your columns, the virtual tokens [P] and the answer [MASK]
 Try it: `ptuning demo`""",
 )
 
+_INTERRUPTED = 130
+"""What typer makes of Ctrl-C."""
+
 
 def _version(shown: bool) -> None:
     if shown:
@@ -85,9 +88,6 @@ def main() -> None:
         if message:  # empty where no command was given: then the help was shown
             console.say(f"error: {message} (see {command} --help)", style="red")
         code = 2
-    except (KeyboardInterrupt, typer.Abort):
-        console.say("stopped; what was saved stays, and --resume continues a training")
-        code = 130
     except Exception as error:
         if debug:
             raise
@@ -95,6 +95,11 @@ def main() -> None:
         reason = f"{type(error).__name__}: {text[0] if text else 'no message'}"
         _complain(error, f"{reason} (run again with --debug for the traceback)")
         code = 1
+    if code == _INTERRUPTED:
+        console.say(
+            "stopped; what was saved stays: train goes on with --resume, lama and superglue with "
+            "the same command"
+        )
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import InputError
+from ..errors import DataError, InputError
 from . import console, run_files
-from .options import Config, Dtype, Encoders, Json, LearningRate, Model, Overwrite, Seeds
+from .options import Config, Dtype, Encoders, Json, LearningRate, Model, Overwrite, Seeds, parts
 
 if TYPE_CHECKING:
     from ..experiments.lama import LamaOptions
-    from ..experiments.lama_data import Relation
+    from ..experiments.lama_data import Facts, Relation
     from ..experiments.ledger import Ledger
 
 
@@ -35,11 +36,13 @@ def lama(
         ),
     ] = "own|best",
     encoder: Encoders = "mlp",
-    virtual_tokens: Annotated[int, typer.Option(help="Virtual tokens of each group.")] = 3,
+    virtual_tokens: Annotated[int, typer.Option(help="Virtual tokens of each group.", min=1)] = 3,
     population: Seeds = 1,
     epochs: Annotated[
         int | None,
-        typer.Option(help="Passes over a relation's facts. [default: 150 steps, 3 to 10 epochs]"),
+        typer.Option(
+            help="Passes over a relation's facts. [default: 150 steps, 3 to 10 epochs]", min=1
+        ),
     ] = None,
     learning_rate: LearningRate = None,
     batch_size: Annotated[int, typer.Option(help="Facts of each member per step.")] = 8,
@@ -65,15 +68,15 @@ def lama(
         ptuning lama --model smollm2 --data lama/ --relations P36,P19 --output out/
     """
     from .. import processes
-    from ..experiments.lama import LamaOptions, summary
-    from ..experiments.lama_data import read_relations
+    from ..experiments.lama import LamaOptions, check, summary
+    from ..experiments.lama_data import UnusableRelationError, read_facts, read_relations
     from ..experiments.ledger import Ledger
     from ..models import load_model
     from ..settings import TrainSettings
 
     options = LamaOptions(
-        templates=_parts(template, "|", "--template"),
-        encoders=_parts(encoder, ",", "--encoder"),
+        templates=parts(template, "|", "--template"),
+        encoders=parts(encoder, ",", "--encoder"),
         virtual_tokens=virtual_tokens,
         seeds=population,
         epochs=epochs,
@@ -83,13 +86,35 @@ def lama(
     decisive = {k: v for k, v in settings.items() if k not in ("output", "data", "relations")}
     with processes.together():
         console.speak_if(processes.state().is_main_process)
-        chosen = read_relations(data, _parts(relations, ",", "--relations") if relations else ())
+        named = () if relations is None else parts(relations, ",", "--relations")
+        chosen = read_relations(data, named)
         words = _words(candidates)
         ledger = Ledger(output, decisive, overwrite)
         console.say(f"loading {model}")
         base, tokenizer = load_model(model, dtype=dtype)
-        found = _probe_all(base, tokenizer, chosen, data, options, words, ledger)
-        report = {"relations": found, "mean": summary(found), "settings": settings}
+        facts: dict[str, Facts] = {}
+        left_out: dict[str, str] = {}
+        for relation in chosen:
+            try:
+                usable = read_facts(data, relation, tokenizer)
+                check(base, tokenizer, relation, usable, options, words)
+            except UnusableRelationError as error:
+                if named or len(chosen) == 1:
+                    raise
+                left_out[relation.name] = str(error)
+                console.say(f"{relation.name} is left out: {error}", style="yellow")
+            else:
+                facts[relation.name] = usable
+        if not facts:
+            raise DataError(f"no relation of {data} can be asked of {model}")
+        asked = [relation for relation in chosen if relation.name in facts]
+        found = _probe_all(base, tokenizer, asked, facts, options, words, ledger)
+        report = {
+            "relations": found,
+            "mean": summary(found),
+            "left_out": left_out,
+            "settings": settings,
+        }
         processes.from_main(lambda: _save(output, report))
         if json_output:
             processes.from_main(lambda: console.print_json(report))
@@ -102,7 +127,7 @@ def _probe_all(
     model: Any,
     tokenizer: Any,
     relations: list[Relation],
-    data: Path,
+    facts: dict[str, Facts],
     options: LamaOptions,
     candidates: list[str],
     ledger: Ledger,
@@ -110,22 +135,22 @@ def _probe_all(
     """The figures of each relation: those of an earlier run, or measured now."""
     from .. import processes
     from ..experiments.lama import probe
-    from ..experiments.lama_data import read_facts
+    from ..experiments.ledger import digest
 
     found = {}
     with console.PartsBar(len(relations)) as bar:
         for relation in relations:
-            figures = ledger.get(relation.name)
+            own = facts[relation.name]
+            made_of = digest(asdict(relation), asdict(own), candidates)
+            figures = ledger.get(relation.name, made_of)
             measured = figures is None
             if figures is None:
                 bar.begin(f"{relation.name} {relation.label}")
-                facts = read_facts(data, relation, tokenizer)
                 figures, prompt = probe(
-                    model, tokenizer, relation, facts, options, candidates, bar.listener
+                    model, tokenizer, relation, own, options, candidates, bar.listener
                 )
-                folder = ledger.output / "prompts" / relation.name
-                processes.from_main(partial(prompt.save, folder))
-                ledger.put(relation.name, figures)
+                processes.from_main(partial(prompt.save, ledger.prompts / relation.name))
+                ledger.put(relation.name, made_of, figures)
             found[relation.name] = figures
             bar.end(f"{relation.name:>6}  {_line(figures)}", measured)
     return found
@@ -174,18 +199,14 @@ def _share(value: float | None) -> str:
     return "-" if value is None else console.percent(value)
 
 
-def _parts(text: str, separator: str, option: str) -> tuple[str, ...]:
-    parts = tuple(part.strip() for part in text.split(separator) if part.strip())
-    if not parts:
-        raise InputError(f"{option} is empty")
-    return parts
-
-
 def _words(path: Path | None) -> list[str]:
     if path is None:
         return []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--candidates {path} cannot be read: {error}") from None
-    return [line.strip() for line in lines if line.strip()]
+    words = [line.strip() for line in lines if line.strip()]
+    if not words:
+        raise InputError(f"--candidates {path} is empty; give an answer per line")
+    return words

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import InputError
 from . import run_files
 
 Model = Annotated[
@@ -18,7 +19,7 @@ Dtype = Annotated[
 Encoders = Annotated[
     str, typer.Option(help="Population's encoders: mlp, lstm, none, separated by commas.")
 ]
-Seeds = Annotated[int, typer.Option(help="Seeds of each template and encoder.")]
+Seeds = Annotated[int, typer.Option(help="Seeds of each template and encoder.", min=1)]
 LearningRate = Annotated[
     float | None, typer.Option(help="[default: 1e-3 for mlp, 2e-3 for lstm, 1e-2 for none]")
 ]
@@ -37,3 +38,15 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the run that --output holds.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")]
+
+
+def parts(text: str, separator: str, option: str) -> tuple[str, ...]:
+    """The parts of an option's text.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = tuple(part.strip() for part in text.split(separator) if part.strip())
+    if not found:
+        raise InputError(f"{option} is empty")
+    return found

@@ -11,6 +11,7 @@ import yaml
 
 from ..errors import InputError
 
+_BETWEEN = {"template": "|", "population_grid": " "}
 _NOT_SAVED = ("config", "resume", "overwrite", "json_output", "more_of_grid")
 
 
@@ -39,9 +40,18 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
             known = ", ".join(sorted(n for n in names if n))
             raise InputError(f"run file {path}: unknown option {key!r}; there are {known}")
         if value is not None:
-            defaults[name] = json.dumps(value) if isinstance(value, dict | list) else value
+            defaults[name] = _as_option(name, value)
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
+
+
+def _as_option(name: str, value: Any) -> Any:
+    """A value as the command line would have it: lists and mappings as text."""
+    if isinstance(value, dict):
+        return json.dumps(value)
+    if isinstance(value, list):
+        return _BETWEEN.get(name, ",").join(map(str, value))
+    return value
 
 
 def settings_of(context: typer.Context) -> dict[str, Any]:

@@ -12,9 +12,21 @@ import typer
 
 from ..errors import InputError
 from . import console, run_files
-from .options import ChooseBy, Config, Dtype, Encoders, Json, LearningRate, Model, Overwrite, Seeds
+from .options import (
+    ChooseBy,
+    Config,
+    Dtype,
+    Encoders,
+    Json,
+    LearningRate,
+    Model,
+    Overwrite,
+    Seeds,
+    parts,
+)
 
 if TYPE_CHECKING:
+    from ..experiments.ledger import Ledger
     from ..experiments.superglue import SuperGlueOptions
     from ..experiments.superglue_data import Splits
     from ..experiments.superglue_tasks import SuperGlueTask
@@ -37,16 +49,17 @@ def superglue(
     dev: Annotated[Path | None, typer.Option(help="With --train: examples to choose with.")] = None,
     test: Annotated[Path | None, typer.Option(help="With --train: examples to test.")] = None,
     max_examples: Annotated[
-        int | None, typer.Option(help="So many test examples, the first of a shuffle (seed 0).")
+        int | None,
+        typer.Option(help="So many test examples, the first of a shuffle (seed 0).", min=1),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Trainings of each task.")] = 5,
+    seeds: Annotated[int, typer.Option(help="Trainings of each task.", min=1)] = 5,
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
     template: Annotated[
         str | None,
         typer.Option(help="Prompts instead of the task's own, separated by '|'."),
     ] = None,
     best_templates: Annotated[
-        int, typer.Option(help="So many of the task's prompts: those best on dev as words.")
+        int, typer.Option(help="So many of the task's prompts: those best on dev as words.", min=1)
     ] = 2,
     encoder: Encoders = "none",
     population: Seeds = 1,
@@ -77,9 +90,9 @@ def superglue(
     from ..settings import TrainSettings
 
     options = SuperGlueOptions(
-        templates=tuple(template.split("|")) if template else (),
+        templates=parts(template, "|", "--template") if template is not None else (),
         best=best_templates,
-        encoders=tuple(part.strip() for part in encoder.split(",")),
+        encoders=parts(encoder, ",", "--encoder"),
         population=population,
         settings=TrainSettings(
             epochs=epochs,
@@ -96,18 +109,18 @@ def superglue(
         tasks = _tasks(task)
         read = partial(_splits, data=data, files=(train, dev, test), most=max_examples)
         splits = {chosen.name: read(chosen, alone=len(tasks) == 1) for chosen in tasks}
-        if seeds < 1:
-            raise InputError(f"--seeds is {seeds}; give a whole number of at least 1")
+        for chosen in tasks:
+            options.check(chosen, splits[chosen.name])
         ledger = Ledger(output, decisive, overwrite)
         console.say(f"loading {model}")
         base, tokenizer = load_model(model, dtype=dtype)
         found: dict[str, Any] = {}
         with console.PartsBar(len(tasks) * (2 + seeds)) as bar:
             for chosen in tasks:
-                parts = _Parts(base, tokenizer, chosen, splits[chosen.name], options, ledger, bar)
-                manual = parts.baselines()
-                runs = [parts.trained(number, manual) for number in range(seed, seed + seeds)]
-                found[chosen.name] = _summary(manual, parts.tested(runs))
+                run = _Parts(base, tokenizer, chosen, splits[chosen.name], options, ledger, bar)
+                manual = run.baselines()
+                trained = [run.trained(number, manual) for number in range(seed, seed + seeds)]
+                found[chosen.name] = run.tested(manual, trained)
         report = {"tasks": found, "mean": _means(found), "settings": settings}
         processes.from_main(lambda: _save(output, report))
         if json_output:
@@ -127,24 +140,27 @@ class _Parts:
         task: SuperGlueTask,
         splits: Splits,
         options: SuperGlueOptions,
-        ledger: Any,
+        ledger: Ledger,
         bar: console.PartsBar,
     ):
+        from ..experiments.ledger import digest
+
         self.model, self.tokenizer, self.task, self.splits = model, tokenizer, task, splits
         self.options, self.ledger, self.bar = options, ledger, bar
+        self._chosen_with = digest(splits.train, splits.dev)
+        self._tested_with = digest(splits.train, splits.dev, splits.test)
 
     def baselines(self) -> dict[str, Any]:
         from ..experiments.superglue import baselines, score
 
         name = f"{self.task.name}-manual"
-        known = self.ledger.get(name)
-        if known is None:
+        known = self.ledger.get(name, self._chosen_with)
+        result = known
+        if result is None:
             self.bar.begin(f"{self.task.name}, manual templates")
             result = baselines(self.model, self.tokenizer, self.task, self.splits)
-            self.ledger.put(name, result)
-        else:
-            result = known
-        line = f"manual {console.percent(score(result['manual'] or result['templates'][0]['dev']))}"
+            self.ledger.put(name, self._chosen_with, result)
+        line = f"manual, dev {console.percent(score(result['templates'][0]['dev']))}"
         self.bar.end(f"{self.task.name:>8}  {line}", known is None)
         return result
 
@@ -152,9 +168,12 @@ class _Parts:
         from .. import processes
         from ..experiments.superglue import score, tuned
 
-        name = f"{self.task.name}-{seed}"
-        known = self.ledger.get(name)
-        if known is None:
+        name, folder = f"{self.task.name}-{seed}", self._folder(seed)
+        known = self.ledger.get(name, self._chosen_with)
+        if not processes.from_main(lambda: (folder / "prompt.json").is_file()):
+            known = None
+        result = known
+        if result is None:
             self.bar.begin(f"{self.task.name}, seed {seed}")
             options = replace(self.options, settings=replace(self.options.settings, seed=seed))
             result, prompt = tuned(
@@ -166,36 +185,67 @@ class _Parts:
                 options,
                 self.bar.listener,
             )
-            processes.from_main(partial(prompt.save, self._folder(seed)))
+            processes.from_main(partial(prompt.save, folder))
             result["seed"] = seed
-            self.ledger.put(name, result)
-        else:
-            result = known
+            self.ledger.put(name, self._chosen_with, result)
         shown = console.percent(score(result["dev"]))
         self.bar.end(f"{self.task.name:>8}  seed {seed}  P-tuned, dev {shown}", known is None)
         return result
 
-    def tested(self, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The same with figures from test: what the seeds' prompts share is computed once."""
-        from ..experiments.superglue import measured, score
+    def tested(self, manual: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
+        """The task's figures: on test, or on dev where there is no test file."""
+        from ..experiments.superglue import majority, score
+
+        rows = self.splits.test or self.splits.dev
+        by_hand = manual["templates"][0]["dev"]
+        measured = False
+        if self.splits.test:
+            (by_hand, *figures), measured = self._on_test(manual, [run["seed"] for run in runs])
+            runs = [{**run, "test": one} for run, one in zip(runs, figures, strict=True)]
+        part = "test" if self.splits.test else "dev"
+        scores = [score(run[part]) for run in runs]
+        line = f"P-tuned, {len(runs)} seeds, {part}, mean {console.percent(mean(scores))}"
+        self.bar.end(f"{self.task.name:>8}  {line}", measured)
+        always = majority(self.task, manual, rows)
+        return {
+            "measured_on": part,
+            "test_examples": len(self.splits.test),
+            "majority": score(always),
+            "best_manual": score(by_hand),
+            "best_manual_template": manual["templates"][0]["manual"],
+            "mean": mean(scores),
+            "deviation": stdev(scores) if len(scores) > 1 else 0.0,
+            "metrics": {name: mean(run[part][name] for run in runs) for name in runs[0][part]},
+            "seeds": runs,
+            "baselines": {**manual, "majority": always, "manual": by_hand},
+        }
+
+    def _on_test(
+        self, manual: dict[str, Any], seeds: list[int]
+    ) -> tuple[list[dict[str, float]], bool]:
+        """Of the best manual template and each seed's prompt; and whether any was measured now.
+
+        What they share is computed once.
+        """
+        from ..experiments.superglue import best_by_hand, measured
         from ..prompt import Prompt
 
-        parts = [f"{self.task.name}-{run['seed']}-test" for run in runs]
-        known = [self.ledger.get(part) for part in parts]
-        if None in known:
+        asked = {f"{self.task.name}-manual-test": lambda: best_by_hand(self.task, manual)}
+        for seed in seeds:
+            asked[f"{self.task.name}-{seed}-test"] = partial(Prompt.load, self._folder(seed))
+        found = {part: self.ledger.get(part, self._tested_with) for part in asked}
+        missing = [part for part, figures in found.items() if figures is None]
+        if missing:
             self.bar.begin(f"{self.task.name}, test")
-            prompts = [Prompt.load(self._folder(run["seed"])) for run in runs]
-            figures = measured(self.model, self.tokenizer, self.task, prompts, self.splits.test)
-            for part, of_one in zip(parts, figures, strict=True):
-                self.ledger.put(part, {"test": of_one})
-        done = [{**run, **self.ledger.get(p)} for run, p in zip(runs, parts, strict=True)]
-        scores = [score(run["test"] or run["dev"]) for run in done]
-        line = f"P-tuned, {len(runs)} seeds, mean {console.percent(mean(scores))}"
-        self.bar.end(f"{self.task.name:>8}  {line}", None in known)
-        return done
+            tasks = [asked[part]() for part in missing]
+            figures = measured(self.model, self.tokenizer, self.task, tasks, self.splits.test)
+            for part, of_one in zip(missing, figures, strict=True):
+                self.ledger.put(part, self._tested_with, of_one)
+                found[part] = of_one
+        return [figures for figures in found.values() if figures is not None], bool(missing)
 
     def _folder(self, seed: int) -> Path:
-        return Path(self.ledger.output) / "prompts" / f"{self.task.name}-{seed}"
+        return self.ledger.prompts / f"{self.task.name}-{seed}"
 
 
 def _tasks(names: str) -> list[SuperGlueTask]:
@@ -222,39 +272,22 @@ def _splits(
     if train is not None:
         if not alone:
             raise InputError("--train is for one task; give one in --task")
-        return read_full(task.folder, train, dev, test, most)
+        if data is not None:
+            raise InputError("--train and --data exclude each other; give one of them")
+        return read_full(task, train, dev, test, most)
     if dev or test:
         raise InputError("--dev and --test belong to --train; FewGLUE's folder has its own files")
     if data is None:
         raise InputError("give FewGLUE's folder (--data), or one task's examples (--train)")
-    return read_few(data, task.folder, most)
+    return read_few(data, task, most)
 
 
-def _summary(manual: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """A task's figures: on test, or on dev where there is no test file."""
-    from ..experiments.superglue import score
-
-    part = "test" if manual["manual"] is not None else "dev"
-    scores = [score(run[part]) for run in runs]
-    by_hand = manual["manual"] or manual["templates"][0]["dev"]
-    return {
-        "measured_on": part,
-        "test_examples": manual["test_examples"],
-        "majority": None if manual["majority"] is None else score(manual["majority"]),
-        "best_manual": score(by_hand),
-        "best_manual_template": manual["templates"][0]["manual"],
-        "mean": mean(scores),
-        "deviation": stdev(scores) if len(scores) > 1 else 0.0,
-        "metrics": {name: mean(run[part][name] for run in runs) for name in runs[0][part]},
-        "seeds": runs,
-        "baselines": manual,
-    }
-
-
-def _means(found: dict[str, Any]) -> dict[str, float | None]:
+def _means(found: dict[str, Any]) -> dict[str, Any]:
+    """Over the tasks that have test figures; over all where none has."""
+    on_test = {name: t for name, t in found.items() if t["measured_on"] == "test"} or found
     names = ("majority", "best_manual", "mean")
-    known = {n: [t[n] for t in found.values() if t[n] is not None] for n in names}
-    return {name: mean(values) if values else None for name, values in known.items()}
+    means = {name: mean(t[name] for t in on_test.values()) for name in names}
+    return {**means, "tasks": list(on_test)}
 
 
 def _save(output: Path, report: dict[str, Any]) -> None:
@@ -273,10 +306,8 @@ def _save(output: Path, report: dict[str, Any]) -> None:
     write_folder(output, files)
 
 
-def _tell(found: dict[str, Any], means: dict[str, float | None]) -> None:
-    def share(value: float | None) -> str:
-        return "-" if value is None else console.percent(value)
-
+def _tell(found: dict[str, Any], means: dict[str, Any]) -> None:
+    share = console.percent
     rows = [
         [
             name if t["measured_on"] == "test" else f"{name} (dev: no test file)",
@@ -287,6 +318,7 @@ def _tell(found: dict[str, Any], means: dict[str, float | None]) -> None:
         ]
         for name, t in found.items()
     ]
-    rows.append(["mean", *(share(means[n]) for n in ("majority", "best_manual", "mean")), ""])
+    of = "" if len(means["tasks"]) == len(found) else f" of {', '.join(means['tasks'])}"
+    rows.append([f"mean{of}", *(share(means[n]) for n in ("majority", "best_manual", "mean")), ""])
     header = ["task", "majority", "best manual", "P-tuned", "metrics"]
     console.table("Score (%), the mean of a task's metrics", header, rows)

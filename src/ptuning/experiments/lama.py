@@ -17,15 +17,24 @@ from typing import Any
 
 from torch import nn
 
-from ..base_model import task_kind
+from ..base_model import context_length, task_kind
 from ..data import Row
 from ..errors import DataError, InputError
 from ..progress import Progress
 from ..prompt import Prompt
+from ..render import Renderer
 from ..settings import TrainSettings
 from ..task import Task
 from ..training import train
-from .lama_data import OBJECT, SUBJECT, Facts, Relation, is_one_token
+from .lama_data import (
+    OBJECT,
+    SUBJECT,
+    Facts,
+    Relation,
+    UnusableRelationError,
+    is_one_token,
+    one_token,
+)
 from .lama_templates import (
     all_manual,
     anchored_template,
@@ -55,7 +64,8 @@ class LamaOptions:
         settings: how to train otherwise.
 
     Raises:
-        InputError: a template is neither a known form nor names the subject.
+        InputError: a template is neither a known form nor names the subject; or no template, or
+            no encoder.
     """
 
     templates: tuple[str, ...]
@@ -72,6 +82,14 @@ class LamaOptions:
                     f"--template {template!r} is none of {', '.join(TEMPLATES)} and does not name "
                     f"the subject: write {{{SUBJECT}}} where it stands"
                 )
+        for template in (*self.own_templates, plain_template("causal")):
+            for encoder in self.encoders:
+                Prompt(template, answer=OBJECT, encoder=encoder)
+
+    @property
+    def own_templates(self) -> list[str]:
+        """The templates that are no known form."""
+        return [template for template in self.templates if template not in TEMPLATES]
 
     def settings_for(self, facts: Facts) -> TrainSettings:
         """How to train on a relation's facts."""
@@ -105,22 +123,20 @@ def probe(
         the relation's figures as plain values (fractions), and the trained prompt.
 
     Raises:
-        DataError: a fact's object is no candidate.
+        DataError, InputError: as `check`.
     """
     started = time.monotonic()
     kind = task_kind(model)
-    if kind == "seq2seq":
-        raise InputError("LAMA asks for one token at [MASK]; give a causal or masked LM")
-    competing = _ids(tokenizer, candidates, facts)
-    ranked = partial(ranks, model, tokenizer, candidates=competing)
+    by_hand = {text: _manual(text) for text in check(model, tokenizer, relation, facts, options)}
+    ranked = partial(ranks, model, tokenizer, candidates=_ids(tokenizer, candidates, facts))
 
     def measured(task: Task, rows: list[Row]) -> dict[str, float]:
         return metrics(ranked(task, rows))
 
-    by_hand = {text: _manual(text) for text in all_manual(relation, kind)}
     on_dev = {text: measured(task, facts.dev) for text, task in by_hand.items()}
     best = max(on_dev, key=lambda text: (on_dev[text]["p1"], on_dev[text]["mrr"]))
     own = manual_template(relation, kind)
+    own = own if own in by_hand else None
     majority = Counter(str(row[OBJECT]) for row in facts.train).most_common(1)[0][0]
     templates = _with_virtual_tokens(options, own or best, best, kind)
     prompt = Prompt(templates[0], answer=OBJECT, encoder=options.encoders[0], answer_end=False)
@@ -157,6 +173,54 @@ def probe(
         "seconds": round(time.monotonic() - started, 1),
     }
     return figures, prompt
+
+
+def check(
+    model: nn.Module,
+    tokenizer: Any,
+    relation: Relation,
+    facts: Facts,
+    options: LamaOptions,
+    candidates: Sequence[str] = (),
+) -> list[str]:
+    """Refuse what `probe` could not measure, before anything is trained.
+
+    Returns:
+        the manual templates in which every object is the token that it is behind a space.
+
+    Raises:
+        DataError: a fact's object is no candidate.
+        InputError: the model is an encoder-decoder, or objects have several tokens in a template.
+        UnusableRelationError: there is no manual template.
+    """
+    kind = task_kind(model)
+    if kind == "seq2seq":
+        raise InputError("LAMA asks for one token at [MASK]; give a causal or masked LM")
+    _ids(tokenizer, candidates, facts)
+    rows = {str(row[OBJECT]): row for row in (*facts.train, *facts.dev, *facts.test)}
+
+    def is_askable(template: str) -> bool:
+        if " [MASK]" in template:
+            return True
+        render = Renderer(tokenizer, _manual(template), kind, context_length(model, tokenizer))
+        return all(
+            [*render(row).sequences[0].answer] == [one_token(tokenizer, word)]
+            for word, row in rows.items()
+        )
+
+    for template in options.own_templates:
+        if not is_askable(template):
+            raise InputError(
+                f"--template {template!r}: objects such as {next(iter(rows))!r} are not one token "
+                "there; write a space before [MASK]"
+            )
+    found = [template for template in all_manual(relation, kind) if is_askable(template)]
+    if not found:
+        raise UnusableRelationError(
+            f"{relation.name}: no manual template asks for one token behind the subject; give the "
+            "relation a label"
+        )
+    return found
 
 
 def summary(relations: dict[str, dict[str, Any]]) -> dict[str, float | None]:
@@ -197,4 +261,4 @@ def _ids(tokenizer: Any, candidates: Sequence[str], facts: Facts) -> list[int] |
         raise DataError(
             f"the object {min(missing)!r} is not among the candidates (--candidates); add it"
         )
-    return [tokenizer(" " + word, add_special_tokens=False)["input_ids"][0] for word in words]
+    return [one_token(tokenizer, word) for word in words]

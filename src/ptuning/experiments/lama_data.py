@@ -42,6 +42,10 @@ class Facts:
     test: list[Row]
 
 
+class UnusableRelationError(DataError):
+    """A relation that a model cannot be asked about; others may do."""
+
+
 def read_relations(folder: Path, chosen: Sequence[str] = ()) -> list[Relation]:
     """The relations that have facts in `folder`, or those that are chosen, in that order.
 
@@ -58,10 +62,12 @@ def read_relations(folder: Path, chosen: Sequence[str] = ()) -> list[Relation]:
     for number, row in enumerate(read_examples(path), 1):
         missing = [key for key in ("relation", "template") if not row.get(key)]
         if missing:
-            raise DataError(f"{path}, line {number} has no {missing[0]!r}")
+            raise DataError(f"{path}, relation {number} has no {missing[0]!r}")
         name, template = str(row["relation"]), str(row["template"])
         if template.count("[X]") != 1 or template.count("[Y]") != 1:
-            raise DataError(f"{path}, line {number}: [X] and [Y] must stand in it once: {template}")
+            raise DataError(f"{path}, {name}: [X] and [Y] must stand in it once: {template}")
+        if name in known:
+            raise DataError(f"{path} has the relation {name} twice")
         known[name] = Relation(name, template, str(row.get("label") or ""))
     unknown = [name for name in chosen if name not in known]
     if unknown:
@@ -80,20 +86,22 @@ def read_facts(folder: Path, relation: Relation, tokenizer: Any) -> Facts:
     """The facts whose object is one token, shuffled and cut: 60 % train, 15 % dev, 25 % test.
 
     Raises:
-        DataError: too few facts are usable.
+        DataError: a fact has no subject or object.
+        UnusableRelationError: too few have an object of one token.
     """
     path = _path(folder, relation.name)
     rows = read_examples(path)
     for number, row in enumerate(rows, 1):
-        if not (row.get(SUBJECT) and row.get(OBJECT)):
-            raise DataError(f"{path}, line {number} has no {SUBJECT!r} or no {OBJECT!r}")
+        for key in (SUBJECT, OBJECT):
+            if not row.get(key) or not isinstance(row[key], str | int | float):
+                raise DataError(f"{path}, fact {number}: {key} is {row.get(key)!r}; give text")
     usable = [row for row in rows if is_one_token(tokenizer, str(row[OBJECT]))]
     random.Random(0).shuffle(usable)
     first, second = int(0.6 * len(usable)), int(0.75 * len(usable))
     facts = Facts(usable[:first], usable[first:second], usable[second:])
     if not (facts.train and facts.dev and facts.test):
-        raise DataError(
-            f"{path} has {len(usable)} facts whose object is one token of this tokenizer; 4 are "
+        raise UnusableRelationError(
+            f"{path} has {len(usable)} facts whose object is one token of this tokenizer; 3 are "
             "the least that can be split"
         )
     return facts
@@ -103,6 +111,12 @@ def is_one_token(tokenizer: Any, word: str) -> bool:
     """The word, with a space before it, is one known token of the vocabulary."""
     ids = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
     return len(ids) == 1 and ids[0] != tokenizer.unk_token_id
+
+
+def one_token(tokenizer: Any, word: str) -> int:
+    """The id of a word that `is_one_token`."""
+    (found,) = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
+    return int(found)
 
 
 def _path(folder: Path, relation: str) -> Path:

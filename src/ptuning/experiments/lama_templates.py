@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from ..template import escape
 from .lama_data import SUBJECT, Relation
 
 _FIELD = f"{{{SUBJECT}}}"
@@ -14,17 +15,19 @@ def manual_template(relation: Relation, kind: str) -> str | None:
 
     Causal models get the text before ``[Y]``; None where the subject stands behind it.
     """
-    text = relation.template.replace("{", "{{").replace("}", "}}")
-    before, after = text.split("[Y]")
-    if kind == "causal":
-        text = before.rstrip() + " [MASK]"
-        return text.replace("[X]", _FIELD) if "[X]" in before else None
-    return f"{before}[MASK]{after}".replace("[X]", _FIELD)
+    before, after = relation.template.split("[Y]")
+    if kind != "causal":
+        return f"{_with_field(before)}[MASK]{_with_field(after)}"
+    return _with_field(before).rstrip() + " [MASK]" if "[X]" in before else None
+
+
+def _with_field(text: str) -> str:
+    return _FIELD.join(map(escape, text.split("[X]")))
 
 
 def key_value_templates(relation: Relation) -> list[str]:
     """Plain forms made from the relation's name in words."""
-    label = relation.label.replace("{", "{{").replace("}", "}}")
+    label = escape(relation.label)
     if not label:
         return []
     key = label[:1].upper() + label[1:]

@@ -1,13 +1,15 @@
 """What an experiment of many parts has finished: a file for each part, so that it can go on later.
 
 OUT/run.json            the settings that every result depends on
-OUT/done/PART.json      the result of one part
+OUT/done/PART.json      the result of one part, and a digest of the data that it was made of
+OUT/prompts/            the prompts of finished parts
 
 Of several processes the main one reads and writes, and all get what it has.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +20,12 @@ from ..errors import InputError
 from ..files import check_writable, pack_json, write_file
 
 
+def digest(*data: Any) -> str:
+    """What tells plain values from others."""
+    text = json.dumps(data, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 class Ledger:
     """The finished parts of one experiment.
 
@@ -26,13 +34,16 @@ class Ledger:
         settings: plain values that every result depends on.
         overwrite: forget the parts of another run that the folder holds.
 
+    Attributes:
+        prompts: folder for the prompts of finished parts.
+
     Raises:
-        InputError: the folder holds a run with other settings.
+        InputError: the folder holds finished parts of a run with other settings.
         PtuningError: it cannot be written.
     """
 
     def __init__(self, output: Path, settings: dict[str, Any], overwrite: bool = False):
-        self.output, self._done = output, output / "done"
+        self.output, self._done, self.prompts = output, output / "done", output / "prompts"
         settings = json.loads(json.dumps(settings))
         processes.from_main(lambda: self._open(settings, overwrite))
 
@@ -42,30 +53,58 @@ class Ledger:
             raise InputError(f"--output {output} is a file; give a folder")
         check_writable(output)
         if overwrite:
-            shutil.rmtree(self._done, ignore_errors=True)
-        elif (output / "run.json").is_file():
-            self._check(json.loads((output / "run.json").read_text(encoding="utf-8")), settings)
+            for folder in (self._done, self.prompts):
+                shutil.rmtree(folder, ignore_errors=True)
+        elif any(self._done.glob("*.json")):
+            self._check(_read(output / "run.json"), settings)
         write_file(output / "run.json", pack_json(settings))
 
-    def _check(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+    def _check(self, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
+        if before is None:
+            raise self._other("whose run.json is missing or damaged")
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if names:
             name = names[0]
-            raise InputError(
-                f"--output {self.output} holds a run with {name}={before.get(name)!r}, and now it "
-                f"is {now.get(name)!r}; choose another folder, or replace that run (--overwrite)"
-            )
+            was, wanted = before.get(name), now.get(name)
+            raise self._other(f"with {name}={was!r}, and now it is {wanted!r}")
 
-    def get(self, part: str) -> dict[str, Any] | None:
-        """The result of a part, or None where it is not finished."""
-        path = self._done / f"{part}.json"
+    def _other(self, run: str) -> InputError:
+        return InputError(
+            f"--output {self.output} holds a run {run}; choose another folder, or replace that run "
+            "(--overwrite)"
+        )
+
+    def get(self, part: str, data: str) -> dict[str, Any] | None:
+        """The result of a part, or None where it is not finished.
+
+        Args:
+            part: its name.
+            data: the `digest` of what it is made of.
+
+        Raises:
+            InputError: it was made of other data.
+        """
 
         def read() -> dict[str, Any] | None:
-            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            found = _read(self._done / f"{part}.json")
+            if found is None or not isinstance(found.get("result"), dict):
+                return None
+            if found.get("data") != data:
+                raise self._other(f"whose part {part} was made of other data")
+            return found["result"]
 
         return processes.from_main(read)
 
-    def put(self, part: str, result: dict[str, Any]) -> None:
+    def put(self, part: str, data: str, result: dict[str, Any]) -> None:
         """Keep the result of a finished part."""
-        content = pack_json(result)
+        content = pack_json({"data": data, "result": result})
         processes.from_main(lambda: write_file(self._done / f"{part}.json", content))
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -73,7 +73,7 @@ def _ranks(logits: Tensor, answers: Tensor, competing: Tensor | None) -> Tensor:
     right = logits.gather(1, answers[:, None])
     if competing is not None:
         logits = logits[:, competing.to(logits.device)]
-    return (logits >= right).sum(1)
+    return (~(logits < right)).sum(1)  # what is not a number ranks last
 
 
 def metrics(found: Sequence[int]) -> dict[str, float]:

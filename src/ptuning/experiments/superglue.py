@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..data import Row
+from ..errors import InputError
 from ..evaluation import teacher_forced
 from ..prediction import predict
 from ..progress import Progress
@@ -46,16 +47,31 @@ class SuperGlueOptions:
     population: int
     settings: TrainSettings
 
+    def check(self, task: SuperGlueTask, splits: Splits) -> None:
+        """Refuse what cannot be trained on a task before anything is.
+
+        Raises:
+            InputError: an encoder, or a template: no virtual token, or an unknown column.
+        """
+        for template in self.templates or task.templates:
+            for encoder in self.encoders:
+                prompt = Prompt(template, answer=task.answer, encoder=encoder)
+                unknown = set(prompt.parsed.fields) - set(splits.train[0])
+                if unknown:
+                    raise InputError(
+                        f"--template {template!r} names {{{min(unknown)}}}; {task.folder} has "
+                        f"{', '.join(splits.train[0])}"
+                    )
+
 
 def baselines(
     model: nn.Module, tokenizer: Any, task: SuperGlueTask, splits: Splits
 ) -> dict[str, Any]:
-    """Majority and the manual templates, the best on dev first.
+    """The majority answer, and the manual templates, the best on dev first.
 
     Returns:
-        plain values: ``majority`` and ``manual`` with a figure for each metric on test (None
-        without test rows), ``templates`` with each prompt's template, its words alone
-        (``manual``), verbalizer and their dev figures.
+        plain values; ``templates`` has each prompt's template, its words alone (``manual``),
+        verbalizer and their dev figures.
     """
     tried = []
     for prompt in task.prompts():
@@ -65,14 +81,8 @@ def baselines(
         _, loss = teacher_forced(model, tokenizer, by_hand, answered) if answered else (0.0, 0.0)
         tried.append((score(on_dev), -loss, prompt, by_hand, on_dev))
     tried.sort(key=lambda entry: entry[:2], reverse=True)
-    best = tried[0][3]
-    (on_test,) = measured(model, tokenizer, task, [best], splits.test)
-    known = [_gold(row) for row in splits.train]
-    majority = Counter(known).most_common(1)[0][0]
     return {
-        "majority": _figures(task, splits.test, [majority] * len(splits.test)),
-        "majority_answer": majority,
-        "manual": on_test,
+        "majority_answer": Counter(row["label"] for row in splits.train).most_common(1)[0][0],
         "templates": [
             {
                 "template": prompt.template,
@@ -84,8 +94,23 @@ def baselines(
         ],
         "train_examples": len(splits.train),
         "dev_examples": len(splits.dev),
-        "test_examples": len(splits.test),
     }
+
+
+def best_by_hand(task: SuperGlueTask, found: dict[str, Any]) -> Task:
+    """The manual template that is best on dev; `found` are the task's `baselines`."""
+    first = found["templates"][0]
+    return Task(
+        first["manual"],
+        answer=task.answer,
+        verbalizer=first["verbalizer"],
+        max_length=task.max_length,
+    )
+
+
+def majority(task: SuperGlueTask, found: dict[str, Any], rows: list[Row]) -> Figures:
+    """The metrics of always the answer that is most frequent in training."""
+    return _figures(task, rows, [found["majority_answer"]] * len(rows))
 
 
 def tuned(
@@ -138,10 +163,8 @@ def measured(
     task: SuperGlueTask,
     asked: Sequence[Task],
     rows: list[Row],
-) -> list[Figures | None]:
-    """The task's metrics of prompts or manual templates on the same rows; None without rows."""
-    if not rows:
-        return [None for _ in asked]
+) -> list[Figures]:
+    """The task's metrics of prompts or manual templates on the same rows."""
     if task.generates:
         asked = [replace(one, answer_tokens=max(one.answer_tokens or 0, 8)) for one in asked]
     found = []
@@ -153,23 +176,16 @@ def measured(
     return found
 
 
-def score(figures: Figures | None) -> float:
+def score(figures: Figures) -> float:
     """A task's one figure: the mean of its metrics, as SuperGLUE has it."""
-    return sum(figures.values()) / len(figures) if figures else 0.0
+    return sum(figures.values()) / len(figures)
 
 
-def _figures(task: SuperGlueTask, rows: list[Row], said: list[str]) -> Figures | None:
-    if not rows:
-        return None
-    gold = [_gold(row) for row in rows]
+def _figures(task: SuperGlueTask, rows: list[Row], said: list[str]) -> Figures:
+    gold = [row["label"] for row in rows]
     return {name: METRICS[name](gold, said, rows) for name in task.metrics}
-
-
-def _gold(row: Row) -> str:
-    value = row["label"]
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _answerable(task: SuperGlueTask, rows: list[Row]) -> list[Row]:
     """The rows that have a right answer: of a generative task the true ones."""
-    return [row for row in rows if _gold(row) == "true"] if task.generates else rows
+    return [row for row in rows if row["label"] == "true"] if task.generates else rows

@@ -1,10 +1,11 @@
 """SuperGLUE's tasks as flat rows, columns as the templates name them.
 
-    DATA/BoolQ/{train,dev32,val}.jsonl      as FewGLUE has them; test.jsonl comes before val.jsonl
+    DATA/BoolQ/{train,dev32,val}.jsonl      as in FewGLUE; a test.jsonl with labels comes first
 
 `text` columns are as they stand, but for what a template needs: COPA's choices begin in lower case
 and lose their full stop, WSC's text marks its pronoun, MultiRC's questions and answers become a row
-each.
+each. What is shuffled and cut are the files' examples: MultiRC's passages stay whole. Labels are
+text, and the task's.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from typing import Any
 
 from ..data import Row, read_examples
 from ..errors import DataError
+from .superglue_tasks import SuperGlueTask
 
 TEST_FILES = ("test.jsonl", "val.jsonl")
+Examples = list[list[Row]]
+"""The rows of each example."""
 
 
 @dataclass(frozen=True)
@@ -30,75 +34,125 @@ class Splits:
     test: list[Row]
 
 
-def read_few(folder: Path, name: str, most: int | None = None) -> Splits:
+def read_few(folder: Path, task: SuperGlueTask, most: int | None = None) -> Splits:
     """A task of FewGLUE: 32 examples to train on, 32 to choose with, the validation set to test.
 
     Args:
         folder: of all tasks.
-        name: of the task's folder.
-        most: so many test rows, the first after a shuffle with seed 0.
+        task: names its folder there.
+        most: so many test examples, the first after a shuffle with seed 0.
 
     Raises:
-        DataError: a file or column is missing.
+        DataError: a file, column or label is missing, or the label is not the task's.
     """
-    places = [path for path in sorted(folder.glob("*")) if path.name.lower() == name.lower()]
+    name = task.folder.lower()
+    places = [path for path in sorted(folder.glob("*")) if path.name.lower() == name]
     if not places:
-        raise DataError(f"{folder} has no folder {name}; give FewGLUE's folder (--data)")
+        raise DataError(f"{folder} has no folder {task.folder}; give FewGLUE's folder (--data)")
     place = places[0]
-    tests = [place / file for file in TEST_FILES if (place / file).is_file()]
-    test = read_rows(tests[0], name) if tests else []
-    if most is not None and len(test) > most:
-        test = _shuffled(test)[:most]
+    test: Examples = []
+    for path in [place / file for file in TEST_FILES if (place / file).is_file()]:
+        test = _rows_of(path, task)
+        if any(row.get("label") is not None for row in _flat(test)):
+            break  # SuperGLUE's own test.jsonl has none
+    if test:
+        test = _labelled(path, task, test)
     return Splits(
-        read_rows(place / "train.jsonl", name), read_rows(place / "dev32.jsonl", name), test
+        read_rows(place / "train.jsonl", task),
+        read_rows(place / "dev32.jsonl", task),
+        _flat(_first(test, most)),
     )
 
 
 def read_full(
-    name: str, train: Path, dev: Path | None, test: Path | None, most: int | None = None
+    task: SuperGlueTask,
+    train: Path,
+    dev: Path | None,
+    test: Path | None,
+    most: int | None = None,
 ) -> Splits:
-    """A task of which there are more examples; without `dev` and `test` `train` is cut 60/15/25."""
-    splits = _cut(name, train, dev, test)
-    if most is None or len(splits.test) <= most:
-        return splits
-    return Splits(splits.train, splits.dev, _shuffled(splits.test)[:most])
+    """A task of which there are more examples; without `dev` and `test` `train` is cut 60/15/25.
+
+    Raises:
+        DataError: as in `read_few`; or there are too few examples to cut.
+    """
+    examples = _examples(train, task)
+    parts = {"dev": dev, "test": test}
+    given = {name: _examples(path, task) for name, path in parts.items() if path is not None}
+    if len(given) < 2:
+        examples = _shuffled(examples)
+        first, second = int(0.6 * len(examples)), int(0.75 * len(examples))
+        if not given:
+            given = {"dev": examples[first:second], "test": examples[second:]}
+            examples = examples[:first]
+        else:
+            (missing,) = set(parts) - set(given)
+            given[missing] = examples[second:]
+            examples = examples[:second]
+    if not (examples and given["dev"] and given["test"]):
+        raise DataError(f"{train} has too few examples to be cut; 3 are the least")
+    return Splits(_flat(examples), _flat(given["dev"]), _flat(_first(given["test"], most)))
 
 
-def _cut(name: str, train: Path, dev: Path | None, test: Path | None) -> Splits:
-    rows = read_rows(train, name)
-    if dev is not None and test is not None:
-        return Splits(rows, read_rows(dev, name), read_rows(test, name))
-    rows = _shuffled(rows)
-    first, second = int(0.6 * len(rows)), int(0.75 * len(rows))
-    if dev is None and test is None:
-        return Splits(rows[:first], rows[first:second], rows[second:])
-    if dev is None:
-        return Splits(rows[:second], rows[second:], read_rows(test, name) if test else [])
-    return Splits(rows[:second], read_rows(dev, name), rows[second:])
-
-
-def read_rows(path: Path, name: str) -> list[Row]:
+def read_rows(path: Path, task: SuperGlueTask) -> list[Row]:
     """A file's rows as the task's templates want them.
 
     Raises:
         DataError: the file is missing, or is not the task's.
     """
+    return _flat(_examples(path, task))
+
+
+def _examples(path: Path, task: SuperGlueTask) -> Examples:
+    return _labelled(path, task, _rows_of(path, task))
+
+
+def _rows_of(path: Path, task: SuperGlueTask) -> Examples:
     if not path.is_file():
-        raise DataError(f"{path} is not there; give FewGLUE's folder (--data) or the file's place")
-    flat = _FLAT.get(name.lower(), lambda row: iter([row]))
-    rows: list[Row] = []
-    for number, row in enumerate(read_examples(path), 1):
+        problem = "is a folder" if path.is_dir() else "is not there"
+        raise DataError(f"{path} {problem}; give FewGLUE's folder (--data) or the file's place")
+    flatten = _FLAT.get(task.name, lambda row: iter([row]))
+    found: Examples = []
+    for number, example in enumerate(read_examples(path), 1):
         try:
-            rows += flat(row)
-        except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise DataError(f"{path}, line {number} is no example of {name}: {error!r}") from None
-    return rows
+            found.append(list(flatten(example)))
+        except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
+            raise DataError(
+                f"{path}, example {number} is no example of {task.folder}: {error!r}"
+            ) from None
+    return found
 
 
-def _shuffled(rows: list[Row]) -> list[Row]:
-    rows = list(rows)
-    random.Random(0).shuffle(rows)
-    return rows
+def _labelled(path: Path, task: SuperGlueTask, examples: Examples) -> Examples:
+    """The same with labels as text, each one of the task's."""
+    for number, rows in enumerate(examples, 1):
+        for row in rows:
+            value = row.get("label")
+            label = str(value).lower()
+            if label not in task.labels:
+                said = "no label" if value is None else f"the label {value!r}"
+                raise DataError(
+                    f"{path}, example {number} has {said}; {task.folder} has "
+                    f"{', '.join(task.labels)}"
+                )
+            row["label"] = label
+    return examples
+
+
+def _flat(examples: Examples) -> list[Row]:
+    return [row for rows in examples for row in rows]
+
+
+def _first(examples: Examples, most: int | None) -> Examples:
+    if most is None or len(examples) <= most:
+        return examples
+    return _shuffled(examples)[:most]
+
+
+def _shuffled(examples: Examples) -> Examples:
+    examples = list(examples)
+    random.Random(0).shuffle(examples)
+    return examples
 
 
 def _copa(row: Row) -> Iterator[Row]:
@@ -130,10 +184,13 @@ def _wsc(row: Row) -> Iterator[Row]:
     target = row["target"]
     words = row["text"].split(" ")
     start, pronoun = int(target["span2_index"]), target["span2_text"]
-    size = len(pronoun.split(" "))
-    marked = [*words[:start], f"*{pronoun}*", *words[start + size :]]
+    end = start + len(pronoun.split(" "))
+    place = " ".join(words[start:end])  # with the punctuation beside it
+    if pronoun not in place:
+        raise ValueError(f"the pronoun {pronoun!r} is not at word {start}")
+    marked = place.replace(pronoun, f"*{pronoun}*", 1)
     yield {
-        "text": " ".join(marked),
+        "text": " ".join([*words[:start], marked, *words[end:]]),
         "pronoun": pronoun,
         "noun": target["span1_text"],
         "label": row.get("label"),

@@ -16,11 +16,10 @@ def accuracy(gold: Sequence[str], said: Sequence[str], rows: Sequence[Row]) -> f
 
 
 def macro_f1(gold: Sequence[str], said: Sequence[str], rows: Sequence[Row]) -> float:
-    """The mean F1 of the labels that occur (CB)."""
+    """The mean F1 of all labels that are right or said somewhere (CB)."""
     from sklearn.metrics import f1_score
 
-    labels = sorted(set(gold))
-    return float(f1_score(gold, said, labels=labels, average="macro", zero_division=0))
+    return float(f1_score(gold, said, average="macro", zero_division=0))
 
 
 def f1a(gold: Sequence[str], said: Sequence[str], rows: Sequence[Row]) -> float:

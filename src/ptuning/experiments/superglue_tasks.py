@@ -52,6 +52,11 @@ class SuperGlueTask:
         ]
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """What the examples' ``label`` may be, as text."""
+        return tuple(self.verbalizers[0]) if self.verbalizers else ("true", "false")
+
+    @property
     def generates(self) -> bool:
         """The answer is free text (WSC: its training file has true examples only)."""
         return not self.verbalizers
