@@ -23,10 +23,35 @@ def setting(family: str, **options: Any) -> tuple[Any, Any, Prompt]:
     """A tiny model and a prompt with random vectors, as large as the model's own."""
     tokenizer = tiny.tokenizer(around=family not in tiny.CAUSAL)
     model = tiny.model(family, vocab_size=len(tokenizer))
-    prompt = Prompt(TEMPLATE, answer="capital", **{"answer_tokens": 4, **options})
+    prompt = Prompt(**{"template": TEMPLATE, "answer": "capital", "answer_tokens": 4, **options})
     embedding = model.get_input_embeddings().weight
     prompt.vectors = torch.randn(4, embedding.shape[1]) * embedding.std().detach()
     return model, tokenizer, prompt
+
+
+@pytest.mark.parametrize(
+    "setting_of_model",
+    [
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"suppress_tokens": list(range(5, 300))},
+        {"repetition_penalty": 3.0},
+        {"num_return_sequences": 2, "num_beams": 2},
+        {"guidance_scale": 3.0},
+    ],
+    ids=str,
+)
+def test_the_models_own_generation_settings_change_no_answer(
+    setting_of_model: dict[str, Any],
+) -> None:
+    model, tokenizer, prompt = setting(
+        "llama", template="The big old capital city of [P*4] {country} is [MASK]"
+    )
+    expected = ptuning.predict(model, tokenizer, prompt, ROWS)
+    own = model.generation_config
+    own.update(**setting_of_model)
+    assert ptuning.predict(model, tokenizer, prompt, ROWS) == expected
+    assert model.generation_config is own
 
 
 @pytest.mark.parametrize("family", [*tiny.CAUSAL, *tiny.SEQ2SEQ])

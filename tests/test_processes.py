@@ -129,6 +129,9 @@ TRAININGS: dict[str, Callable[[Path], Outcome]] = {
     "no prefix is kept": lambda _: trained(prompt={"template": LONG}, prefix_cache="off"),
     "masked": lambda _: trained("bert", epochs=4),
     "encoder-decoder": lambda _: trained("t5", epochs=4),
+    "the model too, fewer rows than processes": lambda _: trained(
+        rows=ROWS[:4], batch_size=3, epochs=4, tune_model=True, model_learning_rate=1e-3
+    ),
     "an early stop": lambda _: trained(
         learning_rate=0.05, patience=1, epochs=30, schedule="constant"
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import ptuning
-from ptuning.errors import InputError
+from ptuning.errors import InputError, TrainingError
 from ptuning.loop import Loop
 from ptuning.population import Member, Population
 from ptuning.render import Renderer, render_all
@@ -140,6 +141,43 @@ def test_a_member_that_is_no_longer_finite_leaves_and_the_others_go_on() -> None
     assert result.winner == 1
 
 
+@pytest.mark.parametrize("choose_by", ["accuracy", "loss"])
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_what_is_not_finite_after_the_last_step_never_wins(choose_by: str, epochs: int) -> None:
+    options: dict[str, Any] = {"epochs": epochs, "batch_size": len(ROWS), "warmup": 0.0}
+    result = run(grid={"learning_rate": [1e30, 1e-3]}, choose_by=choose_by, **options)
+    assert result.winner == 1 and math.isfinite(result.best["dev_loss"])
+    for dev in (ROWS, ()):
+        prompt = fresh()
+        with pytest.raises(TrainingError, match=r"not finite|loss is nan"):
+            ptuning.train(
+                tiny.model("llama"),
+                tiny.tokenizer(),
+                prompt,
+                ROWS,
+                dev,
+                learning_rate=1e30,
+                **options,
+            )
+        assert prompt.vectors is None
+
+
+def test_where_the_last_one_is_no_longer_finite_the_best_result_so_far_wins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    losses, calls = Population.losses, []
+
+    def spoiled(self: Population, *given: Any) -> Any:
+        calls.append(1)
+        return losses(self, *given) * (float("nan") if len(calls) > 12 else 1.0)
+
+    monkeypatch.setattr(Population, "losses", spoiled)
+    options: dict[str, Any] = {"patience": 1, "halving": False, "choose_by": "loss"}
+    result = run(grid={"learning_rate": [1e-12, 1e-3]}, batch_size=len(ROWS), **options)
+    assert result.members[0]["epochs"] < result.members[1]["epochs"] < 13
+    assert math.isfinite(result.best["dev_loss"])
+
+
 def test_without_dev_the_lowest_loss_wins() -> None:
     model, tokenizer = tiny.model("llama"), tiny.tokenizer()
     result = ptuning.train(
@@ -209,7 +247,11 @@ def test_virtual_tokens_set_the_size_of_each_group() -> None:
     [
         (0, None, "population is 0"),
         (1, {"batch": [1]}, f"'batch'; it may vary {', '.join(KEYS)}"),
-        (1, {"encoder": []}, "no value for encoder"),
+        (1, {"encoder": []}, "gives [] for encoder"),
+        (1, {"encoder": "mlp"}, "gives 'mlp' for encoder"),
+        (1, "encoder=mlp", "the grid is 'encoder=mlp'"),
+        (1, {"weight_decay": [-1]}, "weight_decay is -1"),
+        (1, {"virtual_tokens": [True]}, "whole numbers from 1 on"),
         (1, {"encoder": ["gru"]}, "encoder is 'gru'"),
         (1, {"learning_rate": [-1.0]}, "learning_rate is -1.0"),
         (1, {"learning_rate": ["fast"]}, "learning_rate"),
@@ -221,6 +263,9 @@ def test_wrong_populations_are_refused(population: int, grid: Any, message: str)
     with pytest.raises(InputError) as caught:
         choices(fresh(), ptuning.TrainSettings(), population, grid)
     assert message in str(caught.value)
+    with pytest.raises(InputError, match="names encoder twice"):
+        parse_grid(["encoder=mlp", "encoder=lstm"])
+    assert parse_grid(["encoder=mlp, lstm"]) == {"encoder": ["mlp", "lstm"]}
     for wrong in ("encoder", "=mlp", "encoder="):
         with pytest.raises(InputError, match="KEY=VALUE"):
             parse_grid([wrong])

@@ -19,6 +19,19 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPIN
 from .errors import InputError, PromptFileError
 from .inject import input_embedding
 
+_COUNT_COLUMNS = (
+    "bart",
+    "bigbird_pegasus",
+    "blenderbot",
+    "blenderbot-small",
+    "marian",
+    "mbart",
+    "mvp",
+    "pegasus",
+    "plbart",
+    "roformer",
+    "rwkv",
+)
 _SAMPLED_ROWS = 16
 _SAMPLED_COLUMNS = 16
 # Relative error of the sampled values: bf16 gives 0.004, 4-bit quantization about 0.1, another
@@ -77,6 +90,20 @@ def padding_offset(model: nn.Module) -> int:
         if name.endswith("embeddings.position_embeddings") and isinstance(module, nn.Embedding):
             return 0 if module.padding_idx is None else module.padding_idx + 1
     return 0
+
+
+def counts_columns(model: nn.Module) -> bool:
+    """A decoder whose positions are columns, padding included: it cannot be told others."""
+    config: Any = getattr(model, "config", None)
+    return getattr(config, "model_type", None) in _COUNT_COLUMNS and not config.is_encoder_decoder
+
+
+def scales_with_length(model: nn.Module) -> bool:
+    """Rotary frequencies depend on the longest input of a batch (Phi-3's, and dynamic NTK)."""
+    config: Any = getattr(model, "config", None)
+    given = getattr(config and config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [given, *(value for value in given.values() if isinstance(value, dict))]
+    return any(kind.get("rope_type") in ("longrope", "dynamic") for kind in kinds)
 
 
 def describe(model: nn.Module, tokenizer: Any) -> dict[str, Any]:

@@ -93,22 +93,29 @@ class Learner:
         self.optimizer.zero_grad()
         return finite
 
-    def note(self, record: dict[str, float]) -> bool:
-        """Take in an epoch's record; True where it is the best so far.
+    def note(self, record: dict[str, float]) -> str | None:
+        """Take in an epoch's record, and keep the weights if it is the best so far.
 
         Without dev figures the latest is the best.
+
+        Returns:
+            what is not finite, or None: such a record is never the best.
         """
         self.history.append(record)
+        if not math.isfinite(record.get("dev_loss", 0.0)):
+            return f"the dev loss is {record['dev_loss']}"
+        vectors = self.vectors()
+        if not torch.isfinite(vectors).all():
+            return "virtual tokens are not finite"
         latest = not self.best or "dev_loss" not in record
-        better = latest or self.rank(record) > self.rank(self.best)
-        if better:
-            self._keep(record)
+        if latest or self.rank(record) > self.rank(self.best):
+            self._keep(record, vectors)
             self.without_gain = 0
         else:
             self.without_gain += 1
             patience = self.settings.patience
             self.active = patience is None or self.without_gain < patience
-        return better
+        return None
 
     def rank(self, record: dict[str, Any]) -> tuple[float, float]:
         """What a record is compared by, higher is better: dev accuracy, then loss; or the other way
@@ -120,10 +127,11 @@ class Learner:
 
     def note_start(self, figures: dict[str, float]) -> None:
         """Take in the dev figures before the first step: the best so far, as epoch 0."""
-        self._keep({"epoch": 0, **figures})
+        if math.isfinite(figures["dev_loss"]):
+            self._keep({"epoch": 0, **figures}, self.vectors())
 
-    def _keep(self, record: dict[str, float]) -> None:
-        self.best = {**record, "weights": _copy(self.weights()), "vectors": self.vectors()}
+    def _keep(self, record: dict[str, float], vectors: Tensor) -> None:
+        self.best = {**record, "weights": _copy(self.weights()), "vectors": vectors}
         if self.model is not None:
             self.best["model"] = _copy(self._model_weights())
 

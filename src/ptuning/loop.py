@@ -6,7 +6,8 @@
     dev result -> best so far -> early stop
 
 The base model never changes. On the CPU a run that is interrupted anywhere and resumed ends with
-the numbers of an undisturbed one.
+the numbers of an undisturbed one (to rounding, where keys and values of prefixes are kept: they are
+computed in other batches then).
 """
 
 from __future__ import annotations
@@ -115,6 +116,9 @@ class Loop:
                 self.step += 1
                 self.epoch_loss += losses / self.steps_per_epoch
                 self._report(epoch, losses)
+                if not any(learner.active for learner in self.learners):
+                    self._save()
+                    return
                 ends_epoch = position == self.steps_per_epoch - 1
                 if not ends_epoch:
                     self._save_if_due()
@@ -156,26 +160,36 @@ class Loop:
     def _add_up_gradients(self, losses: Tensor) -> Tensor:
         """Every process gets the sums of the active members' gradients, and of the losses."""
         active = [learner for learner in self.learners if learner.active]
-        parameters = [p for x in active for p in x.parameters() if p.grad is not None]
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        parameters = [p for x in active for p in x.parameters()]
+        here = torch.tensor([float(p.grad is not None) for p in parameters])
+        if self.settings.tune_model:  # a process without a row has no gradient of the model
+            (here,) = processes.add_up([here])
+        parameters = [p for p, count in zip(parameters, here.tolist(), strict=True) if count]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         losses, *gradients = processes.add_up([losses, *gradients])
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         return losses
 
     def _settle(self, losses: Tensor) -> None:
-        """Optimizer steps; a member that is no longer finite leaves, the last one raises."""
+        """Optimizer steps; a member that is no longer finite leaves."""
         finite = torch.isfinite(losses).tolist()
         for number, learner in enumerate(self.learners):
             stepped = learner.update(finite[number])
             if learner.active and not (finite[number] and stepped):
-                learner.active = False
-                if not any(other.active for other in self.learners):
-                    loss = float(losses[number])
-                    fault = (
-                        "the gradient is not finite" if finite[number] else f"the loss is {loss}"
-                    )
-                    raise TrainingError(self._not_finite(number, fault))
+                loss = f"the loss is {float(losses[number])}"
+                self._leave(number, "the gradient is not finite" if finite[number] else loss)
+
+    def _leave(self, number: int, fault: str) -> None:
+        """A member ends its training.
+
+        Raises:
+            TrainingError: no other member has a result or can still have one.
+        """
+        self.learners[number].active = False
+        others = [x for n, x in enumerate(self.learners) if n != number]
+        if not any(other.active or other.best for other in others):
+            raise TrainingError(self._not_finite(number, fault))
 
     def _rows(self, chosen: list[list[Rendered]]) -> list[tuple[Rendered, int]]:
         """This process's share of every active member's examples, each with its member."""
@@ -211,9 +225,15 @@ class Loop:
         active = [number for number, learner in enumerate(self.learners) if learner.active]
         for number, figures in zip(active, self._dev_results(active), strict=True):
             record = {"epoch": epoch + 1, "loss": float(self.epoch_loss[number]), **figures}
-            self.learners[number].note(record)
-            records.append(record)
+            fault = self.learners[number].note(record)
+            if fault:
+                self._leave(number, fault)
+            else:
+                records.append(record)
         self.epoch_loss.zero_()
+        if not records:
+            self._save()
+            return
         if self.settings.halving:
             halve(self.learners, epoch + 1, self.settings.epochs)
         record = max(records, key=self.learners[0].rank)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .base_model import padding_offset
 from .collate import IGNORED, Batch
 from .errors import InputError
 
@@ -87,14 +88,20 @@ def positions(model: nn.Module, mask: Tensor, columns: int, count: int) -> dict[
         columns: how many of its last columns are computed.
         count: how many of these get logits.
     """
-    accepted = _forward_parameters(model)
+    accepted = forward_parameters(model)
     result = {}
     if "position_ids" in accepted:
-        result["position_ids"] = position_ids(mask)[:, -columns:]
+        result["position_ids"] = position_ids(mask)[:, -columns:] + first_position(model)
     if "logits_to_keep" in accepted:
         # Indices, not a count: a slice is not contiguous, and the head far slower with it.
         result["logits_to_keep"] = torch.arange(columns - count, columns, device=mask.device)
     return result
+
+
+def first_position(model: nn.Module) -> int:
+    """Of a causal model: 0 but for RoBERTa's family."""
+    config = getattr(model, "config", None)
+    return padding_offset(model) if getattr(config, "is_decoder", False) else 0
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -136,7 +143,7 @@ def _masked_outputs(
         handle.remove()
 
 
-def _forward_parameters(model: nn.Module) -> frozenset[str]:
+def forward_parameters(model: nn.Module) -> frozenset[str]:
     """Names that the model's forward takes, through wrappers such as torch.compile's."""
     inner = getattr(model, "_orig_mod", model)
     return frozenset(inspect.signature(inner.forward).parameters)

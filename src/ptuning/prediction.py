@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from .collate import Batch
 from .errors import InputError
 from .fast.label_words import label_word_scores
 from .fast.prefix import PrefixStore, for_prediction
-from .loss import answer_logits, by_label
+from .loss import answer_logits, by_label, first_position, position_ids
 from .render import Example, Rendered, Renderer, render_all
 from .score import batch_for, model_device
 from .task import Task
@@ -203,27 +204,25 @@ def _generate(
     tokenizer = renderer.tokenizer
     pad = tokenizer.pad_token_id
     end = tokenizer.eos_token_id
-    # What is None here would come from the model's own generation settings: name all that matters.
     config = GenerationConfig(
         max_new_tokens=limit,
         do_sample=False,
         num_beams=1,
-        repetition_penalty=1.0,
-        encoder_repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        encoder_no_repeat_ngram_size=0,
+        use_cache=True,
         eos_token_id=end,
         pad_token_id=end if pad is None else pad,
         return_dict_in_generate=True,
         output_logits=True,
     )
     shared = store.cache(batch) if store else None
-    cache = {} if shared is None else {"past_key_values": shared}
-    made = model.generate(
+    more: dict[str, Any] = {} if shared is None else {"past_key_values": shared}
+    if first := first_position(model):  # transformers would count from 0
+        more["position_ids"] = position_ids(batch.attention_mask) + first
+    made = _greedy(model).generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         generation_config=config,
-        **cache,
+        **more,
     )
     steps = len(made.logits)
     chosen = made.sequences[:, -steps:]
@@ -233,6 +232,24 @@ def _generate(
         ends = (chosen == end).long()
         scores = scores.masked_fill(ends.cumsum(1) - ends > 0, 0.0)
     return _texts(tokenizer, chosen, scores)
+
+
+def _greedy(model: Any) -> Any:
+    """The same model without generation settings of its own, which would fill what is not named.
+
+    Such as penalties, suppressed tokens or a kind of cache; with which token decoding starts stays.
+    """
+    from transformers import GenerationConfig
+
+    twin = copy(getattr(model, "_orig_mod", model))
+    own = model.generation_config
+    twin.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id,
+        decoder_start_token_id=own.decoder_start_token_id,
+        forced_bos_token_id=own.forced_bos_token_id,
+        forced_eos_token_id=own.forced_eos_token_id,
+    )
+    return twin
 
 
 def _texts(tokenizer: Any, ids: Tensor, scores: Tensor) -> list[Prediction]:

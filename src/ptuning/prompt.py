@@ -71,6 +71,8 @@ class Prompt(Task):
         if isinstance(self.encoder_dropout, int):
             self.encoder_dropout = float(self.encoder_dropout)
         check_type(self, float, "encoder_dropout")
+        if not 0 <= self.encoder_dropout < 1:
+            raise InputError(f"encoder_dropout is {self.encoder_dropout}; give a share, 0 to 1")
         for name in ("num_virtual_tokens", "encoder_hidden_size", "encoder_num_layers"):
             at_least_one(name, getattr(self, name))
         if self.template is None:

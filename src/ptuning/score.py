@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .base_model import counts_columns
 from .collate import Batch, collate
+from .errors import InputError
 from .fast.chunked import losses_and_right
 from .fast.shared_head import first_of, share_heads
 from .loss import Prefix
@@ -77,17 +79,27 @@ def sums(
 def batch_for(
     model: nn.Module, renderer: Renderer, examples: list[Rendered], first_ids: list[int]
 ) -> Batch:
-    """`collate` with the padding and decoder ids of a model."""
+    """`collate` with the padding and decoder ids of a model.
+
+    Raises:
+        InputError: the model cannot tell padding from text.
+    """
     pad = renderer.tokenizer.pad_token_id
     pad = pad if isinstance(pad, int) else 0
     start = getattr(model.config, "decoder_start_token_id", None)
-    return collate(
+    batch = collate(
         examples,
         renderer.kind,
         first_ids,
         pad_id=pad,
         decoder_start_id=start if isinstance(start, int) else pad,
     )
+    if batch.kind == "causal" and len(set(batch.lengths)) > 1 and counts_columns(model):
+        raise InputError(
+            f"{type(model).__name__} counts padding as positions, so that rows of unlike length "
+            "would change each other: give batch_size=1 and one prompt"
+        )
+    return batch
 
 
 def model_device(model: nn.Module) -> torch.device:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
 from .errors import InputError
+from .task import at_least_one
 
 LEARNING_RATES = {"mlp": 1e-3, "lstm": 2e-3, "none": 1e-2}
 """Default by encoder type; the smaller the network before the vectors, the larger the rate."""
@@ -73,15 +75,17 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "gradient_accumulation", "patience"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}; give a whole number of at least 1")
+            at_least_one(name, getattr(self, name))
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise InputError(f"seed is {self.seed!r}; give a whole number")
         for name in ("learning_rate", "max_grad_norm", "model_learning_rate"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"{name} is {value}; give a number above 0")
-        if not 0 <= self.warmup < 1:
-            raise InputError(f"warmup is {self.warmup}; give the fraction of all steps, 0 to 1")
+            if value is not None and not (_is_number(value) and value > 0):
+                raise InputError(f"{name} is {value!r}; give a number above 0")
+        if not (_is_number(self.weight_decay) and self.weight_decay >= 0):
+            raise InputError(f"weight_decay is {self.weight_decay!r}; give a number from 0 on")
+        if not (_is_number(self.warmup) and 0 <= self.warmup < 1):
+            raise InputError(f"warmup is {self.warmup!r}; give the fraction of all steps, 0 to 1")
         if self.schedule not in SCHEDULES:
             raise InputError(f"schedule is {self.schedule!r}; expected one of {SCHEDULES}")
         if self.choose_by not in CHOICES:
@@ -101,13 +105,18 @@ class TrainSettings:
         return self.learning_rate or LEARNING_RATES[encoder]
 
 
+def _is_number(value: object) -> bool:
+    kind = isinstance(value, int | float) and not isinstance(value, bool)
+    return kind and math.isfinite(value)
+
+
 def parse_size(text: str) -> int:
     """``500M`` or ``2G`` in bytes.
 
     Raises:
         InputError: no number with K, M, G or T behind it.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", str(text), re.IGNORECASE)
     if match is None:
         raise InputError(f"prefix_cache is {text!r}; give auto, off, or bytes such as 500M or 2G")
     return int(float(match[1]) * _UNITS[match[2].upper()])

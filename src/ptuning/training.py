@@ -180,13 +180,12 @@ def _rendered(
 
 
 def _with_options(settings: TrainSettings, options: dict[str, Any]) -> TrainSettings:
-    try:
-        return replace(settings, **options)
-    except TypeError:
-        unknown = sorted(set(options) - set(asdict(settings)))
+    unknown = sorted(set(options) - set(asdict(settings)))
+    if unknown:
         raise InputError(
             f"unknown training setting {unknown[0]!r}; there are {', '.join(asdict(settings))}"
-        ) from None
+        )
+    return replace(settings, **options)
 
 
 def learn_answer_length(prompt: Prompt, renderer: Renderer, examples: list[Rendered]) -> None:

@@ -62,13 +62,15 @@ def choices(
     """
     if not isinstance(population, int) or population < 1:
         raise InputError(f"population is {population}; give a whole number of at least 1")
+    if grid is not None and not isinstance(grid, Mapping):
+        raise InputError(f"the grid is {grid!r}; give key -> list of values")
     grid = dict(grid or {})
     unknown = sorted(set(grid) - set(KEYS))
     if unknown:
         raise InputError(f"the grid has {unknown[0]!r}; it may vary {', '.join(KEYS)}")
-    empty = [key for key, values in grid.items() if not values]
-    if empty:
-        raise InputError(f"the grid gives no value for {empty[0]}")
+    for key, values in grid.items():
+        if not isinstance(values, list | tuple) or not values:
+            raise InputError(f"the grid gives {values!r} for {key}; give a list of values")
     if population == 1 and not grid:
         return [({"seed": settings.seed}, prompt, settings)]
     result = []
@@ -76,10 +78,7 @@ def choices(
         chosen = dict(zip(grid, values, strict=True))
         for seed in range(settings.seed, settings.seed + population):
             own = {key: chosen[key] for key in OF_SETTINGS if key in chosen}
-            try:
-                changed = replace(settings, **own, seed=seed)
-            except TypeError as error:
-                raise InputError(f"the grid's {chosen} cannot be used: {error}") from None
+            changed = replace(settings, **own, seed=seed)
             result.append(({**chosen, "seed": seed}, _prompt(prompt, chosen), changed))
     return result
 
@@ -110,7 +109,7 @@ def resized(template: str | None, count: int) -> str:
             "virtual_tokens in the grid sets the size of each [P*n]; the template has none: "
             f"{template}"
         )
-    if not isinstance(count, int) or count < 1:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise InputError(f"virtual_tokens in the grid is {count}; give whole numbers from 1 on")
     return _GROUP.sub(f"[P*{count}]", template)
 
@@ -129,8 +128,10 @@ def parse_grid(parts: Iterable[str]) -> dict[str, list[Any]]:
                 f"the grid's {part!r} is not KEY=VALUE,VALUE; write for example "
                 "learning_rate=1e-3,3e-3 encoder=mlp,lstm"
             )
+        if key in grid:
+            raise InputError(f"the grid names {key} twice; give all its values together")
         separators = "|" if key == "template" else ","
-        grid[key] = [_value(text) for text in values.split(separators)]
+        grid[key] = [_value(text.strip()) for text in values.split(separators)]
     return grid
 
 

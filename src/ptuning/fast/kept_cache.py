@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ..loss import positions
+from ..base_model import counts_columns, scales_with_length
+from ..loss import forward_parameters, positions
 
 
 class _KeptLayer(DynamicLayer):
@@ -48,7 +49,8 @@ def keys_and_values(model: nn.Module, ids: Tensor, mask: Tensor) -> list[tuple[T
 def reads_caches(model: nn.Module) -> bool:
     """Every layer attends to keys and values that it is given, on one device.
 
-    Recurrent layers have a state instead. Gradient checkpointing runs layers again, and
+    Recurrent layers have a state instead. Where rotary frequencies follow the length of the input,
+    a prefix alone has others than within its row. Gradient checkpointing runs layers again, and
     transformers then gives them no cache.
     """
     config: Any = model.config
@@ -56,4 +58,7 @@ def reads_caches(model: nn.Module) -> bool:
     attends = {"full_attention", "sliding_attention"}.issuperset(kinds)
     again = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
-    return attends and not (again or spread or getattr(model, "_is_stateful", False))
+    takes = "past_key_values" in forward_parameters(model)
+    if not (attends and takes) or counts_columns(model) or scales_with_length(model):
+        return False
+    return not (again or spread or getattr(model, "_is_stateful", False))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from ..base_model import scales_with_length
 from ..collate import Batch
 from ..loss import Shortened
 
@@ -74,6 +75,8 @@ def can_pack(model: nn.Module) -> bool:
     rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     window = getattr(text, "sliding_window", None) and not getattr(text, "layer_types", None)
+    if getattr(text, "alibi", False) or scales_with_length(model):
+        return False
     return bool(rotary) and kinds == {"full_attention"} and not window
 
 

@@ -28,7 +28,7 @@ from .kept_cache import cache_of, keys_and_values, reads_caches
 from .packing import Packed, pack
 
 KeyValues = list[Tensor]
-"""For each layer keys and values of one prefix: ``(2, heads, tokens, head width)``."""
+"""Of each layer the keys and then the values of one prefix: ``(heads, tokens, head width)``."""
 _SMALLEST = 8
 
 
@@ -111,21 +111,20 @@ class PrefixStore:
         The store stays as it is.
         """
         found = self._of(dict.fromkeys(prefixes), device)
-        layers: list[tuple[Tensor, Tensor]] = []
-        for layer, first in enumerate(found[prefixes[0]]):
+        made: list[Tensor] = []
+        for number, first in enumerate(found[prefixes[0]]):
             if len(found) == 1 and min(counts) == kept:  # one document: a view serves all rows
-                shared = first[:, None, :, :kept].to(device, non_blocking=True)
-                keys, values = shared.expand(-1, len(prefixes), -1, -1, -1)
-                layers.append((keys, values))
+                shared = first[None, :, :kept].to(device, non_blocking=True)
+                made.append(shared.expand(len(prefixes), -1, -1, -1))
                 continue
-            _, heads, _, width = first.shape
-            stacked = first.new_empty(2, len(prefixes), heads, kept, width, device=device)
+            heads, _, width = first.shape
+            stacked = first.new_empty(len(prefixes), heads, kept, width, device=device)
             for row, (prefix, count) in enumerate(zip(prefixes, counts, strict=True)):
-                stacked[:, row, :, : kept - count] = 0
-                values = found[prefix][layer][:, :, :count]
-                stacked[:, row, :, kept - count :] = values.to(device, non_blocking=True)
-            layers.append((stacked[0], stacked[1]))
-        return cache_of(layers)
+                stacked[row, :, : kept - count] = 0
+                values = found[prefix][number][:, :count]
+                stacked[row, :, kept - count :] = values.to(device, non_blocking=True)
+            made.append(stacked)
+        return cache_of(zip(made[::2], made[1::2], strict=True))
 
     def _of(
         self, prefixes: Iterable[tuple[int, ...]], device: torch.device
@@ -151,7 +150,7 @@ class PrefixStore:
         mask[:, -1] = 1  # an empty prefix: some column must be seen; it is cut off below
         layers = keys_and_values(self.model, ids.to(device), mask.to(device))
         return [
-            [torch.stack([k[row, :, length - n :], v[row, :, length - n :]]) for k, v in layers]
+            [tensor[row, :, length - n :].clone() for layer in layers for tensor in layer]
             for row, n in enumerate(map(len, prefixes))
         ]
 
