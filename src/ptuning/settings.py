@@ -106,8 +106,9 @@ class TrainSettings:
 
 
 def _is_number(value: object) -> bool:
-    kind = isinstance(value, int | float) and not isinstance(value, bool)
-    return kind and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value)
 
 
 def parse_size(text: str) -> int:
