@@ -93,6 +93,7 @@ ORDER = [
     "cli.train",
     "cli.use",
     "cli.lama",
+    "cli.superglue_task",
     "cli.superglue",
     "cli.run_demo",
     "cli.app",

@@ -145,7 +145,8 @@ class Loop:
                     total += self.micro_step(part, divisor)
                 if not rows:  # all are other processes': a gradient of zeros
                     self.accelerator.backward(0 * table.sum())
-        total = self._add_up_gradients(total)
+        trained = [p for learner in self.learners if learner.active for p in learner.parameters()]
+        total = processes.add_up_gradients(trained, total)
         self._settle(total)
         return total.cpu()
 
@@ -156,20 +157,6 @@ class Loop:
             losses = self.population.losses(batch) / divisor
         self.accelerator.backward(losses.sum())
         return losses.detach()
-
-    def _add_up_gradients(self, losses: Tensor) -> Tensor:
-        """Every process gets the sums of the active members' gradients, and of the losses."""
-        active = [learner for learner in self.learners if learner.active]
-        parameters = [p for x in active for p in x.parameters()]
-        here = torch.tensor([float(p.grad is not None) for p in parameters])
-        if self.settings.tune_model:  # a process without a row has no gradient of the model
-            (here,) = processes.add_up([here])
-        parameters = [p for p, count in zip(parameters, here.tolist(), strict=True) if count]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        losses, *gradients = processes.add_up([losses, *gradients])
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        return losses
 
     def _settle(self, losses: Tensor) -> None:
         """Optimizer steps; a member that is no longer finite leaves."""

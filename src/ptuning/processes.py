@@ -58,6 +58,23 @@ def add_up(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [p.view_as(t).to(t.device, t.dtype) for p, t in zip(parts, tensors, strict=True)]
 
 
+def add_up_gradients(parameters: Sequence[Tensor], losses: Tensor) -> Tensor:
+    """Every process gets the sums of the gradients, and of the losses.
+
+    A process without a row of its own has no gradient of some; who has none anywhere stays so.
+    """
+    if count() == 1:
+        return losses
+    here = torch.tensor([float(p.grad is not None) for p in parameters])
+    (anywhere,) = add_up([here])
+    shared = [p for p, found in zip(parameters, anywhere.tolist(), strict=True) if found]
+    own = [torch.zeros_like(p) if p.grad is None else p.grad for p in shared]
+    losses, *gradients = add_up([losses, *own])
+    for parameter, gradient in zip(shared, gradients, strict=True):
+        parameter.grad = gradient
+    return losses
+
+
 def from_main(work: Callable[[], T]) -> T:
     """What `work` gives in the main process, where alone it runs.
 

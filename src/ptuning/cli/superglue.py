@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,10 +23,9 @@ from .options import (
     Seeds,
     parts,
 )
+from .superglue_task import TaskRun
 
 if TYPE_CHECKING:
-    from ..experiments.ledger import Ledger
-    from ..experiments.superglue import SuperGlueOptions
     from ..experiments.superglue_data import Splits
     from ..experiments.superglue_tasks import SuperGlueTask
 
@@ -117,7 +115,7 @@ def superglue(
         found: dict[str, Any] = {}
         with console.PartsBar(len(tasks) * (2 + seeds)) as bar:
             for chosen in tasks:
-                run = _Parts(base, tokenizer, chosen, splits[chosen.name], options, ledger, bar)
+                run = TaskRun(base, tokenizer, chosen, splits[chosen.name], options, ledger, bar)
                 manual = run.baselines()
                 trained = [run.trained(number, manual) for number in range(seed, seed + seeds)]
                 found[chosen.name] = run.tested(manual, trained)
@@ -128,124 +126,6 @@ def superglue(
             return
     _tell(found, report["mean"])
     console.out.print(f"superglue.json, its picture and the prompts are in {output}", markup=False)
-
-
-class _Parts:
-    """The parts of one task: from an earlier run, or done now."""
-
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        task: SuperGlueTask,
-        splits: Splits,
-        options: SuperGlueOptions,
-        ledger: Ledger,
-        bar: console.PartsBar,
-    ):
-        from ..experiments.ledger import digest
-
-        self.model, self.tokenizer, self.task, self.splits = model, tokenizer, task, splits
-        self.options, self.ledger, self.bar = options, ledger, bar
-        self._chosen_with = digest(splits.train, splits.dev)
-        self._tested_with = digest(splits.train, splits.dev, splits.test)
-
-    def baselines(self) -> dict[str, Any]:
-        from ..experiments.superglue import baselines, score
-
-        name = f"{self.task.name}-manual"
-        known = self.ledger.get(name, self._chosen_with)
-        result = known
-        if result is None:
-            self.bar.begin(f"{self.task.name}, manual templates")
-            result = baselines(self.model, self.tokenizer, self.task, self.splits)
-            self.ledger.put(name, self._chosen_with, result)
-        line = f"manual, dev {console.percent(score(result['templates'][0]['dev']))}"
-        self.bar.end(f"{self.task.name:>8}  {line}", known is None)
-        return result
-
-    def trained(self, seed: int, manual: dict[str, Any]) -> dict[str, Any]:
-        from .. import processes
-        from ..experiments.superglue import score, tuned
-
-        name, folder = f"{self.task.name}-{seed}", self._folder(seed)
-        known = self.ledger.get(name, self._chosen_with)
-        if not processes.from_main(lambda: (folder / "prompt.json").is_file()):
-            known = None
-        result = known
-        if result is None:
-            self.bar.begin(f"{self.task.name}, seed {seed}")
-            options = replace(self.options, settings=replace(self.options.settings, seed=seed))
-            result, prompt = tuned(
-                self.model,
-                self.tokenizer,
-                self.task,
-                self.splits,
-                manual,
-                options,
-                self.bar.listener,
-            )
-            processes.from_main(partial(prompt.save, folder))
-            result["seed"] = seed
-            self.ledger.put(name, self._chosen_with, result)
-        shown = console.percent(score(result["dev"]))
-        self.bar.end(f"{self.task.name:>8}  seed {seed}  P-tuned, dev {shown}", known is None)
-        return result
-
-    def tested(self, manual: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
-        """The task's figures: on test, or on dev where there is no test file."""
-        from ..experiments.superglue import majority, score
-
-        rows = self.splits.test or self.splits.dev
-        by_hand = manual["templates"][0]["dev"]
-        measured = False
-        if self.splits.test:
-            (by_hand, *figures), measured = self._on_test(manual, [run["seed"] for run in runs])
-            runs = [{**run, "test": one} for run, one in zip(runs, figures, strict=True)]
-        part = "test" if self.splits.test else "dev"
-        scores = [score(run[part]) for run in runs]
-        line = f"P-tuned, {len(runs)} seeds, {part}, mean {console.percent(mean(scores))}"
-        self.bar.end(f"{self.task.name:>8}  {line}", measured)
-        always = majority(self.task, manual, rows)
-        return {
-            "measured_on": part,
-            "test_examples": len(self.splits.test),
-            "majority": score(always),
-            "best_manual": score(by_hand),
-            "best_manual_template": manual["templates"][0]["manual"],
-            "mean": mean(scores),
-            "deviation": stdev(scores) if len(scores) > 1 else 0.0,
-            "metrics": {name: mean(run[part][name] for run in runs) for name in runs[0][part]},
-            "seeds": runs,
-            "baselines": {**manual, "majority": always, "manual": by_hand},
-        }
-
-    def _on_test(
-        self, manual: dict[str, Any], seeds: list[int]
-    ) -> tuple[list[dict[str, float]], bool]:
-        """Of the best manual template and each seed's prompt; and whether any was measured now.
-
-        What they share is computed once.
-        """
-        from ..experiments.superglue import best_by_hand, measured
-        from ..prompt import Prompt
-
-        asked = {f"{self.task.name}-manual-test": lambda: best_by_hand(self.task, manual)}
-        for seed in seeds:
-            asked[f"{self.task.name}-{seed}-test"] = partial(Prompt.load, self._folder(seed))
-        found = {part: self.ledger.get(part, self._tested_with) for part in asked}
-        missing = [part for part, figures in found.items() if figures is None]
-        if missing:
-            self.bar.begin(f"{self.task.name}, test")
-            tasks = [asked[part]() for part in missing]
-            figures = measured(self.model, self.tokenizer, self.task, tasks, self.splits.test)
-            for part, of_one in zip(missing, figures, strict=True):
-                self.ledger.put(part, self._tested_with, of_one)
-                found[part] = of_one
-        return [figures for figures in found.values() if figures is not None], bool(missing)
-
-    def _folder(self, seed: int) -> Path:
-        return self.ledger.prompts / f"{self.task.name}-{seed}"
 
 
 def _tasks(names: str) -> list[SuperGlueTask]:
