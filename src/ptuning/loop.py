@@ -165,9 +165,10 @@ class Loop:
             stepped = learner.update(finite[number])
             if learner.active and not (finite[number] and stepped):
                 loss = f"the loss is {float(losses[number])}"
-                self._leave(number, "the gradient is not finite" if finite[number] else loss)
+                fault = "the gradient is not finite" if finite[number] else loss
+                self._leave(number, fault, self.step + 1)
 
-    def _leave(self, number: int, fault: str) -> None:
+    def _leave(self, number: int, fault: str, step: int) -> None:
         """A member ends its training.
 
         Raises:
@@ -176,7 +177,7 @@ class Loop:
         self.learners[number].active = False
         others = [x for n, x in enumerate(self.learners) if n != number]
         if not any(other.active or other.best for other in others):
-            raise TrainingError(self._not_finite(number, fault))
+            raise TrainingError(self._not_finite(number, fault, step))
 
     def _rows(self, chosen: list[list[Rendered]]) -> list[tuple[Rendered, int]]:
         """This process's share of every active member's examples, each with its member."""
@@ -214,7 +215,7 @@ class Loop:
             record = {"epoch": epoch + 1, "loss": float(self.epoch_loss[number]), **figures}
             fault = self.learners[number].note(record)
             if fault:
-                self._leave(number, fault)
+                self._leave(number, fault, self.step)
             else:
                 records.append(record)
         self.epoch_loss.zero_()
@@ -293,7 +294,7 @@ class Loop:
         for learner, saved in zip(self.learners, state["learners"], strict=True):
             learner.load(saved)
 
-    def _not_finite(self, number: int, fault: str) -> str:
+    def _not_finite(self, number: int, fault: str, step: int) -> str:
         best = self.learners[number].best
         kept = (
             f"the best result so far is epoch {best['epoch']}'s" if best else "nothing was learned"
@@ -302,7 +303,7 @@ class Loop:
         rate = variant.settings.rate_for(variant.prompt.encoder)
         where = f"; the last checkpoint in {self.output} is good" if self.output else ""
         return (
-            f"{fault} at step {self.step + 1} of {self.steps}: training stopped ({kept}"
+            f"{fault} at step {step} of {self.steps}: training stopped ({kept}"
             f"{where}). Use a lower learning rate than {rate:g}, or a base model in bfloat16 or "
             "float32 instead of float16"
         )
