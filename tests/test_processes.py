@@ -295,6 +295,19 @@ def run_in_two(arguments: list[str]) -> list[tuple[int, str, str]]:
     return [(p.returncode, *texts) for p, texts in zip(started, heard, strict=True)]
 
 
+def test_a_process_leaves_the_others_before_the_interpreter_ends() -> None:
+    """Where gloo's threads outlive it, the process aborts now and then, however well it went."""
+    script = """
+import atexit
+from torch import distributed
+atexit.register(lambda: print("joined:", distributed.is_initialized()))  # the last to run
+from ptuning import processes
+print(processes.from_main(lambda: "told"), distributed.is_initialized())
+"""
+    for outcome in run_in_two([sys.executable, "-c", script]):
+        assert outcome[:2] == (0, "told True\njoined: False\n"), outcome
+
+
 def test_the_command_line_writes_and_speaks_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

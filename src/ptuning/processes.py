@@ -10,6 +10,7 @@ Nobody waits for a process that has failed: before each exchange of numbers all 
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -30,7 +31,15 @@ def state() -> PartialState:
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     # Without a GPU accelerate leaves processes alone unless it is told that the CPU is meant.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    if not alone and not distributed.is_initialized():
+        atexit.register(_leave)
     return PartialState(cpu=cpu and not alone)
+
+
+def _leave() -> None:
+    """Stop the threads that exchange while the interpreter lives: at its end gloo's may abort."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def count() -> int:
