@@ -7,7 +7,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +126,8 @@ def study(
     ledger = Ledger(options.output, settings)
 
     def once(subject: Subject, template: str, seed: int) -> dict[str, Any]:
-        shown = "".join(c if c.isalnum() else "_" for c in template)
-        part = f"{subject.name}-{shown}-{seed}".replace(" ", "-")
-        made_of = digest(subject.train, subject.dev, subject.test)
+        part = f"{subject.name}-{digest(template)}-{seed}".replace(" ", "-")
+        made_of = digest(asdict(subject))
         result = ledger.get(part, made_of)
         if result is None:
             result = measure(base, tokenizer, subject, template, seed)

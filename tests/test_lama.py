@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import ptuning
 from ptuning import Prompt, Task, TrainSettings
 from ptuning.cli import main
 from ptuning.errors import DataError, InputError
@@ -22,6 +23,7 @@ from ptuning.experiments.lama_data import (
     Facts,
     Relation,
     is_one_token,
+    one_token,
     read_facts,
     read_relations,
 )
@@ -159,7 +161,7 @@ def test_without_words_to_begin_with_the_template_is_anchored(manual: str) -> No
 
 @pytest.mark.parametrize(("facts", "epochs"), [(28, 10), (246, 5), (800, 3)])
 def test_small_relations_are_passed_over_more_often(facts: int, epochs: int) -> None:
-    options = LamaOptions(("own",), ("none",), 3, 1, None, TrainSettings(batch_size=8))
+    options = LamaOptions(("own",), {"encoder": ["none"]}, 3, 1, None, TrainSettings(batch_size=8))
     some = Facts([{}] * facts, [], [])
     assert options.settings_for(some).epochs == epochs
     assert replace(options, epochs=2).settings_for(some).epochs == 2
@@ -237,6 +239,8 @@ def test_the_command_probes_relations_and_goes_on_where_it_stopped(
         (["--candidates", "/dev/null"], ["--candidates /dev/null is empty"]),
         (["--relations", ""], ["--relations is empty"]),
         (["--encoder", "gru"], ["gru"]),
+        (["--learning-rate", "1e-3,much"], ["'much' is no positive number"]),
+        (["--learning-rate", "-1"], ["'-1' is no positive number"]),
         (["--template", "{sub_label} [MASK]"], ["no virtual token"]),
         (["--template", "[P] {sub_label}[MASK]"], ["write a space before [MASK]"]),
         (["--epochs", "0"], ["Invalid value for '--epochs'"]),
@@ -251,14 +255,38 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     assert all(part in err.splitlines()[-1] for part in parts), err
 
 
-def test_candidates_compete_alone(
+def test_the_command_probes_a_masked_model(
     lama: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    tokenizer = tiny.tokenizer(around=True)
+    tiny.model("bert", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "masked")
+    tokenizer.save_pretrained(tmp_path / "masked")
+    rates = ("--learning-rate", "1e-3,3e-3")
+    code, _, err = lama("--model", str(tmp_path / "masked"), "--relations", "P36", *rates)
+    assert code == 0, err
+    figures = json.loads((tmp_path / "out/lama.json").read_text())["relations"]["P36"]
+    assert figures["template"].count("[P*3]") == 3
+    assert {m["name"]["learning_rate"] for m in figures["members"]} == {1e-3, 3e-3}
+    saved = Prompt.load(tmp_path / "out/prompts/P36")
+    assert saved.num_virtual_tokens == 9 and saved.encoder_weights is None
+
+
+def test_candidates_compete_alone(
+    lama: Callable[..., tuple[int, str, str]], data: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     words = one_token_words(tiny.tokenizer())
     (tmp_path / "words.txt").write_text("\n".join(words[:4]))
     code, _, err = lama("--relations", "P36", "--candidates", str(tmp_path / "words.txt"))
     assert code == 0, err
-    assert json.loads((tmp_path / "out/lama.json").read_text())["mean"]["ptuned_p10"] == 1.0
+    report = json.loads((tmp_path / "out/lama.json").read_text())
+    assert report["mean"]["ptuned_p10"] == 1.0
+    prompt = Prompt.load(tmp_path / "out/prompts/P36")
+    model, tokenizer = ptuning.load_model(str(model_folder))
+    relation = read_relations(data, ["P36"])[0]
+    dev = read_facts(data, relation, tokenizer).dev
+    ids = [one_token(tokenizer, word) for word in words[:4]]
+    among = metrics(ranks(model, tokenizer, prompt, dev, candidates=ids))
+    assert report["relations"]["P36"]["dev_p1"] == among["p1"]
     (tmp_path / "words.txt").write_text("\n".join(words[1:4]))
     code, _, err = lama(
         "--relations", "P36", "--candidates", str(tmp_path / "words.txt"), "--overwrite"

@@ -146,11 +146,16 @@ def test_scores_are_the_plain_ones() -> None:
         assert store.computed == len(ROWS)
 
 
-def test_sizes_are_read_and_wrong_ones_refused() -> None:
+def test_sizes_are_read_and_wrong_ones_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse_size("500M") == 500 * 2**20 and parse_size("2 GiB") == parse_size("2g") == 2**31
     assert parse_size("123") == 123 and parse_size("1.5K") == 1536
     assert budgets("1K", torch.device("cpu")) == {"device": 1024}
     assert budgets("auto", torch.device("cpu"))["device"] > 0
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (8 * 2**20, 9 * 2**20))
+    on_gpu = torch.device("cuda")
+    assert budgets("1M", on_gpu) == {"device": 2**20, "host": 0}
+    assert budgets("10M", on_gpu) == {"device": 4 * 2**20, "host": 6 * 2**20}
+    assert budgets("auto", on_gpu)["device"] == 4 * 2**20
     for wrong in ("much", "-1", "2X", ""):
         with pytest.raises(InputError, match="auto, off, or bytes"):
             ptuning.TrainSettings(prefix_cache=wrong)

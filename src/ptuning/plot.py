@@ -10,14 +10,16 @@ from matplotlib.ticker import MaxNLocator
 
 
 def shares(names: list[str], bars: dict[str, list[float | None]], title: str) -> bytes:
-    """Groups of bars, a group for each name and a bar for each series, in percent."""
+    """Groups of bars, a group for each name and a bar for each series, in percent;
+    None has no bar."""
     figure = Figure(figsize=(max(4.5, 0.55 * len(names) + 2), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     panel = figure.subplots()
     width = 0.8 / len(bars)
     for number, (label, values) in enumerate(bars.items()):
-        places = [place + (number - (len(bars) - 1) / 2) * width for place in range(len(names))]
-        panel.bar(places, [100 * (value or 0) for value in values], width, label=label)
+        shift = (number - (len(bars) - 1) / 2) * width
+        known = {place + shift: 100 * v for place, v in enumerate(values) if v is not None}
+        panel.bar(list(known), list(known.values()), width, label=label)
     panel.set_xticks(range(len(names)), names, rotation=90 if len(names) > 8 else 0)
     panel.set(ylabel=title, ylim=(0, 100))
     panel.grid(axis="y", alpha=0.3)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import progress as bars
@@ -35,6 +37,13 @@ def quiet_libraries() -> None:
             say(f"warning: {message}", style="yellow")
 
     warnings.showwarning = show  # type: ignore[assignment]
+
+
+def program() -> str:
+    """How this program is typed here: it may not be on the path."""
+    typed = sys.argv[0]
+    here = Path(typed).name == "ptuning" and not shutil.which("ptuning")
+    return typed if here else "ptuning"
 
 
 def speak_if(main: bool) -> None:
@@ -108,10 +117,12 @@ class PartsBar:
     def __init__(self, parts: int):
         columns = [bars.TextColumn("{task.description}"), bars.BarColumn()]
         columns += [bars.TextColumn("{task.percentage:.0f}%"), bars.TimeElapsedColumn()]
+        columns += [bars.TimeRemainingColumn()]
         self._bar = bars.Progress(*columns, console=err, transient=True)
         self._task = self._bar.add_task("", total=parts)
         self._parts, self._done, self._measured = parts, 0, 0
         self._started = time.monotonic()
+        self._notes: set[str] = set()
 
     def __enter__(self) -> PartsBar:
         self._bar.start()
@@ -125,7 +136,10 @@ class PartsBar:
         self._bar.update(self._task, description=name)
 
     def listener(self, heard: Progress) -> None:
-        """Moves the bar within a part."""
+        """Moves the bar within a part, and says a training's note where none has said it."""
+        if heard.note and heard.note not in self._notes:
+            self._notes.add(heard.note)
+            self._bar.console.print(heard.note, markup=False)
         self._bar.update(self._task, completed=self._done + heard.step / heard.steps)
 
     def end(self, line: str, measured: bool = True) -> None:

@@ -11,7 +11,18 @@ import typer
 
 from ..errors import DataError, InputError
 from . import console, run_files
-from .options import Config, Dtype, Encoders, Json, LearningRate, Model, Overwrite, Seeds, parts
+from .options import (
+    Config,
+    Dtype,
+    Encoders,
+    Json,
+    LearningRates,
+    Model,
+    Overwrite,
+    Seeds,
+    competing,
+    parts,
+)
 
 if TYPE_CHECKING:
     from ..experiments.lama import LamaOptions
@@ -44,7 +55,7 @@ def lama(
             help="Passes over a relation's facts. [default: 150 steps, 3 to 10 epochs]", min=1
         ),
     ] = None,
-    learning_rate: LearningRate = None,
+    learning_rate: LearningRates = None,
     batch_size: Annotated[int, typer.Option(help="Facts of each member per step.")] = 8,
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
     candidates: Annotated[
@@ -76,11 +87,11 @@ def lama(
 
     options = LamaOptions(
         templates=parts(template, "|", "--template"),
-        encoders=parts(encoder, ",", "--encoder"),
+        grid=competing(encoder, learning_rate),
         virtual_tokens=virtual_tokens,
         seeds=population,
         epochs=epochs,
-        settings=TrainSettings(learning_rate=learning_rate, batch_size=batch_size, seed=seed),
+        settings=TrainSettings(batch_size=batch_size, seed=seed),
     )
     settings = run_files.settings_of(context)
     decisive = {k: v for k, v in settings.items() if k not in ("output", "data", "relations")}
@@ -149,7 +160,8 @@ def _probe_all(
                 figures, prompt = probe(
                     model, tokenizer, relation, own, options, candidates, bar.listener
                 )
-                processes.from_main(partial(prompt.save, ledger.prompts / relation.name))
+                folder = ledger.prompts / relation.name
+                processes.from_main(partial(prompt.save, folder, keep_encoder=False))
                 ledger.put(relation.name, made_of, figures)
             found[relation.name] = figures
             bar.end(f"{relation.name:>6}  {_line(figures)}", measured)

@@ -54,6 +54,6 @@ def demo(
     )
     console.out.print(
         f"prompt, curve.png and metrics.json are in {output} ({result.metrics['seconds']:.0f} s); "
-        f"try: ptuning inspect {output}",
+        f"try: {console.program()} inspect {output}",
         markup=False,
     )

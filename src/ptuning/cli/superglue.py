@@ -17,10 +17,11 @@ from .options import (
     Dtype,
     Encoders,
     Json,
-    LearningRate,
+    LearningRates,
     Model,
     Overwrite,
     Seeds,
+    competing,
     parts,
 )
 from .superglue_task import TaskRun
@@ -35,8 +36,10 @@ _ELSEWHERE = ("output", "data", "task", "seeds", "seed")
 def superglue(
     context: typer.Context,
     model: Model,
-    output: Annotated[Path, typer.Option(help="Folder for figures, picture and prompts.")],
     task: Annotated[str, typer.Option(help="Such as rte,cb: boolq cb copa multirc rte wic wsc.")],
+    output: Annotated[Path, typer.Option(help="Folder for figures, picture and prompts.")] = Path(
+        "superglue_output"
+    ),
     data: Annotated[
         Path | None, typer.Option(help="FewGLUE's folder: TASK/{train,dev32,val}.jsonl.")
     ] = None,
@@ -62,7 +65,7 @@ def superglue(
     encoder: Encoders = "none",
     population: Seeds = 1,
     epochs: Annotated[int, typer.Option(help="Passes over the examples.")] = 10,
-    learning_rate: LearningRate = None,
+    learning_rate: LearningRates = None,
     batch_size: Annotated[int, typer.Option(help="Examples of each member per step.")] = 8,
     choose_by: ChooseBy = "loss",
     dtype: Dtype = "float32",
@@ -90,11 +93,10 @@ def superglue(
     options = SuperGlueOptions(
         templates=parts(template, "|", "--template") if template is not None else (),
         best=best_templates,
-        encoders=parts(encoder, ",", "--encoder"),
+        grid=competing(encoder, learning_rate),
         population=population,
         settings=TrainSettings(
             epochs=epochs,
-            learning_rate=learning_rate,
             batch_size=batch_size,
             seed=seed,
             choose_by=choose_by,

@@ -74,7 +74,7 @@ class TaskRun:
                 options,
                 self.bar.listener,
             )
-            processes.from_main(partial(prompt.save, folder))
+            processes.from_main(partial(prompt.save, folder, keep_encoder=False))
             result["seed"] = seed
             self.ledger.put(name, self._chosen_with, result)
         shown = console.percent(score(result["dev"]))

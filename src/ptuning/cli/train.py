@@ -138,6 +138,13 @@ def train(
     tracker: Annotated[
         str | None, typer.Option(help="A tracker of accelerate, such as tensorboard.")
     ] = None,
+    keep_encoder: Annotated[
+        bool,
+        typer.Option(
+            "--keep-encoder/--no-keep-encoder",
+            help="Save the encoder too, to train on from it; the vectors are a few kilobytes.",
+        ),
+    ] = True,
     init_from: Annotated[
         Path | None, typer.Option(help="Continue from the vectors of this saved prompt.")
     ] = None,
@@ -194,7 +201,7 @@ def train(
                 listener=listener,
             )
         tuned = (base, tokenizer) if tune_model else None
-        processes.from_main(lambda: _end(output, prompt, result, json_output, tuned))
+        processes.from_main(lambda: _end(output, prompt, result, json_output, tuned, keep_encoder))
 
 
 def _is_open(output: Path, resume: bool, overwrite: bool) -> bool:
@@ -216,13 +223,18 @@ def _begin(output: Path, run_file: bytes, anew: bool) -> None:
 
 
 def _end(
-    output: Path, prompt: Prompt, result: TrainResult, as_json: bool, tuned: tuple[Any, Any] | None
+    output: Path,
+    prompt: Prompt,
+    result: TrainResult,
+    as_json: bool,
+    tuned: tuple[Any, Any] | None,
+    keep_encoder: bool,
 ) -> None:
     from .. import checkpoint
 
     if tuned is not None:
         training_report.save_model(output, prompt, *tuned)
-    report = training_report.save(output, prompt, result)
+    report = training_report.save(output, prompt, result, keep_encoder)
     checkpoint.delete_all(output)
     if as_json:
         console.print_json(report)

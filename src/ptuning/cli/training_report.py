@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from ..training import TrainResult
 
 
-def save(output: Path, prompt: Prompt, result: TrainResult) -> dict[str, Any]:
+def save(
+    output: Path, prompt: Prompt, result: TrainResult, keep_encoder: bool = True
+) -> dict[str, Any]:
     """Write the prompt, ``result.json`` and ``curve.png``; gives what ``--json`` prints."""
     from ..environment import versions
     from ..files import pack_json, write_folder
     from ..plot import training_curve
 
-    prompt.save(output)
+    prompt.save(output, keep_encoder=keep_encoder)
     report = {
         "best": result.best,
         "history": result.history,
@@ -55,7 +57,8 @@ def tell(output: Path, prompt: Prompt, result: TrainResult) -> None:
     if "dev_accuracy" in best:
         line += f", dev {console.percent(best['dev_accuracy'])} %"
     console.out.print(f"{line}, {result.seconds:.0f} s)", markup=False)
-    console.out.print(f"next: ptuning evaluate {output} --data test.jsonl", markup=False)
+    next_step = f"next: {console.program()} evaluate {output} --data test.jsonl"
+    console.out.print(next_step, markup=False)
 
 
 def _tell_members(result: TrainResult) -> None:

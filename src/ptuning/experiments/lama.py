@@ -19,7 +19,7 @@ from torch import nn
 
 from ..base_model import context_length, task_kind
 from ..data import Row
-from ..errors import DataError, InputError
+from ..errors import InputError
 from ..progress import Progress
 from ..prompt import Prompt
 from ..render import Renderer
@@ -57,7 +57,7 @@ class LamaOptions:
         templates: ``own`` (virtual tokens among the words of LAMA's template), ``best`` (of the
             manual template that is best on dev), ``own-words`` and ``best-words`` (virtual tokens
             that begin as these words), ``plain`` (no words), or templates with ``{sub_label}``.
-        encoders: prompt encoders.
+        grid: what members differ in beside it: ``encoder`` and others of `train`'s keys.
         virtual_tokens: of each group.
         seeds: how many of each combination.
         epochs: None for as many as 150 steps take, 3 to 10: relations differ in size.
@@ -69,7 +69,7 @@ class LamaOptions:
     """
 
     templates: tuple[str, ...]
-    encoders: tuple[str, ...]
+    grid: dict[str, list[Any]]
     virtual_tokens: int
     seeds: int
     epochs: int | None
@@ -83,7 +83,7 @@ class LamaOptions:
                     f"the subject: write {{{SUBJECT}}} where it stands"
                 )
         for template in (*self.own_templates, plain_template("causal")):
-            for encoder in self.encoders:
+            for encoder in self.grid["encoder"]:
                 Prompt(template, answer=OBJECT, encoder=encoder)
 
     @property
@@ -123,7 +123,7 @@ def probe(
         the relation's figures as plain values (fractions), and the trained prompt.
 
     Raises:
-        DataError, InputError: as `check`.
+        InputError, UnusableRelationError: as `check`.
     """
     started = time.monotonic()
     kind = task_kind(model)
@@ -139,7 +139,8 @@ def probe(
     own = own if own in by_hand else None
     majority = Counter(str(row[OBJECT]) for row in facts.train).most_common(1)[0][0]
     templates = _with_virtual_tokens(options, own or best, best, kind)
-    prompt = Prompt(templates[0], answer=OBJECT, encoder=options.encoders[0], answer_end=False)
+    encoder = options.grid["encoder"][0]
+    prompt = Prompt(templates[0], answer=OBJECT, encoder=encoder, answer_end=False)
     result = train(
         model,
         tokenizer,
@@ -148,7 +149,7 @@ def probe(
         facts.dev,
         settings=options.settings_for(facts),
         population=options.seeds,
-        grid={"template": templates, "encoder": list(dict.fromkeys(options.encoders))},
+        grid={"template": templates, **options.grid},
         listener=listener,
     )
     manual = measured(by_hand[own], facts.test) if own else {}
@@ -167,7 +168,7 @@ def probe(
         "majority_answer": majority,
         "template": prompt.template,
         "encoder": prompt.encoder,
-        "dev_p1": result.best["dev_accuracy"],
+        "dev_p1": measured(prompt, facts.dev)["p1"] if candidates else result.best["dev_accuracy"],
         "epoch": result.best["epoch"],
         "members": result.members,
         "seconds": round(time.monotonic() - started, 1),
@@ -189,9 +190,8 @@ def check(
         the manual templates in which every object is the token that it is behind a space.
 
     Raises:
-        DataError: a fact's object is no candidate.
         InputError: the model is an encoder-decoder, or objects have several tokens in a template.
-        UnusableRelationError: there is no manual template.
+        UnusableRelationError: there is no manual template, or a fact's object is no candidate.
     """
     kind = task_kind(model)
     if kind == "seq2seq":
@@ -245,7 +245,7 @@ def _with_virtual_tokens(options: LamaOptions, own: str, best: str, kind: str) -
         "best-words": worded_template(best, kind, size),
         "plain": plain_template(kind, size),
     }
-    chosen = [forms.get(template, template) for template in options.templates]
+    chosen = [forms.get(template, template) for template in dict.fromkeys(options.templates)]
     if len(set(chosen)) < len(chosen):  # LAMA's own template is the best one
         chosen.append(forms["plain"])
     return list(dict.fromkeys(chosen))
@@ -258,7 +258,7 @@ def _ids(tokenizer: Any, candidates: Sequence[str], facts: Facts) -> list[int] |
     words = [word for word in dict.fromkeys(candidates) if is_one_token(tokenizer, word)]
     missing = {str(row[OBJECT]) for row in (*facts.dev, *facts.test)} - set(words)
     if missing:
-        raise DataError(
+        raise UnusableRelationError(
             f"the object {min(missing)!r} is not among the candidates (--candidates); add it"
         )
     return [one_token(tokenizer, word) for word in words]

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ..base_model import task_kind
 from ..data import Row
 from ..errors import InputError
 from ..evaluation import teacher_forced
@@ -36,14 +37,14 @@ class SuperGlueOptions:
     Args:
         templates: of prompts; by default the task's own.
         best: how many of the task's own, those whose words alone are best on dev.
-        encoders: prompt encoders.
+        grid: what members differ in beside it: ``encoder`` and others of `train`'s keys.
         population: seeds of each template and encoder.
         settings: how to train.
     """
 
     templates: tuple[str, ...]
     best: int
-    encoders: tuple[str, ...]
+    grid: dict[str, list[Any]]
     population: int
     settings: TrainSettings
 
@@ -54,7 +55,7 @@ class SuperGlueOptions:
             InputError: an encoder, or a template: no virtual token, or an unknown column.
         """
         for template in self.templates or task.templates:
-            for encoder in self.encoders:
+            for encoder in self.grid["encoder"]:
                 prompt = Prompt(template, answer=task.answer, encoder=encoder)
                 unknown = set(prompt.parsed.fields) - set(splits.train[0])
                 if unknown:
@@ -81,8 +82,10 @@ def baselines(
         _, loss = teacher_forced(model, tokenizer, by_hand, answered) if answered else (0.0, 0.0)
         tried.append((score(on_dev), -loss, prompt, by_hand, on_dev))
     tried.sort(key=lambda entry: entry[:2], reverse=True)
+    several = len({row["label"] for row in splits.train}) > 1  # WSC's are all true
+    known = splits.train if several else splits.dev
     return {
-        "majority_answer": Counter(row["label"] for row in splits.train).most_common(1)[0][0],
+        "majority_answer": Counter(row["label"] for row in known).most_common(1)[0][0],
         "templates": [
             {
                 "template": prompt.template,
@@ -131,7 +134,7 @@ def tuned(
         templates[0],
         answer=task.answer,
         verbalizer=first["verbalizer"],
-        encoder=options.encoders[0],
+        encoder=options.grid["encoder"][0],
         max_length=task.max_length,
     )
     result = train(
@@ -142,7 +145,7 @@ def tuned(
         _answerable(task, splits.dev),
         settings=options.settings,
         population=options.population,
-        grid={"template": list(templates), "encoder": list(options.encoders)},
+        grid={"template": list(templates), **options.grid},
         listener=listener,
     )
     (on_dev,) = measured(model, tokenizer, task, [prompt], splits.dev)
@@ -165,15 +168,35 @@ def measured(
     rows: list[Row],
 ) -> list[Figures]:
     """The task's metrics of prompts or manual templates on the same rows."""
-    if task.generates:
-        asked = [replace(one, answer_tokens=max(one.answer_tokens or 0, 8)) for one in asked]
+    if not task.generates:
+        said = predict(model, tokenizer, asked, rows, batch_size=8)
+        return [_figures(task, rows, of_one) for of_one in said]
+    nouns = [row["noun"] for row in rows]
     found = []
-    for said in predict(model, tokenizer, asked, rows, batch_size=8):
-        if task.generates:
-            same = [same_noun(phrase, row["noun"]) for phrase, row in zip(said, rows, strict=True)]
-            said = ["true" if right else "false" for right in same]
-        found.append(_figures(task, rows, said))
+    for phrases in _named(model, tokenizer, asked, rows):
+        same = [same_noun(phrase, noun) for phrase, noun in zip(phrases, nouns, strict=True)]
+        found.append(_figures(task, rows, ["true" if right else "false" for right in same]))
     return found
+
+
+def _named(
+    model: nn.Module, tokenizer: Any, asked: Sequence[Task], rows: list[Row]
+) -> list[list[str]]:
+    """The nouns that each task names; a masked LM has a mask for each token of the candidate."""
+    if task_kind(model) != "masked":
+        asked = [replace(one, answer_tokens=max(one.answer_tokens or 0, 8)) for one in asked]
+        return predict(model, tokenizer, asked, rows, batch_size=8)
+    nouns = [" " + row["noun"] for row in rows]
+    sizes = [len(ids) for ids in tokenizer(nouns, add_special_tokens=False)["input_ids"]]
+    named = [[""] * len(rows) for _ in asked]
+    for size in set(sizes):
+        places = [place for place, other in enumerate(sizes) if other == size]
+        alike = [rows[place] for place in places]
+        said = predict(model, tokenizer, asked, alike, answer_tokens=size, batch_size=8)
+        for of_one, phrases in zip(named, said, strict=True):
+            for place, phrase in zip(places, phrases, strict=True):
+                of_one[place] = phrase
+    return named
 
 
 def score(figures: Figures) -> float:

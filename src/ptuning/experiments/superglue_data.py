@@ -11,6 +11,7 @@ text, and the task's.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,19 +183,26 @@ def _multirc(row: Row) -> Iterator[Row]:
 
 def _wsc(row: Row) -> Iterator[Row]:
     target = row["target"]
-    words = row["text"].split(" ")
-    start, pronoun = int(target["span2_index"]), target["span2_text"]
-    end = start + len(pronoun.split(" "))
-    place = " ".join(words[start:end])  # with the punctuation beside it
-    if pronoun not in place:
-        raise ValueError(f"the pronoun {pronoun!r} is not at word {start}")
-    marked = place.replace(pronoun, f"*{pronoun}*", 1)
+    pronoun = " ".join(target["span2_text"].split())
     yield {
-        "text": " ".join([*words[:start], marked, *words[end:]]),
+        "text": _marked(row["text"], pronoun, int(target["span2_index"])),
         "pronoun": pronoun,
-        "noun": target["span1_text"],
+        "noun": " ".join(target["span1_text"].split()),
         "label": row.get("label"),
     }
+
+
+def _marked(text: str, pronoun: str, word: int) -> str:
+    """The text with stars around the pronoun: where it stands nearest to that word.
+
+    The files count words in several ways, and spell the pronoun in another case than the text.
+    """
+    spelled = r"\s+".join(map(re.escape, pronoun.split()))
+    found = list(re.finditer(rf"(?<!\w){spelled}(?!\w)", text, re.IGNORECASE))
+    if not found:
+        raise ValueError(f"the text has no {pronoun!r}")
+    nearest = min(found, key=lambda m: abs(len(text[: m.start() + 1].split()) - 1 - word))
+    return f"{text[: nearest.start()]}*{nearest[0]}*{text[nearest.end() :]}"
 
 
 _FLAT: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {

@@ -198,9 +198,11 @@ def budgets(size: str, device: torch.device) -> dict[str, int]:
     """Bytes that may be kept on the model's device, and in the host's memory behind it."""
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that share the host's memory
     host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 // beside
-    if size != "auto":
-        return {"device": parse_size(size)}
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+    most = None if size == "auto" else parse_size(size)
+    if device.type != "cuda":
+        return {"device": host if most is None else most}
+    free, _ = torch.cuda.mem_get_info(device)
+    if most is None:
         return {"device": free // 2, "host": host}
-    return {"device": host}
+    here = min(most, free // 2)
+    return {"device": here, "host": min(most - here, host)}
