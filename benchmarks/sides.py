@@ -128,7 +128,6 @@ class Ours:
         step = graphs_or_plain(
             self.population,
             plain,
-            [self.prompt],
             self.settings,
             self.accelerator,
             self.notes.append,

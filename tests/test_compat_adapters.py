@@ -502,6 +502,24 @@ def test_another_adapter_becomes_active_where_one_is_deleted(task: str, family: 
     assert torch.equal(call(model), expected)
 
 
+def test_an_adapter_that_comes_after_another_library_prompt_keeps_its_own_ids() -> None:
+    model = get_peft_model(base_model(), PromptEncoderConfig("CAUSAL_LM", num_virtual_tokens=N))
+    config = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=N)
+    with torch.no_grad():
+        model.add_adapter("new", config)
+        model.set_adapter("new")
+        expected = model(input_ids=IDS).logits
+        weights = model.prompt_encoder["new"].state_dict()
+        for name in ("default", "new"):
+            model.delete_adapter(name)
+        injector = Injector.on(model.base_model)
+        injector.add(torch.ones(N, injector.width))
+        model.add_adapter("again", config.replace())
+        model.prompt_encoder["again"].load_state_dict(weights)
+        model.set_adapter("again")
+        assert torch.equal(model(input_ids=IDS).logits, expected)
+
+
 def test_a_deleted_name_can_be_used_again() -> None:
     model = prompted("SEQ_CLS", "bert")
     model.delete_adapter("default")

@@ -260,6 +260,21 @@ def test_auto_classes_load_base_and_adapter(task: str, tmp_path: Path) -> None:
         peft_compat.AutoPeftModel()
 
 
+def test_an_adapter_with_a_template_is_loaded_with_its_base(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    tiny.model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft_compat.PromptEncoderConfig(task_type="CAUSAL_LM")
+    template = "[P*2] {text} [P] so: [MASK]"
+    model = peft_compat.get_peft_model(base, config, template=template, tokenizer=tokenizer).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft_compat.AutoPeftModelForCausalLM.from_pretrained(
+        tmp_path / "adapter", tokenizer=tokenizer
+    )
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
 def test_an_adapter_without_a_task_finds_its_base_class(tmp_path: Path) -> None:
     tiny.model("bert").save_pretrained(tmp_path / "base")
     base = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "base")

@@ -183,6 +183,11 @@ def test_evaluation_counts_what_was_predicted() -> None:
             assert result.confusion[i][j] == count
     assert result.majority_answer == "0"
     assert result.majority_accuracy == gold.count("0") / 15
+    asked = Prompt("[P] {country}? [MASK]", verbalizer={"true": "yes", "false": "no"})
+    rows = [{"country": row["country"], "label": n % 3 > 0} for n, row in enumerate(rows)]
+    ptuning.train(model, tokenizer, asked, rows, epochs=1)
+    result = ptuning.evaluate(model, tokenizer, asked, rows)
+    assert (result.majority_answer, result.majority_accuracy) == ("true", 10 / 15)
     assert result.manual_template == "{country}? [MASK]"
 
 

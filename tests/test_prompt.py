@@ -684,6 +684,26 @@ def test_a_full_or_read_only_disk_is_an_error_and_the_old_prompt_stays(
     assert names_in(tmp_path) == {"p"} and names_in(tmp_path / "p") == OURS
 
 
+def test_files_move_within_a_folder_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a mounted one: nothing can be moved there from beside it."""
+    replace = os.replace
+
+    def within(source: Path, target: Path) -> None:
+        assert target.parent in source.parents
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", within)
+    trained = ptuning.Prompt("[P*2] {x} [MASK]", vectors=torch.ones(2, 4))
+    (tmp_path / "mounted").mkdir()
+    trained.save(tmp_path / "mounted")
+    assert not list((tmp_path / "mounted").glob(".*"))
+    assert torch.equal(
+        ptuning.Prompt.load(tmp_path / "mounted").trained_vectors(), torch.ones(2, 4)
+    )
+
+
 @pytest.mark.parametrize("call", ["fsync", "rename"])
 def test_a_full_disk_leaves_nothing_where_nothing_was(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -10,7 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 import ptuning
-from ptuning import InputError, Prompt, TrainingError, TrainSettings, checkpoint, train
+from ptuning import InputError, Prompt, TrainingError, TrainSettings, checkpoint, loop, train
 from ptuning.evaluation import teacher_forced
 from ptuning.population import Member
 from ptuning.progress import Progress
@@ -213,6 +213,14 @@ def test_a_checkpoint_that_is_not_whole_is_skipped(tmp_path: Path) -> None:
         assert checkpoint.load_newest(tmp_path) is None
 
 
+def test_checkpoints_of_a_new_run_stay_where_an_earlier_one_came_further(tmp_path: Path) -> None:
+    for step in (900, 1000, 10, 20):
+        checkpoint.save(tmp_path, step, {"step": step})
+    assert checkpoint.load_newest(tmp_path) == {"step": 20}
+    names = {folder.name for folder in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"step-00000010", "step-00000020"}
+
+
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> Any:
@@ -227,33 +235,84 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "was_run").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
-    model: Any, tokenizer: Any, tmp_path: Path
+@pytest.mark.parametrize("last", [2, 5])
+def test_a_loss_that_is_not_finite_stops_and_what_was_reached_stays(
+    last: int, model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
     broken = copy.deepcopy(model)
 
     def spoil(progress: Progress) -> None:
-        if progress.step == 5:
+        if progress.step == last:
             with torch.no_grad():
                 broken.lm_head.weight[7] = float("nan")
 
-    with pytest.raises(TrainingError, match=r"loss is nan at step 6 of 8.*epoch 1's.*lower learn"):
-        train(
-            broken,
-            tokenizer,
-            prompt_for(),
-            ROWS,
-            ROWS[:2],
-            epochs=2,
-            batch_size=2,
-            checkpoint_seconds=0,
-            output=tmp_path,
-            listener=spoil,
-        )
+    prompt = prompt_for()
+    options: Any = {"epochs": 2, "batch_size": 2, "checkpoint_seconds": 0, "output": tmp_path}
+    kept = f"epoch 1's.*{tmp_path.name}.*lower learn"
+    if last < 4:  # in the first epoch
+        with pytest.raises(TrainingError, match=r"loss is nan at step 3 of 8.*nothing was learned"):
+            train(broken, tokenizer, prompt, ROWS, ROWS[:2], listener=spoil, **options)
+        assert prompt.vectors is None
+    else:
+        with pytest.warns(UserWarning, match=f"loss is nan at step 6 of 8.*{kept}"):
+            result = train(broken, tokenizer, prompt, ROWS, ROWS[:2], listener=spoil, **options)
+        assert result.best["epoch"] == 1 and len(result.history) == 1
+        assert prompt.vectors is not None and torch.isfinite(prompt.vectors).all()
     state = checkpoint.load_newest(tmp_path)
-    assert state is not None and state["step"] == 5
+    assert state is not None and state["step"] == (2 if last < 4 else 6)
     for value in state["learners"][0]["encoder"].values():
         assert torch.isfinite(value).all()
+
+
+def test_a_training_that_fails_leaves_the_prompt_as_it_was(model: Any, tokenizer: Any) -> None:
+    def stop(progress: Progress) -> None:
+        raise Stopped
+
+    prompt = Prompt(TEMPLATE)
+    longer = [{**row, "answer": row["capital"] + " and more"} for row in ROWS]
+    with pytest.raises(Stopped):
+        train(model, tokenizer, prompt, [{"country": "a", "answer": "b"}], listener=stop)
+    assert (prompt.answer, prompt.answer_tokens) == (None, None)
+    train(model, tokenizer, prompt, longer, epochs=1)
+    assert prompt.answer == "answer" and (prompt.answer_tokens or 0) > 3
+
+
+def test_training_draws_no_number_of_a_gpu(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seeded(_: int) -> None:
+        raise AssertionError("another device's generator is the user's")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded)
+    before = torch.get_rng_state()
+    train(model, tokenizer, prompt_for(encoder="lstm", encoder_dropout=0.1), ROWS, epochs=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_one_scale_serves_all_members(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in fp16: the scaler is a real one, the numbers are float32 (a power of two is exact)."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
+    made = loop.make_accelerator
+
+    def with_scaler(*arguments: Any) -> Any:
+        accelerator = made(*arguments)
+        accelerator.scaler = scaler
+        return accelerator
+
+    options: Any = {"epochs": 3, "batch_size": 4, "population": 3, "halving": False}
+    plain, scaled = prompt_for(), prompt_for()
+    expected = train(model, tokenizer, plain, ROWS, ROWS[:3], **options)
+    monkeypatch.setattr(loop, "make_accelerator", with_scaler)
+    got = train(model, tokenizer, scaled, ROWS, ROWS[:3], output=tmp_path, **options)
+    assert torch.equal(scaled.trained_vectors(), plain.trained_vectors())
+    assert [m["best"] for m in got.members] == [m["best"] for m in expected.members]
+    assert (
+        scaler.get_scale() == 4.0 * 2**3
+    )  # six steps: doubled each second one, not by each member
+    state = checkpoint.load_newest(tmp_path)
+    assert state is not None and state["scaler"]["scale"] == scaler.get_scale()
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
@@ -271,7 +330,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
             hidden.register_hook(overflow)
 
     hook = model.model.layers[0].register_forward_pre_hook(watch, with_kwargs=True)
-    with pytest.raises(TrainingError, match="the gradient is not finite at step 5 of 8"):
+    with pytest.warns(UserWarning, match="the gradient is not finite at step 5 of 8"):
         train(
             model,
             tokenizer,

@@ -86,7 +86,9 @@ def delete_all(output: Path) -> None:
 
 
 def _folders(output: Path) -> list[Path]:
-    return sorted((output / FOLDER).glob("step-*"))
+    """From the oldest to the newest; an earlier run may have come further."""
+    found = (output / FOLDER).glob("step-*")
+    return sorted(found, key=lambda folder: (folder.stat().st_mtime_ns, folder.name))
 
 
 def identity_of(variants: Sequence[Variant], model: nn.Module, tokenizer: Any) -> dict[str, str]:

@@ -96,7 +96,7 @@ def evaluate(
         batch_size=batch_size,
     )
     column = answer_column(prompt, rows[0])
-    gold = [_label_text(row[column], prompt) for row in rows]
+    gold = [prompt.label_text(row[column]) for row in rows]
     said = [prediction.answer for prediction in predictions]
     labels = list(prompt.labels)
     confusion: list[list[int]] = []
@@ -138,11 +138,6 @@ def manual_score(
     """Accuracy of a hand-written template, whose free answers need not end."""
     lenient = Task(**{**task.settings(), "answer_end": False})
     return teacher_forced(model, tokenizer, lenient, rows, batch_size)[0]
-
-
-def _label_text(value: Any, prompt: Prompt) -> str:
-    text = str(value)
-    return text.lower() if isinstance(value, bool) and text not in prompt.labels else text.strip()
 
 
 def _share(hits: Iterable[bool]) -> float:

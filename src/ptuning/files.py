@@ -38,7 +38,9 @@ def write_folder(
         raise PromptFileError(f"{folder} is a file; give a folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        # Beside a new folder, inside one that is there: it may be a mounted one.
+        place = folder if folder.exists() else folder.parent
+        staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=place))
         try:
             for name, content in files.items():
                 with open(staged / name, "wb") as file:
@@ -91,7 +93,7 @@ def _put_in_place(staged: Path, folder: Path, names: list[str]) -> None:
         _sync_folder(folder)
     else:
         os.rename(staged, folder)
-    _sync_folder(folder.parent)
+        _sync_folder(folder.parent)
 
 
 def _umask() -> int:

@@ -64,8 +64,12 @@ class Injector:
         self.spans: list[Span] = []
         self._local = threading.local()
         self._guarded = [m for n, m in model.named_modules() if n.endswith(_SECOND_LOOKUPS)]
-        device = weight_owner.weight.device
-        self._device = torch.device("cpu") if device.type == "meta" else device
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the embedding is now: models are moved. (Offloaded ones are nowhere.)"""
+        device = self.modules[0].weight.device
+        return torch.device("cpu") if device.type == "meta" else device
 
     @staticmethod
     def on(model: nn.Module) -> Injector:
@@ -171,7 +175,7 @@ class Injector:
         if ids is None:  # the hooks came while this thread was inside the embedding already
             return output
         virtual = ids >= self.threshold
-        table, owner = (tensor.to(output.device) for tensor in self._lookup)
+        table, owner = self._here(output.device)
         row = owner[(ids - self.threshold).clamp(0, len(owner) - 1)]
         if _may_look_at_values(ids):
             unowned = virtual & ((row < 0) | (ids - self.threshold >= len(owner)))
@@ -185,6 +189,15 @@ class Injector:
         # indexing would add them up with several threads in an order that changes from run to run.
         vectors = F.embedding(row.clamp(min=0), table).to(output.dtype)
         return torch.where(virtual.unsqueeze(-1), vectors, output)
+
+    def _here(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Table and owners on the device of what runs; moved once where the model was."""
+        table, owner = self._lookup
+        if table.device != device:
+            table, owner = table.to(device), owner.to(device)
+            if device == self._device and not table.requires_grad:
+                self._lookup = (table, owner)
+        return table, owner
 
     def __getstate__(self) -> dict[str, Any]:
         state = {k: v for k, v in self.__dict__.items() if k != "_local"}

@@ -79,16 +79,21 @@ class Learner:
             finite: the loss was; otherwise no step is taken.
 
         Returns:
-            False where the gradient was not finite: then no step was taken. (In fp16 accelerate's
-            scaler skips such steps by itself and lowers its scale.)
+            False where the gradient was not finite: then no step was taken. (In fp16 the scaler
+            skips such steps by itself; who drives the members updates its scale, once for all.)
         """
         if self.active and finite:
             parameters = self.parameters()
-            self.accelerator.unscale_gradients(self.optimizer)
+            scaler = self.accelerator.scaler
+            if scaler is not None:
+                scaler.unscale_(self.optimizer.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
-            finite = self.accelerator.scaler is not None or bool(torch.isfinite(norm))
+            finite = scaler is not None or bool(torch.isfinite(norm))
             if finite:
-                self.optimizer.step()
+                if scaler is None:
+                    self.optimizer.step()
+                else:  # without accelerate, which would change the scale between two members
+                    scaler.step(self.optimizer.optimizer)
                 self.schedule.step()
         self.optimizer.zero_grad()
         return finite

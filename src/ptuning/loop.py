@@ -13,6 +13,7 @@ computed in other batches then).
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,9 +62,8 @@ class Loop:
                 self.model, self.tokenizer, self.members, owner, self.prefix, tuned
             ) as population:
                 self.population = population
-                plain, prompts = self._plain_step, [v.prompt for v in self.variants]
                 self.micro_step = graphs_or_plain(
-                    population, plain, prompts, self.settings, self.accelerator, self.notes.append
+                    population, self._plain_step, self.settings, self.accelerator, self.notes.append
                 )
                 self._epochs()
         finally:
@@ -161,23 +161,27 @@ class Loop:
     def _settle(self, losses: Tensor) -> None:
         """Optimizer steps; a member that is no longer finite leaves."""
         finite = torch.isfinite(losses).tolist()
+        scales = any(x.active and finite[n] for n, x in enumerate(self.learners))
         for number, learner in enumerate(self.learners):
             stepped = learner.update(finite[number])
             if learner.active and not (finite[number] and stepped):
                 loss = f"the loss is {float(losses[number])}"
                 fault = "the gradient is not finite" if finite[number] else loss
                 self._leave(number, fault, self.step + 1)
+        if scales and self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
 
     def _leave(self, number: int, fault: str, step: int) -> None:
-        """A member ends its training.
+        """A member ends its training; its best result so far stays.
 
         Raises:
-            TrainingError: no other member has a result or can still have one.
+            TrainingError: no member has a result or can still have one.
         """
         self.learners[number].active = False
-        others = [x for n, x in enumerate(self.learners) if n != number]
-        if not any(other.active or other.best for other in others):
+        if not any(learner.active or learner.best for learner in self.learners):
             raise TrainingError(self._not_finite(number, fault, step))
+        if not any(learner.active for learner in self.learners):
+            warnings.warn(self._not_finite(number, fault, step), stacklevel=2)
 
     def _rows(self, chosen: list[list[Rendered]]) -> list[tuple[Rendered, int]]:
         """This process's share of every active member's examples, each with its member."""
@@ -275,12 +279,14 @@ class Loop:
     def _save(self) -> None:
         if self.output is None or not self.accelerator.is_main_process:
             return
+        scaler = self.accelerator.scaler
         state = {
             "identity": self.identity,
             "step": self.step,
             "epoch_loss": self.epoch_loss,
             "answer_tokens": self.variants[0].prompt.answer_tokens,
             "learners": [learner.state() for learner in self.learners],
+            "scaler": scaler.state_dict() if scaler else None,
         }
         checkpoint.save(self.output, self.step, state)
         self._saved_at = time.monotonic()
@@ -293,6 +299,8 @@ class Loop:
         self.step, self.epoch_loss = state["step"], state["epoch_loss"]
         for learner, saved in zip(self.learners, state["learners"], strict=True):
             learner.load(saved)
+        if state.get("scaler") and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def _not_finite(self, number: int, fault: str, step: int) -> str:
         best = self.learners[number].best

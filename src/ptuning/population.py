@@ -40,7 +40,7 @@ class Member(nn.Module):
         super().__init__()
         embedding = input_embedding(model)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # of the CPU: others stay as they are
             self.encoder = PromptEncoder(prompt.encoder_config(embedding.embedding_dim))
             self._initialise(prompt, embedding, words)
             self.random_state = torch.get_rng_state()

@@ -92,6 +92,12 @@ class Task:
         """The verbalizer as label -> words; empty without one."""
         return {k: tuple(v) for k, v in (self.verbalizer or {}).items()}
 
+    def label_text(self, value: Any) -> str:
+        """A cell of the answer column as it is compared: JSON's true may be the label ``true``."""
+        text = str(value)
+        lower = isinstance(value, bool) and text not in self.labels
+        return text.lower() if lower else text.strip()
+
     @property
     def ends_answer(self) -> bool:
         """Answers end with the end-of-sequence token: free ones do, label words do not."""

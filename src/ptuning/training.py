@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -100,8 +101,9 @@ def train(
             raise DataError("there is no training example; give at least one")
         if prompt.base_model:
             check_same(prompt.base_model, model, tokenizer)
-        prompt.answer = answer_column(prompt, rows[0])
-        chosen = choices(prompt, settings, population, grid)
+        draft = copy.copy(prompt)  # a training that fails leaves the prompt as it was
+        draft.answer = answer_column(prompt, rows[0])
+        chosen = choices(draft, settings, population, grid)
         _check_tuning(model, settings, len(chosen))
         variants = _rendered(model, tokenizer, chosen, rows, dev)
         loop = Loop(
@@ -120,7 +122,8 @@ def train(
         prompt.encoder_weights = learner.best["weights"]
         prompt.base_model = describe(model, tokenizer)
         best = _figures(learner)
-        majority = Counter(str(row[prompt.answer]) for row in rows).most_common(1)[0][0]
+        answers = Counter(prompt.label_text(row[prompt.answer]) for row in rows)
+        majority = answers.most_common(1)[0][0]
         prompt.training = {
             "examples": len(rows),
             "dev_examples": len(dev),

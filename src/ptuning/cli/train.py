@@ -255,7 +255,8 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
             f"--output {output} holds another run ({held[0]}); go on with it (--resume), replace "
             "it (--overwrite), or choose another folder"
         )
-    if {path.name for path in output.iterdir()} - {"run.yaml"}:  # left by a run that never began
+    seen = {path.name for path in output.iterdir() if not path.name.startswith(".")}
+    if seen - {"run.yaml"}:  # left by a run that never began
         raise InputError(
             f"--output {output} is not empty; choose another folder, or --overwrite to write there "
             "all the same"

@@ -138,9 +138,7 @@ class _Chunks(torch.autograd.Function):
 def _read(model: nn.Module, batch: Batch, prefix: Prefix | None) -> Tensor | _Unread:
     """Logits where they are small, else what is before the head."""
     head = output_head(model)
-    width = getattr(head, "out_features", 0)
-    small = batch.answers.numel() * width <= LARGEST
-    if head is None or small or model in _other_heads or _is_trained(head):
+    if head is None or not _serves(model, head, batch):
         return answer_logits(model, batch, prefix)
     with seeing(head, slice(0, 1)) as given:
         logits, rows = answer_outputs(model, batch, prefix)
@@ -158,6 +156,17 @@ def _read(model: nn.Module, batch: Batch, prefix: Prefix | None) -> Tensor | _Un
         _other_heads.add(model)
         return answer_logits(model, batch, prefix)
     return _Unread(rows(given[0]), finished)
+
+
+def reads_in_chunks(model: nn.Module, batch: Batch) -> bool:
+    """`losses` of the batch without label words looks at values, which no CUDA graph can hold."""
+    head = output_head(model)
+    return head is not None and batch.labels is None and _serves(model, head, batch)
+
+
+def _serves(model: nn.Module, head: nn.Module, batch: Batch) -> bool:
+    large = batch.answers.numel() * getattr(head, "out_features", 0) > LARGEST
+    return large and model not in _other_heads and not _is_trained(head)
 
 
 def _is_trained(head: nn.Module) -> bool:

@@ -121,8 +121,8 @@ class PrefixStore:
             stacked = first.new_empty(len(prefixes), heads, kept, width, device=device)
             for row, (prefix, count) in enumerate(zip(prefixes, counts, strict=True)):
                 stacked[row, :, : kept - count] = 0
-                values = found[prefix][number][:, :count]
-                stacked[row, :, kept - count :] = values.to(device, non_blocking=True)
+                values = found[prefix][number].to(device, non_blocking=True)  # whole: it is pinned
+                stacked[row, :, kept - count :] = values[:, :count]
             made.append(stacked)
         return cache_of(zip(made[::2], made[1::2], strict=True))
 
@@ -161,11 +161,18 @@ class PrefixStore:
         for place, room in self._budgets.items():
             if size <= room:
                 if place == "host":
-                    values = [value.cpu().pin_memory() for value in values]
+                    values = [_pinned(value.cpu()) for value in values]
                 self._kept[prefix] = values
                 self._budgets[place] -= size
                 self.bytes += size
                 return
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    try:
+        return tensor.pin_memory()
+    except RuntimeError:  # the system lets no more be pinned
+        return tensor
 
 
 def longest_suffix(batch: Batch) -> int:

@@ -48,8 +48,9 @@ class Adapter:
             return
         with torch.inference_mode(False), torch.no_grad():
             rows = _table(encoder)[:count].clone()
-        if not torch.equal(rows, self.span.rows):  # else nothing is to be written: threads may read
-            injector.write(self.span, rows)
+        known = self.span.rows  # on another device where the model was moved
+        if known.device != rows.device or not torch.equal(rows, known):
+            injector.write(self.span, rows)  # else nothing is to be written: threads may read
 
     def attach(self, injector: Injector) -> None:
         """Claim other ids for the same rows."""

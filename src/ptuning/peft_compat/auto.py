@@ -11,6 +11,7 @@ import transformers
 from ..config import PromptEncoderConfig, TaskType
 from ..errors import InputError
 from ..files import local_folder
+from . import saving
 from .model import PeftModel
 
 _LIBRARIES = ("transformers",)
@@ -59,7 +60,7 @@ class AutoPeftModel:
         own = ("tokenizer", "reference_layout", "drop_virtual_positions")
         options = {name: kwargs.pop(name) for name in own if name in kwargs}
         hub = {name: kwargs[name] for name in ("token", "cache_dir") if name in kwargs}
-        saved = PromptEncoderConfig.from_pretrained(place, revision=revision, **hub)
+        saved = saving.read(place, revision=revision, **hub).config
         if saved.task_type is not None and saved.task_type != cls.task_type:
             expected, asked = (PeftModel.by_task[c.task_type].__name__ for c in (saved, cls))
             raise InputError(

@@ -174,6 +174,8 @@ class PeftModel(Surface, Stored, PushToHubMixin, nn.Module):  # type: ignore[mis
             setattr(config, name, value)
         for wrapper in heads.wrap(self.base_model, list(found)).values():
             wrapper.add(adapter_name)
+        if not self._adapters:  # the hooks may have left, and others come
+            self._injector = Injector.on(self.base_model)
         count = trained.num_virtual_tokens or 0
         span = self._injector.add(torch.zeros(count, encoder.token_dim, device=self._device()))
         self._adapters[adapter_name] = Adapter(config, frame or Frame.in_front(count), span)
