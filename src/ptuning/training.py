@@ -102,7 +102,7 @@ def train(
         if prompt.base_model:
             check_same(prompt.base_model, model, tokenizer)
         draft = copy.copy(prompt)  # a training that fails leaves the prompt as it was
-        draft.answer = answer_column(prompt, rows[0])
+        column = draft.answer = answer_column(prompt, rows[0])
         chosen = choices(draft, settings, population, grid)
         _check_tuning(model, settings, len(chosen))
         variants = _rendered(model, tokenizer, chosen, rows, dev)
@@ -122,7 +122,7 @@ def train(
         prompt.encoder_weights = learner.best["weights"]
         prompt.base_model = describe(model, tokenizer)
         best = _figures(learner)
-        answers = Counter(prompt.label_text(row[prompt.answer]) for row in rows)
+        answers = Counter(prompt.label_text(row[column]) for row in rows)
         majority = answers.most_common(1)[0][0]
         prompt.training = {
             "examples": len(rows),
