@@ -17,6 +17,10 @@ JSON, PAGE, IMAGES = FOLDER / "results.json", FOLDER / "RESULTS.md", FOLDER / "i
 HEADER = ("row", "ours", "PEFT", "ratio", "of single rounds", "limit", "limit ratio", "equal")
 Figure = dict[str, Any]
 
+_CURVES = (
+    "Numbers at the points are ratios. The pictures may be of an earlier run than the figures above; "
+    "[README.md](README.md) says of which."
+)
 _READING = """\
 ## How to read it
 
@@ -86,7 +90,7 @@ def write_page(figures: list[Figure], work: dict[str, str], curves: dict[str, st
     lines += ["", _READING]
     shown = {name: text for name, text in curves.items() if (IMAGES / f"{name}.png").exists()}
     if shown:
-        lines += ["## How it grows", "", "Numbers at the points are ratios.", ""]
+        lines += ["## How it grows", "", _CURVES, ""]
         lines += [f"![{text}](images/{name}.png)" for name, text in shown.items()]
         lines.append("")
     lines += ["## Machine and versions", ""]

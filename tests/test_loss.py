@@ -15,10 +15,11 @@ from ptuning.layout import Sequence
 from ptuning.loss import (
     answer_logits,
     answer_nll,
+    by_label,
     example_losses,
     examples_right,
-    label_scores,
     position_ids,
+    word_scores,
 )
 from ptuning.render import Rendered
 
@@ -31,6 +32,10 @@ KIND = {
 }
 START = {"t5": 0, "bart": 2}
 MASK_ID = 4
+
+
+def label_scores(logits: Tensor, batch: Batch, words: Tensor) -> Tensor:
+    return by_label(word_scores(logits, batch, len(words)), words)
 
 
 def sequence(kind: str, text: tuple[int, ...], answer: tuple[int, ...]) -> Sequence:

@@ -159,19 +159,15 @@ def answer_nll(logits: Tensor, answers: Tensor) -> Tensor:
     return flat.view(answers.shape)
 
 
-def label_scores(logits: Tensor, batch: Batch, words: Tensor) -> Tensor:
-    """Log-probability scores ``(N, labels)``, up to one constant per example.
+def word_scores(logits: Tensor, batch: Batch, words: int) -> Tensor:
+    """Scores ``(N, words)`` of the label words that each example compares: log-probabilities, up
+    to one constant per example.
 
     Args:
         logits: ``(R, K, vocabulary)``.
         batch: prepared for label comparison.
-        words: ``(W,)`` the label of each word.
+        words: how many.
     """
-    return by_label(word_scores(logits, batch, len(words)), words)
-
-
-def word_scores(logits: Tensor, batch: Batch, words: int) -> Tensor:
-    """Scores ``(N, words)`` of the label words that each example compares."""
     if batch.label_ids is not None:
         column = -1 if batch.kind == "causal" else 0
         return logits[:, column].float().gather(1, batch.label_ids)
