@@ -18,8 +18,8 @@ HEADER = ("row", "ours", "PEFT", "ratio", "of single rounds", "limit", "limit ra
 Figure = dict[str, Any]
 
 _CURVES = (
-    "Numbers at the points are ratios. The pictures may be of an earlier run than the figures above; "
-    "[README.md](README.md) says of which."
+    "Numbers at the points are ratios. The pictures may be of an earlier run than the figures "
+    "above; [README.md](README.md) says of which."
 )
 _READING = """\
 ## How to read it
