@@ -188,6 +188,9 @@ def test_evaluation_counts_what_was_predicted() -> None:
     ptuning.train(model, tokenizer, asked, rows, epochs=1)
     result = ptuning.evaluate(model, tokenizer, asked, rows)
     assert (result.majority_answer, result.majority_accuracy) == ("true", 10 / 15)
+    assert (
+        Prompt("[P] {country}? [MASK]").label_text(True) == "True"
+    )  # as a free answer is rendered
     assert result.manual_template == "{country}? [MASK]"
 
 

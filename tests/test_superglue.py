@@ -291,8 +291,8 @@ def test_the_command_measures_tasks_and_goes_on_where_it_stopped(
     assert report["tasks"]["wic"]["measured_on"] == "dev"
     assert report["tasks"]["wic"]["majority"] == 0.5
     assert report["mean"]["tasks"] == ["copa", "cb", "multirc", "wsc"]
-    majority = report["tasks"]["wsc"]["baselines"]["majority_answer"]
-    assert majority in ("true", "false")  # dev's: all training examples are true
+    majority = report["tasks"]["wsc"]["baselines"]["majority"]["accuracy"]
+    assert majority == 0.5  # all training examples are true
     assert (tmp_path / "out/superglue.png").read_bytes().startswith(b"\x89PNG")
     code, _, err = superglue(task="copa", epochs="3")
     assert code == 2 and "epochs=2" in err
@@ -332,6 +332,16 @@ def test_the_command_asks_a_masked_model(superglue: Command, tmp_path: Path) -> 
         assert task["measured_on"] == "test" and 0 <= task["mean"] <= 1
         (run,) = task["seeds"]
         assert {member["name"]["learning_rate"] for member in run["members"]} == {1e-3, 1e-2}
+
+
+def test_where_training_examples_have_one_label_the_majority_is_devs(
+    superglue: Command, data: Path, tmp_path: Path
+) -> None:
+    _write(data / "WSC/dev32.jsonl", [{**WSC, "label": label} for label in (True, False, False)])
+    code, _, err = superglue(task="wsc", seeds="1")
+    assert code == 0, err
+    task = json.loads((tmp_path / "out/superglue.json").read_text())["tasks"]["wsc"]
+    assert task["baselines"]["majority_answer"] == "false"
 
 
 def test_the_folder_has_a_name_of_its_own(

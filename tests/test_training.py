@@ -308,9 +308,8 @@ def test_one_scale_serves_all_members(
     got = train(model, tokenizer, scaled, ROWS, ROWS[:3], output=tmp_path, **options)
     assert torch.equal(scaled.trained_vectors(), plain.trained_vectors())
     assert [m["best"] for m in got.members] == [m["best"] for m in expected.members]
-    assert (
-        scaler.get_scale() == 4.0 * 2**3
-    )  # six steps: doubled each second one, not by each member
+    # Six steps: doubled in each second one, and not by each member.
+    assert scaler.get_scale() == 4.0 * 2**3
     state = checkpoint.load_newest(tmp_path)
     assert state is not None and state["scaler"]["scale"] == scaler.get_scale()
 

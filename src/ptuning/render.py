@@ -6,7 +6,6 @@ how one string becomes ids is `layout`'s. Knows nothing of the model.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from typing import Any
 
 from .errors import DataError, InputError
 from .layout import Layout, Sequence
-from .task import Task, fill, named_fields
+from .task import Task, as_label, fill, named_fields
 from .template import Virtual
 from .vocabulary import resolve_words
 
@@ -177,10 +176,7 @@ class Renderer:
 
     def _gold(self, example: Example) -> str:
         column = answer_column(self.task, example)
-        value = example[column]
-        if isinstance(value, bool) and json.dumps(value) in self.labels:
-            return json.dumps(value)
-        text = _text(column, value)
+        text = _text(column, as_label(example[column], self.labels))
         if not text.strip():
             raise DataError(f"the answer column {column!r} is empty; every example needs an answer")
         return text

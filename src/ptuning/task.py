@@ -6,8 +6,9 @@ is a `Task`; a `Prompt` is a `Task` with trained virtual tokens.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -93,10 +94,8 @@ class Task:
         return {k: tuple(v) for k, v in (self.verbalizer or {}).items()}
 
     def label_text(self, value: Any) -> str:
-        """A cell of the answer column as it is compared: JSON's true may be the label ``true``."""
-        text = str(value)
-        lower = isinstance(value, bool) and text not in self.labels
-        return text.lower() if lower else text.strip()
+        """A cell of the answer column as it is compared."""
+        return str(as_label(value, self.labels)).strip()
 
     @property
     def ends_answer(self) -> bool:
@@ -114,6 +113,13 @@ class Task:
         text = template if template is not None else self.parsed.without_virtual().text
         settings = {**Task.settings(self), "template": text, "special_tokens": "around"}
         return Task(**settings)
+
+
+def as_label(value: Any, labels: Container[str]) -> Any:
+    """A cell of the answer column; JSON's true is the label ``true`` where there is one."""
+    if isinstance(value, bool) and json.dumps(value) in labels:
+        return json.dumps(value)
+    return value
 
 
 def named_fields(word: str) -> tuple[str, ...]:

@@ -88,7 +88,8 @@ def train(
 
     Raises:
         InputError: data, template, model or settings that do not fit together.
-        TrainingError: the loss is no longer finite.
+        TrainingError: the loss is no longer finite before there is a result; a result that there is
+            stays, with a warning.
 
     Example:
         >>> result = train(model, tokenizer, prompt, rows, dev=dev_rows, epochs=5)

@@ -20,7 +20,7 @@ Dtype = Annotated[
 Encoders = Annotated[
     str, typer.Option(help="Population's encoders: mlp, lstm, none, separated by commas.")
 ]
-Seeds = Annotated[int, typer.Option(help="Seeds of each template and encoder.", min=1)]
+Seeds = Annotated[int, typer.Option(help="Seeds of each template, encoder and rate.", min=1)]
 LearningRate = Annotated[
     float | None, typer.Option(help="[default: 1e-3 for mlp, 2e-3 for lstm, 1e-2 for none]")
 ]

@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from ..training import TrainResult
 
 
-def save(
-    output: Path, prompt: Prompt, result: TrainResult, keep_encoder: bool = True
-) -> dict[str, Any]:
+def save(output: Path, prompt: Prompt, result: TrainResult, keep_encoder: bool) -> dict[str, Any]:
     """Write the prompt, ``result.json`` and ``curve.png``; gives what ``--json`` prints."""
     from ..environment import versions
     from ..files import pack_json, write_folder
