@@ -218,6 +218,19 @@ def test_predictions_with_a_shared_head_are_the_plain_ones(
     assert_alike(got, without_sharing(model, tokenizer, prompt, rows, batch_size=3))
 
 
+def prefixes_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Their lengths, as they are computed."""
+    seen: list[int] = []
+    original = PrefixStore._compute
+
+    def compute(self: PrefixStore, prefixes: Any, device: Any) -> Any:
+        seen.extend(map(len, prefixes))
+        return original(self, prefixes, device)
+
+    monkeypatch.setattr(PrefixStore, "_compute", compute)
+    return seen
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_several_prompts_read_a_document_once(
     family: str, without_sharing: Any, monkeypatch: pytest.MonkeyPatch
@@ -230,17 +243,43 @@ def test_several_prompts_read_a_document_once(
         trained("{more} about {country} [P*2] long [P] [MASK]", verbalizer=words),
     ]
     rows = [{"country": "France and Italy and Spain", "more": "word " * n} for n in (3, 8)]
-    seen: list[int] = []
-    original = PrefixStore._compute
-
-    def compute(self: PrefixStore, prefixes: Any, device: Any) -> Any:
-        seen.extend(map(len, prefixes))
-        return original(self, prefixes, device)
-
-    monkeypatch.setattr(PrefixStore, "_compute", compute)
+    seen = prefixes_computed(monkeypatch)
     got = ptuning.predict_details(model, tokenizer, prompts, rows)
     assert len(seen) == len(rows)
     for one, prompt in zip(got, prompts, strict=True):
         assert_alike(one, without_sharing(model, tokenizer, prompt, rows))
     answers = ptuning.predict(model, tokenizer, prompts, rows)
     assert answers == [[prediction.answer for prediction in one] for one in got]
+
+
+def test_words_behind_a_document_that_differ_do_not_have_it_read_again(
+    without_sharing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    words = {"yes": "Paris", "no": "Rome"}
+    tasks = [
+        trained("{more} of {country} city? [P*3] [MASK]", verbalizer=words),
+        trained("{more} of {country} capital: [P*2] [MASK]", answer_tokens=2),
+        ptuning.Task("{more} of {country} is that so? [MASK]", verbalizer=words),
+        ptuning.Task("The text: {more} of {country} [MASK]", verbalizer=words),
+    ]
+    rows = [{"country": "France", "more": "word " * n} for n in (20, 30)]
+    seen = prefixes_computed(monkeypatch)
+    got = ptuning.predict_details(model, tokenizer, tasks, rows)
+    assert len(seen) == 2 * len(rows)  # the documents, and where one task has words before it
+    for one, task in zip(got, tasks, strict=True):
+        assert_alike(one, without_sharing(model, tokenizer, task, rows))
+
+
+def test_instructions_that_only_begin_alike_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each task's own is computed once for all rows; their common part would save less."""
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    words = {"yes": "Paris", "no": "Rome"}
+    begin = "word " * 10
+    tasks = [
+        trained(begin + rest * 10 + "[P*2] {country} [MASK]", verbalizer=words)
+        for rest in ("city ", "capital ")
+    ]
+    seen = prefixes_computed(monkeypatch)
+    ptuning.predict(model, tokenizer, tasks, [{"country": "France"}, {"country": "Italy"}])
+    assert len(seen) == 2 and min(seen) > 11

@@ -101,7 +101,7 @@ def collate(
         example=torch.tensor([n for _, n in rows]),
         member=torch.zeros(len(examples), dtype=torch.long),
         lengths=tuple(map(len, inputs)),
-        prefixes=tuple(s.ids[: _plain_prefix(s)] for s in sequences),
+        prefixes=tuple(s.ids[: plain_prefix(s)] for s in sequences),
         heads=tuple(tuple(ids[: _head(s)]) for s, ids in zip(sequences, inputs, strict=True)),
     )
     if kind == "seq2seq":
@@ -159,11 +159,11 @@ def _computed(example: Rendered, kept: bool) -> int:
 
 def _shared(sequence: Sequence) -> int:
     """Tokens in front of the first virtual one, or of the first field if that is further."""
-    return max(_head(sequence), _plain_prefix(sequence))
+    return max(_head(sequence), plain_prefix(sequence))
 
 
 def _begins_virtual(example: Rendered) -> bool:
-    return any(_head(s) > _plain_prefix(s) for s in example.sequences)
+    return any(_head(s) > plain_prefix(s) for s in example.sequences)
 
 
 def _head(sequence: Sequence) -> int:
@@ -171,7 +171,7 @@ def _head(sequence: Sequence) -> int:
     return min(sequence.fields[0][1], len(sequence.ids) - 1) if sequence.fields else 0
 
 
-def _plain_prefix(sequence: Sequence) -> int:
+def plain_prefix(sequence: Sequence) -> int:
     """How many tokens stand in front of the first virtual one, without the last of all."""
     virtual = (place for place, token in enumerate(sequence.ids) if token < 0)
     return next(virtual, max(0, len(sequence.ids) - 1))

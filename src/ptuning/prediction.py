@@ -17,7 +17,7 @@ from .base_model import context_length, eval_mode, task_kind
 from .collate import Batch
 from .errors import InputError
 from .fast.label_words import label_word_scores
-from .fast.prefix import PrefixStore, for_prediction
+from .fast.prefix import PrefixStore, for_prediction, in_common
 from .loss import answer_logits, by_label, first_position, position_ids
 from .render import Example, Rendered, Renderer, render_all
 from .score import batch_for, model_device
@@ -58,8 +58,8 @@ def predict(
         model: the frozen base model.
         tokenizer: the model's.
         prompt: a trained prompt, attached or not; or a manual `Task`. Or several: then the result
-            has a list for each, and what a causal model makes of text in front of all their virtual
-            tokens (one document, many tasks) is computed once.
+            has a list for each, and text in front of their virtual tokens, as far as it is the same
+            (one document, many tasks), is computed once for a causal model.
         rows: examples, column -> value; the answer column is not needed.
         candidates: choose among these answers.
         answer_tokens: longest free answer in tokens; by default the training's.
@@ -97,7 +97,6 @@ def predict_details(
     tasks, rows = [prompt] if isinstance(prompt, Task) else list(prompt), list(rows)
     kind, context = task_kind(model), context_length(model, tokenizer)
     store = PrefixStore(model, _KEPT if len(tasks) == 1 else "auto") if kind == "causal" else None
-    share = partial(for_prediction, documents=len(tasks) > 1) if store else None
     choices = list(candidates) if candidates else None
     asked = []
     for task in tasks:
@@ -105,6 +104,8 @@ def predict_details(
         renderer = Renderer(tokenizer, settled, kind, context, choices)
         renderer.compares = bool(renderer.labels)
         asked.append(_Asked(renderer, render_all(renderer, rows, "prediction", answered=False)))
+    common = in_common([one.examples for one in asked]) if store and len(tasks) > 1 else None
+    share = partial(for_prediction, common=common) if store else None
     results: list[list[Prediction]] = [[] for _ in tasks]
     with eval_mode(model), ExitStack() as attached:
         for task, question in zip(tasks, asked, strict=True):

@@ -74,26 +74,31 @@ def baselines(
         plain values; ``templates`` has each prompt's template, its words alone (``manual``),
         verbalizer and their dev figures.
     """
-    tried = []
-    for prompt in task.prompts():
-        by_hand = prompt.manual()
-        (on_dev,) = measured(model, tokenizer, task, [by_hand], splits.dev)
-        answered = _answerable(task, splits.dev)
-        _, loss = teacher_forced(model, tokenizer, by_hand, answered) if answered else (0.0, 0.0)
-        tried.append((score(on_dev), -loss, prompt, by_hand, on_dev))
-    tried.sort(key=lambda entry: entry[:2], reverse=True)
+    prompts = task.prompts()
+    by_hand = [prompt.manual() for prompt in prompts]
+    on_dev = measured(model, tokenizer, task, by_hand, splits.dev)
+    answered = _answerable(task, splits.dev)
+
+    def quality(place: int) -> tuple[float, float]:
+        """Score, and the loss where others score the same."""
+        own = score(on_dev[place])
+        if not answered or [score(one) for one in on_dev].count(own) == 1:
+            return own, 0.0
+        return own, -teacher_forced(model, tokenizer, by_hand[place], answered)[1]
+
+    places = sorted(range(len(prompts)), key=quality, reverse=True)
     several = len({row["label"] for row in splits.train}) > 1  # WSC's are all true
     known = splits.train if several else splits.dev
     return {
         "majority_answer": Counter(row["label"] for row in known).most_common(1)[0][0],
         "templates": [
             {
-                "template": prompt.template,
-                "manual": by_hand.template,
-                "verbalizer": by_hand.settings()["verbalizer"],
-                "dev": figures,
+                "template": prompts[place].template,
+                "manual": by_hand[place].template,
+                "verbalizer": by_hand[place].settings()["verbalizer"],
+                "dev": on_dev[place],
             }
-            for _, _, prompt, by_hand, figures in tried
+            for place in places
         ],
         "train_examples": len(splits.train),
         "dev_examples": len(splits.dev),

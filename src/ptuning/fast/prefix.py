@@ -14,21 +14,24 @@ plain path is `loss.answer_logits`; a test holds the two together.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from ..collate import IGNORED, Batch
+from ..collate import IGNORED, Batch, plain_prefix
 from ..loss import Shortened, positions
+from ..render import Rendered
 from ..settings import parse_size
 from .kept_cache import cache_of, keys_and_values, reads_caches
 from .packing import Packed, pack
 
 KeyValues = list[Tensor]
 """Of each layer the keys and then the values of one prefix: ``(heads, tokens, head width)``."""
+Common = dict[tuple[int, ...], tuple[int, ...]]
+"""Prefix -> the part of it that other prompts on the same row begin with."""
 _SMALLEST = 8
 
 
@@ -180,25 +183,59 @@ def longest_suffix(batch: Batch) -> int:
     return max(n - len(p) for n, p in zip(batch.lengths, batch.prefixes, strict=True))
 
 
-def for_prediction(batch: Batch, documents: bool) -> Batch:
+def in_common(tasks: Sequence[Sequence[Rendered]]) -> Common:
+    """What prompts on the same rows have in common in front: one document, many ways to ask.
+
+    Args:
+        tasks: for each task its rows, rendered for a causal model.
+
+    Returns:
+        prefix, as `Batch.prefixes` has it -> its part that other tasks have too; empty where more
+        is saved by keeping the prefixes as they are.
+    """
+    rows = [
+        [tuple(s.ids[: plain_prefix(s)]) for e in of_row for s in e.sequences]
+        for of_row in zip(*tasks, strict=True)
+    ]
+    shared: Common = {}
+    for prefixes in rows:
+        alike: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+        for prefix in prefixes:
+            alike.setdefault(prefix[:_SMALLEST], []).append(prefix)
+        for group in alike.values():
+            first, last = min(group), max(group)  # what these have in common, all have
+            differs = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+            shared |= dict.fromkeys(group, first[: next(differs, len(first))])
+    apart = sum(map(len, shared))
+    behind = sum(len(prefix) - len(shared[prefix]) for prefixes in rows for prefix in prefixes)
+    return shared if sum(map(len, set(shared.values()))) + behind < apart else {}
+
+
+def for_prediction(batch: Batch, common: Common | None = None) -> Batch:
     """The batch with the prefixes that can be shared when nothing is trained.
 
     The rows of one example, which differ in the answer that they score, share all in front of it;
-    other rows share what stands in front of their first field, virtual tokens included. With
-    `documents` text in front of the virtual tokens, if any, is shared with other prompts instead.
+    other rows share what stands in front of their first field, virtual tokens included.
+
+    Args:
+        batch: of a causal model.
+        common: of several prompts: text in front of their virtual tokens, if any, is shared between
+            them instead.
     """
-    if documents and min(map(len, batch.prefixes)) >= _SMALLEST:
-        return batch
+    if common is not None:
+        prefixes = tuple(common.get(prefix, prefix) for prefix in batch.prefixes)
+        if min(map(len, prefixes)) >= _SMALLEST:
+            return replace(batch, prefixes=prefixes)
     several = len(batch.example) > len(batch.member)
     answers = batch.answers.shape[1] - (batch.answers == IGNORED).sum(1)
-    prefixes = []
+    shared = []
     for row, ids in enumerate(batch.input_ids.tolist()):
         length = batch.lengths[row]
         context = length - max(0, int(answers[row]) - 1)
-        shared = context - 1 if several else len(batch.heads[row])
+        kept = context - 1 if several else len(batch.heads[row])
         start = len(ids) - length
-        prefixes.append(tuple(ids[start : start + shared]))
-    return replace(batch, prefixes=tuple(prefixes))
+        shared.append(tuple(ids[start : start + kept]))
+    return replace(batch, prefixes=tuple(shared))
 
 
 def budgets(size: str, device: torch.device) -> dict[str, int]:
