@@ -13,11 +13,13 @@ import pytest
 
 from ptuning.cli import main
 from ptuning.errors import DataError
+from ptuning.evaluation import teacher_forced
 from ptuning.experiments import superglue as experiment
 from ptuning.experiments import superglue_metrics as metrics
 from ptuning.experiments.superglue_data import read_few, read_full, read_rows
 from ptuning.experiments.superglue_tasks import TASKS
 from ptuning.render import Renderer
+from ptuning.task import Task
 
 from . import tiny
 
@@ -342,6 +344,29 @@ def test_where_training_examples_have_one_label_the_majority_is_devs(
     assert code == 0, err
     task = json.loads((tmp_path / "out/superglue.json").read_text())["tasks"]["wsc"]
     assert task["baselines"]["majority_answer"] == "false"
+
+
+@pytest.mark.parametrize("name", ["boolq", "copa", "wsc"])
+def test_manual_templates_are_ordered_by_score_and_then_by_loss(name: str, data: Path) -> None:
+    """By the numbers that each template has alone, in a forward of its own."""
+    model, tokenizer, task = tiny.model("llama"), tiny.tokenizer(), TASKS[name]
+    splits = read_few(data, task, None)
+    found = experiment.baselines(model, tokenizer, task, splits)["templates"]
+    answered = [row for row in splits.dev if not task.generates or row["label"] == "true"]
+    order = []
+    for template in found:
+        by_hand = Task(
+            template["manual"],
+            answer=task.answer,
+            verbalizer=template["verbalizer"],
+            max_length=task.max_length,
+        )
+        (alone,) = experiment.measured(model, tokenizer, task, [by_hand], splits.dev)
+        assert template["dev"] == alone
+        loss = teacher_forced(model, tokenizer, by_hand, answered)[1]
+        order.append((-experiment.score(alone), round(loss, 4)))
+    assert order == sorted(order)
+    assert len({loss for _, loss in order}) > 1
 
 
 def test_the_folder_has_a_name_of_its_own(

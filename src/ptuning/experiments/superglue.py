@@ -9,6 +9,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import log
+from sys import float_info
 from typing import Any
 
 from torch import nn
@@ -17,7 +19,7 @@ from ..base_model import task_kind
 from ..data import Row
 from ..errors import InputError
 from ..evaluation import teacher_forced
-from ..prediction import predict
+from ..prediction import predict, predict_details
 from ..progress import Progress
 from ..prompt import Prompt
 from ..settings import TrainSettings
@@ -76,17 +78,9 @@ def baselines(
     """
     prompts = task.prompts()
     by_hand = [prompt.manual() for prompt in prompts]
-    on_dev = measured(model, tokenizer, task, by_hand, splits.dev)
-    answered = _answerable(task, splits.dev)
-
-    def quality(place: int) -> tuple[float, float]:
-        """Score, and the loss where others score the same."""
-        own = score(on_dev[place])
-        if not answered or [score(one) for one in on_dev].count(own) == 1:
-            return own, 0.0
-        return own, -teacher_forced(model, tokenizer, by_hand[place], answered)[1]
-
-    places = sorted(range(len(prompts)), key=quality, reverse=True)
+    on_dev = _with_losses(model, tokenizer, task, by_hand, splits.dev)
+    quality = [(score(figures), -loss) for figures, loss in on_dev]
+    places = sorted(range(len(prompts)), key=quality.__getitem__, reverse=True)
     several = len({row["label"] for row in splits.train}) > 1  # WSC's are all true
     known = splits.train if several else splits.dev
     return {
@@ -96,7 +90,7 @@ def baselines(
                 "template": prompts[place].template,
                 "manual": by_hand[place].template,
                 "verbalizer": by_hand[place].settings()["verbalizer"],
-                "dev": on_dev[place],
+                "dev": on_dev[place][0],
             }
             for place in places
         ],
@@ -182,6 +176,27 @@ def measured(
         same = [same_noun(phrase, noun) for phrase, noun in zip(phrases, nouns, strict=True)]
         found.append(_figures(task, rows, ["true" if right else "false" for right in same]))
     return found
+
+
+def _with_losses(
+    model: nn.Module,
+    tokenizer: Any,
+    task: SuperGlueTask,
+    asked: Sequence[Task],
+    rows: list[Row],
+) -> list[tuple[Figures, float]]:
+    """As `measured`, with the mean loss on the rows that have a right answer."""
+    if task.generates:
+        found = measured(model, tokenizer, task, asked, rows)
+        answered = _answerable(task, rows)
+        losses = [teacher_forced(model, tokenizer, one, answered)[1] for one in asked if answered]
+        return list(zip(found, losses or [0.0] * len(found), strict=True))
+    pairs = []
+    for of_one in predict_details(model, tokenizer, asked, rows, batch_size=8):
+        figures = _figures(task, rows, [prediction.answer for prediction in of_one])
+        right = [p.probabilities[row["label"]] for p, row in zip(of_one, rows, strict=True)]
+        pairs.append((figures, -sum(log(max(p, float_info.min)) for p in right) / len(right)))
+    return pairs
 
 
 def _named(
