@@ -52,11 +52,12 @@ def largest(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().nan_to_num(float("inf")).max()) if one.numel() else 0.0
 
 
-def run(model: Any, inputs: dict[str, Tensor]) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
+def run(model: Any, inputs: dict[str, Tensor]) -> tuple[list[Tensor], Tensor, dict[str, Any]]:
     """Outputs, loss (without labels: of the outputs at real tokens) and the encoder's gradients."""
     model.zero_grad()
     output = model(**inputs)
-    values, loss, real = values_of(output), output.get("loss"), real_of(inputs)
+    values, real = values_of(output), real_of(inputs)
+    loss: Any = output.get("loss")
     if loss is None:
         kept = [v[real] if v.shape[:2] == real.shape else v for v in values]
         loss = torch.stack([v.pow(2).mean() for v in kept]).sum()
@@ -153,8 +154,9 @@ def same_alone(model: Any, name: str, task: str, side: str) -> bool:
 @torch.no_grad()
 def exchanged(base: Any, ours: Any, theirs: Any, name: str, task: str) -> Row:
     """Whether each library gives the saved logits with what the other has saved."""
-    inputs, result = placed(task, batch(name, task, "none")), {}
-    layout = {"reference_layout": ours.reference_layout}
+    inputs = placed(task, batch(name, task, "none"))
+    result: Row = {}
+    layout: dict[str, Any] = {"reference_layout": ours.reference_layout}
     for key, writer, reader, options in (
         ("saved by ours", ours, peft, {}),
         ("saved by PEFT", theirs, peft_compat, layout),
@@ -261,7 +263,8 @@ def main() -> None:
     warnings.simplefilter("ignore")  # what PEFT drops with a warning is in the tables
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
-    rows, broken, start = [], [], time.monotonic()
+    rows: list[Row] = []
+    broken, start = [], time.monotonic()
     for name in given.family:
         for task in given.task:
             for encoder in ("MLP", "LSTM"):

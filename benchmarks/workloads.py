@@ -97,7 +97,7 @@ def classify(base: Any, copy: Any, rows: int = 8, tokens: int = 16) -> Workload:
 
     @torch.no_grad()
     def mine() -> Tensor:
-        return label_word_scores(base, for_prediction(batch, False), len(words), store)
+        return label_word_scores(base, for_prediction(batch, {}), len(words), store)
 
     def other() -> Tensor:
         return theirs.last_logits(text)[:, words]

@@ -24,6 +24,12 @@ ROWS = [
 ] + [{"country": "", "more": "", "capital": "Rome is not in the north of Italy, it is not"}]
 
 
+@pytest.fixture(autouse=True)
+def at_any_price(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads are shared though batches as small as these are not worth it."""
+    monkeypatch.setattr("ptuning.fast.shared_head._PRICE", -1e6)
+
+
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many heads each `SharedHeads` computes."""
@@ -132,12 +138,33 @@ def test_gradients_of_half_precision_add_up_in_float32() -> None:
         (TEMPLATES[0], ROWS[:1]),  # nothing to share it with
     ],
 )
-def test_where_nothing_is_saved_there_is_no_head(template: str, rows: list[Any]) -> None:
+def test_where_nothing_is_saved_there_is_no_head(
+    template: str, rows: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ptuning.fast.shared_head._PRICE", 1e-6)
     model, tokenizer = tiny.model("llama"), tiny.tokenizer()
     prompt = ptuning.Prompt(template, answer="capital")
     renderer = Renderer(tokenizer, prompt, "causal", 128)
     examples = render_all(renderer, rows, "training")
     assert share_heads(model, [batch_for(model, renderer, examples, [400] * len(rows))]) is None
+
+
+@pytest.mark.parametrize(
+    ("count", "longer", "shared"), [(6, 0, False), (6, 6, True), (20, 0, True)]
+)
+def test_a_head_must_save_an_eighth_of_what_keeps_the_device_busy(
+    count: int, longer: int, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    prompt = ptuning.Prompt("[P*8] {country} [MASK]", answer="capital", answer_end=False)
+    renderer = Renderer(tokenizer, prompt, "causal", 128)
+    rows = [{"country": "x" * (1 + n * longer), "capital": "Ra"} for n in range(count)]
+    examples = render_all(renderer, rows, "training")
+    batch = batch_for(model, renderer, examples, [100] * count)  # ids that the model has
+    padding = count * max(batch.lengths) - sum(batch.lengths)  # packed rows have none
+    assert (7 + 8 * (count - 2) + padding >= 64) == shared
+    assert (share_heads(model, [batch]) is not None) == shared
 
 
 @pytest.mark.parametrize("what", ["checkpointing", "spread"])

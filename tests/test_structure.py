@@ -31,6 +31,7 @@ ORDER = [
     "render",
     "collate",
     "attachment",
+    "grouped_queries",
     "loss",
     "settings",
     "fast.output_head",

@@ -19,7 +19,6 @@ from .render import Rendered
 
 IGNORED = -100
 _BUSY = {"cpu": 512, "cuda": 16384}
-"""Tokens of a forward that keep a device busy; more of them run no faster for each."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def by_length(
     """
     if not rows:
         return
-    busy = _BUSY.get(device.type, _BUSY["cuda"])
+    busy = busy_with(device)
     sizes = [(_computed(example, kept), _computed(example, False)) for example, _ in rows]
     computed, whole = map(sum, zip(*sizes, strict=True))
     enough = computed / max(1, round(computed / busy), round(whole / (4 * busy)))
@@ -150,6 +149,11 @@ def by_length(
             yield part
             part, cut = [], cut + 1
     yield part
+
+
+def busy_with(device: torch.device) -> int:
+    """Tokens of a forward that keep a device busy; more of them run no faster for each."""
+    return _BUSY.get(device.type, _BUSY["cuda"])
 
 
 def _computed(example: Rendered, kept: bool) -> int:

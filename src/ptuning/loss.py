@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .base_model import padding_offset
 from .collate import IGNORED, Batch
 from .errors import InputError
+from .grouped_queries import grouped_queries
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,11 @@ def answer_outputs(
     if batch.kind == "masked":
         return _masked_outputs(model, batch.slots, count, inputs)
     shorter = prefix(batch) if prefix else None
-    if shorter is not None:
-        return model(**shorter.inputs, use_cache=True).logits, shorter.rows
-    inputs |= positions(model, batch.attention_mask, batch.input_ids.shape[1], count)
-    return model(**inputs, use_cache=False).logits, lambda logits: logits[:, -count:]
+    with grouped_queries(model):
+        if shorter is not None:
+            return model(**shorter.inputs, use_cache=True).logits, shorter.rows
+        inputs |= positions(model, batch.attention_mask, batch.input_ids.shape[1], count)
+        return model(**inputs, use_cache=False).logits, lambda logits: logits[:, -count:]
 
 
 def _all(logits: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from .collate import Batch
 from .errors import InputError
 from .fast.label_words import label_word_scores
 from .fast.prefix import PrefixStore, for_prediction, in_common
+from .grouped_queries import grouped_queries
 from .loss import answer_logits, by_label, first_position, position_ids
 from .render import Example, Rendered, Renderer, render_all
 from .score import batch_for, model_device
@@ -219,12 +220,13 @@ def _generate(
     more: dict[str, Any] = {} if shared is None else {"past_key_values": shared}
     if first := first_position(model):  # transformers would count from 0
         more["position_ids"] = position_ids(batch.attention_mask) + first
-    made = _greedy(model).generate(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        generation_config=config,
-        **more,
-    )
+    with grouped_queries(model):
+        made = _greedy(model).generate(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            generation_config=config,
+            **more,
+        )
     steps = len(made.logits)
     chosen = made.sequences[:, -steps:]
     logits = torch.stack(made.logits, dim=1).float().log_softmax(-1)

@@ -14,6 +14,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..base_model import counts_columns, scales_with_length
+from ..grouped_queries import grouped_queries
 from ..loss import forward_parameters, positions
 
 
@@ -35,13 +36,14 @@ def keys_and_values(model: nn.Module, ids: Tensor, mask: Tensor) -> list[tuple[T
     """What each layer makes of rows ``(R, T)``: ``(R, heads, T, head width)``; without logits."""
     body = getattr(model, "base_model", model)
     cache = DynamicCache()  # without a configuration layers with a window keep every column
-    body(
-        input_ids=ids,
-        attention_mask=mask,
-        past_key_values=cache,
-        use_cache=True,
-        **positions(body, mask, ids.shape[1], 1),
-    )
+    with grouped_queries(model):
+        body(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            **positions(body, mask, ids.shape[1], 1),
+        )
     layers: list[Any] = cache.layers
     return [(layer.keys, layer.values) for layer in layers]
 

@@ -19,6 +19,7 @@ from transformers import Cache
 
 from ..base_model import scales_with_length
 from ..collate import Batch
+from ..grouped_queries import plain_or_grouped
 from ..loss import Shortened
 
 _COPY = 32
@@ -68,8 +69,8 @@ def can_pack(model: nn.Module) -> bool:
 
     So it is with rotary positions, full attention in every layer, and PyTorch's attention.
     """
-    config = getattr(model, "config", None)
-    if config is None or getattr(config, "_attn_implementation", None) != "sdpa":
+    config: Any = getattr(model, "config", None)
+    if config is None or not plain_or_grouped(getattr(config, "_attn_implementation", None)):
         return False
     text = config.get_text_config()
     rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)
