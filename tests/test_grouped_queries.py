@@ -158,6 +158,10 @@ def test_code_that_compares_the_attention_s_name_keeps_it(
     model = kind(model_of("Llama").config).eval()
     with grouped_queries(model):
         assert (model.config._attn_implementation != "sdpa") == served
+    part = model_of("Llama")
+    part.model.layers[1].self_attn = nn.Sequential(kind(model.config))
+    with grouped_queries(part):
+        assert (part.config._attn_implementation != "sdpa") == served
 
 
 def test_any_module_passes_through() -> None:

@@ -56,14 +56,18 @@ def plain_or_grouped(name: str | None) -> bool:
 
 def _config(model: nn.Module) -> Any:
     """The configuration that the layers look in; None where repeated keys and values stay."""
-    inner = getattr(model, "_orig_mod", model)
-    config: Any = getattr(inner, "config", None)
-    if config is None or inner is not model or _device(model) != "cpu":
+    config: Any = getattr(model, "config", None)
+    compiled = hasattr(model, "_orig_mod")
+    if config is None or compiled or _device(model) != "cpu":
         return None
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     groups = getattr(text, "num_key_value_heads", None) or heads
-    return text if groups != heads and _only_looks_up(type(inner).__module__) else None
+    if groups == heads or not all(
+        map(_only_looks_up, {type(m).__module__ for m in model.modules()})
+    ):
+        return None
+    return text
 
 
 def _device(model: nn.Module) -> str:
@@ -72,7 +76,7 @@ def _device(model: nn.Module) -> str:
 
 @cache
 def _only_looks_up(module: str) -> bool:
-    """The model's code never compares the attention's name: then another name is nothing to it."""
+    """That code never compares the attention's name: then another name is nothing to it."""
     try:
         return not _ASKS.search(inspect.getsource(sys.modules[module]))
     except (KeyError, OSError, TypeError):  # code without a file
