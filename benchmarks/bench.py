@@ -206,7 +206,7 @@ def main() -> None:
     if cpu and not options.no_curves and (options.curves or options.row is None):
         for name in options.curves or list(curves.CURVES):
             curve = curves.CURVES[name]
-            points = curves.measure(base, curve, runs=2)
+            points = curves.measure(base, curve, runs=1)
             curves.draw(curve, points, report.IMAGES / f"{name}.png")
     every = report.merge([], list(WORK))
     report.show(every)

@@ -224,7 +224,9 @@ CPU_ROWS = {
     "classify_short": Row(
         "8 texts of 16 tokens, prompt in front, two labels, a later batch of a call", classify
     ),
-    "many_prompts_one_document": Row("16 prompts on one document of 512 tokens", many_prompts),
+    "many_prompts_one_document": Row(
+        "16 prompts on one document of 512 tokens", many_prompts, most=3
+    ),
     "population_cpu": Row(
         "step of 16 members together, 8 texts of 32 tokens each, against 16 runs of PEFT",
         population,

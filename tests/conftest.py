@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads cost more than they give
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,24 @@ def minilm_folder() -> Path:
     from ptuning.fetch import fetch
 
     return fetch("minilm")
+
+
+@pytest.fixture
+def ctrl_c_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
+    """Sets behind which checkpoint a training is stopped; None: behind none any more."""
+    from ptuning import checkpoint
+
+    save, left = checkpoint.save, [None]
+
+    def stop(*args: Any) -> None:
+        save(*args)
+        if left[0] is not None:
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", stop)
+    return lambda count: left.__setitem__(0, count)
 
 
 @pytest.fixture(autouse=True)

@@ -227,6 +227,28 @@ def test_the_command_probes_relations_and_goes_on_where_it_stopped(
     assert code == 0, err
 
 
+def test_a_training_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
+    lama: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    ctrl_c_after: Callable[[int | None], None],
+) -> None:
+    given = ("--relations", "P36", "--epochs", "3")
+    code, _, err = lama(*given, "--output", str(tmp_path / "whole"))
+    assert code == 0, err
+    ctrl_c_after(2)  # of three epochs
+    assert lama(*given)[0] == 130
+    assert (tmp_path / "out/running/P36/checkpoints").is_dir()
+    ctrl_c_after(2)  # which would be reached if it began anew
+    code, _, err = lama(*given)
+    assert code == 0, err
+    assert not (tmp_path / "out/running/P36").exists()
+    one, other = (
+        json.loads((tmp_path / folder / "lama.json").read_text())["relations"]["P36"]
+        for folder in ("whole", "out")
+    )
+    assert one | {"seconds": 0} == other | {"seconds": 0}
+
+
 @pytest.mark.parametrize(
     ("options", "parts"),
     [

@@ -300,6 +300,32 @@ def test_the_command_measures_tasks_and_goes_on_where_it_stopped(
     assert code == 2 and "epochs=2" in err
 
 
+def test_a_training_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
+    superglue: Command, tmp_path: Path, ctrl_c_after: Callable[[int | None], None]
+) -> None:
+    given = {"task": "copa", "epochs": "3", "seeds": "1"}
+    code, _, err = superglue("--output", str(tmp_path / "whole"), **given)
+    assert code == 0, err
+    ctrl_c_after(2)  # of three epochs
+    assert superglue(**given)[0] == 130
+    running = tmp_path / "out/running/copa-0"
+    saved = sorted(folder.name for folder in (running / "checkpoints").iterdir())
+    code, _, err = superglue("--batch-size", "4", **given)
+    assert code == 2 and "--overwrite" in err, err
+    assert sorted(folder.name for folder in (running / "checkpoints").iterdir()) == saved
+    ctrl_c_after(2)  # which would be reached if it began anew
+    code, _, err = superglue(**given)
+    assert code == 0, err
+    assert not running.exists()
+    one, other = (
+        json.loads((tmp_path / folder / "superglue.json").read_text())["tasks"]["copa"]
+        for folder in ("whole", "out")
+    )
+    for report in (one, other):
+        del report["seeds"][0]["seconds"]
+    assert one == other
+
+
 def test_a_masked_model_has_a_mask_for_each_token_of_the_candidate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -3,7 +3,7 @@
 In grouped-query models several query heads read the same keys and values. Where there is a mask,
 transformers repeats these for each head; on a CPU PyTorch's attention reads them as they are, to
 the same numbers. With kept keys and values (`fast.prefix`), long against the queries, the copies
-and their gradients are a sixth of a training step.
+and their gradients were a sixth of a training step.
 
     plain     [K K K | V V V] copied for each query head, attention
     here      attention over K and V in groups

@@ -71,7 +71,7 @@ def lama(
 
     For each relation of LAMA: its manual template, the best manual template on dev, the majority
     answer, and the best of a population of prompts on dev; P@1, P@10 and MRR on test. The same
-    command goes on where it stopped, a relation at a time. --output gets lama.json, lama.png,
+    command goes on where it stopped, inside a training too. --output gets lama.json, lama.png,
     run.yaml and the prompts.
 
     Example:
@@ -157,8 +157,9 @@ def _probe_all(
             measured = figures is None
             if figures is None:
                 bar.begin(f"{relation.name} {relation.label}")
+                running = ledger.running(relation.name)
                 figures, prompt = probe(
-                    model, tokenizer, relation, own, options, candidates, bar.listener
+                    model, tokenizer, relation, own, options, candidates, bar.listener, running
                 )
                 folder = ledger.prompts / relation.name
                 processes.from_main(partial(prompt.save, folder, keep_encoder=False))

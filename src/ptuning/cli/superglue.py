@@ -77,8 +77,8 @@ def superglue(
 
     For each task the majority label, the zero-shot manual template that is best on dev, and a
     P-tuned prompt for each seed; the official metrics on test, with mean and deviation. The same
-    command goes on where it stopped. --output gets superglue.json, superglue.png, run.yaml and the
-    prompts.
+    command goes on where it stopped, inside a training too. --output gets superglue.json,
+    superglue.png, run.yaml and the prompts.
 
     Example:
 

@@ -73,6 +73,7 @@ class TaskRun:
                 manual,
                 options,
                 self.bar.listener,
+                self.ledger.running(name),
             )
             processes.from_main(partial(prompt.save, folder, keep_encoder=False))
             result["seed"] = seed

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -107,6 +108,7 @@ def probe(
     options: LamaOptions,
     candidates: Sequence[str] = (),
     listener: Callable[[Progress], None] | None = None,
+    running: Path | None = None,
 ) -> tuple[dict[str, Any], Prompt]:
     """Measure one relation.
 
@@ -118,6 +120,7 @@ def probe(
         options: the population.
         candidates: answers that compete; by default the whole vocabulary.
         listener: hears the training.
+        running: folder for checkpoints; the training goes on from the newest, if there is one.
 
     Returns:
         the relation's figures as plain values (fractions), and the trained prompt.
@@ -151,6 +154,8 @@ def probe(
         population=options.seeds,
         grid={"template": templates, **options.grid},
         listener=listener,
+        output=running,
+        resume=running is not None,
     )
     manual = measured(by_hand[own], facts.test) if own else {}
     best_manual, ptuned = measured(by_hand[best], facts.test), measured(prompt, facts.test)

@@ -3,6 +3,7 @@
 OUT/run.json            the settings that every result depends on
 OUT/done/PART.json      the result of one part, and a digest of the data that it was made of
 OUT/prompts/            the prompts of finished parts
+OUT/running/PART/       checkpoints of a part that is not finished
 
 Of several processes the main one reads and writes, and all get what it has.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ class Ledger:
 
     def __init__(self, output: Path, settings: dict[str, Any], overwrite: bool = False):
         self.output, self._done, self.prompts = output, output / "done", output / "prompts"
+        self._running = output / "running"
         settings = json.loads(json.dumps(settings))
         processes.from_main(lambda: self._open(settings, overwrite))
 
@@ -53,7 +56,7 @@ class Ledger:
             raise InputError(f"--output {output} is a file; give a folder")
         check_writable(output)
         if overwrite:
-            for folder in (self._done, self.prompts):
+            for folder in (self._done, self.prompts, self._running):
                 shutil.rmtree(folder, ignore_errors=True)
         elif any(self._done.glob("*.json")):
             self._check(_read(output / "run.json"), settings)
@@ -96,9 +99,20 @@ class Ledger:
         return processes.from_main(read)
 
     def put(self, part: str, data: str, result: dict[str, Any]) -> None:
-        """Keep the result of a finished part."""
+        """Keep the result of a finished part; its checkpoints are deleted."""
         content = pack_json({"data": data, "result": result})
-        processes.from_main(lambda: write_file(self._done / f"{part}.json", content))
+
+        def write() -> None:
+            write_file(self._done / f"{part}.json", content)
+            shutil.rmtree(self.running(part), ignore_errors=True)
+            with suppress(OSError):  # there is none, or another part is running
+                self._running.rmdir()
+
+        processes.from_main(write)
+
+    def running(self, part: str) -> Path:
+        """Folder for a part's checkpoints."""
+        return self._running / part
 
 
 def _read(path: Path) -> dict[str, Any] | None:

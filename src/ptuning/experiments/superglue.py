@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import log
+from pathlib import Path
 from sys import float_info
 from typing import Any
 
@@ -123,8 +124,12 @@ def tuned(
     found: dict[str, Any],
     options: SuperGlueOptions,
     listener: Callable[[Progress], None] | None = None,
+    running: Path | None = None,
 ) -> tuple[dict[str, Any], Prompt]:
-    """A prompt for one seed, and its figures on dev; `found` are the task's `baselines`."""
+    """A prompt for one seed, and its figures on dev; `found` are the task's `baselines`.
+
+    The training goes on from its newest checkpoint in the folder `running`, if there is one.
+    """
     started = time.monotonic()
     first = found["templates"][0]
     alike = [t["template"] for t in found["templates"] if t["verbalizer"] == first["verbalizer"]]
@@ -146,6 +151,8 @@ def tuned(
         population=options.population,
         grid={"template": list(templates), **options.grid},
         listener=listener,
+        output=running,
+        resume=running is not None,
     )
     (on_dev,) = measured(model, tokenizer, task, [prompt], splits.dev)
     figures = {
