@@ -164,8 +164,8 @@ def test_code_that_compares_the_attention_s_name_keeps_it(
         assert (part.config._attn_implementation != "sdpa") == served
 
 
-def test_any_module_passes_through() -> None:
-    with grouped_queries(nn.Linear(2, 2)):
-        pass
-    with grouped_queries(tiny.model("gpt2")):
-        pass
+def test_what_has_no_groups_runs_as_ever() -> None:
+    model, line = tiny.model("gpt2"), nn.Linear(2, 2)
+    with grouped_queries(model), grouped_queries(line):
+        assert model.config._attn_implementation == "sdpa"
+        assert line(torch.zeros(1, 2)).shape == (1, 2)

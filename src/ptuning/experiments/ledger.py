@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +104,6 @@ class Ledger:
         def write() -> None:
             write_file(self._done / f"{part}.json", content)
             shutil.rmtree(self.running(part), ignore_errors=True)
-            with suppress(OSError):  # there is none, or another part is running
-                self._running.rmdir()
 
         processes.from_main(write)
 
