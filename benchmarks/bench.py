@@ -30,7 +30,7 @@ from limits import MatmulRate, flops, synchronize
 from workloads import CPU_ROWS, GPU_ROWS, Row, Workload
 
 from ptuning import load_model
-from ptuning.fetch import fetch
+from ptuning.backbone.fetched import fetch
 
 _MEMORY = "peak memory of a training with the prompt after the text, sizes as above"
 WORK = {

@@ -13,7 +13,7 @@ from sides import Ours, Step, Theirs, rendered
 from transformers import AutoModelForCausalLM, LlamaConfig
 from workloads import texts
 
-from ptuning.fast.prefix import PrefixStore
+from ptuning.forward.prefix_store import PrefixStore
 
 TOKENS = 256
 _LLAMA = {"max_position_embeddings": 4096, "tie_word_embeddings": True}

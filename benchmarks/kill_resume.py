@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from ptuning import Prompt, demo
+from ptuning import Prompt
+from ptuning.experiments import demo
 
 PROGRAM = [sys.executable, "-c", "from ptuning.cli import main; main()"]
 

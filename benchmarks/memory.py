@@ -46,7 +46,7 @@ def training(side: str, base: Any) -> None:
     from sides import Ours, Theirs, rendered
     from workloads import texts
 
-    from ptuning.fast.prefix import PrefixStore
+    from ptuning.forward.prefix_store import PrefixStore
 
     batches = [texts(base, ROWS, TOKENS) for _ in range(BATCHES)]
     if side == "peft":
@@ -70,7 +70,7 @@ def _status(name: str) -> int:
 
 def _measure(side: str) -> int:
     from ptuning import load_model
-    from ptuning.fetch import fetch
+    from ptuning.backbone.fetched import fetch
 
     base, _ = load_model(str(fetch("smollm2")))
     for parameter in base.parameters():  # weights that are mapped from the file: read them now

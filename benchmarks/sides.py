@@ -16,14 +16,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ptuning import Prompt, TrainSettings
-from ptuning.collate import Batch, by_length, collate
-from ptuning.fast.packing import can_pack
-from ptuning.graphs import graphs_or_plain
-from ptuning.layout import Sequence
-from ptuning.learner import Learner
-from ptuning.loss import Prefix
-from ptuning.population import Member, Population
-from ptuning.render import Rendered
+from ptuning.forward.packing import can_pack
+from ptuning.forward.plain import Prefix
+from ptuning.rendering.collate import Batch, by_length, collate
+from ptuning.rendering.layout import Sequence
+from ptuning.rendering.render import Rendered
+from ptuning.training.cuda_graphs import graphs_or_plain
+from ptuning.training.learner import Learner
+from ptuning.training.population import Member, Population
 
 VIRTUAL = 20
 RATE = 1e-3

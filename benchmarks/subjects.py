@@ -14,12 +14,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 import ptuning
-from ptuning.environment import versions
-from ptuning.evaluation import teacher_forced
-from ptuning.experiments.lama_data import read_facts, read_relations
+from ptuning.experiments.lama.relations import read_facts, read_relations
 from ptuning.experiments.ledger import Ledger, digest
-from ptuning.experiments.superglue_data import read_few
-from ptuning.experiments.superglue_tasks import TASKS
+from ptuning.experiments.superglue.examples import read_few
+from ptuning.experiments.superglue.tasks import TASKS
+from ptuning.inference.evaluation import teacher_forced
+from ptuning.reporting import versions
 
 FEW_SHOT = ("rte", "cb", "copa", "boolq")
 """The tasks that have validation data to test on."""

@@ -22,13 +22,13 @@ import peft
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from ptuning.backbone.fetched import fetch
 from ptuning.data import Row
-from ptuning.environment import versions
 from ptuning.experiments.ledger import Ledger, digest
-from ptuning.experiments.superglue_data import Splits, read_few
-from ptuning.experiments.superglue_metrics import METRICS
-from ptuning.experiments.superglue_tasks import TASKS, SuperGlueTask
-from ptuning.fetch import fetch
+from ptuning.experiments.superglue.examples import Splits, read_few
+from ptuning.experiments.superglue.metrics import METRICS
+from ptuning.experiments.superglue.tasks import TASKS, SuperGlueTask
+from ptuning.reporting import versions
 
 RATES = {"p_tuning": (1e-3, 1e-2), "lora": (2e-4, 1e-3)}
 EPOCHS, BATCH, VIRTUAL, LENGTH = 10, 8, 20, 384

@@ -14,9 +14,9 @@ from limits import Part
 from sides import VIRTUAL, Ours, Step, Theirs, rendered
 from torch import Tensor
 
-from ptuning.fast.label_words import label_word_scores
-from ptuning.fast.prefix import PrefixStore, for_prediction
-from ptuning.loss import answer_logits
+from ptuning.forward.label_words import label_word_scores
+from ptuning.forward.plain import answer_logits
+from ptuning.forward.prefix_store import PrefixStore, for_prediction
 
 
 @dataclass

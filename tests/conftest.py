@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct, put into the user's cache by `make test`."""
-    from ptuning.fetch import fetch
+    from ptuning.backbone.fetched import fetch
 
     return fetch("smollm2")
 
@@ -34,7 +34,7 @@ def smollm2(smollm2_folder: Path) -> tuple[Any, Any]:
 @pytest.fixture(scope="session")
 def minilm_folder() -> Path:
     """all-MiniLM-L6-v2, put into the user's cache by `make test`."""
-    from ptuning.fetch import fetch
+    from ptuning.backbone.fetched import fetch
 
     return fetch("minilm")
 
@@ -42,7 +42,7 @@ def minilm_folder() -> Path:
 @pytest.fixture
 def ctrl_c_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     """Sets behind which checkpoint a training is stopped; None: behind none any more."""
-    from ptuning import checkpoint
+    from ptuning.training import checkpoint
 
     save, left = checkpoint.save, [None]
 

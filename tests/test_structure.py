@@ -1,8 +1,11 @@
-"""The promises about the package's own source."""
+"""The promises about the package's own source: rooms, directions, names."""
 
 from __future__ import annotations
 
 import ast
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,95 +14,27 @@ import ptuning
 
 PACKAGE = Path(ptuning.__file__).parent
 README = PACKAGE.parent.parent / "README.md"
-# A module imports only modules that stand above it.
-ORDER = [
+ROOMS = [
     "errors",
-    "config",
-    "encoder",
-    "template",
-    "task",
-    "files",
-    "peft_files",
-    "model_card",
-    "prompt_files",
-    "inject",
-    "placement",
-    "base_model",
-    "prompt",
-    "vocabulary",
-    "layout",
-    "render",
-    "collate",
-    "attachment",
-    "grouped_queries",
-    "loss",
-    "settings",
-    "fast.output_head",
-    "fast.label_words",
-    "fast.chunked",
-    "fast.packing",
-    "fast.kept_cache",
-    "fast.shared_head",
-    "fast.prefix",
-    "score",
-    "population",
-    "processes",
-    "static_shapes",
-    "graphs",
-    "variants",
-    "devices",
-    "learner",
-    "checkpoint",
-    "progress",
-    "loop",
-    "training",
-    "trainer",
-    "prediction",
-    "evaluation",
-    "nearest",
-    "models",
-    "fetch",
+    "storage",
+    "distributed",
     "data",
-    "plot",
-    "environment",
-    "demo",
-    "experiments.ledger",
-    "experiments.lama_data",
-    "experiments.lama_templates",
-    "experiments.ranking",
-    "experiments.lama",
-    "experiments.superglue_tasks",
-    "experiments.superglue_data",
-    "experiments.superglue_metrics",
-    "experiments.superglue",
-    "peft_compat.names",
-    "peft_compat.heads",
-    "peft_compat.frame",
-    "peft_compat.seats",
-    "peft_compat.inputs",
-    "peft_compat.outputs",
-    "peft_compat.generation",
-    "peft_compat.calls",
-    "peft_compat.adapters",
-    "peft_compat.saving",
-    "peft_compat.stored",
-    "peft_compat.surface",
-    "peft_compat.model",
-    "peft_compat.tasks",
-    "peft_compat.auto",
-    "cli.console",
-    "cli.run_files",
-    "cli.options",
-    "cli.training_report",
-    "cli.train",
-    "cli.use",
-    "cli.lama",
-    "cli.superglue_task",
-    "cli.superglue",
-    "cli.run_demo",
-    "cli.app",
+    "reporting",
+    "backbone",
+    "fetch",
+    "prompts",
+    "rendering",
+    "forward",
+    "training",
+    "inference",
+    "experiments",
+    "peft_compat",
+    "cli",
     "__main__",
 ]
+"""The folders, and the modules beside them: each imports only what stands above it."""
+FLOORS = 12
+"""Rooms that stand on one another at the most."""
 
 
 def _modules() -> dict[str, Path]:
@@ -122,28 +57,92 @@ def _imports(name: str, path: Path) -> list[tuple[str, int]]:
     return found
 
 
-def test_every_module_has_its_place_in_the_order() -> None:
-    assert sorted(_modules()) == sorted(ORDER)
+def _own_imports() -> dict[str, set[str]]:
+    """Module -> the modules of this package that it imports."""
+    modules = _modules()
+    return {
+        name: {
+            inner
+            for imported, _ in _imports(name, path)
+            if (inner := imported.removeprefix("ptuning.")) in modules and inner != name
+        }
+        for name, path in modules.items()
+    }
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_a_module_imports_only_modules_above_it(name: str) -> None:
-    for imported, line in _imports(name, _modules()[name]):
-        inner = imported.removeprefix("ptuning.")
-        if inner in ORDER:
-            assert ORDER.index(inner) < ORDER.index(name), f"{name}:{line} imports {inner}"
+def test_a_room_imports_only_rooms_above_it() -> None:
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in _own_imports().items()
+        for other in others
+        if ROOMS.index(other.split(".")[0]) > ROOMS.index(name.split(".")[0])
+    ]
+    assert wrong == []
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_no_module_imports_peft(name: str) -> None:
-    roots = {imported.split(".")[0] for imported, _ in _imports(name, _modules()[name])}
-    assert "peft" not in roots
+def test_nothing_imports_in_a_circle() -> None:
+    left = _own_imports()
+    while free := [name for name, others in left.items() if not others & set(left)]:
+        for name in free:
+            del left[name]
+    assert left == {}
 
 
-def test_the_readme_tree_names_every_module() -> None:
-    text = README.read_text()
-    for name in ORDER:
-        assert f"{name.split('.')[-1]}.py" in text, name
+def test_the_rooms_stand_on_few_floors() -> None:
+    below: dict[str, set[str]] = {room: set() for room in ROOMS}
+    for name, others in _own_imports().items():
+        below[name.split(".")[0]] |= {other.split(".")[0] for other in others}
+    floor: dict[str, int] = {}
+    for room in ROOMS:
+        floor[room] = 1 + max((floor[other] for other in below[room] - {room}), default=0)
+    assert max(floor.values()) <= FLOORS, floor
+
+
+def test_no_module_imports_peft() -> None:
+    for name, path in _modules().items():
+        roots = {imported.split(".")[0] for imported, _ in _imports(name, path)}
+        assert "peft" not in roots, name
+
+
+def test_the_readme_tree_equals_the_files() -> None:
+    (tree,) = re.findall(r"```text\nsrc/ptuning/\n(.*?)```", README.read_text(), re.DOTALL)
+    folders: list[str] = []
+    named = set()
+    for line in tree.splitlines():
+        if not line.startswith("    "):  # tests, benchmarks, docs
+            break
+        indent = (len(line) - len(line.lstrip())) // 4
+        entry = line.split()[0]
+        folders = folders[: indent - 1]
+        if entry.endswith("/"):
+            folders.append(entry.rstrip("/"))
+        else:
+            named.add(".".join([*folders, entry.removesuffix(".py")]))
+    assert named == set(_modules())
+
+
+def test_no_folder_bears_the_name_of_a_public_function() -> None:
+    folders = {path.parent.name for path in PACKAGE.rglob("__init__.py")}
+    assert not folders & set(ptuning.__all__)
+
+
+@pytest.mark.parametrize("room", ["prompts/template.py", "rendering/layout.py"])
+def test_templates_know_no_model(room: str) -> None:
+    name = room.removesuffix(".py").replace("/", ".")
+    roots = {imported.split(".")[0] for imported, _ in _imports(name, PACKAGE / room)}
+    assert not roots & {"torch", "transformers", "accelerate"}
+
+
+def test_importing_the_package_loads_no_torch() -> None:
+    script = "import sys, ptuning, ptuning.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_a_long_module_says_why() -> None:
+    for name, path in _modules().items():
+        text = path.read_text()
+        if len(text.splitlines()) > 400:
+            assert "over 400 lines" in (ast.get_docstring(ast.parse(text)) or ""), name
 
 
 def test_all_public_names_can_be_imported() -> None:
@@ -155,7 +154,14 @@ def test_all_public_names_can_be_imported() -> None:
 
 
 def test_importing_submodules_leaves_functions_callable() -> None:
-    import ptuning.attachment
-    import ptuning.training
+    import ptuning.inference.attachment
+    import ptuning.training.train
 
     assert callable(ptuning.train) and callable(ptuning.attach)
+
+
+def test_paths_of_the_documentation_go_on_working() -> None:
+    from ptuning.backbone import fetched
+    from ptuning.fetch import fetch
+
+    assert fetch is fetched.fetch

@@ -14,15 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attachment import Attachment, attach
-    from .config import (
-        PeftType,
-        PromptEncoderConfig,
-        PromptEncoderReparameterizationType,
-        TaskType,
-    )
+    from .backbone.load import load_model
     from .data import read_examples
-    from .encoder import PromptEncoder
     from .errors import (
         DataError,
         InputError,
@@ -31,28 +24,35 @@ if TYPE_CHECKING:
         TemplateError,
         TrainingError,
     )
-    from .evaluation import Evaluation, evaluate
-    from .models import load_model
-    from .nearest import nearest_words
-    from .prediction import Prediction, predict, predict_details
-    from .prompt import Prompt
-    from .render import Renderer
-    from .settings import TrainSettings
-    from .task import Task
-    from .template import parse
-    from .trainer import trainer_parts
-    from .training import TrainResult, train
+    from .inference.attachment import Attachment, attach
+    from .inference.evaluation import Evaluation, evaluate
+    from .inference.nearest_words import nearest_words
+    from .inference.prediction import Prediction, predict, predict_details
+    from .prompts.encoder import PromptEncoder
+    from .prompts.encoder_config import (
+        PeftType,
+        PromptEncoderConfig,
+        PromptEncoderReparameterizationType,
+        TaskType,
+    )
+    from .prompts.prompt import Prompt
+    from .prompts.task import Task
+    from .prompts.template import parse
+    from .rendering.render import Renderer
+    from .training.hf_trainer import trainer_parts
+    from .training.settings import TrainSettings
+    from .training.train import TrainResult, train
 
 _HOME = {
-    "attachment": ("Attachment", "attach"),
-    "config": (
+    "inference.attachment": ("Attachment", "attach"),
+    "prompts.encoder_config": (
         "PeftType",
         "PromptEncoderConfig",
         "PromptEncoderReparameterizationType",
         "TaskType",
     ),
     "data": ("read_examples",),
-    "encoder": ("PromptEncoder",),
+    "prompts.encoder": ("PromptEncoder",),
     "errors": (
         "DataError",
         "InputError",
@@ -61,17 +61,17 @@ _HOME = {
         "TemplateError",
         "TrainingError",
     ),
-    "evaluation": ("Evaluation", "evaluate"),
-    "models": ("load_model",),
-    "nearest": ("nearest_words",),
-    "prediction": ("Prediction", "predict", "predict_details"),
-    "prompt": ("Prompt",),
-    "render": ("Renderer",),
-    "settings": ("TrainSettings",),
-    "task": ("Task",),
-    "template": ("parse",),
-    "training": ("TrainResult", "train"),
-    "trainer": ("trainer_parts",),
+    "inference.evaluation": ("Evaluation", "evaluate"),
+    "backbone.load": ("load_model",),
+    "inference.nearest_words": ("nearest_words",),
+    "inference.prediction": ("Prediction", "predict", "predict_details"),
+    "prompts.prompt": ("Prompt",),
+    "rendering.render": ("Renderer",),
+    "training.settings": ("TrainSettings",),
+    "prompts.task": ("Task",),
+    "prompts.template": ("parse",),
+    "training.train": ("TrainResult", "train"),
+    "training.hf_trainer": ("trainer_parts",),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 

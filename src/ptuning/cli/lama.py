@@ -25,8 +25,8 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..experiments.lama import LamaOptions
-    from ..experiments.lama_data import Facts, Relation
+    from ..experiments.lama.probe import LamaOptions
+    from ..experiments.lama.relations import Facts, Relation
     from ..experiments.ledger import Ledger
 
 
@@ -78,12 +78,12 @@ def lama(
 
         ptuning lama --model smollm2 --data lama/ --relations P36,P19 --output out/
     """
-    from .. import processes
-    from ..experiments.lama import LamaOptions, check, summary
-    from ..experiments.lama_data import UnusableRelationError, read_facts, read_relations
+    from .. import distributed
+    from ..backbone.load import load_model
+    from ..experiments.lama.probe import LamaOptions, check, summary
+    from ..experiments.lama.relations import UnusableRelationError, read_facts, read_relations
     from ..experiments.ledger import Ledger
-    from ..models import load_model
-    from ..settings import TrainSettings
+    from ..training.settings import TrainSettings
 
     options = LamaOptions(
         templates=parts(template, "|", "--template"),
@@ -95,8 +95,8 @@ def lama(
     )
     settings = run_files.settings_of(context)
     decisive = {k: v for k, v in settings.items() if k not in ("output", "data", "relations")}
-    with processes.together():
-        console.speak_if(processes.state().is_main_process)
+    with distributed.together():
+        console.speak_if(distributed.state().is_main_process)
         named = () if relations is None else parts(relations, ",", "--relations")
         chosen = read_relations(data, named)
         words = _words(candidates)
@@ -126,9 +126,9 @@ def lama(
             "left_out": left_out,
             "settings": settings,
         }
-        processes.from_main(lambda: _save(output, report))
+        distributed.from_main(lambda: _save(output, report))
         if json_output:
-            processes.from_main(lambda: console.print_json(report))
+            distributed.from_main(lambda: console.print_json(report))
             return
     _tell(found, summary(found))
     console.out.print(f"lama.json, lama.png and the prompts are in {output}", markup=False)
@@ -144,8 +144,8 @@ def _probe_all(
     ledger: Ledger,
 ) -> dict[str, dict[str, Any]]:
     """The figures of each relation: those of an earlier run, or measured now."""
-    from .. import processes
-    from ..experiments.lama import probe
+    from .. import distributed
+    from ..experiments.lama.probe import probe
     from ..experiments.ledger import digest
 
     found = {}
@@ -162,7 +162,7 @@ def _probe_all(
                     model, tokenizer, relation, own, options, candidates, bar.listener, running
                 )
                 folder = ledger.prompts / relation.name
-                processes.from_main(partial(prompt.save, folder, keep_encoder=False))
+                distributed.from_main(partial(prompt.save, folder, keep_encoder=False))
                 ledger.put(relation.name, made_of, figures)
             found[relation.name] = figures
             bar.end(f"{relation.name:>6}  {_line(figures)}", measured)
@@ -170,9 +170,8 @@ def _probe_all(
 
 
 def _save(output: Path, report: dict[str, Any]) -> None:
-    from ..environment import versions
-    from ..files import pack_json, write_folder
-    from ..plot import shares
+    from ..reporting import shares, versions
+    from ..storage import pack_json, write_folder
 
     found = report["relations"]
     rows = {name: [f[key] for f in found.values()] for name, key in _SHOWN.items()}

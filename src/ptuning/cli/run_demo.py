@@ -23,11 +23,11 @@ def demo(
     Compares the best of several hand-written templates, the majority answer, and a P-tuned prompt
     on facts that ship with the package. All choices are made on dev, all figures are from test.
     """
-    from .. import demo as facts
-    from .. import processes
+    from .. import distributed
+    from ..experiments import demo as facts
 
-    with processes.together():
-        main = processes.state().is_main_process
+    with distributed.together():
+        main = distributed.state().is_main_process
         console.speak_if(main)
         with console.training_bar() as listener:
             result = facts.run(model, output, console.say, listener)

@@ -27,8 +27,8 @@ from .options import (
 from .superglue_task import TaskRun
 
 if TYPE_CHECKING:
-    from ..experiments.superglue_data import Splits
-    from ..experiments.superglue_tasks import SuperGlueTask
+    from ..experiments.superglue.examples import Splits
+    from ..experiments.superglue.tasks import SuperGlueTask
 
 _ELSEWHERE = ("output", "data", "task", "seeds", "seed")
 
@@ -84,11 +84,11 @@ def superglue(
 
         ptuning superglue --model smollm2 --data fewglue/ --task rte,cb --output out/
     """
-    from .. import processes
+    from .. import distributed
+    from ..backbone.load import load_model
     from ..experiments.ledger import Ledger
-    from ..experiments.superglue import SuperGlueOptions
-    from ..models import load_model
-    from ..settings import TrainSettings
+    from ..experiments.superglue.few_shot import SuperGlueOptions
+    from ..training.settings import TrainSettings
 
     options = SuperGlueOptions(
         templates=parts(template, "|", "--template") if template is not None else (),
@@ -104,8 +104,8 @@ def superglue(
     )
     settings = run_files.settings_of(context)
     decisive = {k: v for k, v in settings.items() if k not in _ELSEWHERE}
-    with processes.together():
-        console.speak_if(processes.state().is_main_process)
+    with distributed.together():
+        console.speak_if(distributed.state().is_main_process)
         tasks = _tasks(task)
         read = partial(_splits, data=data, files=(train, dev, test), most=max_examples)
         splits = {chosen.name: read(chosen, alone=len(tasks) == 1) for chosen in tasks}
@@ -122,16 +122,16 @@ def superglue(
                 trained = [run.trained(number, manual) for number in range(seed, seed + seeds)]
                 found[chosen.name] = run.tested(manual, trained)
         report = {"tasks": found, "mean": _means(found), "settings": settings}
-        processes.from_main(lambda: _save(output, report))
+        distributed.from_main(lambda: _save(output, report))
         if json_output:
-            processes.from_main(lambda: console.print_json(report))
+            distributed.from_main(lambda: console.print_json(report))
             return
     _tell(found, report["mean"])
     console.out.print(f"superglue.json, its picture and the prompts are in {output}", markup=False)
 
 
 def _tasks(names: str) -> list[SuperGlueTask]:
-    from ..experiments.superglue_tasks import TASKS
+    from ..experiments.superglue.tasks import TASKS
 
     chosen = list(dict.fromkeys(name.strip().lower() for name in names.split(",") if name.strip()))
     unknown = [name for name in chosen if name not in TASKS]
@@ -148,7 +148,7 @@ def _splits(
     files: tuple[Path | None, Path | None, Path | None],
     most: int | None,
 ) -> Splits:
-    from ..experiments.superglue_data import read_few, read_full
+    from ..experiments.superglue.examples import read_few, read_full
 
     train, dev, test = files
     if train is not None:
@@ -173,9 +173,8 @@ def _means(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _save(output: Path, report: dict[str, Any]) -> None:
-    from ..environment import versions
-    from ..files import pack_json, write_folder
-    from ..plot import shares
+    from ..reporting import shares, versions
+    from ..storage import pack_json, write_folder
 
     tasks = report["tasks"]
     shown = {"majority": "majority", "best manual": "best_manual", "P-tuned": "mean"}

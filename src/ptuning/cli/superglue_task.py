@@ -12,9 +12,9 @@ from . import console
 
 if TYPE_CHECKING:
     from ..experiments.ledger import Ledger
-    from ..experiments.superglue import SuperGlueOptions
-    from ..experiments.superglue_data import Splits
-    from ..experiments.superglue_tasks import SuperGlueTask
+    from ..experiments.superglue.examples import Splits
+    from ..experiments.superglue.few_shot import SuperGlueOptions
+    from ..experiments.superglue.tasks import SuperGlueTask
 
 
 class TaskRun:
@@ -39,7 +39,7 @@ class TaskRun:
 
     def baselines(self) -> dict[str, Any]:
         """The majority answer, and the manual templates by their dev figures."""
-        from ..experiments.superglue import baselines, score
+        from ..experiments.superglue.few_shot import baselines, score
 
         name = f"{self.task.name}-manual"
         known = self.ledger.get(name, self._chosen_with)
@@ -54,12 +54,12 @@ class TaskRun:
 
     def trained(self, seed: int, manual: dict[str, Any]) -> dict[str, Any]:
         """A seed's prompt, which is saved, and its dev figures; `manual` are the `baselines`."""
-        from .. import processes
-        from ..experiments.superglue import score, tuned
+        from .. import distributed
+        from ..experiments.superglue.few_shot import score, tuned
 
         name, folder = f"{self.task.name}-{seed}", self._folder(seed)
         known = self.ledger.get(name, self._chosen_with)
-        if not processes.from_main(lambda: (folder / "prompt.json").is_file()):
+        if not distributed.from_main(lambda: (folder / "prompt.json").is_file()):
             known = None
         result = known
         if result is None:
@@ -75,7 +75,7 @@ class TaskRun:
                 self.bar.listener,
                 self.ledger.running(name),
             )
-            processes.from_main(partial(prompt.save, folder, keep_encoder=False))
+            distributed.from_main(partial(prompt.save, folder, keep_encoder=False))
             result["seed"] = seed
             self.ledger.put(name, self._chosen_with, result)
         shown = console.percent(score(result["dev"]))
@@ -84,7 +84,7 @@ class TaskRun:
 
     def tested(self, manual: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
         """The task's figures: on test, or on dev where there is no test file."""
-        from ..experiments.superglue import majority, score
+        from ..experiments.superglue.few_shot import majority, score
 
         rows = self.splits.test or self.splits.dev
         by_hand = manual["templates"][0]["dev"]
@@ -117,8 +117,8 @@ class TaskRun:
 
         What they share is computed once.
         """
-        from ..experiments.superglue import best_by_hand, measured
-        from ..prompt import Prompt
+        from ..experiments.superglue.few_shot import best_by_hand, measured
+        from ..prompts.prompt import Prompt
 
         asked = {f"{self.task.name}-manual-test": lambda: best_by_hand(self.task, manual)}
         for seed in seeds:

@@ -12,8 +12,8 @@ from . import console, run_files, training_report
 from .options import ChooseBy, Config, Dtype, Json, LearningRate, Model, Overwrite
 
 if TYPE_CHECKING:
-    from ..prompt import Prompt
-    from ..training import TrainResult
+    from ..prompts.prompt import Prompt
+    from ..training.train import TrainResult
 
 _RUN = ("prompt.json", "checkpoints")
 _PROMPT_OPTIONS = (
@@ -165,15 +165,15 @@ def train(
         ptuning train --model smollm2 --data train.csv --dev dev.csv \\
             --template "[P*3] {country} [P*3] [MASK]" --answer capital --output capital/
     """
-    from .. import processes
+    from .. import distributed
+    from ..backbone.load import load_model
     from ..data import read_examples
-    from ..files import check_writable
-    from ..models import load_model
-    from ..training import train as train_prompt
+    from ..storage import check_writable
+    from ..training.train import train as train_prompt
 
-    with processes.together():
-        console.speak_if(processes.state().is_main_process)
-        if not processes.from_main(lambda: _is_open(output, resume, overwrite)):
+    with distributed.together():
+        console.speak_if(distributed.state().is_main_process)
+        if not distributed.from_main(lambda: _is_open(output, resume, overwrite)):
             console.say(f"{output} holds a finished run; there is nothing to resume")
             return
         prompt = _prompt(context)
@@ -181,11 +181,11 @@ def train(
         grid = _grid(population_grid, more_of_grid)
         rows = read_examples(data)
         dev_rows = read_examples(dev) if dev else []
-        processes.from_main(lambda: check_writable(output))
+        distributed.from_main(lambda: check_writable(output))
         console.say(f"loading {model}")
         base, tokenizer = load_model(model, dtype=dtype)
         run_file = run_files.as_yaml(run_files.settings_of(context))
-        processes.from_main(lambda: _begin(output, run_file, anew=overwrite and not resume))
+        distributed.from_main(lambda: _begin(output, run_file, anew=overwrite and not resume))
         with console.training_bar() as listener:
             result = train_prompt(
                 base,
@@ -201,7 +201,9 @@ def train(
                 listener=listener,
             )
         tuned = (base, tokenizer) if tune_model else None
-        processes.from_main(lambda: _end(output, prompt, result, json_output, tuned, keep_encoder))
+        distributed.from_main(
+            lambda: _end(output, prompt, result, json_output, tuned, keep_encoder)
+        )
 
 
 def _is_open(output: Path, resume: bool, overwrite: bool) -> bool:
@@ -213,8 +215,8 @@ def _is_open(output: Path, resume: bool, overwrite: bool) -> bool:
 
 
 def _begin(output: Path, run_file: bytes, anew: bool) -> None:
-    from .. import checkpoint
-    from ..files import write_folder
+    from ..storage import write_folder
+    from ..training import checkpoint
 
     if anew:
         checkpoint.delete_all(output)
@@ -230,7 +232,7 @@ def _end(
     tuned: tuple[Any, Any] | None,
     keep_encoder: bool,
 ) -> None:
-    from .. import checkpoint
+    from ..training import checkpoint
 
     if tuned is not None:
         training_report.save_model(output, prompt, *tuned)
@@ -265,7 +267,7 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
 
 def _prompt(context: typer.Context) -> Prompt:
     """The prompt that the options describe; with --init-from they change the saved one's."""
-    from ..prompt import Prompt
+    from ..prompts.prompt import Prompt
 
     options, start_folder = context.params, context.params["init_from"]
     if options["template"] is None and start_folder is None:
@@ -291,7 +293,7 @@ def _prompt(context: typer.Context) -> Prompt:
 def _settings(options: dict[str, Any]) -> Any:
     from dataclasses import fields
 
-    from ..settings import TrainSettings
+    from ..training.settings import TrainSettings
 
     names = {f.name for f in fields(TrainSettings)}
     return TrainSettings(**{k: v for k, v in options.items() if k in names})
@@ -299,7 +301,7 @@ def _settings(options: dict[str, Any]) -> Any:
 
 def _grid(first: str | None, more: list[str] | None) -> dict[str, Any] | None:
     """The grid, also where its parts were typed without quotes."""
-    from ..variants import parse_grid
+    from ..training.grid import parse_grid
 
     if more and first is None:
         raise InputError(f"what is {more[0]!r}? Options begin with --; see ptuning train --help")

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 from . import console
 
 if TYPE_CHECKING:
-    from ..prompt import Prompt
-    from ..training import TrainResult
+    from ..prompts.prompt import Prompt
+    from ..training.train import TrainResult
 
 
 def save(output: Path, prompt: Prompt, result: TrainResult, keep_encoder: bool) -> dict[str, Any]:
     """Write the prompt, ``result.json`` and ``curve.png``; gives what ``--json`` prints."""
-    from ..environment import versions
-    from ..files import pack_json, write_folder
-    from ..plot import training_curve
+    from ..reporting import training_curve, versions
+    from ..storage import pack_json, write_folder
 
     prompt.save(output, keep_encoder=keep_encoder)
     report = {

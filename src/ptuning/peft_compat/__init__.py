@@ -5,13 +5,13 @@
 ``docs/peft_compat.md`` lists what is the same, what is right here and wrong there, and what is new.
 """
 
-from ..config import (
+from ..prompts.encoder import PromptEncoder
+from ..prompts.encoder_config import (
     PeftType,
     PromptEncoderConfig,
     PromptEncoderReparameterizationType,
     TaskType,
 )
-from ..encoder import PromptEncoder
 from .auto import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -21,8 +21,8 @@ from .auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
-from .heads import ModulesToSaveWrapper
 from .model import PeftModel
+from .modules_to_save import ModulesToSaveWrapper
 from .saving import (
     get_base_model_state_dict,
     get_peft_model_state_dict,

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, PromptEncoderConfig, TaskType
-from ..encoder import PromptEncoder
+from ..backbone.injection import Injector, Span, input_embedding
 from ..errors import InputError
-from ..inject import Injector, Span, input_embedding
+from ..prompts.encoder import PromptEncoder
+from ..prompts.encoder_config import PeftType, PromptEncoderConfig, TaskType
 from .frame import Frame
 
 HEADS = {

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from . import generation
-from .heads import remember, wrappers
 from .inputs import place
+from .modules_to_save import remember, wrappers
 from .outputs import restored
 from .seats import Base, Seat, placed_ids
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backbone.placement import padding
 from ..errors import InputError
-from ..placement import padding
-from ..template import Field, Slot, Template, Virtual, parse
-from ..vocabulary import SLOT, Names
+from ..prompts.template import Field, Slot, Template, Virtual, parse
+from ..rendering.virtual_ids import SLOT, Names
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backbone.placement import Placement
 from ..errors import InputError
-from ..placement import Placement
 
 
 @dataclass(frozen=True)

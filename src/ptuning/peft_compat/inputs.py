@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import TaskType
+from ..backbone.placement import Placement, padding
 from ..errors import InputError
-from ..placement import Placement, padding
+from ..prompts.encoder_config import TaskType
 from .seats import Base, Seat, inserted_ids, pad_id, placement
 
 

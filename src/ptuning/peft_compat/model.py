@@ -1,6 +1,6 @@
 """``PeftModel``: a base model with P-tuned prompts on it, under the reference's names.
 
-Prompts are token ids here as everywhere in this package (`inject`): a call's ids get virtual ids
+Prompts are token ids here as everywhere in this package (`injection`): a call's ids get virtual ids
 placed among them, and the base model does the rest. One class serves every task; `tasks` gives it
 the names that people import.
 """
@@ -16,15 +16,15 @@ import torch
 from torch import nn
 from transformers.utils.hub import PushToHubMixin
 
-from ..base_model import padding_offset, reads_left_to_right
-from ..config import PeftType, PromptEncoderConfig, TaskType
-from ..encoder import PromptEncoder
+from ..backbone.base_model import padding_offset, reads_left_to_right
+from ..backbone.injection import Injector, input_embedding
 from ..errors import InputError
-from ..inject import Injector, input_embedding
-from . import calls, heads
+from ..prompts.encoder import PromptEncoder
+from ..prompts.encoder_config import PeftType, PromptEncoderConfig, TaskType
+from . import calls, modules_to_save
+from .adapter_names import AdapterDict, check_name
 from .adapters import Adapter, checked, completed
 from .frame import Frame, from_template
-from .names import AdapterDict, check_name
 from .seats import Base
 from .stored import Stored, expect_no_base
 from .surface import Surface
@@ -35,7 +35,7 @@ class PeftModel(Surface, Stored, PushToHubMixin, nn.Module):  # type: ignore[mis
 
     Args:
         model: a transformers model; its weights are frozen, and its input embedding gets the hooks
-            of `inject`.
+            of `injection`.
         peft_config: of the first adapter.
         adapter_name: of the first adapter.
         template: where the virtual tokens and anchors stand around a row's text, such as
@@ -169,10 +169,10 @@ class PeftModel(Surface, Stored, PushToHubMixin, nn.Module):  # type: ignore[mis
         trained = config.replace(**values)
         encoder = PromptEncoder(trained).to(self._device())
         names = trained.modules_to_save or ()
-        found = heads.find(self.base_model, names, input_embedding(self.base_model))
+        found = modules_to_save.find(self.base_model, names, input_embedding(self.base_model))
         for name, value in values.items():
             setattr(config, name, value)
-        for wrapper in heads.wrap(self.base_model, list(found)).values():
+        for wrapper in modules_to_save.wrap(self.base_model, list(found)).values():
             wrapper.add(adapter_name)
         if not self._adapters:  # the hooks may have left, and others come
             self._injector = Injector.on(self.base_model)
@@ -198,11 +198,11 @@ class PeftModel(Surface, Stored, PushToHubMixin, nn.Module):  # type: ignore[mis
         del self.prompt_encoder[adapter_name]
         if self.active_adapter == adapter_name:
             self.active_adapter = next(iter(self._adapters), [])
-        for path, wrapper in heads.wrappers(self.base_model).items():
+        for path, wrapper in modules_to_save.wrappers(self.base_model).items():
             if adapter_name in wrapper.modules_to_save:
                 del wrapper.modules_to_save[adapter_name]
             if not wrapper.modules_to_save:
-                heads.unwrap(self.base_model, path)
+                modules_to_save.unwrap(self.base_model, path)
         self._activate_modules()
 
     @contextmanager
@@ -218,7 +218,7 @@ class PeftModel(Surface, Stored, PushToHubMixin, nn.Module):  # type: ignore[mis
         active = self.active_adapter or None
         if active:
             inference_mode = inference_mode or self.active_peft_config.inference_mode
-        for wrapper in heads.wrappers(self.base_model).values():
+        for wrapper in modules_to_save.wrappers(self.base_model).values():
             wrapper.activate(active, trainable=not inference_mode)
 
     def _call(self, arguments: dict[str, Any]) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..placement import Placement
+from ..backbone.placement import Placement
 
 
 def restored(output: Any, where: Placement, *, decoder: bool, text_only: bool) -> Any:

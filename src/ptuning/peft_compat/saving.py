@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import files, peft_files
-from ..base_model import check_same, describe
-from ..config import CONFIG_NAME, PromptEncoderConfig
-from ..encoder import PromptEncoder, initialise
+from .. import storage
+from ..backbone.base_model import check_same, describe
 from ..errors import InputError, PromptFileError
-from ..prompt import Prompt
-from .heads import wrappers
+from ..prompts import peft_files
+from ..prompts.encoder import PromptEncoder, initialise
+from ..prompts.encoder_config import CONFIG_NAME, PromptEncoderConfig
+from ..prompts.prompt import Prompt
+from .modules_to_save import wrappers
 
 _VECTORS = "prompt_embeddings"
 _PREFIX = "base_model."
@@ -200,7 +201,7 @@ def save(
     content = prompt.contents(keep_encoder=keep_encoder)
     if adapter.frame.template is None:
         content |= peft_files.pack(rows, config, None, modules)
-    files.write_folder(folder, content, [n for n in peft_files.NAMES if n not in content])
+    storage.write_folder(folder, content, [n for n in peft_files.NAMES if n not in content])
 
 
 def read(path: str | Path, **hub: Any) -> Saved:
@@ -210,7 +211,7 @@ def read(path: str | Path, **hub: Any) -> Saved:
         PromptFileError: missing, damaged, unsafe, or of another method.
     """
     known = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only")
-    folder = files.local_folder(path, **{k: hub[k] for k in known if hub.get(k) is not None})
+    folder = storage.local_folder(path, **{k: hub[k] for k in known if hub.get(k) is not None})
     own = any((folder / name).exists() for name in ("prompt.json", "prompt.safetensors"))
     prompt = Prompt.load(folder) if own else None
     if prompt is None or (folder / CONFIG_NAME).is_file():

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import TaskType
+from ..backbone.injection import Injector, Span
+from ..backbone.placement import Placement
 from ..errors import InputError
-from ..inject import Injector, Span
-from ..placement import Placement
+from ..prompts.encoder_config import TaskType
 from .frame import Frame
 
 Seat = tuple[Frame, Span] | None

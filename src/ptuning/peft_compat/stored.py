@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from . import saving
+from .adapter_names import folder_of
 from .adapters import checked
-from .names import folder_of
 
 
 class Stored:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..inject import input_embedding
+from ..backbone.injection import input_embedding
 
 
 class Surface:

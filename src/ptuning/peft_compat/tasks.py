@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..config import PromptEncoderConfig, TaskType
 from ..errors import InputError
+from ..prompts.encoder_config import PromptEncoderConfig, TaskType
 from .adapters import checked
 from .model import PeftModel
 

@@ -1,0 +1,1 @@
+"""The frozen model: loading it, what it is, and the hooks that put prompts into it."""

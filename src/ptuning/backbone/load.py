@@ -1,0 +1,179 @@
+"""Loading a base model by hub name, folder, GGUF file, or the name of a fetched small model."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from ..errors import InputError, PtuningError
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "auto": "auto",
+}
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: ``PTUNING_CACHE``, else ``ptuning`` in the user's cache."""
+    if own := os.environ.get("PTUNING_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptuning"
+
+
+def load_model(name: str, *, dtype: str = "float32", device: str | None = None) -> tuple[Any, Any]:
+    """Load a language model and its tokenizer.
+
+    Args:
+        name: hub name, local folder, local ``.gguf`` file, or a model that ``ptuning fetch`` knows.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own.
+        device: such as ``cuda``; by default a GPU where there is one.
+
+    Returns:
+        The model in eval mode, and the tokenizer.
+
+    Raises:
+        InputError: there is no such model, or it has no language-model head.
+    """
+    import transformers
+
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    source = _resolve(name)
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+        loader = _auto_class(config)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        model = loader.from_pretrained(source, config=config, dtype=DTYPES[dtype])
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"cannot load the model {name!r} ({reason}); give a hub name, a folder with a "
+            "transformers model, or a .gguf file"
+        ) from error
+    model.config._name_or_path = str(Path(name).resolve()) if Path(name).exists() else name
+    return model.eval().to(device or best_device()), tokenizer
+
+
+def best_device() -> torch.device:
+    """The accelerator (CUDA, MPS, XPU) where there is one, else the CPU.
+
+    Of several processes on a machine each has an accelerator of its own.
+    """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    own = int(os.environ.get("LOCAL_RANK", 0))
+    if found is not None and 0 < own < torch.accelerator.device_count():
+        return torch.device(found.type, own)
+    return found or torch.device("cpu")
+
+
+def _resolve(name: str) -> str:
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"{name} does not exist; give the path of a GGUF file")
+        return str(converted_gguf(path))
+    fetched = cache_folder() / name
+    if not path.exists() and "/" not in name and (fetched / "config.json").is_file():
+        return str(fetched)
+    if not path.exists() and name in ("smollm2", "minilm"):
+        raise InputError(f"{name} is not here yet; run: ptuning fetch {name}")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(
+            f"{name} is a folder without config.json; give the folder of a transformers model"
+        )
+    return str(path) if path.exists() else name
+
+
+def _auto_class(config: Any) -> Any:
+    import transformers
+
+    if getattr(config, "is_encoder_decoder", False):
+        return transformers.AutoModelForSeq2SeqLM
+    names = " ".join(getattr(config, "architectures", None) or [])
+    if "ForMaskedLM" in names or "ForPreTraining" in names:
+        return transformers.AutoModelForMaskedLM
+    if names and not ("LM" in names or "Causal" in names or "Conditional" in names):
+        raise InputError(
+            f"the model is saved as {names}, which has no language-model head to answer with; give "
+            "a causal, masked or encoder-decoder language model"
+        )
+    return transformers.AutoModelForCausalLM
+
+
+def converted_gguf(path: Path) -> Path:
+    """The folder of a GGUF file's weights in safetensors; converted once, then kept.
+
+    It is in the cache under the file's name and a hash of its place, size and time.
+    """
+    stat = path.stat()
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    folder = cache_folder() / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    return made_once(folder, lambda staged: convert_gguf(path, staged))
+
+
+def convert_gguf(path: Path, folder: Path) -> None:
+    """Write a GGUF file's weights and tokenizer as a transformers model into `folder`."""
+    import transformers
+
+    where: dict[str, Any] = {"gguf_file": path.name}
+    try:
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, dtype=torch.float32, **where
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **where)
+    except Exception as error:  # gguf and transformers raise many kinds for a file they cannot read
+        raise InputError(f"cannot read the GGUF file {path}: {error}") from error
+    # The loaded model counts as quantized and cannot be saved: move its weights to a plain one.
+    values = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
+    values["_name_or_path"] = path.stem
+    plain = type(loaded)(type(loaded.config).from_dict(values))
+    plain.load_state_dict(loaded.state_dict())
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """`folder`, made if it is not here: it takes its place only as a whole.
+
+    Of several processes that want it at once one makes it, and the others wait.
+
+    Args:
+        folder: of a model, in the cache.
+        make: fills a temporary folder.
+    """
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f".{folder.name}.lock"):
+            if not (folder / "config.json").is_file():
+                _make(folder, make)
+    except OSError as error:
+        raise PtuningError(
+            f"cannot write to the cache {folder.parent}: {error.strerror or error}; set "
+            "PTUNING_CACHE to a folder with room"
+        ) from error
+    return folder
+
+
+def _make(folder: Path, make: Callable[[Path], None]) -> None:
+    staged = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+    try:
+        make(staged)
+        staged.chmod(0o755)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(staged, folder)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)

@@ -1,0 +1,152 @@
+"""The demonstration: a frozen model learns facts' form from a few hundred examples.
+
+The model knows many people's professions, but a hand-written template brings few of them out. All
+choices (the manual template, the prompt's epoch) are made on dev; all figures are from test.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+from .. import distributed
+from ..backbone.fetched import SOURCES, fetch
+from ..backbone.load import load_model
+from ..data import Row, read_examples
+from ..errors import InputError
+from ..inference.evaluation import manual_score, teacher_forced
+from ..inference.nearest_words import Neighbours, nearest_words
+from ..inference.prediction import predict
+from ..prompts.prompt import Prompt
+from ..prompts.task import Task
+from ..reporting import training_curve, versions
+from ..storage import check_writable, pack_json, write_folder
+from ..training.progress import Progress
+from ..training.train import train
+
+TITLE = "Person -> profession"
+SUBJECT, ANSWER = "person", "profession"
+TEMPLATE = "[P*3] {person} [P*3] [MASK]"
+MANUAL_TEMPLATES = (
+    "Person: {person}. Profession: [MASK]",
+    "Person: {person}\nProfession: [MASK]",
+    "Name: {person}. Occupation: [MASK]",
+    "Name: {person}\nOccupation: [MASK]",
+    "{person} worked as a [MASK]",
+    "{person} was a famous [MASK]",
+)
+EPOCHS, BATCH_SIZE, ENCODER = 8, 32, "mlp"
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demonstration shows.
+
+    Attributes:
+        metrics: content of ``metrics.json``.
+        rows: (name, detail, share right) of the three that are compared.
+        examples: (subject, prediction, right answer) of three test examples.
+        neighbours: the virtual tokens beside the vocabulary.
+    """
+
+    metrics: dict[str, Any]
+    rows: list[tuple[str, str, float]]
+    examples: list[tuple[str, str, str]]
+    neighbours: list[Neighbours]
+
+
+def facts() -> tuple[list[Row], list[Row], list[Row]]:
+    """The facts that ship with the package, as train, dev and test; each person stands in one."""
+    folder = package_files("ptuning.experiments") / "demo_data"
+    rows = read_examples(Path(str(folder / "professions.csv")))
+    random.Random(0).shuffle(rows)
+    first, second = int(0.6 * len(rows)), int(0.75 * len(rows))
+    return rows[:first], rows[first:second], rows[second:]
+
+
+def run(
+    model_name: str,
+    output: Path,
+    tell: Callable[[str], None],
+    listener: Callable[[Progress], None],
+) -> DemoResult:
+    """Compare, train, measure, and write prompt, picture and figures to `output`.
+
+    Args:
+        model_name: as for `load_model`; a fetchable model is fetched.
+        output: replaced only by another demo's files.
+        tell: hears what happens, line by line.
+        listener: hears the training's steps and epochs.
+    """
+    started = time.monotonic()
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is a file; give a folder")
+    distributed.from_main(lambda: check_writable(output))
+    if model_name in SOURCES and not Path(model_name).exists():
+        fetch(model_name)
+    tell(f"loading {model_name}")
+    model, tokenizer = load_model(model_name)
+    training, dev, test = facts()
+    tell(f"{len(training)} facts to train on, {len(dev)} to choose with, {len(test)} to test")
+    manual, manual_share = _best_manual(model, tokenizer, dev, test)
+    tell(f"best manual template on dev: {manual!r}")
+    prompt = Prompt(TEMPLATE, answer=ANSWER, encoder=ENCODER)
+    tell(f"training {prompt.num_virtual_tokens} virtual tokens: {TEMPLATE}")
+    result = train(
+        model,
+        tokenizer,
+        prompt,
+        training,
+        dev,
+        epochs=EPOCHS,
+        batch_size=BATCH_SIZE,
+        listener=listener,
+    )
+    share, _ = teacher_forced(model, tokenizer, prompt, test)
+    majority = Counter(row[ANSWER] for row in training).most_common(1)[0][0]
+    majority_share = sum(row[ANSWER] == majority for row in test) / len(test)
+    shown = test[:3]
+    answers = predict(model, tokenizer, prompt, shown)
+    neighbours, _ = nearest_words(model, tokenizer, prompt)
+    metrics = {
+        "manual_p1": manual_share,
+        "majority_p1": majority_share,
+        "ptuned_p1": share,
+        "test_examples": len(test),
+        "seconds": round(time.monotonic() - started, 1),
+        "manual_template": manual,
+        "majority_answer": majority,
+        "template": TEMPLATE,
+        "history": result.history,
+        "versions": versions(),
+    }
+
+    def save() -> None:
+        prompt.save(output)
+        curve = training_curve(result.history, TITLE)
+        write_folder(output, {"curve.png": curve, "metrics.json": pack_json(metrics)})
+
+    distributed.from_main(save)
+    return DemoResult(
+        metrics,
+        [
+            ("best manual template", manual.replace("\n", "\\n"), manual_share),
+            ("majority answer", majority, majority_share),
+            ("P-tuned prompt", TEMPLATE, share),
+        ],
+        [(row[SUBJECT], answer, row[ANSWER]) for row, answer in zip(shown, answers, strict=True)],
+        neighbours,
+    )
+
+
+def _best_manual(model: Any, tokenizer: Any, dev: list[Row], test: list[Row]) -> tuple[str, float]:
+    """The manual template that is best on dev, and its share on test."""
+    tasks = [Task(template, answer=ANSWER) for template in MANUAL_TEMPLATES]
+    best = max(tasks, key=lambda task: manual_score(model, tokenizer, task, dev))
+    return best.parsed.text, manual_score(model, tokenizer, best, test)

@@ -1,0 +1,1 @@
+"""LAMA: knowledge probing, the paper's section 4."""

@@ -1,0 +1,86 @@
+"""How high the right answer stands among all answers of one token: P@1, P@10, MRR."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...backbone.base_model import context_length, eval_mode, task_kind
+from ...data import Row
+from ...errors import DataError
+from ...forward.plain import answer_logits
+from ...forward.scoring import batch_for, model_device
+from ...forward.shared_prefix import share_heads
+from ...inference.attachment import placed
+from ...prompts.task import Task
+from ...rendering.render import Renderer, render_all
+
+
+@torch.no_grad()
+def ranks(
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    rows: Sequence[Row],
+    candidates: Sequence[int] | None = None,
+    batch_size: int = 64,
+) -> list[int]:
+    """The rank of each row's answer, 1 for the best; of equal ones the worst.
+
+    Args:
+        model: the base model.
+        tokenizer: the model's.
+        task: a prompt or manual template whose answers are single tokens (``answer_end=False``).
+        rows: with the answer column.
+        candidates: ids that compete; by default the whole vocabulary.
+        batch_size: rows per forward.
+
+    Raises:
+        DataError: an answer has several tokens, or is no candidate.
+    """
+    kind = task_kind(model)
+    renderer = Renderer(tokenizer, task, kind, context_length(model, tokenizer))
+    examples = render_all(renderer, rows, "test")
+    competing = None if candidates is None else torch.tensor(sorted(set(candidates)))
+    for number, example in enumerate(examples, 1):
+        answer = example.sequences[0].answer
+        if len(answer) != 1 or not (competing is None or answer[0] in competing):
+            raise DataError(f"the answer of row {number} has several tokens or is no candidate")
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].sequences[0].ids))
+    result = [0] * len(examples)
+    device = model_device(model)
+    with eval_mode(model), placed(model, tokenizer, task) as first_id:
+        chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        first_ids = [first_id] * batch_size
+        batches = [
+            batch_for(model, renderer, [examples[i] for i in chunk], first_ids).to(device)
+            for chunk in chunks
+        ]
+        heads = share_heads(model, batches)
+        column = -1 if kind == "causal" else 0
+        for chosen, batch in zip(chunks, batches, strict=True):
+            logits = answer_logits(model, batch, heads)[:, column]
+            found = _ranks(logits, batch.answers[:, column], competing)
+            for index, rank in zip(chosen, found.tolist(), strict=True):
+                result[index] = rank
+    return result
+
+
+def _ranks(logits: Tensor, answers: Tensor, competing: Tensor | None) -> Tensor:
+    right = logits.gather(1, answers[:, None])
+    if competing is not None:
+        logits = logits[:, competing.to(logits.device)]
+    return (~(logits < right)).sum(1)  # what is not a number ranks last
+
+
+def metrics(found: Sequence[int]) -> dict[str, float]:
+    """P@1, P@10 and the mean reciprocal rank, as fractions."""
+    count = len(found)
+    return {
+        "p1": sum(rank <= 1 for rank in found) / count,
+        "p10": sum(rank <= 10 for rank in found) / count,
+        "mrr": sum(1 / rank for rank in found) / count,
+    }

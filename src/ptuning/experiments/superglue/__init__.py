@@ -1,0 +1,1 @@
+"""SuperGLUE, few-shot and supervised: the paper's section 5."""

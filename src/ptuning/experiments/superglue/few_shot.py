@@ -1,0 +1,241 @@
+"""SuperGLUE: majority, the best manual template, and a P-tuned prompt for each seed.
+
+What is chosen (template, verbalizer, encoder, epoch) is chosen on dev; the figures are from test.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import log
+from pathlib import Path
+from sys import float_info
+from typing import Any
+
+from torch import nn
+
+from ...backbone.base_model import task_kind
+from ...data import Row
+from ...errors import InputError
+from ...inference.evaluation import teacher_forced
+from ...inference.prediction import predict, predict_details
+from ...prompts.prompt import Prompt
+from ...prompts.task import Task
+from ...training.progress import Progress
+from ...training.settings import TrainSettings
+from ...training.train import train
+from .examples import Splits
+from .metrics import METRICS, same_noun
+from .tasks import SuperGlueTask
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class SuperGlueOptions:
+    """What a population of prompts is made of.
+
+    Args:
+        templates: of prompts; by default the task's own.
+        best: how many of the task's own, those whose words alone are best on dev.
+        grid: what members differ in beside it: ``encoder`` and others of `train`'s keys.
+        population: seeds of each template and encoder.
+        settings: how to train.
+    """
+
+    templates: tuple[str, ...]
+    best: int
+    grid: dict[str, list[Any]]
+    population: int
+    settings: TrainSettings
+
+    def check(self, task: SuperGlueTask, splits: Splits) -> None:
+        """Refuse what cannot be trained on a task before anything is.
+
+        Raises:
+            InputError: an encoder, or a template: no virtual token, or an unknown column.
+        """
+        for template in self.templates or task.templates:
+            for encoder in self.grid["encoder"]:
+                prompt = Prompt(template, answer=task.answer, encoder=encoder)
+                unknown = set(prompt.parsed.fields) - set(splits.train[0])
+                if unknown:
+                    raise InputError(
+                        f"--template {template!r} names {{{min(unknown)}}}; {task.folder} has "
+                        f"{', '.join(splits.train[0])}"
+                    )
+
+
+def baselines(
+    model: nn.Module, tokenizer: Any, task: SuperGlueTask, splits: Splits
+) -> dict[str, Any]:
+    """The majority answer, and the manual templates, the best on dev first.
+
+    Returns:
+        plain values; ``templates`` has each prompt's template, its words alone (``manual``),
+        verbalizer and their dev figures.
+    """
+    prompts = task.prompts()
+    by_hand = [prompt.manual() for prompt in prompts]
+    on_dev = _with_losses(model, tokenizer, task, by_hand, splits.dev)
+    quality = [(score(figures), -loss) for figures, loss in on_dev]
+    places = sorted(range(len(prompts)), key=quality.__getitem__, reverse=True)
+    several = len({row["label"] for row in splits.train}) > 1  # WSC's are all true
+    known = splits.train if several else splits.dev
+    return {
+        "majority_answer": Counter(row["label"] for row in known).most_common(1)[0][0],
+        "templates": [
+            {
+                "template": prompts[place].template,
+                "manual": by_hand[place].template,
+                "verbalizer": by_hand[place].settings()["verbalizer"],
+                "dev": on_dev[place][0],
+            }
+            for place in places
+        ],
+        "train_examples": len(splits.train),
+        "dev_examples": len(splits.dev),
+    }
+
+
+def best_by_hand(task: SuperGlueTask, found: dict[str, Any]) -> Task:
+    """The manual template that is best on dev; `found` are the task's `baselines`."""
+    first = found["templates"][0]
+    return Task(
+        first["manual"],
+        answer=task.answer,
+        verbalizer=first["verbalizer"],
+        max_length=task.max_length,
+    )
+
+
+def majority(task: SuperGlueTask, found: dict[str, Any], rows: list[Row]) -> Figures:
+    """The metrics of always the answer that is most frequent in training."""
+    return _figures(task, rows, [found["majority_answer"]] * len(rows))
+
+
+def tuned(
+    model: nn.Module,
+    tokenizer: Any,
+    task: SuperGlueTask,
+    splits: Splits,
+    found: dict[str, Any],
+    options: SuperGlueOptions,
+    listener: Callable[[Progress], None] | None = None,
+    running: Path | None = None,
+) -> tuple[dict[str, Any], Prompt]:
+    """A prompt for one seed, and its figures on dev; `found` are the task's `baselines`.
+
+    The training goes on from its newest checkpoint in the folder `running`, if there is one.
+    """
+    started = time.monotonic()
+    first = found["templates"][0]
+    alike = [t["template"] for t in found["templates"] if t["verbalizer"] == first["verbalizer"]]
+    templates = options.templates or alike[: options.best]
+    prompt = Prompt(
+        templates[0],
+        answer=task.answer,
+        verbalizer=first["verbalizer"],
+        encoder=options.grid["encoder"][0],
+        max_length=task.max_length,
+    )
+    result = train(
+        model,
+        tokenizer,
+        prompt,
+        _answerable(task, splits.train),
+        _answerable(task, splits.dev),
+        settings=options.settings,
+        population=options.population,
+        grid={"template": list(templates), **options.grid},
+        listener=listener,
+        output=running,
+        resume=running is not None,
+    )
+    (on_dev,) = measured(model, tokenizer, task, [prompt], splits.dev)
+    figures = {
+        "dev": on_dev,
+        "template": prompt.template,
+        "encoder": prompt.encoder,
+        "epoch": result.best["epoch"],
+        "members": result.members,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    return figures, prompt
+
+
+def measured(
+    model: nn.Module,
+    tokenizer: Any,
+    task: SuperGlueTask,
+    asked: Sequence[Task],
+    rows: list[Row],
+) -> list[Figures]:
+    """The task's metrics of prompts or manual templates on the same rows."""
+    if not task.generates:
+        said = predict(model, tokenizer, asked, rows, batch_size=8)
+        return [_figures(task, rows, of_one) for of_one in said]
+    nouns = [row["noun"] for row in rows]
+    found = []
+    for phrases in _named(model, tokenizer, asked, rows):
+        same = [same_noun(phrase, noun) for phrase, noun in zip(phrases, nouns, strict=True)]
+        found.append(_figures(task, rows, ["true" if right else "false" for right in same]))
+    return found
+
+
+def _with_losses(
+    model: nn.Module,
+    tokenizer: Any,
+    task: SuperGlueTask,
+    asked: Sequence[Task],
+    rows: list[Row],
+) -> list[tuple[Figures, float]]:
+    """As `measured`, with the mean loss on the rows that have a right answer."""
+    if task.generates:
+        found = measured(model, tokenizer, task, asked, rows)
+        answered = _answerable(task, rows)
+        losses = [teacher_forced(model, tokenizer, one, answered)[1] for one in asked if answered]
+        return list(zip(found, losses or [0.0] * len(found), strict=True))
+    pairs = []
+    for of_one in predict_details(model, tokenizer, asked, rows, batch_size=8):
+        figures = _figures(task, rows, [prediction.answer for prediction in of_one])
+        right = [p.probabilities[row["label"]] for p, row in zip(of_one, rows, strict=True)]
+        pairs.append((figures, -sum(log(max(p, float_info.min)) for p in right) / len(right)))
+    return pairs
+
+
+def _named(
+    model: nn.Module, tokenizer: Any, asked: Sequence[Task], rows: list[Row]
+) -> list[list[str]]:
+    """The nouns that each task names; a masked LM has a mask for each token of the candidate."""
+    if task_kind(model) != "masked":
+        asked = [replace(one, answer_tokens=max(one.answer_tokens or 0, 8)) for one in asked]
+        return predict(model, tokenizer, asked, rows, batch_size=8)
+    nouns = [" " + row["noun"] for row in rows]
+    sizes = [len(ids) for ids in tokenizer(nouns, add_special_tokens=False)["input_ids"]]
+    named = [[""] * len(rows) for _ in asked]
+    for size in set(sizes):
+        places = [place for place, other in enumerate(sizes) if other == size]
+        alike = [rows[place] for place in places]
+        said = predict(model, tokenizer, asked, alike, answer_tokens=size, batch_size=8)
+        for of_one, phrases in zip(named, said, strict=True):
+            for place, phrase in zip(places, phrases, strict=True):
+                of_one[place] = phrase
+    return named
+
+
+def score(figures: Figures) -> float:
+    """A task's one figure: the mean of its metrics, as SuperGLUE has it."""
+    return sum(figures.values()) / len(figures)
+
+
+def _figures(task: SuperGlueTask, rows: list[Row], said: list[str]) -> Figures:
+    gold = [row["label"] for row in rows]
+    return {name: METRICS[name](gold, said, rows) for name in task.metrics}
+
+
+def _answerable(task: SuperGlueTask, rows: list[Row]) -> list[Row]:
+    """The rows that have a right answer: of a generative task the true ones."""
+    return [row for row in rows if row["label"] == "true"] if task.generates else rows

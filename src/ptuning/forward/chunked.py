@@ -1,0 +1,181 @@
+"""Losses of long answers in bounded memory: the vocabulary for some positions at a time.
+
+    plain     head(hidden) for all R x K positions at once, kept for the gradient
+    here      for each chunk: head -> loss and d loss / d hidden -> the chunk's logits are dropped
+
+The model runs as ever, but its output head sees each row's first position only; what the head was
+given is taken down and goes through it chunk by chunk. What the model does behind its head (a
+scale, a soft cap, a bias) is done likewise, and held against the model's own logits of the first
+positions at each call: a model that does anything else takes the plain path, `plain.answer_logits`.
+Where label words are compared, `label_words` scores them instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakSet
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..rendering.collate import IGNORED, Batch
+from .label_words import label_word_scores
+from .output_head import behind_the_head, output_head, seeing
+from .plain import (
+    Prefix,
+    answer_logits,
+    answer_outputs,
+    example_losses,
+    examples_right,
+    losses_of_labels,
+)
+
+LARGEST = 2**24
+"""Logits of more numbers than this are never there at once."""
+POSITIONS = 256
+"""Of one chunk: enough for the head to run as fast as with all."""
+_SCALE = 2.0**10  # keeps small gradients of half precision; a power of two changes no other bit
+_other_heads: WeakSet[nn.Module] = WeakSet()  # models whose logits are not what we compute
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """Hidden states ``(R, K, width)`` before the head, and what makes logits of such."""
+
+    hidden: Tensor
+    head: Callable[[Tensor], Tensor]
+
+
+def losses(
+    model: nn.Module, batch: Batch, words: Tensor | None, prefix: Prefix | None = None
+) -> Tensor:
+    """The loss ``(N,)`` of each example, as `plain.example_losses` gives it.
+
+    Args:
+        model: the base model; the chunks serve it where it is frozen.
+        batch: its inputs.
+        words: for label comparison the label of each word, else None.
+        prefix: as for `plain.answer_logits`.
+    """
+    if batch.labels is not None and words is not None:
+        return _of_labels(model, batch, batch.labels, words, prefix)[0]
+    found = _read(model, batch, prefix)
+    if isinstance(found, Tensor):
+        return example_losses(found, batch, None)
+    return _by_position(found, batch.answers)[0].sum(1)
+
+
+@torch.no_grad()
+def losses_and_right(
+    model: nn.Module, batch: Batch, words: Tensor | None, prefix: Prefix | None = None
+) -> tuple[Tensor, Tensor]:
+    """`losses`, and as `plain.examples_right` says which examples ``(N,)`` are answered right."""
+    if batch.labels is not None and words is not None:
+        return _of_labels(model, batch, batch.labels, words, prefix)
+    found = _read(model, batch, prefix)
+    if isinstance(found, Tensor):
+        return example_losses(found, batch, None), examples_right(found, batch, None)
+    nll, right = _by_position(found, batch.answers)
+    return nll.sum(1), right.all(1)
+
+
+def _of_labels(
+    model: nn.Module, batch: Batch, labels: Tensor, words: Tensor, prefix: Prefix | None
+) -> tuple[Tensor, Tensor]:
+    return losses_of_labels(label_word_scores(model, batch, len(words), prefix), labels, words)
+
+
+def _by_position(unread: _Unread, answers: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and rightness ``(R, K)`` of each answer token; 0 and True where there is none."""
+    (asked,) = (answers.flatten() != IGNORED).nonzero(as_tuple=True)
+    hidden, wanted = unread.hidden.flatten(0, 1)[asked], answers.flatten()[asked]
+    nll, right = _Chunks.apply(hidden, wanted, unread.head)
+    every_nll = nll.new_zeros(answers.numel()).index_put((asked,), nll)
+    every_right = torch.ones_like(answers, dtype=torch.bool).flatten().index_put((asked,), right)
+    return every_nll.view_as(answers), every_right.view_as(answers)
+
+
+class _Chunks(torch.autograd.Function):
+    """Hidden states ``(P, width)``, answers ``(P,)`` and head -> losses and rightness ``(P,)``.
+
+    A position's loss depends on its own hidden state alone, so that its gradient can be made at
+    once, up to the factor that comes in `backward`.
+    """
+
+    @staticmethod
+    def forward(
+        context: Any, hidden: Tensor, answers: Tensor, head: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        wanted = context.needs_input_grad[0]
+        parts = []
+        for part, answer in zip(hidden.split(POSITIONS), answers.split(POSITIONS), strict=True):
+            with torch.set_grad_enabled(wanted):
+                part = part.detach().requires_grad_(wanted)
+                logits = head(part)
+                nll = F.cross_entropy(logits.float(), answer, reduction="none")
+                gradient = part.new_zeros(0)
+                if wanted:
+                    (gradient,) = torch.autograd.grad(nll.sum() * _SCALE, part)
+            right = logits.detach().argmax(-1) == answer
+            parts.append((nll.detach(), right, gradient.float() / _SCALE))
+            del logits, nll, gradient  # before the next chunk's
+        losses, right, gradients = (torch.cat(column) for column in zip(*parts, strict=True))
+        context.save_for_backward(gradients)
+        context.mark_non_differentiable(right)
+        context.dtype = hidden.dtype
+        return losses, right
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context: Any, of_losses: Tensor, of_right: Tensor) -> tuple[Any, ...]:
+        (gradients,) = context.saved_tensors
+        return (of_losses.unsqueeze(1) * gradients).to(context.dtype), None, None
+
+
+def _read(model: nn.Module, batch: Batch, prefix: Prefix | None) -> Tensor | _Unread:
+    """Logits where they are small, else what is before the head."""
+    head = output_head(model)
+    if head is None or not _serves(model, head, batch):
+        return answer_logits(model, batch, prefix)
+    with seeing(head, slice(0, 1)) as given:
+        logits, rows = answer_outputs(model, batch, prefix)
+    if not given:  # a compiled model takes no notice of hooks
+        return rows(logits)
+
+    def finished(hidden: Tensor) -> Tensor:
+        logits = behind_the_head(model, head(hidden))
+        bias = getattr(model, "final_logits_bias", None)  # BART
+        return logits if bias is None else logits + bias
+
+    with torch.no_grad():
+        same = len(given) == 1 and _same(finished(given[0][:, :1]), logits)
+    if not same:
+        _other_heads.add(model)
+        return answer_logits(model, batch, prefix)
+    return _Unread(rows(given[0]), finished)
+
+
+def reads_in_chunks(model: nn.Module, batch: Batch) -> bool:
+    """`losses` of the batch without label words looks at values, which no CUDA graph can hold."""
+    head = output_head(model)
+    return head is not None and batch.labels is None and _serves(model, head, batch)
+
+
+def _serves(model: nn.Module, head: nn.Module, batch: Batch) -> bool:
+    large = batch.answers.numel() * getattr(head, "out_features", 0) > LARGEST
+    return large and model not in _other_heads and not _is_trained(head)
+
+
+def _is_trained(head: nn.Module) -> bool:
+    """Its weights want a gradient, which the chunks do not make."""
+    return torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())
+
+
+def _same(ours: Tensor, models: Tensor) -> bool:
+    """Numbers that are not finite are the same where both are: a member may have gone astray."""
+    return ours.shape == models.shape and torch.allclose(
+        ours.float(), models.float(), rtol=1e-5, atol=1e-5, equal_nan=True
+    )

@@ -1,0 +1,220 @@
+"""Rows behind one prefix, one behind the other in a row of the model.
+
+    document | prompt A | prompt B | prompt C        one prefill, one copy of its keys and values
+
+Each segment sees the prefix and itself: the mask is block diagonal behind the prefix, and positions
+begin anew in each segment. So sixteen prompts on one document, or the candidates of one question,
+cost a row or two; and rows of unlike length need little padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from ..backbone.base_model import scales_with_length
+from ..rendering.collate import Batch
+from .grouped_queries import plain_or_grouped
+from .plain import Shortened
+
+_COPY = 32
+"""What a kept column costs a row, in keys that a token attends to: a copy, and its memory."""
+_WORTH = 0.95
+"""Packed rows must cost at most so much of what the rows cost as they are."""
+
+Owner = tuple[tuple[int, ...], int]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A causal batch of R rows as G packed rows of W columns.
+
+    Attributes:
+        prefixes: of the packed rows; each has rows of one prefix and one member.
+        input_ids: ``(G, W)`` the segments, without the prefixes.
+        attention_mask: ``(G, 1, W, prefix + W)``, True where a column is seen.
+        position_ids: ``(G, W)``.
+        keep: ``(C,)`` the columns that predict an answer, of any row.
+        group: ``(R,)`` the packed row of each row.
+        answers: ``(R, K)`` the place in `keep` of each row's answer positions.
+    """
+
+    prefixes: tuple[tuple[int, ...], ...]
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    keep: Tensor
+    group: Tensor
+    answers: Tensor
+
+    def behind(self, cache: Cache) -> Shortened:
+        """What is left to compute behind the prefixes' keys and values, each at the right end."""
+        inputs = {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+            "logits_to_keep": self.keep,
+            "past_key_values": cache,
+        }
+        return Shortened(inputs, lambda logits: logits[self.group[:, None], self.answers])
+
+
+def can_pack(model: nn.Module) -> bool:
+    """The model's attention takes a mask of our own, and its positions are what it is told.
+
+    So it is with rotary positions, full attention in every layer, and PyTorch's attention.
+    """
+    config: Any = getattr(model, "config", None)
+    if config is None or not plain_or_grouped(getattr(config, "_attn_implementation", None)):
+        return False
+    text = config.get_text_config()
+    rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    window = getattr(text, "sliding_window", None) and not getattr(text, "layer_types", None)
+    if getattr(text, "alibi", False) or scales_with_length(model):
+        return False
+    return bool(rotary) and kinds == {"full_attention"} and not window
+
+
+def pack(model: nn.Module, batch: Batch) -> Packed | None:
+    """The batch in packed rows; None where the model takes none, or they would not cost less.
+
+    The rows' prefixes are left out of the packed rows, and shorter ones stand at the right.
+    """
+    owners = _owners(batch)
+    if len(set(owners)) == len(owners) or not can_pack(model):
+        return None
+    rests = [n - len(p) for n, p in zip(batch.lengths, batch.prefixes, strict=True)]
+    count = batch.answers.shape[1]
+    work = _Work.of(model, max(map(len, batch.prefixes)))
+    plans = list(_plans(owners, rests, count))
+    costs = [work(len(plan.owners), plan.width, len(plan.kept)) for plan in plans]
+    if min(costs) > _WORTH * work(len(rests), max(rests), count):
+        return None
+    return _packed(batch, rests, plans[costs.index(min(costs))])
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What rows cost, in keys that one token attends to in every layer.
+
+    A token costs as much in the layers' matrices as attention to 6 x `width` keys, and half of that
+    counted, since products as small as attention's run slower.
+    """
+
+    token: int
+    logits: float
+    kept: int
+
+    @staticmethod
+    def of(model: nn.Module, kept: int) -> _Work:
+        config: Any = model.config
+        text = config.get_text_config()
+        logits = text.vocab_size / (4 * text.num_hidden_layers)
+        return _Work(3 * text.hidden_size, logits, kept)
+
+    def __call__(self, rows: int, columns: int, answers: int) -> float:
+        """Of `rows` behind kept columns, with logits at `answers` of their `columns`."""
+        behind = columns * (self.token + self.kept + columns)
+        return rows * (behind + _COPY * self.kept + answers * self.logits)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where the segments go.
+
+    Attributes:
+        owners: of the packed rows.
+        width: of the packed rows.
+        places: for each segment its packed row and first column.
+        columns: for each segment those that predict its answer.
+    """
+
+    owners: list[Owner]
+    width: int
+    places: list[tuple[int, int]]
+    columns: list[list[int]]
+
+    @property
+    def kept(self) -> set[int]:
+        """The columns that get logits, in every row."""
+        return {column for columns in self.columns for column in columns}
+
+
+def _plans(owners: Sequence[Owner], rests: Sequence[int], count: int) -> Iterator[_Plan]:
+    """Every owner's segments in one row, in two rows of about half that width, and so on."""
+    totals = dict.fromkeys(owners, 0)
+    for owner, rest in zip(owners, rests, strict=True):
+        totals[owner] += rest
+    widest, longest = max(totals.values()), max(rests)
+    yield _plan(owners, rests, count, widest)
+    for parts in range(2, widest // longest + 1):
+        yield _plan(owners, rests, count, widest // parts + longest)
+
+
+def _plan(owners: Sequence[Owner], rests: Sequence[int], count: int, room: int) -> _Plan:
+    """Rows of at most `room` columns, filled one after the other."""
+    filling: dict[Owner, int] = {}
+    of_row: list[Owner] = []
+    used: list[int] = []
+    places, columns = [], []
+    for owner, rest in zip(owners, rests, strict=True):
+        row = filling.get(owner)
+        if row is None or used[row] + rest > room:
+            row = filling[owner] = len(used)
+            of_row.append(owner)
+            used.append(0)
+        start, end = used[row], used[row] + rest
+        places.append((row, start))
+        columns.append([max(start, end - count + k) for k in range(count)])
+        used[row] = end
+    return _Plan(of_row, max(used), places, columns)
+
+
+def _packed(batch: Batch, rests: Sequence[int], plan: _Plan) -> Packed:
+    ids: list[list[int]] = [[] for _ in plan.owners]
+    segments: list[list[int]] = [[] for _ in plan.owners]
+    offsets: list[list[int]] = [[] for _ in plan.owners]
+    for number, (ids_of_row, rest) in enumerate(zip(batch.input_ids.tolist(), rests, strict=True)):
+        row, _ = plan.places[number]
+        ids[row] += ids_of_row[len(ids_of_row) - rest :]
+        segments[row] += [number] * rest
+        offsets[row] += range(rest)
+    device, width = batch.input_ids.device, plan.width
+    segment, offset = _filled(segments, width, -1), _filled(offsets, width, 0)
+    prefixes = tuple(prefix for prefix, _ in plan.owners)
+    lengths = torch.tensor([len(prefix) for prefix in prefixes])
+    keep, answers = torch.tensor(plan.columns).unique(return_inverse=True)
+    return Packed(
+        prefixes,
+        _filled(ids, width, 0).to(device),
+        _mask(segment, offset, lengths).to(device),
+        (lengths[:, None] + offset).to(device),
+        keep.to(device),
+        torch.tensor([row for row, _ in plan.places], device=device),
+        answers.to(device),
+    )
+
+
+def _owners(batch: Batch) -> list[Owner]:
+    """Whose packed row each row belongs to: rows of one prefix and one member of a population, for
+    what is not finite in one member would reach others in its row, masked or not."""
+    return list(zip(batch.prefixes, batch.member[batch.example].tolist(), strict=True))
+
+
+def _mask(segment: Tensor, offset: Tensor, lengths: Tensor) -> Tensor:
+    own = segment[:, :, None] == segment[:, None, :]
+    own = own & (offset[:, None, :] <= offset[:, :, None])
+    kept = int(lengths.max())
+    seen = torch.arange(kept) >= kept - lengths[:, None]
+    prefix = seen[:, None, :].expand(-1, segment.shape[1], -1)
+    return torch.cat([prefix, own], dim=2).unsqueeze(1)
+
+
+def _filled(rows: list[list[int]], width: int, value: int) -> Tensor:
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows])

@@ -1,0 +1,1 @@
+"""Trained prompts in use: attaching, predicting, evaluating."""

@@ -1,0 +1,145 @@
+"""Metrics of a prompt on labelled rows, beside a manual template and the majority answer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from ..backbone.base_model import context_length, eval_mode, task_kind
+from ..errors import DataError
+from ..forward.scoring import score
+from ..prompts.prompt import Prompt
+from ..prompts.task import Task
+from ..rendering.render import Example, Renderer, answer_column, render_all
+from .attachment import placed
+from .prediction import Prediction, predict_details
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a prompt did; all shares are fractions.
+
+    Attributes:
+        examples: number of rows.
+        accuracy: share answered right: the label, or the whole text of a free answer.
+        loss: mean negative log-likelihood per answer token (per example for labels).
+        macro_f1: mean F1 over the labels; None for free answers.
+        manual_template: the template without virtual tokens that `manual_accuracy` is for. Free
+            answers count as right there where greedy decoding begins with the whole answer, since a
+            hand-written template never learned where to stop.
+        majority_answer: the most frequent answer of the training (of these rows, if unknown).
+        labels: order of rows and columns in `confusion`.
+        confusion: right label (row) against predicted label (column); empty for free answers.
+        predictions: one per row.
+    """
+
+    examples: int
+    accuracy: float
+    loss: float
+    macro_f1: float | None
+    manual_template: str
+    manual_accuracy: float
+    majority_answer: str
+    majority_accuracy: float
+    labels: list[str]
+    confusion: list[list[int]]
+    predictions: list[Prediction]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Prompt,
+    rows: Iterable[Example],
+    *,
+    manual: str | None = None,
+    candidates: Sequence[str] | None = None,
+    answer_tokens: int | None = None,
+    batch_size: int = 32,
+) -> Evaluation:
+    """Measure a trained prompt on rows with answers.
+
+    Args:
+        model: the frozen base model.
+        tokenizer: the model's.
+        prompt: trained.
+        rows: examples with the answer column.
+        manual: hand-written template to compare with; by default the prompt's own words.
+        candidates: choose free answers among these.
+        answer_tokens: longest free answer in tokens.
+        batch_size: rows per forward.
+
+    Raises:
+        InputError, DataError: prompt, model or rows do not fit together.
+    """
+    rows = list(rows)
+    if not rows:
+        raise DataError("there is no example to evaluate on; give at least one")
+    _, loss = teacher_forced(model, tokenizer, prompt, rows, batch_size)
+    by_hand = prompt.manual(manual)
+    manual_accuracy = manual_score(model, tokenizer, by_hand, rows, batch_size)
+    predictions = predict_details(
+        model,
+        tokenizer,
+        prompt,
+        rows,
+        candidates=candidates,
+        answer_tokens=answer_tokens,
+        batch_size=batch_size,
+    )
+    column = answer_column(prompt, rows[0])
+    gold = [prompt.label_text(row[column]) for row in rows]
+    said = [prediction.answer for prediction in predictions]
+    labels = list(prompt.labels)
+    confusion: list[list[int]] = []
+    macro_f1 = None
+    if labels:
+        from sklearn.metrics import confusion_matrix, f1_score
+
+        confusion = confusion_matrix(gold, said, labels=labels).tolist()
+        macro_f1 = float(f1_score(gold, said, labels=labels, average="macro", zero_division=0))
+    majority = prompt.training.get("majority_answer") or Counter(gold).most_common(1)[0][0]
+    return Evaluation(
+        examples=len(rows),
+        accuracy=_share(a == b for a, b in zip(gold, said, strict=True)),
+        loss=loss,
+        macro_f1=macro_f1,
+        manual_template=by_hand.parsed.text,
+        manual_accuracy=manual_accuracy,
+        majority_answer=majority,
+        majority_accuracy=_share(answer == majority for answer in gold),
+        labels=labels,
+        confusion=confusion,
+        predictions=predictions,
+    )
+
+
+def teacher_forced(
+    model: nn.Module, tokenizer: Any, task: Task, rows: Sequence[Example], batch_size: int = 32
+) -> tuple[float, float]:
+    """Accuracy and loss of a prompt or manual template by one forward per batch (`score`)."""
+    renderer = Renderer(tokenizer, task, task_kind(model), context_length(model, tokenizer))
+    examples = render_all(renderer, rows, "evaluation")
+    with eval_mode(model), placed(model, tokenizer, task) as first_id:
+        return score(model, renderer, examples, first_id, batch_size)
+
+
+def manual_score(
+    model: nn.Module, tokenizer: Any, task: Task, rows: Sequence[Example], batch_size: int = 32
+) -> float:
+    """Accuracy of a hand-written template, whose free answers need not end."""
+    lenient = Task(**{**task.settings(), "answer_end": False})
+    return teacher_forced(model, tokenizer, lenient, rows, batch_size)[0]
+
+
+def _share(hits: Iterable[bool]) -> float:
+    values = list(hits)
+    return sum(values) / len(values)

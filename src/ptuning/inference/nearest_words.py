@@ -1,0 +1,57 @@
+"""What a prompt looks like from the vocabulary: the nearest words of each virtual token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backbone.injection import input_embedding
+from ..prompts.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """One virtual token beside the vocabulary.
+
+    Attributes:
+        norm: length of its vector.
+        words: nearest words by cosine, nearest first, with the cosine.
+    """
+
+    norm: float
+    words: tuple[tuple[str, float], ...]
+
+
+@torch.no_grad()
+def nearest_words(
+    model: nn.Module, tokenizer: Any, prompt: Prompt, count: int = 5
+) -> tuple[list[Neighbours], float]:
+    """The nearest words of each virtual token, and the mean norm of the vocabulary's vectors.
+
+    The vocabulary is read through the embedding module, so scaled embeddings compare rightly.
+    """
+    embedding = input_embedding(model)
+    size = min(embedding.num_embeddings, len(tokenizer))
+    ids = torch.arange(size, device=embedding.weight.device)
+    vocabulary = torch.cat([embedding(part).float().cpu() for part in ids.split(8192)])
+    norms = vocabulary.norm(dim=1).clamp(min=1e-12)
+    vectors = prompt.trained_vectors().float().cpu()
+    lengths = vectors.norm(dim=1).clamp(min=1e-12)
+    cosines = (vectors / lengths[:, None]) @ (vocabulary / norms[:, None]).T
+    best = cosines.topk(min(count, size), dim=1)
+    neighbours = [
+        Neighbours(
+            float(length),
+            tuple(
+                (tokenizer.decode([index]).strip() or repr(tokenizer.decode([index])), value)
+                for index, value in zip(indices, values, strict=True)
+            ),
+        )
+        for length, indices, values in zip(
+            lengths, best.indices.tolist(), best.values.tolist(), strict=True
+        )
+    ]
+    return neighbours, float(norms.mean())

@@ -1,0 +1,211 @@
+"""Modules that are trained with a prompt, such as a classifier's head: a copy for each adapter.
+
+The wrapper takes the module's place in the model. Names of parameters are the reference's, so code
+that looks for ``modules_to_save`` in them goes on working.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .adapter_names import AdapterDict
+
+
+class ModulesToSaveWrapper(nn.Module):
+    """A module of the base model, and a trainable copy of it for each adapter.
+
+    Attributes:
+        original_module: the base model's own, frozen.
+        modules_to_save: adapter name -> copy.
+        active_adapter: whose copy is used, or None for the original.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.original_module = module.requires_grad_(False)
+        self.modules_to_save = AdapterDict()
+        self.active_adapter: str | None = None
+        self._local = threading.local()
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapter in a list, as the reference has it."""
+        return [] if self.active_adapter is None else [self.active_adapter]
+
+    @property
+    def _adapters(self) -> set[str]:
+        return set(self.modules_to_save)
+
+    def add(self, name: str) -> None:
+        """A trainable copy of the original for an adapter; of offloaded weights a real one."""
+        with align_module_device(self.original_module):
+            made = copy.deepcopy(self.original_module)
+        remove_hook_from_module(made, recurse=True)
+        self.modules_to_save[name] = made.requires_grad_(False)
+
+    def activate(self, name: str | None, trainable: bool) -> None:
+        """Use an adapter's copy, and train it and no other."""
+        self.modules_to_save.requires_grad_(False)
+        self.active_adapter = None
+        if name is not None and name in self.modules_to_save:
+            self.active_adapter = name
+            self.modules_to_save[name].requires_grad_(trainable)
+
+    @contextmanager
+    def using(self, names: Sequence[str | None]) -> Iterator[None]:
+        """In this thread each row of a batch gets the copy of its own adapter meanwhile."""
+        before, self._local.names = self.names, list(names)
+        try:
+            yield
+        finally:
+            self._local.names = before
+
+    @property
+    def names(self) -> list[str | None] | None:
+        """In this thread the adapter of each row, inside `using`."""
+        return getattr(self._local, "names", None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the active adapter's copy gives, or each row's own."""
+        names = self.names
+        if names is None:
+            return self._of(self.active_adapter)(*args, **kwargs)
+        if len(set(names)) == 1:
+            return self._of(names[0])(*args, **kwargs)
+        return self._each(names, *args, **kwargs)
+
+    def _of(self, name: str | None) -> nn.Module:
+        if name is None or name not in self.modules_to_save:
+            return self.original_module
+        return self.modules_to_save[name]
+
+    def _each(self, names: list[str | None], *args: Any, **kwargs: Any) -> Tensor:
+        size = len(names)
+        batched = [isinstance(x, Tensor) and x.dim() > 0 and len(x) == size for x in args]
+        if not batched or not batched[0]:
+            raise InputError(
+                f"rows with different trained modules need {size} rows in the module's input; run "
+                "them in a batch of their own"
+            )
+        parts: dict[str | None, tuple[Tensor, Tensor]] = {}
+        for name in dict.fromkeys(names):
+            rows = torch.tensor([n for n, other in enumerate(names) if other == name])
+            rows = rows.to(args[0].device)
+            own = [x[rows] if split else x for x, split in zip(args, batched, strict=True)]
+            parts[name] = rows, self._of(name)(*own, **kwargs)
+        order = torch.cat([rows for rows, _ in parts.values()])
+        return torch.cat([output for _, output in parts.values()])[order.argsort()]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("original_module", "modules_to_save"):
+                raise
+            return getattr(self._of(self.active_adapter), name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_local"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._local = threading.local()
+
+
+class Remembering:
+    """A layer's checkpointing that computes the layer again with the rows' own modules."""
+
+    def __init__(self, checkpoint: Any, wrapped: list[ModulesToSaveWrapper]):
+        self.checkpoint, self.wrapped = checkpoint, wrapped
+
+    def __call__(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
+        """Checkpoint `layer`, which is called again in the backward pass."""
+        names = [(wrapper, wrapper.names) for wrapper in self.wrapped]
+
+        def again(*inputs: Any, **options: Any) -> Any:
+            with ExitStack() as stack:
+                for wrapper, own in names:
+                    if own is not None:
+                        stack.enter_context(wrapper.using(own))
+                return layer(*inputs, **options)
+
+        return self.checkpoint(again, *args, **kwargs)
+
+
+def remember(model: nn.Module) -> None:
+    """Let checkpointed layers with trained modules in them remember whose modules a call used."""
+    layers: Iterator[Any] = model.modules()
+    for layer in layers:
+        checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+        if checkpoint is None or isinstance(checkpoint, Remembering):
+            continue
+        wrapped = list(wrappers(layer).values())
+        if wrapped:
+            layer._gradient_checkpointing_func = Remembering(checkpoint, wrapped)
+
+
+def wrappers(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
+    """The wrapped modules of a model, by their names in it."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+
+
+def find(model: nn.Module, names: Sequence[str], embedding: nn.Module) -> dict[str, nn.Module]:
+    """The modules whose names end with one of `names`, by their names in the model.
+
+    As in the reference the end need not be a whole name: ``pre_classifier`` ends with a classifier.
+
+    Raises:
+        InputError: one of them holds the input embedding, or is never called.
+    """
+    wrapped = wrappers(model)
+    found = {
+        path: module
+        for path, module in model.named_modules()
+        if path.endswith(tuple(names))
+        and not any(path.startswith(f"{outer}.") for outer in wrapped)
+    }
+    outer = {p: m for p, m in found.items() if not any(p.startswith(f"{o}.") for o in found)}
+    for path, module in outer.items():
+        inner = getattr(module, "original_module", module)
+        if any(part is embedding for part in inner.modules()):
+            raise InputError(
+                f"modules_to_save names the input embedding ({path}); prompts are written behind "
+                "it, and it cannot be trained with them: leave it out"
+            )
+        if isinstance(inner, nn.ModuleList | nn.ModuleDict):
+            raise InputError(
+                f"modules_to_save names {path}, a {type(inner).__name__}, which is never called; "
+                "name the modules in it"
+            )
+    return outer
+
+
+def wrap(model: nn.Module, paths: Sequence[str]) -> dict[str, ModulesToSaveWrapper]:
+    """Put wrappers in the place of the modules that are not wrapped yet."""
+    result = {}
+    for path in paths:
+        module = model.get_submodule(path)
+        if not isinstance(module, ModulesToSaveWrapper):
+            module = ModulesToSaveWrapper(module)
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, module)
+        result[path] = module
+    return result
+
+
+def unwrap(model: nn.Module, path: str) -> None:
+    """Give the model its own module back."""
+    parent, _, name = path.rpartition(".")
+    wrapper = model.get_submodule(path)
+    assert isinstance(wrapper, ModulesToSaveWrapper)
+    setattr(model.get_submodule(parent), name, wrapper.original_module)

@@ -1,0 +1,1 @@
+"""What is trained, saved and shared: template, task, encoder, prompt and their files."""

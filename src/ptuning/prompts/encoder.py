@@ -1,0 +1,148 @@
+"""The prompt encoder: a small network whose output is the table of virtual-token vectors.
+
+    table = head(embedding([0 … n-1]))          Liu et al. 2021 (arXiv 2103.10385), section 3.1
+
+The head is an MLP, a bidirectional LSTM followed by an MLP, or nothing. Module names, shapes and
+outputs equal the reference's (PEFT 0.21.2, ``PromptEncoder``), so weights can be exchanged. After
+training only the output is needed. This module knows nothing of the base model.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .encoder_config import PromptEncoderConfig, PromptEncoderReparameterizationType
+
+
+class PromptEncoder(nn.Module):
+    """Produces the embeddings of the virtual tokens.
+
+    Args:
+        config: needs ``num_virtual_tokens`` and ``token_dim``; ``num_transformer_submodules``
+            counts as 1 and ``encoder_hidden_size`` as ``token_dim`` where they are not given.
+
+    Shape:
+        input ``(batch_size, total_virtual_tokens)``, indices of virtual tokens;
+        output ``(batch_size, total_virtual_tokens, token_dim)``.
+
+    Attributes:
+        embedding: ``nn.Embedding(total_virtual_tokens, token_dim)``.
+        lstm_head: ``nn.LSTM``, for the type ``LSTM`` outside inference mode.
+        mlp_head: ``nn.Sequential``, for ``MLP`` and ``LSTM`` outside inference mode.
+        token_dim, input_size, output_size, hidden_size: widths.
+        total_virtual_tokens: virtual tokens times transformer submodules.
+        encoder_type: a `PromptEncoderReparameterizationType`.
+
+    Example:
+        >>> config = PromptEncoderConfig(num_virtual_tokens=4, token_dim=8)
+        >>> PromptEncoder(config).table().shape
+        torch.Size([4, 8])
+    """
+
+    def __init__(self, config: PromptEncoderConfig):
+        super().__init__()
+        for name in ("num_virtual_tokens", "token_dim"):
+            if getattr(config, name) is None:
+                raise InputError(f"the prompt encoder needs {name}; the configuration has none")
+        assert config.num_virtual_tokens is not None and config.token_dim is not None
+        self.token_dim: int = config.token_dim
+        self.input_size = self.token_dim
+        self.output_size = self.token_dim
+        self.hidden_size: int = config.encoder_hidden_size or self.token_dim
+        self.total_virtual_tokens: int = config.num_virtual_tokens * (
+            config.num_transformer_submodules or 1
+        )
+        self.encoder_type = PromptEncoderReparameterizationType(
+            config.encoder_reparameterization_type
+        )
+        self.embedding = nn.Embedding(self.total_virtual_tokens, self.token_dim)
+        if config.inference_mode:
+            return
+        if self.encoder_type == PromptEncoderReparameterizationType.LSTM:
+            self._build_lstm(config)
+        elif self.encoder_type == PromptEncoderReparameterizationType.MLP:
+            self._build_mlp(config)
+
+    def _build_lstm(self, config: PromptEncoderConfig) -> None:
+        self.lstm_head = nn.LSTM(
+            self.input_size,
+            self.hidden_size,
+            num_layers=config.encoder_num_layers,
+            dropout=config.encoder_dropout,
+            bidirectional=True,
+            batch_first=True,
+        )
+        width = 2 * self.hidden_size
+        self.mlp_head = nn.Sequential(
+            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.output_size)
+        )
+
+    def _build_mlp(self, config: PromptEncoderConfig) -> None:
+        if config.encoder_num_layers != PromptEncoderConfig.encoder_num_layers:
+            warnings.warn(
+                # The reference's words, which its users' tests know; it counts hidden layers.
+                "for MLP, the argument `encoder_num_layers` is ignored. Exactly 2 MLP layers are "
+                "used.",
+                stacklevel=3,
+            )
+        self.mlp_head = nn.Sequential(
+            nn.Linear(self.input_size, self.hidden_size),
+            nn.ReLU(),
+            nn.Linear(self.hidden_size, self.hidden_size),
+            nn.ReLU(),
+            nn.Linear(self.hidden_size, self.output_size),
+        )
+
+    def forward(self, indices: Tensor) -> Tensor:
+        hidden = self.embedding(indices)
+        if hasattr(self, "lstm_head"):
+            hidden = self.lstm_head(hidden)[0]
+        if hasattr(self, "mlp_head"):
+            hidden = self.mlp_head(hidden)
+        return hidden
+
+    def table(self) -> Tensor:
+        """All vectors ``(total_virtual_tokens, token_dim)``, computed once."""
+        indices = torch.arange(self.total_virtual_tokens, device=self.embedding.weight.device)
+        return self(indices.unsqueeze(0)).squeeze(0)
+
+
+@torch.no_grad()
+def initialise(encoder: PromptEncoder, vectors: Tensor, rows: Tensor) -> None:
+    """Change the last layer so that the encoder's output at `rows` is `vectors`.
+
+    The last layer is linear in its input ``h``: the least change ``D`` of weight and bias with
+    ``D [h; 1] = wanted - output`` for all rows at once comes from the pseudo-inverse. Rows that are
+    not named keep their output. Exact while there are no more virtual tokens than the last layer
+    has inputs, else the nearest in the least-squares sense.
+
+    Args:
+        encoder: changed in place.
+        vectors: ``(len(rows), token_dim)``, the wanted outputs.
+        rows: indices of virtual tokens, int64.
+    """
+    vectors = vectors.to(encoder.embedding.weight)
+    if not hasattr(encoder, "mlp_head"):
+        encoder.embedding.weight[rows] = vectors
+        return
+    training = encoder.training
+    encoder.eval()
+    last = encoder.mlp_head[-1]
+    captured: list[Tensor] = []
+    handle = last.register_forward_pre_hook(lambda module, inputs: captured.append(inputs[0][0]))
+    try:
+        output = encoder.table()
+    finally:
+        handle.remove()
+        encoder.train(training)
+    wanted = output.clone()
+    wanted[rows] = vectors
+    hidden = torch.cat([captured[0], torch.ones_like(captured[0][:, :1])], dim=1)
+    # On the CPU, since not every device has double precision.
+    change = torch.linalg.pinv(hidden.cpu().double()) @ (wanted - output).cpu().double()
+    last.weight += change[:-1].T.to(last.weight)
+    last.bias += change[-1].to(last.bias)

@@ -1,0 +1,265 @@
+"""`Prompt`: template + vectors (+ verbalizer). What is trained, saved and shared.
+
+A prompt does not hold the base model. Its folder is described in ``docs/checkpoint_format.md``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .. import storage
+from ..backbone.base_model import fingerprint
+from ..errors import InputError, PromptFileError
+from . import peft_files, prompt_files
+from .encoder_config import CONFIG_NAME, PromptEncoderConfig, PromptEncoderReparameterizationType
+from .task import Task, at_least_one, check_type, one_of
+
+_ENCODER = ("encoder", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout")
+
+
+@dataclass(eq=False)
+class Prompt(Task):
+    """A prompt for a frozen language model; takes all that `Task` takes, and:
+
+    Args:
+        num_virtual_tokens: must agree with the template. Without a template it is PEFT's placement:
+            so many virtual tokens in front of everything.
+        encoder: ``"mlp"``, ``"lstm"`` or ``"none"``.
+        encoder_hidden_size: width of the head; by default the embedding's (half of it for LSTM, so
+            that both directions together are as wide).
+        encoder_num_layers: LSTM layers.
+        encoder_dropout: dropout between LSTM layers.
+
+    Attributes:
+        vectors: ``(num_virtual_tokens, embedding width)`` float32; None before training.
+        encoder_weights: the encoder's state dict, so that training can continue.
+        base_model: name and fingerprints of the model that it was trained on.
+        training: facts of the training (examples, majority answer, scores).
+        modules: tensors of modules trained with the prompt, such as a classifier's head, by their
+            names in the model (`peft_compat`); empty for most prompts.
+        peft_config: the configuration that `peft_compat` made it from; empty for others.
+
+    Raises:
+        InputError, TemplateError: settings that contradict each other or the template language.
+
+    Example:
+        >>> prompt = Prompt("[P*3] {country} [P*3] [MASK]", answer="capital")
+        >>> prompt.num_virtual_tokens
+        6
+    """
+
+    num_virtual_tokens: int | None = None
+    encoder: str = "mlp"
+    encoder_hidden_size: int | None = None
+    encoder_num_layers: int = 2
+    encoder_dropout: float = 0.0
+    vectors: Tensor | None = field(default=None, repr=False)
+    encoder_weights: dict[str, Tensor] | None = field(default=None, repr=False)
+    base_model: dict[str, Any] = field(default_factory=dict, repr=False)
+    training: dict[str, Any] = field(default_factory=dict, repr=False)
+    modules: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    peft_config: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        kind = self.encoder.lower() if isinstance(self.encoder, str) else self.encoder
+        self.encoder = one_of("encoder", kind, ("mlp", "lstm", "none"))
+        check_type(self, dict, "base_model", "training", "peft_config")
+        if isinstance(self.encoder_dropout, int):
+            self.encoder_dropout = float(self.encoder_dropout)
+        check_type(self, float, "encoder_dropout")
+        if not 0 <= self.encoder_dropout < 1:
+            raise InputError(f"encoder_dropout is {self.encoder_dropout}; give a share, 0 to 1")
+        for name in ("num_virtual_tokens", "encoder_hidden_size", "encoder_num_layers"):
+            at_least_one(name, getattr(self, name))
+        if self.template is None:
+            if self.num_virtual_tokens is None:
+                raise InputError(
+                    'a prompt needs a template, such as "[P*3] {country} [P*3] [MASK]", or '
+                    "num_virtual_tokens for virtual tokens in front of the input"
+                )
+            self.special_tokens = "after"
+        super().__post_init__()
+        if self.template is not None:
+            self._count_virtual_tokens()
+
+    def _count_virtual_tokens(self) -> None:
+        groups = self.parsed.virtual
+        if not groups:
+            raise InputError(
+                "the template has no virtual token; write [P] or [P*3] where the prompt may "
+                f"learn, for example: [P*3] {self.template}"
+            )
+        if all(group.count for group in groups):  # the words of [P:…] await a tokenizer
+            self.set_count(sum(group.count for group in groups))
+
+    def set_count(self, count: int) -> None:
+        """Fix the number of virtual tokens.
+
+        Raises:
+            InputError: it disagrees with ``num_virtual_tokens``.
+        """
+        if self.num_virtual_tokens not in (None, count):
+            raise InputError(
+                f"num_virtual_tokens is {self.num_virtual_tokens}, and the template has {count} "
+                f"virtual tokens: {self.template}; give one of the two, or make them agree"
+            )
+        self.num_virtual_tokens = count
+
+    def encoder_config(self, token_dim: int) -> PromptEncoderConfig:
+        """The configuration of this prompt's encoder for an embedding of width `token_dim`."""
+        kind = PromptEncoderReparameterizationType(self.encoder.upper())
+        half = max(1, token_dim // 2) if kind == "LSTM" else token_dim
+        return PromptEncoderConfig(
+            num_virtual_tokens=self.num_virtual_tokens,
+            token_dim=token_dim,
+            num_transformer_submodules=1,
+            base_model_name_or_path=self.base_model.get("name"),
+            encoder_reparameterization_type=kind,
+            encoder_hidden_size=self.encoder_hidden_size or half,
+            encoder_num_layers=self.encoder_num_layers,
+            encoder_dropout=self.encoder_dropout,
+        )
+
+    def trained_vectors(self) -> Tensor:
+        """The vectors.
+
+        Raises:
+            InputError: the prompt is not trained yet.
+        """
+        if self.vectors is None:
+            raise InputError("this prompt has no vectors yet: train it, or load a trained one")
+        return self.vectors
+
+    def begin_from(self, start: Prompt) -> None:
+        """Let training begin at another prompt's vectors, and its encoder's weights if it fits.
+
+        Raises:
+            InputError: `start` has another number of virtual tokens.
+        """
+        vectors = start.trained_vectors()
+        if self.num_virtual_tokens not in (None, len(vectors)):
+            raise InputError(
+                f"the prompt to begin from has {len(vectors)} virtual tokens, and this one has "
+                f"{self.num_virtual_tokens}; give a template with as many"
+            )
+        shape = ("encoder", "encoder_hidden_size", "encoder_num_layers")
+        fits = all(getattr(self, name) == getattr(start, name) for name in shape)
+        self.vectors, self.base_model = vectors, start.base_model
+        self.encoder_weights = start.encoder_weights if fits else None
+
+    def become(self, other: Prompt) -> None:
+        """Take over another prompt's settings, such as the winner's of a population."""
+        for name in (*other.settings(), "num_virtual_tokens"):
+            setattr(self, name, getattr(other, name))
+        self.__dict__.pop("parsed", None)  # of the template before
+
+    def settings(self) -> dict[str, Any]:
+        """What a user chose, as plain values."""
+        return {**super().settings(), **{name: getattr(self, name) for name in _ENCODER}}
+
+    def save(
+        self, folder: str | Path, *, keep_encoder: bool = True, peft: bool | None = None
+    ) -> None:
+        """Write the prompt to a folder, atomically; other files there stay.
+
+        Args:
+            folder: made if need be.
+            keep_encoder: also save the encoder's weights, so that training can continue.
+            peft: write PEFT's two files as well. By default where they mean the same: PEFT puts
+                virtual tokens in front of everything.
+        """
+        vectors = self.trained_vectors().float()
+        content = self.contents(keep_encoder=keep_encoder)
+        kind = self.base_model.get("kind", "causal")
+        fits_peft = self.special_tokens == "after" and kind in peft_files.TASK_TYPES
+        if fits_peft if peft is None else peft:
+            config = self.encoder_config(vectors.shape[1])
+            content |= peft_files.pack(vectors, config, kind)
+        stale = [name for name in peft_files.NAMES if name not in content]
+        storage.write_folder(folder, content, remove=stale)
+
+    def contents(self, *, keep_encoder: bool = True) -> dict[str, bytes]:
+        """The files of a saved prompt, without PEFT's: name -> content."""
+        vectors = self.trained_vectors().float()
+        tensors = {"vectors": vectors}
+        if keep_encoder and self.encoder_weights is not None:
+            tensors |= {f"encoder.{name}": w for name, w in self.encoder_weights.items()}
+        tensors |= {f"module.{name}": w for name, w in self.modules.items()}
+        description = {
+            "num_virtual_tokens": len(vectors),
+            **self.settings(),
+            "base_model": self.base_model,
+            "training": self.training,
+        }
+        if self.peft_config:
+            description["peft_config"] = self.peft_config
+        return prompt_files.pack(description, tensors)
+
+    @classmethod
+    def load(cls, path: str | Path, *, revision: str | None = None) -> Prompt:
+        """Read a prompt from a folder or a hub repository; PEFT's P-tuning folders too.
+
+        Raises:
+            PromptFileError: missing, damaged, unsafe, or of another method.
+        """
+        folder = storage.local_folder(path, revision)
+        ours = any((folder / name).exists() for name in ("prompt.json", "prompt.safetensors"))
+        if not ours and (folder / CONFIG_NAME).is_file():
+            return cls._from_peft(*peft_files.read(folder))
+        return cls._from_saved(folder, *prompt_files.read(folder))
+
+    @classmethod
+    def _from_saved(
+        cls, folder: Path, description: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> Prompt:
+        known = {f.name for f in fields(cls)} - {"modules"}
+        ignored = sorted(set(description) - known - {"format_version", "save_id"})
+        if ignored:
+            warnings.warn(f"{folder}: unknown keys are ignored: {ignored}", stacklevel=3)
+        try:
+            prompt = cls(**{k: v for k, v in description.items() if k in known})
+        except InputError as error:
+            raise PromptFileError(f"{folder}/prompt.json: {error}") from error
+        if prompt.base_model:
+            fingerprint(prompt.base_model)
+        prompt.vectors = tensors["vectors"]
+        prompt.encoder_weights = prompt_files.starting(tensors, "encoder.") or None
+        prompt.modules = prompt_files.starting(tensors, "module.")
+        return prompt
+
+    @classmethod
+    def _from_peft(
+        cls, rows: Tensor, config: PromptEncoderConfig, modules: dict[str, Tensor]
+    ) -> Prompt:
+        prompt = cls.of_config(config)
+        prompt.vectors, prompt.modules = rows[: config.num_virtual_tokens], modules
+        return prompt
+
+    @classmethod
+    def of_config(cls, config: PromptEncoderConfig, template: str | None = None) -> Prompt:
+        """An untrained prompt with a configuration's encoder."""
+        return cls(
+            template,
+            num_virtual_tokens=config.num_virtual_tokens,
+            encoder=str(config.encoder_reparameterization_type).lower(),
+            encoder_hidden_size=config.encoder_hidden_size,
+            encoder_num_layers=config.encoder_num_layers,
+            encoder_dropout=config.encoder_dropout,
+        )
+
+    def push_to_hub(self, repository: str, *, private: bool | None = None, **options: Any) -> str:
+        """Upload the saved prompt to the hub; gives the address of the commit."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(**options)
+        name = api.create_repo(repository, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            return str(api.upload_folder(repo_id=name, folder_path=folder))

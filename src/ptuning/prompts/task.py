@@ -1,0 +1,187 @@
+"""`Task`: what is asked of the model, with or without virtual tokens in it.
+
+Template, answer column, verbalizer and the policies of special tokens and length. A manual template
+is a `Task`; a `Prompt` is a `Task` with trained virtual tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+from ..errors import InputError
+from .template import Template, Virtual, parse
+
+_IN_WORD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
+
+
+@dataclass(eq=False)
+class Task:
+    """A template and how its answer is read.
+
+    Args:
+        template: text in the template language.
+        answer: column of the right answer; by default ``answer``, else ``label``.
+        verbalizer: label -> the word(s) that stand for it. None means free answers. A word may
+            name columns, as ``{"0": "{choice1}", "1": "{choice2}"}`` does: then each example
+            compares words of its own (`fill`).
+        label_mode: ``"labels"`` compares the label words only, ``"vocabulary"`` trains over the
+            whole vocabulary. Without a verbalizer it is the vocabulary.
+        special_tokens: ``"around"``: BOS, CLS and SEP stand around the whole, virtual tokens
+            included. ``"after"``: PEFT's placement, ``v v [CLS] text [SEP]``.
+        chat: the rendered template is the user's turn of the model's chat template.
+        max_length: longest input in tokens; by default the model's context.
+        answer_tokens: longest free answer in tokens, its end included; a training learns it.
+        answer_end: a free answer ends with the end-of-sequence token, so predictions stop there.
+
+    Raises:
+        InputError, TemplateError: settings that contradict each other or the template language.
+    """
+
+    template: str | None = None
+    answer: str | None = None
+    verbalizer: Mapping[str, str | Sequence[str]] | None = None
+    label_mode: str = "labels"
+    special_tokens: str = "around"
+    chat: bool = False
+    max_length: int | None = None
+    answer_tokens: int | None = None
+    answer_end: bool = True
+
+    def __post_init__(self) -> None:
+        check_type(self, str, "template", "answer", optional=True)
+        check_type(self, bool, "chat", "answer_end")
+        one_of("label_mode", self.label_mode, ("labels", "vocabulary"))
+        one_of("special_tokens", self.special_tokens, ("around", "after"))
+        for name in ("max_length", "answer_tokens"):
+            at_least_one(name, getattr(self, name))
+        if self.verbalizer is not None:
+            self.verbalizer = _words_by_label(self.verbalizer)
+        if self.template is not None and self.special_tokens == "after" and not self.prompt_leads:
+            raise InputError(
+                'special_tokens="after" puts the virtual tokens before everything, so the template '
+                f"must begin with all of them; it is: {self.template}"
+            )
+
+    @cached_property
+    def parsed(self) -> Template:
+        """The parsed template.
+
+        Raises:
+            InputError: there is no template.
+        """
+        if self.template is None:
+            raise InputError(
+                "this prompt has no template, only virtual tokens in front; give one, such as "
+                '"[P*20]{text}", with special_tokens="after"'
+            )
+        return parse(self.template)
+
+    @property
+    def prompt_leads(self) -> bool:
+        """All virtual tokens stand at the template's beginning."""
+        pieces = self.parsed.pieces
+        leading = next((i for i, p in enumerate(pieces) if not isinstance(p, Virtual)), len(pieces))
+        return leading == len(self.parsed.virtual)
+
+    @property
+    def labels(self) -> dict[str, tuple[str, ...]]:
+        """The verbalizer as label -> words; empty without one."""
+        return {k: tuple(v) for k, v in (self.verbalizer or {}).items()}
+
+    def label_text(self, value: Any) -> str:
+        """A cell of the answer column as it is compared."""
+        return str(as_label(value, self.labels)).strip()
+
+    @property
+    def ends_answer(self) -> bool:
+        """Answers end with the end-of-sequence token: free ones do, label words do not."""
+        return self.answer_end and not self.labels
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of `Task` as plain values."""
+        values = {f.name: getattr(self, f.name) for f in fields(Task)}
+        values["verbalizer"] = {k: list(v) for k, v in self.labels.items()} or None
+        return values
+
+    def manual(self, template: str | None = None) -> Task:
+        """The same task with a hand-written template; by default this one's words alone."""
+        text = template if template is not None else self.parsed.without_virtual().text
+        settings = {**Task.settings(self), "template": text, "special_tokens": "around"}
+        return Task(**settings)
+
+
+def as_label(value: Any, labels: Container[str]) -> Any:
+    """A cell of the answer column; JSON's true is the label ``true`` where there is one."""
+    if isinstance(value, bool) and json.dumps(value) in labels:
+        return json.dumps(value)
+    return value
+
+
+def named_fields(word: str) -> tuple[str, ...]:
+    """The columns that a label word names, such as ``{choice1}``; doubled braces are text."""
+    return tuple(match[1] for match in _IN_WORD.finditer(word) if match[1])
+
+
+def fill(word: str, columns: Mapping[str, str]) -> str:
+    """A label word with its columns' texts in place of their names."""
+    return _IN_WORD.sub(lambda match: columns[match[1]] if match[1] else match[0][0], word)
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    """`value`, if it is allowed; else an InputError that lists what is."""
+    if not isinstance(value, str) or value not in allowed:
+        raise InputError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
+    return value
+
+
+def check_type(owner: object, kind: type, *names: str, optional: bool = False) -> None:
+    """Refuse a field of another type, such as a file written by hand may hold."""
+    for name in names:
+        value = getattr(owner, name)
+        if not (isinstance(value, kind) or (optional and value is None)):
+            raise InputError(f"{name} is {value!r}; expected {_KINDS[kind]}")
+
+
+_KINDS = {str: "text", bool: "true or false", dict: "an object", float: "a number"}
+
+
+def at_least_one(name: str, value: int | None) -> None:
+    """Refuse a count that is no whole number of at least 1."""
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name} is {value}; give a whole number of at least 1")
+
+
+def _words_by_label(verbalizer: Mapping[str, str | Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    if not isinstance(verbalizer, Mapping):
+        raise InputError(
+            f"verbalizer is {verbalizer!r}; expected label -> word, such as {{'yes': 'Yes'}}"
+        )
+    words: dict[str, tuple[str, ...]] = {}
+    for label, given in verbalizer.items():
+        if not isinstance(given, str | list | tuple):
+            raise InputError(
+                f"the verbalizer's label {str(label)!r} stands for {given!r}; expected a word or a "
+                "list of words"
+            )
+        words[str(label)] = (given,) if isinstance(given, str) else tuple(given)
+    if len(words) < 2:
+        raise InputError(f"a verbalizer needs at least two labels; it has {sorted(words)}")
+    for label, options in words.items():
+        if not options or not all(isinstance(w, str) and w.strip() for w in options):
+            raise InputError(f"label {label!r} has an empty word; give the word that stands for it")
+    owner: dict[str, str] = {}
+    for label, options in words.items():
+        for word in options:
+            if owner.setdefault(word, label) != label:
+                raise InputError(
+                    f"labels {owner[word]!r} and {label!r} share the word {word!r}; each label "
+                    "needs words of its own"
+                )
+    return words

@@ -1,0 +1,204 @@
+"""Rendered examples -> one padded batch. Padding never changes a row's result.
+
+Causal inputs are padded on the left, ``[pad pad v v text]``, so that every row's answer ends at the
+last position; the encoders' inputs are padded on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import Sequence
+from .render import Rendered
+
+IGNORED = -100
+_BUSY = {"cpu": 512, "cuda": 16384}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors of one micro-batch; N examples, R >= N rows, K answer positions.
+
+    Attributes:
+        kind: of the model, as `task_kind` says.
+        input_ids: ``(R, T)``, virtual ids included.
+        attention_mask: ``(R, T)``.
+        slots: ``(R,)`` position of the answer's first token (masked models).
+        answers: ``(R, K)`` answer ids, -100 where there is none; aligned right for causal models.
+        example: ``(R,)`` the example that each row belongs to.
+        member: ``(N,)`` the population member that each example belongs to.
+        label_ids: ``(N, W)`` ids of single-token label words, or None.
+        labels: ``(N,)`` index of the right label, or None where the whole vocabulary counts.
+        decoder_input_ids: ``(R, K)`` for seq2seq models.
+        lengths: of each row, without padding.
+        prefixes: each row's ids in front of its first virtual token, without the last of all, which
+            predicts.
+        heads: each row's ids in front of its first field, without the last of all.
+    """
+
+    kind: str
+    input_ids: Tensor
+    attention_mask: Tensor
+    slots: Tensor
+    answers: Tensor
+    example: Tensor
+    member: Tensor
+    label_ids: Tensor | None = None
+    labels: Tensor | None = None
+    decoder_input_ids: Tensor | None = None
+    lengths: tuple[int, ...] = ()
+    prefixes: tuple[tuple[int, ...], ...] = ()
+    heads: tuple[tuple[int, ...], ...] = ()
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+
+def collate(
+    examples: Rows[Rendered],
+    kind: str,
+    first_ids: Rows[int],
+    *,
+    pad_id: int = 0,
+    decoder_start_id: int = 0,
+) -> Batch:
+    """Pad rendered examples to one batch.
+
+    Args:
+        examples: all prepared for label comparison, or none.
+        kind: of the model, as `task_kind` says.
+        first_ids: for each example the first attached id of its prompt.
+        pad_id: any valid id; padded positions are masked.
+        decoder_start_id: seq2seq models' first decoder id.
+    """
+    single = all(example.label_ids for example in examples)
+    if not single:  # the words of some examples have several tokens: a row for each word of all
+        examples = [_by_word(example) for example in examples]
+    rows = [(s, n) for n, example in enumerate(examples) for s in example.sequences]
+    sequences = [s for s, _ in rows]
+    inputs = [_input_ids(s, kind, first_ids[n]) for s, n in rows]
+    left = kind == "causal"
+    answers = _pad([list(s.answer) for s in sequences], IGNORED, left)
+    batch = Batch(
+        kind=kind,
+        input_ids=_pad(inputs, pad_id, left),
+        attention_mask=_pad([[1] * len(ids) for ids in inputs], 0, left),
+        slots=torch.tensor([s.slot for s in sequences]),
+        answers=answers,
+        example=torch.tensor([n for _, n in rows]),
+        member=torch.zeros(len(examples), dtype=torch.long),
+        lengths=tuple(map(len, inputs)),
+        prefixes=tuple(s.ids[: plain_prefix(s)] for s in sequences),
+        heads=tuple(tuple(ids[: _head(s)]) for s, ids in zip(sequences, inputs, strict=True)),
+    )
+    if kind == "seq2seq":
+        start = torch.full_like(answers[:, :1], decoder_start_id)
+        shifted = torch.cat([start, answers[:, :-1]], dim=1).clamp(min=0)
+        batch = replace(batch, decoder_input_ids=shifted)
+    if single:
+        batch = replace(batch, label_ids=torch.tensor([e.label_ids for e in examples]))
+    if all(e.compares and e.label is not None for e in examples):
+        batch = replace(batch, labels=torch.tensor([e.label for e in examples]))
+    return batch
+
+
+def by_length(
+    rows: Rows[tuple[Rendered, int]],
+    device: torch.device,
+    kept: bool = False,
+    packed: bool = False,
+) -> Iterator[list[tuple[Rendered, int]]]:
+    """Rows of like length together, in parts of some size, so that little is padding.
+
+    A part is as large as the device needs to be busy; what the parts' losses add up to is the whole
+    batch's.
+
+    Args:
+        rows: examples, each with its member.
+        device: that will compute them.
+        kept: what stands before the first virtual token or the first field is not computed with
+            them (`prefix_store`, `shared_prefix`); a part may have four times as much of it.
+        packed: rows behind a shared head may be packed (`packing`): a member's are together.
+    """
+    if not rows:
+        return
+    busy = busy_with(device)
+    sizes = [(_computed(example, kept), _computed(example, False)) for example, _ in rows]
+    computed, whole = map(sum, zip(*sizes, strict=True))
+    enough = computed / max(1, round(computed / busy), round(whole / (4 * busy)))
+    groups = [n if kept and packed and _begins_virtual(e) else -1 for e, n in rows]
+    order = sorted(range(len(rows)), key=lambda i: (groups[i], sizes[i]), reverse=True)
+    part: list[tuple[Rendered, int]] = []
+    tokens = cut = 0
+    for index in order:
+        part.append(rows[index])
+        tokens += sizes[index][0]
+        if tokens >= (cut + 1) * enough and index != order[-1]:
+            yield part
+            part, cut = [], cut + 1
+    yield part
+
+
+def busy_with(device: torch.device) -> int:
+    """Tokens of a forward that keep a device busy; more of them run no faster for each."""
+    return _BUSY.get(device.type, _BUSY["cuda"])
+
+
+def _computed(example: Rendered, kept: bool) -> int:
+    """Tokens of an example that a forward computes."""
+    return sum(len(s.ids) - (_shared(s) if kept else 0) for s in example.sequences)
+
+
+def _shared(sequence: Sequence) -> int:
+    """Tokens in front of the first virtual one, or of the first field if that is further."""
+    return max(_head(sequence), plain_prefix(sequence))
+
+
+def _begins_virtual(example: Rendered) -> bool:
+    return any(_head(s) > plain_prefix(s) for s in example.sequences)
+
+
+def _head(sequence: Sequence) -> int:
+    """How many tokens stand in front of the first field, without the last of all."""
+    return min(sequence.fields[0][1], len(sequence.ids) - 1) if sequence.fields else 0
+
+
+def plain_prefix(sequence: Sequence) -> int:
+    """How many tokens stand in front of the first virtual one, without the last of all."""
+    virtual = (place for place, token in enumerate(sequence.ids) if token < 0)
+    return next(virtual, max(0, len(sequence.ids) - 1))
+
+
+def _by_word(example: Rendered) -> Rendered:
+    """The same example with a sequence for each label word."""
+    if not example.label_ids:
+        return example
+    alike = example.sequences[0]
+    words = tuple(replace(alike, answer=(word,)) for word in example.label_ids)
+    return Rendered(words, label=example.label)
+
+
+def _input_ids(sequence: Sequence, kind: str, first_id: int) -> list[int]:
+    ids = [first_id - 1 - i if i < 0 else i for i in sequence.ids]
+    return ids + list(sequence.answer[:-1]) if kind == "causal" else ids
+
+
+def _pad(rows: list[list[int]], value: int, left: bool) -> Tensor:
+    width = max(1, max(map(len, rows)))
+    padded = [
+        [value] * (width - len(row)) + row if left else row + [value] * (width - len(row))
+        for row in rows
+    ]
+    return torch.tensor(padded)

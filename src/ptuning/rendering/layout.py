@@ -1,0 +1,174 @@
+"""One string of a template, tokenized: the places of virtual tokens, fields and answer in it.
+
+The string is tokenized at once (`vocabulary`), so it has the ids that a merged model's tokenizer
+gives. Virtual token i of the prompt is written as id ``-1 - i``; `collate` puts attached ids in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import DataError
+from ..prompts.task import Task
+from ..prompts.template import Field, Slot, Virtual
+from .virtual_ids import SLOT, NamedTokenizer, Names
+
+Places = tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One tokenized input with one answer.
+
+    Attributes:
+        ids: input ids; virtual token i is ``-1 - i``. For causal models they end before the answer,
+            for masked ones the answer slot holds mask ids, for seq2seq they are the encoder's.
+        slot: index of the answer's first token.
+        answer: ids of the answer, empty where none was given.
+        fields: token ranges ``(name, start, end)`` of each field, in the order of the template;
+            empty in chats and for tokenizers that report no offsets.
+        shortened: a field was cut to fit the length limit.
+    """
+
+    ids: tuple[int, ...]
+    slot: int
+    answer: tuple[int, ...] = ()
+    fields: Places = ()
+    shortened: bool = False
+
+
+class Layout:
+    """Tokenizes a task's template with its fields filled in.
+
+    Args:
+        tokenizer: stays unchanged.
+        task: gives template and policies.
+        kind: of the model, as `task_kind` says.
+        sizes: virtual tokens of each group in the template.
+    """
+
+    def __init__(self, tokenizer: Any, task: Task, kind: str, sizes: list[int]):
+        self.tokenizer, self.task, self.kind, self.sizes = tokenizer, task, kind, sizes
+        self.count = sum(sizes)
+        self._names = Names(tokenizer, self.count)
+
+    def __call__(self, fields: dict[str, str], word: str | None) -> Sequence:
+        """Tokenize an example's fields, with `word` as the answer if there is one."""
+        named = self._names.avoiding(self._spelled(fields, word or ""))
+        text, spans, space = self._layout(fields, named)
+        if self.task.chat:
+            text, space = self._as_chat(text.removesuffix(named.slot)) + named.slot, False
+        encoding = named.tokenizer(
+            text,
+            add_special_tokens=not self.task.chat,
+            return_offsets_mapping=named.tokenizer.is_fast,
+        )
+        ids = named.rename(encoding["input_ids"])
+        shift = self.count if self.task.special_tokens == "after" else 0
+        ids = [-1 - i for i in range(shift)] + ids
+        answer = () if word is None else self._answer(word, space, text, named)
+        places: Places = ()
+        if named.tokenizer.is_fast and not self.task.chat:
+            places = _token_places(spans, encoding["offset_mapping"], shift)
+        return self._fill_slot(ids, answer, places)
+
+    def _spelled(self, fields: dict[str, str], word: str) -> str:
+        """All text of the example, joined as it is tokenized: without and with the answer."""
+        parts: list[str] = []
+        slot = -1
+        for piece in self.task.parsed.pieces:
+            if isinstance(piece, Slot):
+                slot = len(parts)
+            elif not isinstance(piece, Virtual):
+                parts.append(fields[piece.name] if isinstance(piece, Field) else piece.text)
+        before = "".join(parts if slot < 0 else parts[:slot])
+        return "".join(parts) + "\n" + before + word
+
+    def _fill_slot(self, ids: list[int], answer: tuple[int, ...], places: Places) -> Sequence:
+        at = ids.index(SLOT)
+        if self.kind == "causal":
+            return Sequence(tuple(ids[:at]), at, answer, places)
+        filling: list[int] = []
+        if self.kind == "masked":
+            filling = [self.tokenizer.mask_token_id] * (len(answer) or self.task.answer_tokens or 1)
+        grown = len(filling) - 1  # fields behind the slot move by what it grew
+        moved = [(n, a, b) if a < at else (n, a + grown, b + grown) for n, a, b in places]
+        return Sequence((*ids[:at], *filling, *ids[at + 1 :]), at, answer, tuple(moved))
+
+    def _layout(
+        self, fields: dict[str, str], named: NamedTokenizer
+    ) -> tuple[str, list[tuple[str, int, int]], bool]:
+        """The string with names for virtual tokens and slot, the fields' character ranges, and
+        whether the answer begins with a space."""
+        parts: list[str] = []
+        spans: list[tuple[str, int, int]] = []
+        sizes = iter(self.sizes)
+        virtual = 0
+        space: bool | None = None
+        leading = self.task.special_tokens == "after"
+        for piece in self.task.parsed.pieces:
+            if isinstance(piece, Virtual):
+                size = next(sizes)
+                if not leading:
+                    parts += [named.name(virtual + i) for i in range(size)]
+                virtual += size
+            elif isinstance(piece, Field):
+                start = sum(map(len, parts))
+                parts.append(fields[piece.name])
+                spans.append((piece.name, start, start + len(parts[-1])))
+            elif isinstance(piece, Slot):
+                space = piece.space
+                parts.append(named.slot)
+                if self.kind == "causal":
+                    break
+            else:
+                parts.append(piece.text if parts or not leading else piece.text.removeprefix(" "))
+        text = "".join(parts)
+        if space is None:  # without [MASK] the answer stands at the end
+            space = not text.endswith(("\n", "\t"))
+            text = text.removesuffix(" ") + named.slot
+        return text, spans, space
+
+    def _as_chat(self, text: str) -> str:
+        turn = [{"role": "user", "content": text}]
+        chat = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return str(chat)
+
+    def _answer(self, word: str, space: bool, text: str, named: NamedTokenizer) -> tuple[int, ...]:
+        if self.kind == "seq2seq":
+            ids = self._decoder_answer(word)
+        else:
+            before = text.partition(named.slot)[0]
+            answer = f" {word}" if space and not word.startswith(" ") else word
+            alone, whole = named.ids(before), named.ids(before + answer)
+            if len(whole) > len(alone) and whole[: len(alone)] == alone:
+                ids = whole[len(alone) :]
+            else:  # the answer would merge with the word before it: keep the two apart
+                marked = named.ids(before + named.slot + answer)
+                ids = marked[marked.index(SLOT) + 1 :]
+        if not ids:
+            raise DataError(f"the answer {word!r} has no token in this tokenizer")
+        if self.kind == "causal" and self.task.ends_answer:
+            ids = [*ids, self.tokenizer.eos_token_id]
+        return tuple(ids)
+
+    def _decoder_answer(self, word: str) -> list[int]:
+        """The decoder's labels, with the special tokens that the model was trained on."""
+        ids = list(self.tokenizer(text_target=word)["input_ids"])
+        if not self.task.ends_answer:
+            while ids and ids[-1] in self.tokenizer.all_special_ids:
+                ids.pop()
+        return ids
+
+
+def _token_places(
+    spans: list[tuple[str, int, int]], offsets: list[tuple[int, int]], shift: int
+) -> Places:
+    """Character ranges as token ranges: the tokens that overlap a field's text."""
+    result = []
+    for name, start, end in spans:
+        inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
+        if inside:
+            result.append((name, inside[0] + shift, inside[-1] + 1 + shift))
+    return tuple(result)

@@ -1,0 +1,284 @@
+"""Template + example + tokenizer -> token ids with the places of fields and answer.
+
+What an example says (fields, labels, answer) is settled here, and what must be cut for it to fit;
+how one string becomes ids is `layout`'s. Knows nothing of the model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import DataError, InputError
+from ..prompts.task import Task, as_label, fill, named_fields
+from ..prompts.template import Virtual
+from .layout import Layout, Sequence
+from .virtual_ids import resolve_words
+
+Example = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """An example ready for the model.
+
+    Attributes:
+        sequences: one, or one per label word where label words have several tokens.
+        label_ids: token id of each label word, where each is a single token; else empty.
+        label: index of the right label; None for free answers or unlabelled examples.
+    """
+
+    sequences: tuple[Sequence, ...]
+    label_ids: tuple[int, ...] = ()
+    label: int | None = None
+
+    @property
+    def compares(self) -> bool:
+        """The loss compares label words."""
+        return bool(self.label_ids) or len(self.sequences) > 1
+
+    @property
+    def weight(self) -> int:
+        """What this example counts in the loss: its answer tokens, or 1 for a label."""
+        return 1 if self.compares else len(self.sequences[0].answer)
+
+    @property
+    def shortened(self) -> bool:
+        """A field was cut to fit the length limit."""
+        return any(sequence.shortened for sequence in self.sequences)
+
+
+class Renderer:
+    """Renders examples for one task (a prompt or a manual template), tokenizer and kind of model.
+
+    Args:
+        tokenizer: stays unchanged.
+        task: gives template, verbalizer and policies.
+        kind: ``"causal"``, ``"masked"`` or ``"seq2seq"`` (`task_kind`).
+        context: the model's context length; the task's ``max_length`` may be smaller.
+        candidates: compare these answers instead of the verbalizer's labels.
+
+    Attributes:
+        groups: for each group of virtual tokens the ids that initialise them, or None.
+        labels: label -> words that are compared; empty for free answers.
+        owner: for each word that is compared the index of its label.
+        limit: the longest input in tokens, or None.
+
+    Raises:
+        InputError: task, tokenizer and model kind do not fit together.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        task: Task,
+        kind: str,
+        context: int | None = None,
+        candidates: list[str] | None = None,
+    ):
+        self.tokenizer, self.task, self.kind = tokenizer, task, kind
+        self.groups = resolve_words(tokenizer, task)
+        self.count = sum(map(len, self.groups))
+        limits = [limit for limit in (task.max_length, context) if limit]
+        self.limit = min(limits) if limits else None
+        if self.limit is not None and self.count >= self.limit:
+            raise InputError(
+                f"num_virtual_tokens is {self.count}, and an input has room for {self.limit} "
+                "tokens; use fewer virtual tokens"
+            )
+        self.labels = {c: (c,) for c in candidates} if candidates else task.labels
+        self.compares = bool(candidates) or (bool(task.labels) and task.label_mode == "labels")
+        self.owner = [n for n, words in enumerate(self.labels.values()) for _ in words]
+        named = [] if candidates else [w for words in task.labels.values() for w in words]
+        self._in_words = tuple(dict.fromkeys(name for w in named for name in named_fields(w)))
+        self._literal = candidates is not None
+        self._layout = Layout(tokenizer, task, kind, [len(group) for group in self.groups])
+        self._check_kind()
+
+    def _check_kind(self) -> None:
+        task, template = self.task, self.task.parsed
+        if self.kind == "masked" and template.slot is None:
+            raise InputError(
+                f"a masked LM answers at [MASK]; the template has none: {template.text}"
+            )
+        if self.kind == "masked" and self.tokenizer.mask_token_id is None:
+            raise InputError("this tokenizer has no mask token, so [MASK] has no meaning with it")
+        if self.kind == "causal" and template.after_slot:
+            if any(isinstance(piece, Virtual) for piece in template.after_slot):
+                raise InputError(
+                    "a causal model never sees what follows [MASK], and virtual tokens stand "
+                    f"there: {template.text}; put them before it"
+                )
+            warnings.warn(
+                f"a causal model answers at [MASK]; what follows it is dropped: {template.text}",
+                stacklevel=3,
+            )
+        if task.chat and (self.kind != "causal" or not self.tokenizer.chat_template):
+            raise InputError("chat=True needs a causal model whose tokenizer has a chat template")
+        if self.kind == "causal" and task.ends_answer and self.tokenizer.eos_token_id is None:
+            raise InputError(
+                "this tokenizer has no end-of-sequence token to end answers with; give "
+                "answer_end=False, and answer_tokens to predict"
+            )
+
+    def __call__(self, example: Example, *, answered: bool = True) -> Rendered:
+        """Render one example.
+
+        Args:
+            example: column -> value.
+            answered: the answer column must be there, and it is tokenized.
+
+        Raises:
+            DataError: a column is missing, the answer is empty or no known label, or the example
+                does not fit the model's context.
+        """
+        fields = self._texts(example, self.task.parsed.fields, "template")
+        in_words = self._texts(example, self._in_words, "verbalizer")
+        gold = self._gold(example) if answered else None
+        label = None
+        if gold is not None and self.labels:
+            if gold not in self.labels:
+                raise DataError(
+                    f"the label {gold!r} is not in the verbalizer; it knows "
+                    f"{', '.join(map(repr, self.labels))}"
+                )
+            label = list(self.labels).index(gold)
+        if not self.compares:
+            word = gold
+            if gold is not None and self.labels:
+                word = self._word(self.labels[gold][0], in_words)
+            return Rendered(self._sequences(fields, [word]), label=label)
+        words = [self._word(w, in_words) for words in self.labels.values() for w in words]
+        sequences = self._sequences(fields, words)
+        alike = all(s.ids == sequences[0].ids and len(s.answer) == 1 for s in sequences)
+        if alike:
+            return Rendered(sequences[:1], tuple(s.answer[0] for s in sequences), label)
+        return Rendered(sequences, label=label)
+
+    def _texts(self, example: Example, names: Iterable[str], what: str) -> dict[str, str]:
+        for name in names:
+            if name not in example:
+                raise DataError(
+                    f"the {what} names the column {name!r}, and the example has "
+                    f"{', '.join(map(repr, example)) or 'none'}; rename one of the two"
+                )
+        return {name: _text(name, example[name]) for name in names}
+
+    def _word(self, word: str, columns: dict[str, str]) -> str:
+        if self._literal:
+            return word
+        filled = fill(word, columns)
+        if not filled.strip():
+            raise DataError(f"the label word {word!r} is empty in this example")
+        return filled
+
+    def _gold(self, example: Example) -> str:
+        column = answer_column(self.task, example)
+        text = _text(column, as_label(example[column], self.labels))
+        if not text.strip():
+            raise DataError(f"the answer column {column!r} is empty; every example needs an answer")
+        return text
+
+    def _sequences(
+        self, fields: dict[str, str], words: Iterable[str | None]
+    ) -> tuple[Sequence, ...]:
+        """One sequence per word, all with the same fields, shortened where the limit asks."""
+        sequences = self._fitting(fields, words)
+        if sequences:
+            return sequences
+        low, high = 0, max(map(len, fields.values()), default=0)
+        best: tuple[Sequence, ...] = ()
+        while low <= high:  # the longest fields are cut to one common length: as long as fits
+            middle = (low + high) // 2
+            shorter = self._fitting({k: _cut(v, middle) for k, v in fields.items()}, words)
+            if shorter:
+                best, low = shorter, middle + 1
+            else:
+                high = middle - 1
+        if not best:
+            raise DataError(
+                f"anchors, virtual tokens and answer alone are longer than the {self.limit} tokens "
+                "there is room for; use a shorter template, fewer virtual tokens, or a shorter "
+                "answer"
+            )
+        return tuple(replace(sequence, shortened=True) for sequence in best)
+
+    def _fitting(self, fields: dict[str, str], words: Iterable[str | None]) -> tuple[Sequence, ...]:
+        """The sequences, or none where one of them does not fit."""
+        sequences = []
+        for word in words:
+            sequence = self._layout(fields, word)
+            room = self._room(sequence)
+            if room is not None and len(sequence.ids) > room:
+                return ()
+            sequences.append(sequence)
+        return tuple(sequences)
+
+    def _room(self, sequence: Sequence) -> int | None:
+        if self.limit is None or self.kind != "causal":
+            return self.limit
+        return self.limit + 1 - max(len(sequence.answer), self.task.answer_tokens or 1)
+
+
+def render_all(
+    renderer: Renderer, rows: Iterable[Example], what: str, *, answered: bool = True
+) -> list[Rendered]:
+    """Render examples; says how many were shortened.
+
+    Raises:
+        DataError: names the example at fault by its number, counted from 1.
+    Warns:
+        UserWarning: fields were cut to fit the length limit.
+    """
+    rendered = []
+    for number, row in enumerate(rows, 1):
+        try:
+            rendered.append(renderer(row, answered=answered))
+        except DataError as error:
+            raise DataError(f"{what} example {number}: {error}") from None
+    shortened = sum(example.shortened for example in rendered)
+    if shortened:
+        warnings.warn(
+            f"{shortened} of {len(rendered)} {what} examples were shortened to {renderer.limit} "
+            "tokens",
+            stacklevel=2,
+        )
+    return rendered
+
+
+def answer_column(task: Task, example: Example) -> str:
+    """The column of the right answer: the task's own, else ``answer``, else ``label``.
+
+    Raises:
+        DataError: the example has no such column.
+    """
+    choices = [task.answer] if task.answer else ["answer", "label"]
+    for name in choices:
+        if name in example:
+            return name
+    raise DataError(
+        f"the example has no answer column {' or '.join(map(repr, choices))}; it has "
+        f"{', '.join(map(repr, example)) or 'none'}; name the answer's column (--answer COLUMN)"
+    )
+
+
+def _text(column: str, value: Any) -> str:
+    """The text of a cell; nothing for None."""
+    text = "" if value is None else str(value)
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise DataError(
+            f"the column {column!r} holds half a surrogate pair; repair its text: {text!r}"
+        )
+    return text
+
+
+def _cut(text: str, length: int) -> str:
+    """At most `length` characters, without the broken word at the end."""
+    if len(text) <= length:
+        return text
+    kept = text[:length]
+    if length and not text[length].isspace() and (space := kept.rfind(" ")) > 0:
+        kept = kept[:space]
+    return kept.rstrip()

@@ -1,0 +1,109 @@
+"""Virtual tokens as names in a tokenizer.
+
+A whole rendered string is tokenized at once by a copy of the tokenizer in which each virtual token,
+and the answer slot, is an added token. The names are chosen to occur in no text of the example, so
+text never becomes a virtual token.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import AddedToken
+
+from ..errors import InputError
+from ..prompts.prompt import Prompt
+from ..prompts.task import Task
+
+SLOT = -(10**9)
+"""The answer slot among rendered ids; virtual token i is ``-1 - i``."""
+
+
+@dataclass(frozen=True)
+class NamedTokenizer:
+    """A tokenizer extended by names for virtual tokens and the slot.
+
+    Attributes:
+        tokenizer: the extended copy.
+        prefix: what every name begins with.
+    """
+
+    tokenizer: Any
+    prefix: str
+    meaning: dict[int, int]
+
+    def name(self, index: int) -> str:
+        """The name of virtual token `index`."""
+        return f"{self.prefix}{index}|>"
+
+    @property
+    def slot(self) -> str:
+        """The name of the answer slot."""
+        return f"{self.prefix}slot|>"
+
+    def ids(self, text: str) -> list[int]:
+        """Ids without special tokens around; names as negative numbers."""
+        return self.rename(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def rename(self, ids: list[int]) -> list[int]:
+        """Replace the added tokens' ids by what they mean here."""
+        return [self.meaning.get(i, i) for i in ids]
+
+
+class Names:
+    """Extended tokenizers for texts of any content.
+
+    Args:
+        tokenizer: stays unchanged.
+        count: virtual tokens to name.
+    """
+
+    def __init__(self, tokenizer: Any, count: int):
+        self.tokenizer, self.count = tokenizer, count
+        self._made: dict[int, NamedTokenizer] = {}
+
+    def avoiding(self, text: str) -> NamedTokenizer:
+        """A tokenizer whose names do not occur in `text`."""
+        number = 0
+        while f"<|virtual-{number}:" in text:
+            number += 1
+        if number not in self._made:
+            self._made[number] = self._make(f"<|virtual-{number}:")
+        return self._made[number]
+
+    def _make(self, prefix: str) -> NamedTokenizer:
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer.model_max_length = 10**30  # rendering sees to the length, without a warning
+        named = NamedTokenizer(tokenizer, prefix, {})
+        names = {named.name(i): -1 - i for i in range(self.count)} | {named.slot: SLOT}
+        tokenizer.add_tokens([virtual_token(name) for name in names])
+        for name, meaning in names.items():
+            named.meaning[tokenizer.convert_tokens_to_ids(name)] = meaning
+        return named
+
+
+def virtual_token(name: str) -> AddedToken:
+    """The one form of added token that leaves the tokens around it as they are."""
+    return AddedToken(name, special=True, normalized=False, lstrip=False, rstrip=False)
+
+
+def resolve_words(tokenizer: Any, task: Task) -> list[list[int | None]]:
+    """For each group of virtual tokens the ids that initialise them, or None where there are none.
+
+    Also fixes the prompt's number of virtual tokens, which the words of ``[P:…]`` decide.
+    """
+    groups: list[list[int | None]] = []
+    for position, group in enumerate(task.parsed.virtual):
+        if group.words is None:
+            groups.append([None] * group.count)
+            continue
+        first = position == 0 and task.parsed.pieces[0] == group
+        text = group.spelled.removeprefix(" ") if first else group.spelled
+        groups.append(list(tokenizer(text, add_special_tokens=False)["input_ids"]))
+        if not groups[-1]:
+            raise InputError(f"the words of [P:{group.words}] have no token in this tokenizer")
+    if isinstance(task, Prompt):
+        task.set_count(sum(map(len, groups)))
+    return groups

@@ -1,0 +1,88 @@
+"""What stands beside every figure: versions, machine and date; and pictures as PNG bytes.
+
+matplotlib is imported when a picture is drawn: it takes longer than most commands.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_PACKAGES = ("ptuning", "torch", "transformers", "accelerate", "tokenizers", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Package versions, Python, processor and date as plain text."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "source tree"
+    found["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    found["date"] = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return found
+
+
+def shares(names: list[str], bars: dict[str, list[float | None]], title: str) -> bytes:
+    """Groups of bars, a group for each name and a bar for each series, in percent;
+    None has no bar."""
+    figure = _figure(max(4.5, 0.55 * len(names) + 2), 3.6)
+    panel = figure.subplots()
+    width = 0.8 / len(bars)
+    for number, (label, values) in enumerate(bars.items()):
+        shift = (number - (len(bars) - 1) / 2) * width
+        known = {place + shift: 100 * v for place, v in enumerate(values) if v is not None}
+        panel.bar(list(known), list(known.values()), width, label=label)
+    panel.set_xticks(range(len(names)), names, rotation=90 if len(names) > 8 else 0)
+    panel.set(ylabel=title, ylim=(0, 100))
+    panel.grid(axis="y", alpha=0.3)
+    panel.legend(ncols=len(bars), loc="upper center", fontsize="small")
+    return _png(figure)
+
+
+def training_curve(history: list[dict[str, float]], title: str = "P-tuning") -> bytes:
+    """Loss and, where there is a dev set, dev accuracy over the epochs."""
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [record["epoch"] for record in history]
+    has_dev = bool(history) and "dev_accuracy" in history[-1]
+    figure = _figure(8 if has_dev else 4.5, 3.2)
+    panels = figure.subplots(1, 2 if has_dev else 1, squeeze=False)[0]
+    panels[0].plot(epochs, [r["loss"] for r in history], marker="o", markersize=3, label="train")
+    if has_dev:
+        dev_loss = [record["dev_loss"] for record in history]
+        panels[0].plot(epochs, dev_loss, marker="o", markersize=3, label="dev")
+        accuracy = [100 * record["dev_accuracy"] for record in history]
+        panels[1].plot(epochs, accuracy, marker="o", markersize=3, color="C2")
+        panels[1].set(xlabel="epoch", ylabel="right on dev (%)", ylim=(0, 100))
+    panels[0].set(xlabel="epoch", ylabel="loss per answer token", ylim=(0, None))
+    panels[0].legend()
+    for panel in panels:
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.grid(alpha=0.3)
+    figure.suptitle(title)
+    return _png(figure)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, which is drawn without a screen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    return content.getvalue()

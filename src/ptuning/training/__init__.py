@@ -1,0 +1,1 @@
+"""From rows to trained prompts: one loop, always over a population."""

@@ -1,0 +1,126 @@
+"""Checkpoints of a running training: what is needed to go on with the same numbers.
+
+``checkpoints/step-00000120/`` holds ``state.pt`` (tensors and plain values, read with
+``weights_only=True``) and ``DONE``, written last. A folder without ``DONE``, or one that cannot be
+read, is skipped for the one before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import distributed, storage
+from ..backbone.base_model import describe
+from ..errors import InputError
+from .grid import Variant
+
+FOLDER = "checkpoints"
+_KEPT = 2
+
+
+def save(output: Path, step: int, state: dict[str, Any]) -> None:
+    """Write a checkpoint atomically and delete all but the newest two."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    folder = output / FOLDER / f"step-{step:08d}"
+    if folder.exists():  # left by an interrupted run; this state is the same or newer
+        shutil.rmtree(folder)
+    storage.write_folder(folder, {"state.pt": content.getvalue(), "DONE": b""})
+    for old in _folders(output)[:-_KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_newest(output: Path) -> dict[str, Any] | None:
+    """The newest whole checkpoint's state, or None where there is none."""
+    for folder in reversed(_folders(output)):
+        if not (folder / "DONE").exists():
+            continue
+        try:
+            return torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+        except Exception as error:  # torch raises several kinds for a damaged file
+            warnings.warn(f"{folder} cannot be read and is skipped: {error}", stacklevel=2)
+    return None
+
+
+def load_for_all(output: Path | None, identity: dict[str, str]) -> dict[str, Any] | None:
+    """What the main process finds in its `output` to go on with, given to all processes.
+
+    Args:
+        output: None to begin anew.
+        identity: of this process's run (`fingerprint`).
+
+    Raises:
+        InputError: the checkpoint is another run's, or the processes' runs differ.
+    """
+
+    def read() -> tuple[dict[str, str], dict[str, Any] | None]:
+        state = load_newest(output) if output is not None else None
+        if state is not None:
+            check_same_run(state["identity"], identity)
+        return identity, state
+
+    main, state = distributed.from_main(read)
+    differing = [key for key in {**main, **identity} if main.get(key) != identity.get(key)]
+    if differing:
+        raise InputError(
+            f"{differing[0]} differs between this process and the main one; start all processes "
+            "with the same settings and data"
+        )
+    return state
+
+
+def delete_all(output: Path) -> None:
+    """Remove the checkpoints of a run that is over or starts anew."""
+    shutil.rmtree(output / FOLDER, ignore_errors=True)
+
+
+def _folders(output: Path) -> list[Path]:
+    """From the oldest to the newest; an earlier run may have come further."""
+    found = (output / FOLDER).glob("step-*")
+    return sorted(found, key=lambda folder: (folder.stat().st_mtime_ns, folder.name))
+
+
+def identity_of(variants: Sequence[Variant], model: nn.Module, tokenizer: Any) -> dict[str, str]:
+    """All that the numbers of a run depend on."""
+    first = variants[0]
+    chosen = {**asdict(first.settings), **first.prompt.settings()}
+    for name in ("tracker", "checkpoint_seconds", "prefix_cache", "graphs"):
+        del chosen[name]
+    start = first.prompt.vectors
+    chosen["the prompt to begin from"] = None if start is None else start.double().sum().item()
+    chosen["the base model"] = describe(model, tokenizer)["embedding"]["values"]
+    chosen["the population"] = [variant.name for variant in variants]
+    return fingerprint(chosen, [*first.examples, *first.dev])
+
+
+def fingerprint(settings: dict[str, Any], examples: Iterable[Any]) -> dict[str, str]:
+    """What a run depends on, to be compared on resume: each setting, and a hash of the data."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr(example).encode("utf-8", "surrogatepass"))
+    values = {key: json.dumps(value, default=str) for key, value in settings.items()}
+    return {**values, "the data": digest.hexdigest()}
+
+
+def check_same_run(saved: dict[str, str], current: dict[str, str]) -> None:
+    """Raise InputError naming what differs between a checkpoint's run and this one."""
+    differing = [key for key in {**saved, **current} if saved.get(key) != current.get(key)]
+    if differing:
+        key = differing[0]
+        named = key.startswith("the ")
+        detail = "" if named else f" (then {saved.get(key)}, now {current.get(key)})"
+        raise InputError(
+            f"cannot resume: {key} differs from the interrupted run{detail}; give the same "
+            "settings and data, or start anew with --overwrite"
+        )

@@ -1,0 +1,149 @@
+"""The members of a population before they train: seeds, and the values of a grid.
+
+population=3, grid={"learning_rate": [1e-3, 3e-3]}      six members: each rate with three seeds
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from ..errors import InputError
+from ..prompts.prompt import Prompt
+from ..rendering.render import Rendered, Renderer
+from .settings import TrainSettings
+
+OF_SETTINGS = ("learning_rate", "weight_decay", "max_grad_norm", "schedule", "warmup")
+OF_PROMPT = ("encoder", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout", "template")
+KEYS = (*OF_SETTINGS, *OF_PROMPT, "virtual_tokens")
+"""What a grid may vary."""
+_GROUP = re.compile(r"(?<!\[)\[P(?:\*\d+)?\](?!\])")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One member's prompt and settings, and the examples as its template renders them.
+
+    Attributes:
+        name: what distinguishes it: grid key -> value, and its seed.
+        prompt: its own; another member's never changes it.
+        settings: its own.
+        renderer: of its template.
+        examples: training examples.
+        dev: examples that choose.
+    """
+
+    name: dict[str, Any]
+    prompt: Prompt
+    settings: TrainSettings
+    renderer: Renderer
+    examples: list[Rendered]
+    dev: list[Rendered]
+
+    @property
+    def has_start(self) -> bool:
+        """Its virtual tokens begin as something: as trained vectors, or as words."""
+        return self.prompt.vectors is not None or any(None not in g for g in self.renderer.groups)
+
+
+def choices(
+    prompt: Prompt,
+    settings: TrainSettings,
+    population: int,
+    grid: Mapping[str, Sequence[Any]] | None,
+) -> list[tuple[dict[str, Any], Prompt, TrainSettings]]:
+    """Name, prompt and settings of each member; the first is what was asked for, if alone.
+
+    Raises:
+        InputError: no member, an unknown key of the grid, or a value that cannot be used.
+    """
+    if not isinstance(population, int) or population < 1:
+        raise InputError(f"population is {population}; give a whole number of at least 1")
+    if grid is not None and not isinstance(grid, Mapping):
+        raise InputError(f"the grid is {grid!r}; give key -> list of values")
+    grid = dict(grid or {})
+    unknown = sorted(set(grid) - set(KEYS))
+    if unknown:
+        raise InputError(f"the grid has {unknown[0]!r}; it may vary {', '.join(KEYS)}")
+    for key, values in grid.items():
+        if not isinstance(values, list | tuple) or not values:
+            raise InputError(f"the grid gives {values!r} for {key}; give a list of values")
+    if population == 1 and not grid:
+        return [({"seed": settings.seed}, prompt, settings)]
+    result = []
+    for values in itertools.product(*grid.values()):
+        chosen = dict(zip(grid, values, strict=True))
+        for seed in range(settings.seed, settings.seed + population):
+            own = {key: chosen[key] for key in OF_SETTINGS if key in chosen}
+            changed = replace(settings, **own, seed=seed)
+            result.append(({**chosen, "seed": seed}, _prompt(prompt, chosen), changed))
+    return result
+
+
+def _prompt(prompt: Prompt, chosen: dict[str, Any]) -> Prompt:
+    """A copy of the prompt with the grid's values."""
+    changes = {key: chosen[key] for key in OF_PROMPT if key in chosen}
+    template = changes.get("template", prompt.template)
+    if "virtual_tokens" in chosen:
+        template = resized(template, chosen["virtual_tokens"])
+        changes["template"] = template
+    if changes:
+        changes["encoder_weights"] = None
+        if template != prompt.template:
+            changes |= {"num_virtual_tokens": None, "vectors": None}
+    given = {f.name: getattr(prompt, f.name) for f in fields(Prompt)}
+    return Prompt(**{**given, **changes})
+
+
+def resized(template: str | None, count: int) -> str:
+    """The template with `count` virtual tokens in each of its groups.
+
+    Raises:
+        InputError: no template, or no group of a plain number of virtual tokens.
+    """
+    if template is None or not _GROUP.search(template):
+        raise InputError(
+            "virtual_tokens in the grid sets the size of each [P*n]; the template has none: "
+            f"{template}"
+        )
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise InputError(f"virtual_tokens in the grid is {count}; give whole numbers from 1 on")
+    return _GROUP.sub(f"[P*{count}]", template)
+
+
+def parse_grid(parts: Iterable[str]) -> dict[str, list[Any]]:
+    """``learning_rate=1e-3,3e-3`` and the like as key -> values.
+
+    Raises:
+        InputError: a part is not KEY=VALUE,VALUE.
+    """
+    grid: dict[str, list[Any]] = {}
+    for part in itertools.chain.from_iterable(map(_split, parts)):
+        key, separator, values = part.partition("=")
+        if not separator or not key or not values:
+            raise InputError(
+                f"the grid's {part!r} is not KEY=VALUE,VALUE; write for example "
+                "learning_rate=1e-3,3e-3 encoder=mlp,lstm"
+            )
+        if key in grid:
+            raise InputError(f"the grid names {key} twice; give all its values together")
+        separators = "|" if key == "template" else ","
+        grid[key] = [_value(text.strip()) for text in values.split(separators)]
+    return grid
+
+
+def _split(text: str) -> list[str]:
+    """Parts at the spaces before a key; a template's own spaces stay."""
+    return re.split(rf"\s+(?=(?:{'|'.join(KEYS)})=)", text.strip())
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,106 @@
+"""A prompt in a plain ``transformers.Trainer``, for those who have one.
+
+    population, data, collator = ptuning.trainer_parts(model, tokenizer, prompt, rows)
+    Trainer(population, args, train_dataset=data, data_collator=collator).train()
+    population.finish(prompt)
+
+``args`` needs ``remove_unused_columns=False``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone.base_model import context_length, describe, task_kind
+from ..forward.scoring import batch_for
+from ..prompts.prompt import Prompt
+from ..rendering.collate import IGNORED, Batch
+from ..rendering.render import Example, Rendered, Renderer, answer_column, render_all
+from .population import Member, Population
+from .train import learn_answer_length
+
+
+class PromptModule(Population):
+    """A `Population` of one prompt that hands its result over when training is done."""
+
+    def __init__(self, model: nn.Module, renderer: Renderer, prompt: Prompt, seed: int):
+        words = [word for group in renderer.groups for word in group]
+        owner = renderer.owner if renderer.compares else None
+        super().__init__(model, renderer.tokenizer, [Member(prompt, model, seed, words)], owner)
+        self._tokenizer, self._kind = renderer.tokenizer, renderer.kind
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        slots: Tensor,
+        answers: Tensor,
+        example: Tensor,
+        member: Tensor,
+        label_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The mean loss of a batch, from the fields of `Batch` that the collator gives."""
+        batch = Batch(
+            self._kind,
+            input_ids,
+            attention_mask,
+            slots,
+            answers,
+            example,
+            member,
+            label_ids,
+            labels,
+            decoder_input_ids,
+        )
+        count = len(member) if labels is not None else int((answers != IGNORED).sum())
+        return {"loss": self.step(batch).sum() / count}
+
+    @torch.no_grad()
+    def finish(self, prompt: Prompt) -> None:
+        """Give `prompt` its vectors and take the hooks off the base model."""
+        self.eval()
+        encoder = self.roster[0].encoder
+        prompt.vectors = encoder.table().float().cpu().clone()
+        state = encoder.state_dict()
+        prompt.encoder_weights = {k: v.detach().cpu().clone() for k, v in state.items()}
+        prompt.base_model = describe(self.base, self._tokenizer)
+        self.close()
+
+
+def trainer_parts(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Prompt,
+    rows: Iterable[Example],
+    *,
+    seed: int = 0,
+) -> tuple[PromptModule, list[dict[str, Rendered]], Callable[[list[Any]], dict[str, Tensor]]]:
+    """The module, data set and collator that a ``Trainer`` takes.
+
+    Args:
+        model: the base model; only the prompt's encoder is trained.
+        tokenizer: the model's.
+        prompt: filled by ``PromptModule.finish``.
+        rows: training examples.
+        seed: of the encoder's initialisation, as in `train`.
+    """
+    rows = list(rows)
+    prompt.answer = answer_column(prompt, rows[0])
+    renderer = Renderer(tokenizer, prompt, task_kind(model), context_length(model, tokenizer))
+    examples = render_all(renderer, rows, "training")
+    learn_answer_length(prompt, renderer, examples)
+    module = PromptModule(model, renderer, prompt, seed)
+    first_id = module.first_ids()[0]
+
+    def collator(items: list[dict[str, Rendered]]) -> dict[str, Tensor]:
+        chosen = [item["example"] for item in items]
+        batch = batch_for(model, renderer, chosen, [first_id] * len(chosen))
+        return {k: v for k, v in vars(batch).items() if isinstance(v, Tensor)}
+
+    return module, [{"example": example} for example in examples], collator

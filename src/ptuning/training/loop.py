@@ -1,0 +1,318 @@
+"""The training loop: one, and always over a population. One prompt is a population of one.
+
+    for each epoch, for each optimizer step:
+        micro-batches of every active member's next examples -> losses -> gradients
+        each member: clip, optimizer step, schedule
+    dev result -> best so far -> early stop
+
+The base model never changes. On the CPU a run that is interrupted anywhere and resumed ends with
+the numbers of an undisturbed one (to rounding, where keys and values of prefixes are kept: they are
+computed in other batches then).
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from .. import distributed
+from ..errors import TrainingError
+from ..forward.packing import can_pack
+from ..forward.prefix_store import PrefixStore
+from ..forward.scoring import batch_for, sums
+from ..rendering.collate import Batch, by_length
+from ..rendering.render import Rendered
+from . import checkpoint
+from .accelerator import finish_trackers, make_accelerator, place
+from .cuda_graphs import graphs_or_plain
+from .grid import Variant
+from .learner import Learner, halve
+from .population import Member, Population
+from .progress import Progress
+from .settings import TrainSettings
+
+
+@dataclass
+class Loop:
+    """One training with all that it needs; `train` is its only entry."""
+
+    model: nn.Module
+    tokenizer: Any
+    variants: list[Variant]
+    output: Path | None
+    listener: Callable[[Progress], None]
+
+    def train(self, resume: bool) -> list[Learner]:
+        """Train from the start, or from the newest checkpoint; gives the members' learners."""
+        first_in_process = not AcceleratorState._shared_state
+        self.accelerator = make_accelerator(self.settings, self.output)
+        try:
+            self._prepare(resume)
+            renderer = self.variants[0].renderer
+            owner = renderer.owner if renderer.compares else None
+            tuned = self.settings.tune_model
+            with Population(
+                self.model, self.tokenizer, self.members, owner, self.prefix, tuned
+            ) as population:
+                self.population = population
+                self.micro_step = graphs_or_plain(
+                    population, self._plain_step, self.settings, self.accelerator, self.notes.append
+                )
+                self._epochs()
+        finally:
+            finish_trackers(self.accelerator)
+            if first_in_process:  # so that the next training may use another precision
+                AcceleratorState._reset_state()
+        return self.learners
+
+    @property
+    def settings(self) -> TrainSettings:
+        """What all members share: epochs, batches, precision."""
+        return self.variants[0].settings
+
+    def _prepare(self, resume: bool) -> None:
+        settings = self.settings
+        self.device = place(self.model, self.accelerator)
+        per_step = settings.batch_size * settings.gradient_accumulation
+        self.steps_per_epoch = -(-len(self.variants[0].examples) // per_step)
+        self.steps = self.steps_per_epoch * settings.epochs
+        self.members = [self._member(variant) for variant in self.variants]
+        tuned = self.model if settings.tune_model else None
+        self.learners = [
+            Learner(member, v.prompt.encoder, v.settings, self.steps, self.accelerator, tuned)
+            for member, v in zip(self.members, self.variants, strict=True)
+        ]
+        causal = self.variants[0].renderer.kind == "causal"
+        keep = causal and settings.prefix_cache != "off" and tuned is None
+        self.prefix = PrefixStore(self.model, settings.prefix_bytes) if keep else None
+        self.identity = checkpoint.identity_of(self.variants, self.model, self.tokenizer)
+        self.notes: list[str] = []
+        self.step = 0
+        self.epoch_loss = torch.zeros(len(self.learners))
+        self._resume(resume)
+
+    def _member(self, variant: Variant) -> Member:
+        words = [word for group in variant.renderer.groups for word in group]
+        member = Member(variant.prompt, self.model, variant.settings.seed, words)
+        return member.to(self.device)
+
+    def _epochs(self) -> None:
+        self._saved_at = time.monotonic()
+        self._note_start()
+        count = len(self.variants[0].examples)
+        while self.step < self.steps and any(learner.active for learner in self.learners):
+            epoch, done = divmod(self.step, self.steps_per_epoch)
+            orders = [learner.order(epoch, count) for learner in self.learners]
+            for position in range(done, self.steps_per_epoch):
+                self.population.train()
+                losses = self._optimizer_step(orders, position)
+                self.step += 1
+                self.epoch_loss += losses / self.steps_per_epoch
+                self._report(epoch, losses)
+                if not any(learner.active for learner in self.learners):
+                    self._save()
+                    return
+                ends_epoch = position == self.steps_per_epoch - 1
+                if not ends_epoch:
+                    self._save_if_due()
+            self._end_epoch(epoch)
+
+    def _optimizer_step(self, orders: list[list[int]], position: int) -> Tensor:
+        """One optimizer step of every active member; gives each one's mean loss."""
+        per_step = self.settings.batch_size * self.settings.gradient_accumulation
+        chosen = [
+            [variant.examples[i] for i in order[position * per_step : (position + 1) * per_step]]
+            for variant, order in zip(self.variants, orders, strict=True)
+        ]
+        weights = [sum(example.weight for example in examples) for examples in chosen]
+        divisor = torch.tensor(weights, dtype=torch.float32, device=self.device)
+        total = torch.zeros(len(self.learners), device=self.device)
+        for start in range(0, len(chosen[0]), self.settings.batch_size):
+            rows = self._rows([c[start : start + self.settings.batch_size] for c in chosen])
+            keep, packs = self.prefix is not None, can_pack(self.model)
+            parts = [self._batch(part) for part in by_length(rows, self.device, keep, packs)]
+            # A graph that is replayed computes whole rows: its inputs stand still.
+            sharing = parts if keep and self.micro_step == self._plain_step else []
+            with self.population.one_table(sharing, self.accelerator.autocast) as table:
+                for part in parts:
+                    total += self.micro_step(part, divisor)
+                if not rows:  # all are other processes': a gradient of zeros
+                    self.accelerator.backward(0 * table.sum())
+        trained = [p for learner in self.learners if learner.active for p in learner.parameters()]
+        total = distributed.add_up_gradients(trained, total)
+        self._settle(total)
+        return total.cpu()
+
+    def _plain_step(self, batch: Batch, divisor: Tensor) -> Tensor:
+        """Each member's share of its mean loss; its gradient goes to the table. `cuda_graphs` may
+        replay it instead."""
+        with self.accelerator.autocast():
+            losses = self.population.losses(batch) / divisor
+        self.accelerator.backward(losses.sum())
+        return losses.detach()
+
+    def _settle(self, losses: Tensor) -> None:
+        """Optimizer steps; a member that is no longer finite leaves."""
+        finite = torch.isfinite(losses).tolist()
+        scales = any(x.active and finite[n] for n, x in enumerate(self.learners))
+        for number, learner in enumerate(self.learners):
+            stepped = learner.update(finite[number])
+            if learner.active and not (finite[number] and stepped):
+                loss = f"the loss is {float(losses[number])}"
+                fault = "the gradient is not finite" if finite[number] else loss
+                self._leave(number, fault, self.step + 1)
+        if scales and self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
+
+    def _leave(self, number: int, fault: str, step: int) -> None:
+        """A member ends its training; its best result so far stays.
+
+        Raises:
+            TrainingError: no member has a result or can still have one.
+        """
+        self.learners[number].active = False
+        if not any(learner.active or learner.best for learner in self.learners):
+            raise TrainingError(self._not_finite(number, fault, step))
+        if not any(learner.active for learner in self.learners):
+            warnings.warn(self._not_finite(number, fault, step), stacklevel=2)
+
+    def _rows(self, chosen: list[list[Rendered]]) -> list[tuple[Rendered, int]]:
+        """This process's share of every active member's examples, each with its member."""
+        return distributed.share(
+            [
+                (example, number)
+                for number, examples in enumerate(chosen)
+                if self.learners[number].active
+                for example in examples
+            ]
+        )
+
+    def _batch(self, rows: list[tuple[Rendered, int]]) -> Batch:
+        first_ids = self.population.first_ids()
+        batch = batch_for(
+            self.model,
+            self.variants[0].renderer,
+            [example for example, _ in rows],
+            [first_ids[number] for _, number in rows],
+        )
+        return replace(batch, member=torch.tensor([n for _, n in rows])).to(self.device)
+
+    def _note_start(self) -> None:
+        """Members that begin as something (trained weights, words) may turn out best as they are:
+        their result before the first step is epoch 0's."""
+        begun = [n for n, variant in enumerate(self.variants) if variant.has_start]
+        if self.step == 0 and begun and self.variants[0].dev:
+            for number, figures in zip(begun, self._dev_results(begun), strict=True):
+                self.learners[number].note_start(figures)
+
+    def _end_epoch(self, epoch: int) -> None:
+        records = []
+        active = [number for number, learner in enumerate(self.learners) if learner.active]
+        for number, figures in zip(active, self._dev_results(active), strict=True):
+            record = {"epoch": epoch + 1, "loss": float(self.epoch_loss[number]), **figures}
+            fault = self.learners[number].note(record)
+            if fault:
+                self._leave(number, fault, self.step)
+            else:
+                records.append(record)
+        self.epoch_loss.zero_()
+        if not records:
+            self._save()
+            return
+        if self.settings.halving:
+            halve(self.learners, epoch + 1, self.settings.epochs)
+        record = max(records, key=self.learners[0].rank)
+        self.accelerator.log(record, step=self.step)
+        self._save()
+        self._tell(epoch, record["loss"], record)
+
+    def _dev_results(self, numbers: list[int]) -> list[dict[str, float]]:
+        """Dev figures of some members; each process computes its share of the examples."""
+        if not self.variants[0].dev:
+            return [{} for _ in numbers]
+        self.population.eval()
+        self.population.write_tables()
+        first_ids = self.population.first_ids()
+        found = [
+            sums(
+                self.model,
+                self.variants[number].renderer,
+                distributed.share(self.variants[number].dev),
+                first_ids[number],
+                2 * self.settings.batch_size,
+                self.accelerator.autocast,
+                self.prefix,
+            )
+            for number in numbers
+        ]
+        (added,) = distributed.add_up([torch.tensor(found, dtype=torch.float64)])
+        weights = [sum(example.weight for example in self.variants[n].dev) for n in numbers]
+        return [
+            {"dev_accuracy": right / len(self.variants[0].dev), "dev_loss": loss / weight}
+            for (right, loss), weight in zip(added.tolist(), weights, strict=True)
+        ]
+
+    def _report(self, epoch: int, losses: Tensor) -> None:
+        active = [n for n, learner in enumerate(self.learners) if learner.active]
+        loss = float(losses[active].mean()) if active else float("nan")
+        self.accelerator.log({"train_loss": loss}, step=self.step)
+        self._tell(epoch, loss)
+
+    def _tell(self, epoch: int, loss: float, record: dict[str, float] | None = None) -> None:
+        members, of = sum(learner.active for learner in self.learners), len(self.learners)
+        note = self.notes.pop(0) if self.notes else ""
+        heard = Progress(self.step, self.steps, epoch + 1, loss, record, members, of, note)
+        if self.accelerator.is_main_process:
+            self.listener(heard)
+
+    def _save_if_due(self) -> None:
+        if time.monotonic() - self._saved_at >= self.settings.checkpoint_seconds:
+            self._save()
+
+    def _save(self) -> None:
+        if self.output is None or not self.accelerator.is_main_process:
+            return
+        scaler = self.accelerator.scaler
+        state = {
+            "identity": self.identity,
+            "step": self.step,
+            "epoch_loss": self.epoch_loss,
+            "answer_tokens": self.variants[0].prompt.answer_tokens,
+            "learners": [learner.state() for learner in self.learners],
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+        checkpoint.save(self.output, self.step, state)
+        self._saved_at = time.monotonic()
+
+    def _resume(self, resume: bool) -> None:
+        folder = self.output if resume else None
+        state = checkpoint.load_for_all(folder, self.identity)
+        if state is None:
+            return
+        self.step, self.epoch_loss = state["step"], state["epoch_loss"]
+        for learner, saved in zip(self.learners, state["learners"], strict=True):
+            learner.load(saved)
+        if state.get("scaler") and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _not_finite(self, number: int, fault: str, step: int) -> str:
+        best = self.learners[number].best
+        kept = (
+            f"the best result so far is epoch {best['epoch']}'s" if best else "nothing was learned"
+        )
+        variant = self.variants[number]
+        rate = variant.settings.rate_for(variant.prompt.encoder)
+        where = f"; the last checkpoint in {self.output} is good" if self.output else ""
+        return (
+            f"{fault} at step {step} of {self.steps}: training stopped ({kept}"
+            f"{where}). Use a lower learning rate than {rate:g}, or a base model in bfloat16 or "
+            "float32 instead of float16"
+        )

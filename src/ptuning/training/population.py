@@ -1,0 +1,244 @@
+"""Prompts in training side by side on one frozen model; one prompt is a population of one.
+
+`Population` is the thin module that every training drives, our loop and ``transformers.Trainer``
+alike (`hf_trainer`): the members' encoders make the tables, the tables are written into the model's
+embedding, one forward of the base model gives every row's loss, and each row counts for its member
+alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone.base_model import eval_mode, first_free_id
+from ..backbone.injection import ATTACHING, Injector, input_embedding
+from ..errors import PromptFileError
+from ..forward import chunked
+from ..forward.plain import Prefix
+from ..forward.shared_prefix import SharedHeads, first_of, share_heads
+from ..prompts.encoder import PromptEncoder, initialise
+from ..prompts.prompt import Prompt
+from ..rendering.collate import Batch
+
+
+class Member(nn.Module):
+    """One prompt in training: its encoder and a random state of its own.
+
+    Args:
+        prompt: a trained one continues from its encoder's weights, or from its vectors.
+        model: gives the embedding's width and the vectors of words.
+        seed: of initialisation and dropout; other members never change what it gives.
+        words: for each virtual token the id of the word that initialises it, or None.
+    """
+
+    def __init__(self, prompt: Prompt, model: nn.Module, seed: int, words: Sequence[int | None]):
+        super().__init__()
+        embedding = input_embedding(model)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # of the CPU: others stay as they are
+            self.encoder = PromptEncoder(prompt.encoder_config(embedding.embedding_dim))
+            self._initialise(prompt, embedding, words)
+            self.random_state = torch.get_rng_state()
+        self._random = prompt.encoder == "lstm" and prompt.encoder_dropout > 0
+
+    def _initialise(
+        self, prompt: Prompt, embedding: nn.Embedding, words: Sequence[int | None]
+    ) -> None:
+        if prompt.encoder_weights is not None:
+            try:
+                self.encoder.load_state_dict(prompt.encoder_weights)
+            except RuntimeError as error:
+                raise PromptFileError(
+                    f"the saved encoder does not fit its settings: {error}"
+                ) from None
+            return
+        if prompt.vectors is not None:
+            initialise(self.encoder, prompt.vectors, torch.arange(len(prompt.vectors)))
+            return
+        if prompt.encoder == "none":  # without a head, begin where real words are
+            ids = torch.randint(embedding.num_embeddings, (len(words),))
+            initialise(self.encoder, _vectors_of(embedding, ids), torch.arange(len(words)))
+        named = [(row, word) for row, word in enumerate(words) if word is not None]
+        if named:
+            rows, ids = (torch.tensor(column) for column in zip(*named, strict=True))
+            initialise(self.encoder, _vectors_of(embedding, ids), rows)
+
+    def table(self) -> Tensor:
+        """The vectors ``(virtual tokens, width)``, with the member's own dropout."""
+        if not (self._random and self.training):
+            return self.encoder.table()
+        device = self.encoder.embedding.weight.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.set_rng_state(self.random_state)
+            if device.type == "cuda":
+                torch.cuda.manual_seed(int(torch.randint(2**31, ())))
+            table = self.encoder.table()
+            self.random_state = torch.get_rng_state()
+        return table
+
+
+@torch.no_grad()
+def _vectors_of(embedding: nn.Embedding, ids: Tensor) -> Tensor:
+    """What the embedding gives for ordinary ids: the scale that injected rows have."""
+    return embedding(ids.to(embedding.weight.device)).float().cpu()
+
+
+class Population(nn.Module):
+    """Encoders on a frozen base model.
+
+    Only the encoders are parameters to train, and only they are in the state dict. Use as a context
+    manager, or call `close`: it takes the hooks off and gives the base model its state back.
+
+    Args:
+        model: the base model; always in eval mode here, its parameters frozen meanwhile.
+        tokenizer: its length decides where virtual ids start.
+        members: one or more.
+        words: for label comparison the label of each word (`Renderer.owner`), else None.
+        prefix: keeps what does not depend on the members (`prefix_store.PrefixStore`), or None.
+        tune_model: the base model's parameters are trained too, and ask for gradients meanwhile.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        members: Sequence[Member],
+        words: Sequence[int] | None = None,
+        prefix: Prefix | None = None,
+        tune_model: bool = False,
+    ):
+        super().__init__()
+        self.base, self.prefix = model, prefix
+        self.heads: SharedHeads | None = None
+        self.members = nn.ModuleList(members)
+        self.words = None if words is None else torch.tensor(words)
+        for member in members:
+            member.eval()  # a member's random state moves only when it trains
+        with torch.no_grad():
+            rows = self._tables()
+        with ATTACHING:
+            self._injector = Injector.on(model)
+            self._span = self._injector.add(rows, first_free_id(tokenizer))
+        self._undo = ExitStack()
+        self._undo.callback(self._injector.remove, self._span)
+        self._undo.enter_context(eval_mode(model))
+        self._undo.enter_context(_asking_for_gradients(model, tune_model))
+        self.register_state_dict_post_hook(_drop_base)
+        self.register_load_state_dict_post_hook(_expect_no_base)
+
+    def _tables(self) -> Tensor:
+        return torch.cat([member.table() for member in self.roster])
+
+    @property
+    def roster(self) -> list[Member]:
+        """The members, in order."""
+        return [member for member in self.members if isinstance(member, Member)]
+
+    def first_ids(self) -> list[int]:
+        """For each member the id of its first virtual token."""
+        sizes = [member.encoder.total_virtual_tokens for member in self.roster]
+        return [self._span.first + sum(sizes[:index]) for index in range(len(sizes))]
+
+    def train(self, mode: bool = True) -> Population:
+        """Set the encoders' mode; the base model's dropout stays off."""
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    def write_tables(self) -> None:
+        """Put the encoders' present output into the embedding, for evaluation."""
+        with torch.no_grad():
+            self._injector.write(self._span, self._tables())
+
+    def step(self, batch: Batch) -> Tensor:
+        """Each member's loss ``(members,)``, summed over its answer tokens (or its examples)."""
+        with self.written(self._tables()):
+            return self.losses(batch)
+
+    @contextmanager
+    def one_table(
+        self,
+        sharing: Sequence[Batch] = (),
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> Iterator[Tensor]:
+        """A micro-batch whose parts share one run of the encoders, and so each member's dropout.
+
+        Gives the table, a leaf. The parts' `losses` bring their gradients to it, and at the end
+        they go on into the encoders together.
+
+        Args:
+            sharing: the parts, if what stands in front of their rows' first fields is to be
+                computed once for all of them.
+            autocast: accelerate's mixed precision.
+        """
+        made = self._tables()
+        self.table = made.detach().requires_grad_()
+        try:
+            with self.written(self.table):
+                with autocast():
+                    self.heads = share_heads(self.base, sharing)
+                yield self.table
+                if self.heads is not None:
+                    self.heads.backward()
+        finally:
+            self.heads = None
+        if self.table.grad is not None:
+            made.backward(self.table.grad)
+
+    @contextmanager
+    def written(self, table: Tensor, behind: Tensor | None = None) -> Iterator[None]:
+        """The table in the embedding, and behind it another one: by default only its numbers, so
+        that no graph stays that others meet."""
+        self._injector.write(self._span, table)
+        try:
+            yield
+        finally:
+            self._injector.write(self._span, table.detach() if behind is None else behind)
+
+    def losses(self, batch: Batch, prefix: Prefix | None = None) -> Tensor:
+        """Each member's loss ``(members,)`` with the table that is in the embedding now.
+
+        Args:
+            batch: on the model's device.
+            prefix: instead of the population's own and of shared heads.
+        """
+        prefix = prefix or first_of(self.heads, self.prefix)
+        losses = chunked.losses(self.base, batch, self.words, prefix)
+        return losses.new_zeros(len(self.members)).index_add(0, batch.member, losses)
+
+    def close(self) -> None:
+        """Take the hooks off and give the base model its mode and gradients back."""
+        self._undo.close()
+
+    def __enter__(self) -> Population:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+@contextmanager
+def _asking_for_gradients(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """All parameters ask for a gradient meanwhile, or none does."""
+    before = [(p, p.requires_grad) for p in model.parameters() if p.is_floating_point()]
+    for parameter, _ in before:
+        parameter.requires_grad_(wanted)
+    try:
+        yield
+    finally:
+        for parameter, asked in before:
+            parameter.requires_grad_(asked)
+
+
+def _drop_base(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for key in [k for k in state if k.startswith(f"{prefix}base.")]:
+        del state[key]
+
+
+def _expect_no_base(module: nn.Module, keys: Any) -> None:
+    keys.missing_keys[:] = [k for k in keys.missing_keys if "base." not in k]

@@ -1,0 +1,130 @@
+"""`TrainSettings`: all that a training can be told, with defaults that work."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from ..errors import InputError
+from ..prompts.task import at_least_one
+
+LEARNING_RATES = {"mlp": 1e-3, "lstm": 2e-3, "none": 1e-2}
+"""Default by encoder type; the smaller the network before the vectors, the larger the rate."""
+
+SCHEDULES = ("linear", "cosine", "constant")
+CHOICES = ("accuracy", "loss")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train.
+
+    Args:
+        epochs: passes over the training examples.
+        learning_rate: AdamW's; by default by encoder type (`LEARNING_RATES`).
+        batch_size: examples per micro-batch.
+        gradient_accumulation: micro-batches per optimizer step.
+        seed: of initialisation, shuffling and dropout.
+        weight_decay: AdamW's, on the encoder.
+        max_grad_norm: the encoder's gradient is clipped to this norm.
+        schedule: ``linear`` or ``cosine`` decay to zero, or ``constant``.
+        warmup: fraction of all steps in which the rate rises from zero.
+        choose_by: which dev result is better: ``accuracy`` (of equals the lower loss) or ``loss``,
+            which swings less where dev examples are few.
+        patience: stop after so many epochs without a better dev result; None never stops.
+        shuffle: a new order of the examples in each epoch.
+        mixed_precision: ``no``, ``bf16`` or ``fp16``: accelerate's autocast for the base model.
+        tracker: a tracker of accelerate, such as ``tensorboard`` or ``wandb``.
+        checkpoint_seconds: time between two checkpoints of a run that has an output folder.
+        halving: drop members of a population that fall behind on dev, half of them at each rung.
+        prefix_cache: keep the keys and values of text before the first virtual token: ``auto``
+            (part of the free memory), ``off`` (every row is computed as a whole), or bytes such as
+            ``2G``. Changes no result.
+        tune_model: train the base model's weights together with the prompt (the paper's other
+            setting); its dropout stays off. For one prompt alone.
+        model_learning_rate: of the base model's weights, where they are trained.
+        graphs: ``auto`` replays steps of repeated shapes as CUDA graphs where that is possible,
+            ``off`` never does. Changes no result.
+
+    Raises:
+        InputError: a value that cannot be trained with.
+    """
+
+    epochs: int = 10
+    learning_rate: float | None = None
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    seed: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    schedule: str = "linear"
+    warmup: float = 0.05
+    choose_by: str = "accuracy"
+    patience: int | None = None
+    shuffle: bool = True
+    mixed_precision: str = "no"
+    tracker: str | None = None
+    checkpoint_seconds: float = 10.0
+    halving: bool = True
+    prefix_cache: str = "auto"
+    tune_model: bool = False
+    model_learning_rate: float = 1e-5
+    graphs: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "gradient_accumulation", "patience"):
+            at_least_one(name, getattr(self, name))
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise InputError(f"seed is {self.seed!r}; give a whole number")
+        for name in ("learning_rate", "max_grad_norm", "model_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and value > 0):
+                raise InputError(f"{name} is {value!r}; give a number above 0")
+        if not (_is_number(self.weight_decay) and self.weight_decay >= 0):
+            raise InputError(f"weight_decay is {self.weight_decay!r}; give a number from 0 on")
+        if not (_is_number(self.warmup) and 0 <= self.warmup < 1):
+            raise InputError(f"warmup is {self.warmup!r}; give the fraction of all steps, 0 to 1")
+        if self.schedule not in SCHEDULES:
+            raise InputError(f"schedule is {self.schedule!r}; expected one of {SCHEDULES}")
+        if self.choose_by not in CHOICES:
+            raise InputError(f"choose_by is {self.choose_by!r}; expected one of {CHOICES}")
+        if self.mixed_precision not in ("no", "bf16", "fp16"):
+            raise InputError(
+                f"mixed_precision is {self.mixed_precision!r}; expected no, bf16 or fp16"
+            )
+
+        if self.prefix_cache not in ("auto", "off"):
+            parse_size(self.prefix_cache)
+        if self.graphs not in ("auto", "off"):
+            raise InputError(f"graphs is {self.graphs!r}; expected auto or off")
+
+    @property
+    def prefix_bytes(self) -> int | None:
+        """``prefix_cache`` in bytes; None for ``auto``, 0 for ``off``."""
+        if self.prefix_cache == "auto":
+            return None
+        return 0 if self.prefix_cache == "off" else parse_size(self.prefix_cache)
+
+    def rate_for(self, encoder: str) -> float:
+        """The learning rate for an encoder type."""
+        return self.learning_rate or LEARNING_RATES[encoder]
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value)
+
+
+def parse_size(text: str) -> int:
+    """``500M`` or ``2G`` in bytes.
+
+    Raises:
+        InputError: no number with K, M, G or T behind it.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", str(text), re.IGNORECASE)
+    if match is None:
+        raise InputError(f"prefix_cache is {text!r}; give auto, off, or bytes such as 500M or 2G")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

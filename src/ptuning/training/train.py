@@ -1,0 +1,215 @@
+"""`train`: from a model, a prompt and examples to a trained prompt."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .. import distributed
+from ..backbone.base_model import check_same, context_length, describe, task_kind
+from ..errors import DataError, InputError
+from ..prompts.prompt import Prompt
+from ..rendering.render import Example, Rendered, Renderer, answer_column, render_all
+from .grid import Variant, choices
+from .learner import Learner, best_of
+from .loop import Loop
+from .progress import Progress
+from .settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came of a training.
+
+    Attributes:
+        history: one record per epoch: ``epoch``, ``loss`` and, with dev examples, ``dev_accuracy``
+            and ``dev_loss``.
+        best: the record of the epoch whose vectors the prompt now has.
+        shortened: training examples that were cut to the length limit.
+        seconds: wall time of this call.
+        members: one for each prompt of the population: ``name`` (its seed and grid values),
+            ``best`` (its best record), ``epochs`` that it trained, and ``dropped``, the epoch in
+            which it fell out, or None.
+        winner: the number of the member that the prompt now is.
+    """
+
+    history: list[dict[str, float]]
+    best: dict[str, float]
+    shortened: int
+    seconds: float
+    members: list[dict[str, Any]]
+    winner: int
+
+
+def train(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Prompt,
+    rows: Iterable[Example],
+    dev: Iterable[Example] = (),
+    *,
+    output: str | Path | None = None,
+    resume: bool = False,
+    settings: TrainSettings | None = None,
+    population: int = 1,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    listener: Callable[[Progress], None] | None = None,
+    **options: Any,
+) -> TrainResult:
+    """Train a prompt on a frozen model; afterwards the prompt has its vectors.
+
+    With ``tune_model=True`` the model is trained too, and afterwards has the weights that belong to
+    the prompt; save both.
+
+    Processes that a launcher started (`distributed`) all call this with the same arguments, and all
+    get the result of a training in one process.
+
+    Args:
+        model: a causal, masked or encoder-decoder language model; stays as it is, but for
+            ``tune_model``.
+        tokenizer: the model's.
+        prompt: a trained one continues from its weights.
+        rows: training examples, column -> value.
+        dev: examples that choose the best epoch; without them it is the last.
+        output: folder for checkpoints of the running training; only the main process uses it.
+        resume: continue from the newest checkpoint in `output`, if there is one.
+        settings: how to train; `options` change single fields of it.
+        population: train so many seeds side by side in shared batches, and keep the best by dev.
+        grid: values to train side by side too, such as ``{"encoder": ["mlp", "lstm"]}``; each
+            combination with each seed is a member (`grid.KEYS` lists what may vary).
+        listener: called after each step and epoch, in the main process.
+
+    Raises:
+        InputError: data, template, model or settings that do not fit together.
+        TrainingError: the loss is no longer finite before there is a result; a result that there is
+            stays, with a warning.
+
+    Example:
+        >>> result = train(model, tokenizer, prompt, rows, dev=dev_rows, epochs=5)
+    """
+    with distributed.together():
+        settings = _with_options(settings or TrainSettings(), options)
+        started = time.monotonic()
+        rows, dev = list(rows), list(dev)
+        if not rows:
+            raise DataError("there is no training example; give at least one")
+        if prompt.base_model:
+            check_same(prompt.base_model, model, tokenizer)
+        draft = copy.copy(prompt)  # a training that fails leaves the prompt as it was
+        column = draft.answer = answer_column(prompt, rows[0])
+        chosen = choices(draft, settings, population, grid)
+        _check_tuning(model, settings, len(chosen))
+        variants = _rendered(model, tokenizer, chosen, rows, dev)
+        loop = Loop(
+            model=model,
+            tokenizer=tokenizer,
+            variants=variants,
+            output=Path(output) if output is not None else None,
+            listener=listener or (lambda progress: None),
+        )
+        learners = loop.train(resume)
+        winner = best_of(learners)
+        learner, variant = learners[winner], variants[winner]
+        learner.put_best_into_model()
+        prompt.become(variant.prompt)
+        prompt.vectors = learner.best["vectors"]
+        prompt.encoder_weights = learner.best["weights"]
+        prompt.base_model = describe(model, tokenizer)
+        best = _figures(learner)
+        answers = Counter(prompt.label_text(row[column]) for row in rows)
+        majority = answers.most_common(1)[0][0]
+        prompt.training = {
+            "examples": len(rows),
+            "dev_examples": len(dev),
+            "majority_answer": majority,
+            "learning_rate": variant.settings.rate_for(prompt.encoder),
+            "seed": variant.settings.seed,
+            "population": len(variants),
+            **best,
+        }
+        members = [
+            {"name": v.name, "best": _figures(x), "epochs": len(x.history), "dropped": x.dropped}
+            for v, x in zip(variants, learners, strict=True)
+        ]
+        shortened = sum(example.shortened for example in variant.examples)
+        seconds = time.monotonic() - started
+        return TrainResult(learner.history, best, shortened, seconds, members, winner)
+
+
+def _check_tuning(model: Any, settings: TrainSettings, members: int) -> None:
+    if not settings.tune_model:
+        return
+    if members > 1:
+        raise InputError(
+            f"tune_model trains the base model with one prompt, and the population has {members}; "
+            "leave one of the two out"
+        )
+    if getattr(model, "is_quantized", False):
+        raise InputError("tune_model needs the base model's own weights; load it unquantized")
+
+
+def _figures(learner: Learner) -> dict[str, float]:
+    return {k: v for k, v in learner.best.items() if k not in ("weights", "vectors", "model")}
+
+
+def _rendered(
+    model: nn.Module,
+    tokenizer: Any,
+    chosen: list[tuple[dict[str, Any], Prompt, TrainSettings]],
+    rows: list[Example],
+    dev: list[Example],
+) -> list[Variant]:
+    """The members with their examples; those of one template share them."""
+    made: dict[str | None, tuple[Renderer, list[Rendered], list[Rendered]]] = {}
+    variants = []
+    for name, prompt, settings in chosen:
+        if prompt.template not in made:
+            context = context_length(model, tokenizer)
+            renderer = Renderer(tokenizer, prompt, task_kind(model), context)
+            examples = render_all(renderer, rows, "training")
+            learn_answer_length(prompt, renderer, examples)
+            made[prompt.template] = renderer, examples, render_all(renderer, dev, "dev")
+        renderer, examples, dev_examples = made[prompt.template]
+        prompt.answer_tokens = renderer.task.answer_tokens
+        prompt.set_count(renderer.count)
+        variants.append(Variant(name, prompt, settings, renderer, examples, dev_examples))
+    return variants
+
+
+def _with_options(settings: TrainSettings, options: dict[str, Any]) -> TrainSettings:
+    unknown = sorted(set(options) - set(asdict(settings)))
+    if unknown:
+        raise InputError(
+            f"unknown training setting {unknown[0]!r}; there are {', '.join(asdict(settings))}"
+        )
+    return replace(settings, **options)
+
+
+def learn_answer_length(prompt: Prompt, renderer: Renderer, examples: list[Rendered]) -> None:
+    """How long free answers may be at inference: the longest seen; for masks, the commonest.
+
+    Raises:
+        DataError: an answer is longer than the ``answer_tokens`` that the user gave.
+    """
+    if prompt.labels:
+        return
+    lengths = [len(example.sequences[0].answer) for example in examples]
+    given = prompt.answer_tokens
+    if given is not None and prompt.vectors is None and max(lengths) > given:
+        number = next(n for n, length in enumerate(lengths, 1) if length > given)
+        ending = ", its end included" if renderer.kind == "causal" and prompt.ends_answer else ""
+        raise DataError(
+            f"training example {number}: the answer has {lengths[number - 1]} tokens{ending}, and "
+            f"answer_tokens is {given}; raise answer_tokens, or leave it out"
+        )
+    if renderer.kind == "masked":
+        prompt.answer_tokens = given or Counter(lengths).most_common(1)[0][0]
+    else:
+        prompt.answer_tokens = max([*lengths, given or 0])

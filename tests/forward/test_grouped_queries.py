@@ -1,0 +1,171 @@
+"""Grouped queries against transformers' attention: the same numbers, and the model as it was."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AttentionInterface, DynamicCache
+
+from ptuning.forward import grouped_queries as module
+from ptuning.forward.grouped_queries import grouped_queries
+
+from .. import tiny
+
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Granite", "Olmo2", "StableLm")
+MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+
+
+def model_of(family: str, **changes: Any) -> Any:
+    """A random model whose four query heads read two pairs of keys and values."""
+    values = {
+        "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+        "sliding_window": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**{**values, **changes})
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
+@pytest.fixture
+def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """For each attention in groups: true; for each that transformers computes there: false."""
+    seen: list[bool] = []
+    plain = module.sdpa_attention_forward
+
+    def ours(*args: Any, **kwargs: Any) -> Any:
+        seen.append(True)
+        return module._attention(*args, **kwargs)
+
+    def theirs(*args: Any, **kwargs: Any) -> Any:
+        seen[-1] = False
+        return plain(*args, **kwargs)
+
+    AttentionInterface.register("sdpa_grouped_queries", ours)
+    monkeypatch.setattr(module, "sdpa_attention_forward", theirs)
+    yield seen
+    AttentionInterface.register("sdpa_grouped_queries", module._attention)
+
+
+def found(model: Any, grouped: bool, behind: int = 0) -> tuple[Tensor, Tensor]:
+    """Last logits, and the gradient of the inputs, `behind` so many kept columns."""
+    torch.manual_seed(1)
+    vectors = torch.randn(2, 7, model.config.hidden_size).to(model.dtype)
+    cache = DynamicCache()
+    if behind:
+        with torch.no_grad():
+            body = model.get_decoder()
+            body(inputs_embeds=vectors[:, :behind], attention_mask=MASK[:, :behind],
+                 past_key_values=cache, use_cache=True)  # fmt: skip
+    asked = vectors[:, behind:].detach().requires_grad_()
+    with grouped_queries(model) if grouped else nullcontext():
+        logits = model(inputs_embeds=asked, attention_mask=MASK, past_key_values=cache).logits
+    logits[:, -1].float().logsumexp(-1).sum().backward()
+    assert asked.grad is not None
+    return logits[:, -1].detach(), asked.grad
+
+
+@pytest.mark.parametrize("behind", [0, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_are_the_plain_ones(
+    family: str, behind: int, groups: list[bool]
+) -> None:
+    model = model_of(family)
+    plain = found(model, False, behind)
+    assert groups == []
+    grouped = found(model, True, behind)
+    assert groups == [True] * model.config.num_hidden_layers
+    torch.testing.assert_close(grouped, plain, atol=1e-6, rtol=1e-5)
+
+
+def test_half_precision_is_as_near_to_float32_as_the_plain_one() -> None:
+    model = model_of("Llama")
+    exact = found(model, False)[1]
+    model.to(torch.bfloat16)
+    plain, grouped = (found(model, g)[1].float() for g in (False, True))
+    assert (grouped - exact).norm() < 1.5 * (plain - exact).norm() + 1e-3
+
+
+def test_without_a_mask_or_with_one_query_transformers_computes(groups: list[bool]) -> None:
+    model = model_of("Llama")
+    with grouped_queries(model), torch.no_grad():
+        cache = DynamicCache()
+        model(input_ids=torch.ones(2, 3, dtype=torch.long), past_key_values=cache, use_cache=True)
+        model(input_ids=torch.ones(2, 1, dtype=torch.long), past_key_values=cache,
+              attention_mask=torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]))  # fmt: skip
+    assert groups == [False] * 4
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_other_attentions_and_models_without_groups_stay_as_they_are(
+    eager: bool, groups: list[bool]
+) -> None:
+    model = model_of("Llama", num_key_value_heads=2 if eager else 4)
+    if eager:
+        model.set_attn_implementation("eager")
+    name = model.config._attn_implementation
+    with grouped_queries(model):
+        assert model.config._attn_implementation == name
+        found(model, True)
+    assert groups == []
+
+
+def test_the_model_looks_up_its_own_attention_again_even_after_an_error() -> None:
+    model = model_of("Llama")
+
+    def fails() -> None:
+        with grouped_queries(model):
+            assert model.config._attn_implementation != "sdpa"
+            with grouped_queries(model):  # as another thread may
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("line", "served"),
+    [
+        ("attend(config._attn_implementation, eager)", True),
+        ("if config._attn_implementation == 'sdpa': pass", False),
+        ("if config._attn_implementation in ('sdpa', 'eager'): pass", False),
+        (None, False),
+    ],
+    ids=["looks up", "compares", "compares with several", "no file"],
+)
+def test_code_that_compares_the_attention_s_name_keeps_it(
+    line: str | None, served: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "modeling.py"
+    path.write_text(f"def other(config, attend, eager):\n    {line}\n")
+    name = f"made_up_{hash(line)}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    monkeypatch.setitem(sys.modules, name, importlib.util.module_from_spec(spec))
+    kind = types.new_class("MadeUp", (transformers.LlamaForCausalLM,))
+    kind.__module__ = name if line else "nowhere"
+    model = kind(model_of("Llama").config).eval()
+    with grouped_queries(model):
+        assert (model.config._attn_implementation != "sdpa") == served
+    part = model_of("Llama")
+    part.model.layers[1].self_attn = nn.Sequential(kind(model.config))
+    with grouped_queries(part):
+        assert (part.config._attn_implementation != "sdpa") == served
+
+
+def test_what_has_no_groups_runs_as_ever() -> None:
+    model, line = tiny.model("gpt2"), nn.Linear(2, 2)
+    with grouped_queries(model), grouped_queries(line):
+        assert model.config._attn_implementation == "sdpa"
+        assert line(torch.zeros(1, 2)).shape == (1, 2)

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import ptuning
+from ptuning import InputError, Prompt, Task
+from ptuning.backbone.base_model import task_kind
+from tests import tiny
+
+ROWS = [
+    {"country": name, "capital": capital, "label": n % 2}
+    for n, (name, capital) in enumerate(
+        [("France", "Paris"), ("Italy and all of its many islands", "Rome"), ("Oslo", "Madrid")]
+    )
+]
+TEMPLATE = "[P*3] {country} [P] is [MASK]"
+
+
+def setting(family: str, **options: Any) -> tuple[Any, Any, Prompt]:
+    """A tiny model and a prompt with random vectors, as large as the model's own."""
+    tokenizer = tiny.tokenizer(around=family not in tiny.CAUSAL)
+    model = tiny.model(family, vocab_size=len(tokenizer))
+    prompt = Prompt(**{"template": TEMPLATE, "answer": "capital", "answer_tokens": 4, **options})
+    embedding = model.get_input_embeddings().weight
+    prompt.vectors = torch.randn(4, embedding.shape[1]) * embedding.std().detach()
+    return model, tokenizer, prompt
+
+
+@pytest.mark.parametrize(
+    "setting_of_model",
+    [
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"suppress_tokens": list(range(5, 300))},
+        {"repetition_penalty": 3.0},
+        {"num_return_sequences": 2, "num_beams": 2},
+        {"guidance_scale": 3.0},
+    ],
+    ids=str,
+)
+def test_the_models_own_generation_settings_change_no_answer(
+    setting_of_model: dict[str, Any],
+) -> None:
+    model, tokenizer, prompt = setting(
+        "llama", template="The big old capital city of [P*4] {country} is [MASK]"
+    )
+    expected = ptuning.predict(model, tokenizer, prompt, ROWS)
+    own = model.generation_config
+    own.update(**setting_of_model)
+    assert ptuning.predict(model, tokenizer, prompt, ROWS) == expected
+    assert model.generation_config is own
+
+
+@pytest.mark.parametrize("family", [*tiny.CAUSAL, *tiny.SEQ2SEQ])
+def test_free_answers_are_the_models_greedy_continuation(family: str) -> None:
+    model, tokenizer, prompt = setting(family)
+    said = ptuning.predict(model, tokenizer, prompt, ROWS)
+    renderer = ptuning.Renderer(tokenizer, prompt, "causal" if family in tiny.CAUSAL else "seq2seq")
+    with ptuning.attach(model, tokenizer, prompt) as attached:
+        first = attached.first_id(prompt)
+        for row, answer in zip(ROWS, said, strict=True):
+            ids = [first - 1 - i if i < 0 else i for i in renderer(row).sequences[0].ids]
+            made = model.generate(
+                torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                max_new_tokens=4,
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=2,
+            )
+            new = made[0, len(ids) :] if family in tiny.CAUSAL else made[0, 1:]
+            assert answer == tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+@pytest.mark.parametrize("labelled", [False, True])
+def test_batch_size_and_order_do_not_change_a_prediction(family: str, labelled: bool) -> None:
+    labels = {"verbalizer": {"0": "yes", "1": ["no", "not at all"]}, "answer": None}
+    model, tokenizer, prompt = setting(family)
+    if labelled:
+        vectors, prompt = prompt.vectors, Prompt(TEMPLATE, **labels)  # type: ignore[arg-type]
+        prompt.vectors = vectors
+    together = ptuning.predict_details(model, tokenizer, prompt, ROWS)
+    apart = [
+        ptuning.predict_details(model, tokenizer, prompt, [row], batch_size=1)[0] for row in ROWS
+    ]
+    assert [p.answer for p in together] == [p.answer for p in apart]
+    for one, other in zip(together, apart, strict=True):
+        assert one.probability == pytest.approx(other.probability, abs=1e-5)
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+        if labelled:
+            assert set(one.probabilities) == {"0", "1"}
+            assert sum(one.probabilities.values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_probability_of_a_free_answer_is_the_product_of_its_tokens() -> None:
+    model, tokenizer, prompt = setting("llama")
+    prediction = ptuning.predict_details(model, tokenizer, prompt, ROWS[:1], answer_tokens=1)[0]
+    renderer = ptuning.Renderer(tokenizer, prompt, "causal")
+    with ptuning.attach(model, tokenizer, prompt) as attached, torch.no_grad():
+        first = attached.first_id(prompt)
+        ids = [first - 1 - i if i < 0 else i for i in renderer(ROWS[0]).sequences[0].ids]
+        best = model(torch.tensor([ids])).logits[0, -1].softmax(-1).max()
+    assert prediction.probability == pytest.approx(float(best), abs=1e-5)
+
+
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+def test_candidates_are_ranked_by_the_probability_of_the_whole_answer(family: str) -> None:
+    model, tokenizer, prompt = setting(family)
+    candidates = ["Paris", "Rome and Paris", "Lisbon"]
+    best = ptuning.predict_details(model, tokenizer, prompt, ROWS, candidates=candidates)
+    for row, prediction in zip(ROWS, best, strict=True):
+        losses = {}
+        for answer in candidates:
+            labelled = [{**row, "capital": answer}]
+            kind = task_kind(model)
+            renderer = ptuning.Renderer(tokenizer, prompt, kind)
+            tokens = len(renderer(labelled[0]).sequences[0].answer)
+            losses[answer] = tokens * ptuning.evaluate(model, tokenizer, prompt, labelled).loss
+        scores = torch.tensor([-losses[answer] for answer in candidates]).softmax(0)
+        expected = dict(zip(candidates, scores.tolist(), strict=True))
+        if family != "t5":  # an encoder-decoder's candidates are compared without the end token
+            assert prediction.probabilities == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_manual_task_predicts_without_vectors() -> None:
+    model, tokenizer, prompt = setting("llama")
+    task = Task("{country} is [MASK]", answer_tokens=2)
+    assert len(ptuning.predict(model, tokenizer, task, ROWS)) == 3
+    assert not model.get_input_embeddings()._forward_hooks
+    del prompt
+
+
+def test_attached_or_not_the_prediction_is_the_same() -> None:
+    model, tokenizer, prompt = setting("llama")
+    alone = ptuning.predict_details(model, tokenizer, prompt, ROWS)
+    with ptuning.attach(model, tokenizer, prompt):
+        assert ptuning.predict_details(model, tokenizer, prompt, ROWS) == alone
+        assert len(model.get_input_embeddings()._forward_hooks) == 1
+    assert not model.get_input_embeddings()._forward_hooks
+
+
+def test_modes_of_modules_are_given_back() -> None:
+    model, tokenizer, prompt = setting("llama")
+    model.model.layers[1].train()
+    before = {name: module.training for name, module in model.named_modules()}
+    ptuning.predict(model, tokenizer, prompt, ROWS)
+    ptuning.evaluate(model, tokenizer, prompt, ROWS)
+    ptuning.train(model, tokenizer, prompt, ROWS, epochs=1)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_what_is_missing_is_said() -> None:
+    model, tokenizer, prompt = setting("llama", answer_tokens=None)
+    with pytest.raises(InputError, match="Give answer_tokens"):
+        ptuning.predict(model, tokenizer, prompt, ROWS)
+    with pytest.raises(InputError, match="example 2: the template names the column 'country'"):
+        ptuning.predict(model, tokenizer, prompt, [ROWS[0], {"x": 1}], answer_tokens=2)
+    with pytest.raises(InputError, match="no vectors yet"):
+        ptuning.predict(model, tokenizer, Prompt(TEMPLATE), ROWS, answer_tokens=2)
+    config = model.config
+    from transformers import LlamaForSequenceClassification
+
+    with pytest.raises(InputError, match="has no language-model head"):
+        ptuning.predict(LlamaForSequenceClassification(config), tokenizer, prompt, ROWS)
+
+
+def test_evaluation_counts_what_was_predicted() -> None:
+    model, tokenizer, _ = setting("llama")
+    prompt = Prompt("[P*4] {country}? [MASK]", verbalizer={"0": "yes", "1": "no"})
+    rows = ROWS * 5
+    ptuning.train(model, tokenizer, prompt, rows[:7], epochs=1)
+    result = ptuning.evaluate(model, tokenizer, prompt, rows)
+    said = ptuning.predict(model, tokenizer, prompt, rows)
+    gold = [str(row["label"]) for row in rows]
+    assert result.accuracy == sum(a == b for a, b in zip(said, gold, strict=True)) / 15
+    for i, right in enumerate(result.labels):
+        for j, predicted in enumerate(result.labels):
+            count = sum((a, b) == (right, predicted) for a, b in zip(gold, said, strict=True))
+            assert result.confusion[i][j] == count
+    assert result.majority_answer == "0"
+    assert result.majority_accuracy == gold.count("0") / 15
+    asked = Prompt("[P] {country}? [MASK]", verbalizer={"true": "yes", "false": "no"})
+    rows = [{"country": row["country"], "label": n % 3 > 0} for n, row in enumerate(rows)]
+    ptuning.train(model, tokenizer, asked, rows, epochs=1)
+    result = ptuning.evaluate(model, tokenizer, asked, rows)
+    assert (result.majority_answer, result.majority_accuracy) == ("true", 10 / 15)
+    assert (
+        Prompt("[P] {country}? [MASK]").label_text(True) == "True"
+    )  # as a free answer is rendered
+    assert result.manual_template == "{country}? [MASK]"
+
+
+def test_the_nearest_words_of_a_word_are_itself() -> None:
+    model, tokenizer, prompt = setting("llama")
+    embedding = model.get_input_embeddings().weight.detach()
+    ids = [50, 99, 120, 200]
+    prompt.vectors = embedding[ids] * 3
+    neighbours, mean = ptuning.nearest_words(model, tokenizer, prompt, 2)
+    for index, neighbour in zip(ids, neighbours, strict=True):
+        assert neighbour.words[0][1] == pytest.approx(1, abs=1e-5)
+        word = tokenizer.decode([index]).strip() or repr(tokenizer.decode([index]))
+        assert neighbour.words[0][0] == word
+        assert neighbour.norm == pytest.approx(3 * float(embedding[index].norm()), rel=1e-5)
+    assert mean == pytest.approx(float(embedding.norm(dim=1).mean()), rel=1e-5)

@@ -1,0 +1,330 @@
+"""Adapters as folders and state dicts: both libraries read what either saves."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import ptuning
+from ptuning import peft_compat
+from ptuning.errors import InputError, PromptFileError
+
+from .. import tiny
+
+IDS = torch.tensor([[15, 16, 17, 18], [19, 20, 21, 22]])
+TASKS = {
+    "CAUSAL_LM": ("llama", None),
+    "SEQ_2_SEQ_LM": ("t5", None),
+    "SEQ_CLS": ("bert", transformers.AutoModelForSequenceClassification),
+    "TOKEN_CLS": ("bert", transformers.AutoModelForTokenClassification),
+    "QUESTION_ANS": ("bert", transformers.AutoModelForQuestionAnswering),
+    "FEATURE_EXTRACTION": ("roberta", transformers.AutoModel),
+}
+
+
+def base_for(task: str) -> Any:
+    family, auto = TASKS[task]
+    labels = 2 if task == "QUESTION_ANS" else 3
+    model = tiny.model(family, num_labels=labels) if auto else tiny.model(family)
+    if auto is None:
+        return model
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return auto.from_config(model.config).eval()
+
+
+def prompted(task: str, encoder: str = "MLP", library: Any = peft_compat) -> Any:
+    config = library.PromptEncoderConfig(
+        task_type=task,
+        num_virtual_tokens=3,
+        encoder_hidden_size=16,
+        encoder_reparameterization_type=encoder,
+    )
+    model = library.get_peft_model(base_for(task), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".modules_to_save." in name:
+                parameter.normal_(std=0.2)
+    return model.eval()
+
+
+def outputs(model: Any, task: str) -> torch.Tensor:
+    inputs = {"input_ids": IDS}
+    if task == "SEQ_2_SEQ_LM":
+        inputs["decoder_input_ids"] = IDS
+    with torch.no_grad():
+        return model(**inputs, return_dict=True)[0]
+
+
+@pytest.mark.parametrize("encoder", ["MLP", "LSTM"])
+@pytest.mark.parametrize("task", TASKS)
+def test_peft_reads_what_we_save_without_a_warning(task: str, encoder: str, tmp_path: Path) -> None:
+    model = prompted(task, encoder)
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        theirs = peft.PeftModel.from_pretrained(base_for(task), str(tmp_path)).eval()
+    assert not [w for w in seen if "adapter" in str(w.message) or "nexpected" in str(w.message)]
+    torch.testing.assert_close(outputs(theirs, task), outputs(model, task), atol=1e-5, rtol=1e-5)
+    again = peft_compat.PeftModel.from_pretrained(base_for(task), tmp_path)
+    assert torch.equal(outputs(again, task), outputs(model, task))
+    assert type(again) is type(model) and again.peft_config["default"].inference_mode
+    own = peft_compat.get_peft_model_state_dict(model)
+    reference = peft.get_peft_model_state_dict(theirs)
+    assert own.keys() == reference.keys()
+
+
+@pytest.mark.parametrize("encoder", ["MLP", "LSTM"])
+@pytest.mark.parametrize("task", TASKS)
+def test_we_read_what_peft_saves(task: str, encoder: str, tmp_path: Path) -> None:
+    theirs = prompted(task, encoder, peft)
+    theirs.save_pretrained(str(tmp_path))
+    model = peft_compat.PeftModel.from_pretrained(base_for(task), tmp_path)
+    expected = outputs(theirs, task)
+    torch.testing.assert_close(outputs(model, task), expected, atol=1e-5, rtol=1e-5)
+    going_on = peft_compat.PeftModel.from_pretrained(base_for(task), tmp_path, is_trainable=True)
+    going_on.eval()
+    torch.testing.assert_close(outputs(going_on, task), expected, atol=1e-5, rtol=1e-5)
+    assert hasattr(going_on.prompt_encoder["default"], "mlp_head")
+    assert any(p.requires_grad for p in going_on.parameters())
+
+
+@pytest.mark.parametrize("encoder", ["MLP", "LSTM", "NONE"])
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"])
+def test_training_goes_on_as_if_it_had_not_stopped(task: str, encoder: str, tmp_path: Path) -> None:
+    model = prompted(task, encoder)
+    model.save_pretrained(tmp_path)
+    again = peft_compat.PeftModel.from_pretrained(base_for(task), tmp_path, is_trainable=True)
+    labels = {"labels": torch.tensor([0, 2]) if task == "SEQ_CLS" else IDS}
+    for one in (model, again.eval()):
+        trained = [p for p in one.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.1)
+        one(input_ids=IDS, **labels).loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(outputs(again, task), outputs(model, task))
+
+
+def test_several_adapters_are_saved_below_and_loaded_by_name(tmp_path: Path) -> None:
+    model = prompted("SEQ_CLS")
+    config = peft_compat.PromptEncoderConfig(task_type="SEQ_CLS", num_virtual_tokens=2)
+    model.add_adapter("other one", config)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "other one" / "adapter_model.safetensors").is_file()
+    again = peft_compat.PeftModel.from_pretrained(base_for("SEQ_CLS"), tmp_path)
+    again.load_adapter(tmp_path / "other one", "other one")
+    for name in ("default", "other one"):
+        model.set_adapter(name)
+        again.set_adapter(name)
+        assert torch.equal(outputs(again, "SEQ_CLS"), outputs(model, "SEQ_CLS"))
+    with pytest.raises(InputError, match=r"invalid `selected_adapters`.*'third'"):
+        model.save_pretrained(tmp_path / "new", selected_adapters=["third"])
+    assert not (tmp_path / "new").exists()
+    model.save_pretrained(tmp_path / "new", selected_adapters=["other one"])
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["other one"]
+
+
+def test_a_template_is_saved_without_pefts_files_and_loaded_with_a_tokenizer(
+    tmp_path: Path,
+) -> None:
+    tokenizer = tiny.tokenizer("wordpiece", around=True)
+    config = peft_compat.PromptEncoderConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+    template = "[P*2] {text} is [P]"
+    base = base_for("SEQ_CLS")
+    model = peft_compat.get_peft_model(base, config, template=template, tokenizer=tokenizer).eval()
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
+    with pytest.raises(InputError, match="needs a tokenizer"):
+        peft_compat.PeftModel.from_pretrained(base_for("SEQ_CLS"), tmp_path)
+    again = peft_compat.PeftModel.from_pretrained(
+        base_for("SEQ_CLS"), tmp_path, tokenizer=tokenizer
+    )
+    assert torch.equal(outputs(again, "SEQ_CLS"), outputs(model, "SEQ_CLS"))
+
+
+def test_the_core_reads_a_prompt_without_a_head_and_refuses_one_with(tmp_path: Path) -> None:
+    model = prompted("CAUSAL_LM")
+    model.save_pretrained(tmp_path / "lm")
+    prompt = ptuning.Prompt.load(tmp_path / "lm")
+    base = base_for("CAUSAL_LM")
+    with torch.no_grad(), ptuning.attach(base, None, prompt) as attached:
+        placed = attached.prepend(prompt, IDS)
+        assert torch.equal(base(**placed).logits, outputs(model, "CAUSAL_LM"))
+    prompted("SEQ_CLS").save_pretrained(tmp_path / "cls")
+    with pytest.raises(InputError, match=r"trained together with classifier\.bias"):
+        ptuning.attach(base_for("SEQ_CLS"), None, ptuning.Prompt.load(tmp_path / "cls"))
+
+
+def test_old_releases_bin_files_are_read_but_no_code_in_them(tmp_path: Path) -> None:
+    theirs = prompted("SEQ_CLS", library=peft)
+    theirs.save_pretrained(str(tmp_path), safe_serialization=False)
+    assert (tmp_path / "adapter_model.bin").is_file()
+    model = peft_compat.PeftModel.from_pretrained(base_for("SEQ_CLS"), tmp_path)
+    torch.testing.assert_close(outputs(model, "SEQ_CLS"), outputs(theirs, "SEQ_CLS"))
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (print, ("code ran",))
+
+    torch.save({"prompt_embeddings": Evil()}, tmp_path / "adapter_model.bin")
+    with pytest.raises(PromptFileError, match="can run any code"):
+        peft_compat.PeftModel.from_pretrained(base_for("SEQ_CLS"), tmp_path)
+    with pytest.raises(InputError, match="never pickled"):
+        prompted("SEQ_CLS").save_pretrained(tmp_path, safe_serialization=False)
+
+
+def _state(model: Any) -> Any:
+    flags = [p.requires_grad for p in model.parameters()]
+    hooks = len(model.get_input_embeddings()._forward_hooks)
+    return list(model.state_dict()), flags, hooks
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("prompt_embeddings"), "no tensor 'prompt_embeddings'"),
+        (lambda t: t.update(prompt_embeddings=torch.ones(2, 32)), "asks for 3 rows"),
+        (lambda t: t.update({"base_model.bert.pooler.dense.bias": torch.ones(32)}), "no place for"),
+        (lambda t: t.update({"base_model.classifier.bias": torch.ones(9)}), r"\(9,\) for \(3,\)"),
+        (lambda t: t.update({"x.lora_A.weight": torch.ones(9)}), "belong to no P-tuned"),
+    ],
+)
+def test_wrong_tensors_are_refused_and_the_model_is_left_as_it_was(
+    change: Any, message: str, tmp_path: Path
+) -> None:
+    prompted("SEQ_CLS", library=peft).save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    base = base_for("SEQ_CLS").requires_grad_(True)
+    before = _state(base)
+    with pytest.raises(PromptFileError, match=message):
+        peft_compat.PeftModel.from_pretrained(base, tmp_path)
+    assert _state(base) == before
+    model = prompted("SEQ_CLS")
+    expected = outputs(model, "SEQ_CLS")
+    with pytest.raises(PromptFileError, match=message):
+        model.load_adapter(tmp_path, "new")
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(outputs(model, "SEQ_CLS"), expected)
+
+
+def test_missing_heads_warn_and_newer_keys_too(tmp_path: Path) -> None:
+    prompted("SEQ_CLS", library=peft).save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({"prompt_embeddings": load_file(file)["prompt_embeddings"]}, file)
+    with pytest.warns(UserWarning, match="Found missing adapter keys.*classifier"):
+        peft_compat.PeftModel.from_pretrained(base_for("SEQ_CLS"), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "newer": 1}))
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['newer'\]"):
+        peft_compat.PeftConfig.from_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "LORA"}))
+    with pytest.raises(InputError, match="LORA"):
+        peft_compat.PeftModel.from_pretrained(base_for("SEQ_CLS"), tmp_path)
+
+
+def test_a_state_dict_makes_an_encoder_give_its_vectors() -> None:
+    source, target = prompted("CAUSAL_LM"), prompted("CAUSAL_LM", "LSTM")
+    state = peft_compat.get_peft_model_state_dict(source)
+    result = peft_compat.set_peft_model_state_dict(target, state)
+    assert not result.missing_keys and not result.unexpected_keys
+    expected = outputs(source, "CAUSAL_LM")
+    torch.testing.assert_close(outputs(target, "CAUSAL_LM"), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_auto_classes_load_base_and_adapter(task: str, tmp_path: Path) -> None:
+    base = base_for(task)
+    base.save_pretrained(tmp_path / "base")
+    loaded = type(base).from_pretrained(tmp_path / "base")
+    config = peft_compat.PromptEncoderConfig(task_type=task, num_virtual_tokens=3)
+    model = peft_compat.get_peft_model(loaded, config).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    name = f"Auto{type(model).__name__}"
+    again = getattr(peft_compat, name).from_pretrained(tmp_path / "adapter")
+    assert torch.equal(outputs(again, task), outputs(model, task))
+    wrong = "AutoPeftModelForCausalLM" if task != "CAUSAL_LM" else "AutoPeftModelForSeq2SeqLM"
+    with pytest.raises(InputError, match="Expected target PEFT class"):
+        getattr(peft_compat, wrong).from_pretrained(tmp_path / "adapter")
+    with pytest.raises(OSError, match="from_pretrained"):
+        peft_compat.AutoPeftModel()
+
+
+def test_an_adapter_with_a_template_is_loaded_with_its_base(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    tiny.model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft_compat.PromptEncoderConfig(task_type="CAUSAL_LM")
+    template = "[P*2] {text} [P] so: [MASK]"
+    model = peft_compat.get_peft_model(base, config, template=template, tokenizer=tokenizer).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft_compat.AutoPeftModelForCausalLM.from_pretrained(
+        tmp_path / "adapter", tokenizer=tokenizer
+    )
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_an_adapter_without_a_task_finds_its_base_class(tmp_path: Path) -> None:
+    tiny.model("bert").save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "base")
+    config = peft_compat.PromptEncoderConfig(num_virtual_tokens=3)
+    model = peft_compat.get_peft_model(base, config).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft_compat.AutoPeftModel.from_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    # As in the reference a task's class loads it too, with the base class that the file names.
+    asked = peft_compat.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert type(asked) is peft_compat.PeftModelForCausalLM
+    assert isinstance(asked.base_model, transformers.BertForMaskedLM)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    values = json.loads(file.read_text())
+    values["auto_mapping"]["parent_library"] = "os"
+    file.write_text(json.dumps(values))
+    with pytest.raises(InputError, match="allowlist"):
+        peft_compat.AutoPeftModel.from_pretrained(tmp_path / "adapter")
+
+
+def test_pushing_to_the_hub_uploads_the_saved_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import transformers.utils.hub as hub
+
+    seen: list[list[str]] = []
+
+    class Api:
+        def create_repo(self, name: str, **options: Any) -> Any:
+            return type("Repo", (), {"repo_id": name})()
+
+    def upload(self: Any, folder: Any, *args: Any, **options: Any) -> str:
+        seen.append(sorted(path.name for path in Path(folder).iterdir()))
+        return "done"
+
+    monkeypatch.setattr(hub, "hf_api", Api)
+    monkeypatch.setattr(hub.PushToHubMixin, "_upload_modified_files", upload)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *a, **k: _Card())
+    prompted("CAUSAL_LM").push_to_hub("someone/prompt")
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(seen[0])
+
+
+class _Card:
+    def save(self, path: Any) -> None:
+        Path(path).write_text("card")
+
+
+def test_a_copy_saves_what_the_original_saves(tmp_path: Path) -> None:
+    model = prompted("SEQ_CLS")
+    copy.deepcopy(model).save_pretrained(tmp_path / "copy")
+    again = peft_compat.PeftModel.from_pretrained(base_for("SEQ_CLS"), tmp_path / "copy")
+    assert torch.equal(outputs(again, "SEQ_CLS"), outputs(model, "SEQ_CLS"))

@@ -1,0 +1,316 @@
+"""Replayed micro-steps against plain ones; a stand-in replays by running on the static buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import ptuning
+from ptuning.errors import InputError
+from ptuning.forward import chunked
+from ptuning.rendering.collate import IGNORED
+from ptuning.training import loop, population
+from ptuning.training.cuda_graphs import GraphedStep, Outputs, obstacle
+from ptuning.training.progress import Progress
+from ptuning.training.static_shapes import fill, rows_for, widened
+
+from .. import tiny
+
+FRONT = "[P*3] {text} [P*2] is [MASK]"
+AFTER = "Question about {text}: [P*3] is [P*2] [MASK]"
+WORDS = {"yes": ["Paris", "Rome"], "no": "Ra"}
+ROWS = [
+    {"text": f"{n} " + "France and the cities " * (1 + n % 3), "answer": word, "label": label}
+    for n, (word, label) in enumerate([("Paris", "yes"), ("Rome", "no"), ("Oslo", "yes")] * 7)
+][:19]
+
+
+class Again:
+    """Runs the function on the static buffers, as a replayed graph does."""
+
+    def capture(self, function: Callable[[], Outputs]) -> None:
+        self.function = function
+
+    def replay(self) -> Outputs:
+        return self.function()
+
+
+class Wrong(Again):
+    def replay(self) -> Outputs:
+        losses, gradient = self.function()
+        return losses * 1.01, gradient
+
+
+class WrongGradient(Again):
+    def replay(self) -> Outputs:
+        losses, gradient = self.function()
+        return losses, 1.01 * gradient
+
+
+class Stale(Again):
+    """Gives what the captured batch gave, whatever is in the buffers."""
+
+    def replay(self) -> Outputs:
+        self.outputs = getattr(self, "outputs", None) or self.function()
+        return self.outputs
+
+
+class Failing(Again):
+    def capture(self, function: Callable[[], Outputs]) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+
+class FailingAtItsEnd(Again):
+    """As CUDA: what breaks a capture makes its end fail too."""
+
+    def capture(self, function: Callable[[], Outputs]) -> None:
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        finally:
+            raise RuntimeError("failed due to a previous error during capture")
+
+
+class Trained:
+    """A training on the tiny model, with graphs or without."""
+
+    def __init__(self, graph: type[Again] | None, monkeypatch: pytest.MonkeyPatch, **options: Any):
+        family = options.pop("family", "llama")
+        template, words = options.pop("template", FRONT), options.pop("words", None)
+        rows = options.pop("rows", ROWS)
+        self.made: list[GraphedStep] = []
+        self.notes: list[str] = []
+
+        def chosen(population: Any, plain: Any, _: Any, __: Any, say: Any) -> Any:
+            if graph is None:
+                return plain
+            self.made.append(GraphedStep(population, plain, nullcontext, graph, 1e-3, say))
+            return self.made[0]
+
+        def listen(heard: Progress) -> None:
+            if heard.note:
+                self.notes.append(heard.note)
+
+        tokenizer = tiny.tokenizer()
+        column = {"answer": "label", "verbalizer": words} if words else {"answer": "answer"}
+        self.prompt = ptuning.Prompt(template, **column)
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "graphs_or_plain", chosen)
+            # Graphs compute whole rows, and the exact comparisons want that of the plain side too.
+            patch.setattr(population, "share_heads", lambda model, batches: None)
+            self.result = ptuning.train(
+                tiny.model(family, vocab_size=len(tokenizer)),
+                tokenizer,
+                self.prompt,
+                rows,
+                rows[:4],
+                listener=listen,
+                **{"epochs": 5, "batch_size": 4, "learning_rate": 1e-2, **options},
+            )
+
+    @property
+    def replays(self) -> int:
+        return self.made[0].replays
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"encoder": "lstm"},
+        {"encoder": "lstm", "dropout": 0.2},
+        {"gradient_accumulation": 2},
+        {"template": AFTER},
+        {"template": AFTER, "family": "gemma2"},
+        {"template": AFTER, "family": "gpt2"},
+        {"family": "opt"},
+        {"words": WORDS},
+        {"words": {"yes": "of", "no": "not"}, "template": AFTER},
+        {"words": {"yes": "not a city", "no": "Ra"}},
+        {"population": 3},
+        {"grid": {"encoder": ["mlp", "none"]}, "template": AFTER, "epochs": 9},
+        {"population": 4, "epochs": 6},
+    ],
+    ids=str,
+)
+def test_a_training_with_replayed_steps_is_the_plain_one(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if encoder := options.get("encoder"):
+        dropout = [options.get("dropout", 0.0)]
+        options = {"grid": {"encoder": [encoder], "encoder_dropout": dropout}}
+    plain = Trained(None, monkeypatch, **options)
+    graphed = Trained(Again, monkeypatch, **options)
+    assert graphed.replays > 5, "nothing was replayed"
+    assert len(graphed.notes) == 1 and "are replayed" in graphed.notes[0]
+    for got, expected in zip(graphed.result.members, plain.result.members, strict=True):
+        assert got["best"] == pytest.approx(expected["best"], abs=1e-5)
+    for got, expected in zip(graphed.result.history, plain.result.history, strict=True):
+        assert got == pytest.approx(expected, abs=1e-5)
+    torch.testing.assert_close(
+        graphed.prompt.trained_vectors(), plain.prompt.trained_vectors(), atol=1e-5, rtol=0
+    )
+
+
+def test_batches_with_and_without_a_prefix_may_have_one_shape(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    template = "{text} [P*3] is this or that, is it not [P*2] [MASK]"
+    rows = [{"text": f"{n}" + " is" * n, "answer": "not"} for n in range(14)]
+    options: dict[str, Any] = {"template": template, "rows": rows, "batch_size": 1, "epochs": 6}
+    plain = Trained(None, monkeypatch, **options)
+    graphed = Trained(Again, monkeypatch, **options)
+    captured = [shape[1:] for shape in graphed.made[0].shapes]
+    assert len(set(captured)) < len(captured)
+    torch.testing.assert_close(
+        graphed.prompt.trained_vectors(), plain.prompt.trained_vectors(), atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("graph", "why"),
+    [
+        (Wrong, "off by 1.0e-02"),
+        (WrongGradient, "off by 1.0e-02"),
+        (Failing, "failed (operation not permitted when stream is capturing)"),
+        (FailingAtItsEnd, "failed (operation not permitted when stream is capturing)"),
+    ],
+)
+def test_a_wrong_graph_is_refused_and_training_goes_on(
+    graph: type[Again], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, refused = Trained(None, monkeypatch), Trained(graph, monkeypatch)
+    assert refused.replays == 0 and not refused.made[0].shapes
+    assert len(refused.notes) == 1 and why in refused.notes[0]
+    assert "every step runs plain" in refused.notes[0]
+    assert torch.equal(refused.prompt.trained_vectors(), plain.prompt.trained_vectors())
+
+
+def test_a_shape_that_is_off_runs_plain_where_another_has_agreed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[Again] = []
+
+    class OneIsWrong(Again):
+        def replay(self) -> Outputs:
+            losses, gradient = self.function()
+            return losses, (1.5 if made[1:2] == [self] else 1.0) * gradient
+
+        def capture(self, function: Callable[[], Outputs]) -> None:
+            made.append(self)
+            super().capture(function)
+
+    options: dict[str, Any] = {"rows": ROWS, "epochs": 9}
+    plain, graphed = (
+        Trained(None, monkeypatch, **options),
+        Trained(OneIsWrong, monkeypatch, **options),
+    )
+    assert len(made) > 1 and len(graphed.made[0].shapes) == len(made) - 1 and graphed.replays > 3
+    assert len(graphed.notes) == 1 and "are replayed" in graphed.notes[0]
+    torch.testing.assert_close(
+        graphed.prompt.trained_vectors(), plain.prompt.trained_vectors(), atol=1e-5, rtol=0
+    )
+
+
+def test_where_memory_is_short_graphs_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Trained(None, monkeypatch)
+    original, failed = GraphedStep._plain, []
+
+    def short(self: GraphedStep, batch: Any, divisor: Any) -> Any:
+        own = self.plain
+
+        def once(*arguments: Any) -> Any:
+            if self.replays > 2 and not failed:
+                failed.append(1)
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return own(*arguments)
+
+        self.plain = once
+        try:
+            return original(self, batch, divisor)
+        finally:
+            self.plain = own
+
+    monkeypatch.setattr(GraphedStep, "_plain", short)
+    graphed = Trained(Again, monkeypatch)
+    assert failed and not graphed.made[0].shapes and "too little memory" in graphed.notes[-1]
+    torch.testing.assert_close(
+        graphed.prompt.trained_vectors(), plain.prompt.trained_vectors(), atol=1e-5, rtol=0
+    )
+
+
+def test_steps_that_read_in_chunks_run_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "LARGEST", 10)
+    assert Trained(Again, monkeypatch).replays == 0
+
+
+def test_the_comparison_of_trajectories_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, stale = Trained(None, monkeypatch), Trained(Stale, monkeypatch)
+    difference = stale.prompt.trained_vectors() - plain.prompt.trained_vectors()
+    assert difference.abs().max() > 1e-3
+
+
+def test_rows_that_are_missing_are_filled_without_an_answer() -> None:
+    buffers = {"answers": torch.zeros(4, 1).long(), "input_ids": torch.zeros(4, 2).long()}
+    fill(
+        buffers, {"answers": torch.tensor([[5], [6]]), "input_ids": torch.tensor([[1, 2], [3, 4]])}
+    )
+    assert buffers["answers"].flatten().tolist() == [5, 6, IGNORED, IGNORED]
+    assert buffers["input_ids"].tolist() == [[1, 2], [3, 4], [3, 4], [3, 4]]
+    assert [rows_for(n) for n in (1, 2, 3, 5, 8, 9, 24, 25)] == [1, 2, 4, 8, 8, 16, 24, 32]
+
+
+def test_columns_are_padded_on_the_left() -> None:
+    ids = torch.arange(5)[None]
+    none = torch.zeros(0)
+    batch = ptuning.collate.Batch("causal", ids, torch.ones_like(ids), none, none, none, none)
+    wide = widened(batch)
+    assert wide.input_ids.shape == (1, 16) and wide.input_ids[0, -5:].tolist() == [0, 1, 2, 3, 4]
+    assert wide.attention_mask.sum() == 5 and wide.attention_mask[0, -5:].all()
+
+
+def test_what_cannot_be_captured_is_named() -> None:
+    accelerator = Accelerator(cpu=True)
+    assert obstacle(tiny.model(), accelerator) is None
+    assert "causal" in str(obstacle(tiny.model("bert"), accelerator))
+    assert "causal" in str(obstacle(tiny.model("t5"), accelerator))
+    model = tiny.model()
+    model.hf_device_map = {"model": 0, "lm_head": 0}
+    assert obstacle(model, accelerator) is None
+    model.hf_device_map["lm_head"] = 1
+    assert "spread over devices" in str(obstacle(model, accelerator))
+    model = tiny.model()
+    model.config._attn_implementation_internal = "flash_attention_2"
+    assert "FlashAttention" in str(obstacle(model, accelerator))
+    model = tiny.model()
+    model.gradient_checkpointing_enable()
+    assert "checkpointing" in str(obstacle(model, accelerator))
+    with pytest.raises(InputError, match="graphs is 'always'; expected auto or off"):
+        replace(ptuning.TrainSettings(), graphs="always")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("template", [FRONT, AFTER])
+def test_on_a_gpu_the_captured_steps_are_the_plain_ones(template: str) -> None:
+    notes, vectors = [], []
+    for setting in ("off", "auto"):
+        tokenizer = tiny.tokenizer()
+        prompt = ptuning.Prompt(template, answer="answer")
+        ptuning.train(
+            tiny.model("llama", vocab_size=len(tokenizer)),
+            tokenizer,
+            prompt,
+            ROWS,
+            epochs=5,
+            batch_size=4,
+            graphs=setting,
+            listener=lambda heard: notes.append(heard.note),
+        )
+        vectors.append(prompt.trained_vectors())
+    assert any("are replayed" in note for note in notes)
+    torch.testing.assert_close(vectors[1], vectors[0], atol=1e-5, rtol=0)

@@ -1,0 +1,304 @@
+"""Populations: each member learns what it learns alone, and the best by dev is kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ptuning
+from ptuning.errors import InputError, TrainingError
+from ptuning.forward.scoring import batch_for
+from ptuning.rendering.render import Renderer, render_all
+from ptuning.training.grid import KEYS, choices, parse_grid, resized
+from ptuning.training.loop import Loop
+from ptuning.training.population import Member, Population
+
+from .. import tiny
+
+TEMPLATE = "[P*2] {country} [P*2] [MASK]"
+ROWS = [
+    {"country": country, "capital": capital}
+    for country, capital in (
+        ("France", "Paris"),
+        ("Italy", "Rome"),
+        ("Spain", "Madrid"),
+        ("Oslo", "Norway"),
+        ("Vienna", "Austria"),
+    )
+]
+OPTIONS: dict[str, Any] = {"epochs": 12, "batch_size": 2, "learning_rate": 3e-2}
+
+
+def fresh(**changes: Any) -> ptuning.Prompt:
+    return ptuning.Prompt(**{"template": TEMPLATE, "answer": "capital", **changes})
+
+
+def learners_of(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The learners of each training that follows."""
+    seen: list[Any] = []
+    original = Loop.train
+
+    def train(self: Loop, resume: bool) -> list[Any]:
+        seen.append(original(self, resume))
+        return seen[-1]
+
+    monkeypatch.setattr(Loop, "train", train)
+    return seen
+
+
+def run(prompt: ptuning.Prompt | None = None, **options: Any) -> ptuning.TrainResult:
+    prompt = prompt or fresh()
+    return ptuning.train(
+        tiny.model("llama"), tiny.tokenizer(), prompt, ROWS, dev=ROWS[:3], **{**OPTIONS, **options}
+    )
+
+
+@pytest.mark.parametrize("encoder", ["mlp", "lstm", "none"])
+def test_a_member_learns_what_it_learns_alone(
+    encoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = learners_of(monkeypatch)
+    run(fresh(encoder=encoder, encoder_dropout=0.2), population=3, halving=False)
+    together = seen.pop()
+    for seed, learner in enumerate(together):
+        run(fresh(encoder=encoder, encoder_dropout=0.2), seed=seed)
+        (alone,) = seen.pop()
+        torch.testing.assert_close(learner.vectors(), alone.vectors(), atol=1e-5, rtol=0)
+        assert learner.history == [pytest.approx(record, abs=1e-4) for record in alone.history]
+
+
+def test_who_stays_is_not_touched_by_who_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = learners_of(monkeypatch)
+    grid = {"learning_rate": [3e-2, 1e-3, 1e-2]}
+    result = run(population=2, grid=grid)
+    together = seen.pop()
+    dropped = [member["dropped"] for member in result.members]
+    assert sum(epoch is None for epoch in dropped) == 2 and {4, 8} >= set(dropped) - {None}
+    for number, member in enumerate(result.members):
+        assert member["epochs"] == (member["dropped"] or 12)
+        if member["dropped"] is None:
+            run(**member["name"])
+            (alone,) = seen.pop()
+            vectors = together[number].vectors()
+            torch.testing.assert_close(vectors, alone.vectors(), atol=1e-5, rtol=0)
+
+
+def test_the_best_by_dev_becomes_the_prompt(tmp_path: Path) -> None:
+    prompt = fresh()
+    grid = {"virtual_tokens": [1, 3], "encoder": ["none", "lstm"], "learning_rate": [1e-5, 5e-2]}
+    result = run(prompt, grid=grid, halving=False)
+    ranks = [(m["best"]["dev_accuracy"], -m["best"]["dev_loss"]) for m in result.members]
+    assert ranks.index(max(ranks)) == result.winner
+    chosen = result.members[result.winner]["name"]
+    assert chosen["learning_rate"] == 5e-2 == prompt.training["learning_rate"]
+    count = chosen["virtual_tokens"]
+    assert prompt.template == f"[P*{count}] {{country}} [P*{count}] [MASK]"
+    assert prompt.encoder == chosen["encoder"] and prompt.num_virtual_tokens == 2 * count
+    assert prompt.vectors is not None and len(prompt.vectors) == 2 * count
+    assert result.best == result.members[result.winner]["best"]
+    prompt.save(tmp_path)
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    again = ptuning.evaluate(model, tokenizer, ptuning.Prompt.load(tmp_path), ROWS[:3])
+    assert again.accuracy == pytest.approx(result.best["dev_accuracy"])
+
+
+def test_templates_of_a_grid_have_their_own_renderings() -> None:
+    templates = ["[P*2] {country} [MASK]", "The city of [P] {country} has [P*3] [MASK]"]
+    result = run(grid={"template": templates}, epochs=2)
+    assert [member["name"]["template"] for member in result.members] == templates
+
+
+def test_an_interrupted_population_goes_on_with_the_same_numbers(tmp_path: Path) -> None:
+    undisturbed, prompt = fresh(), fresh()
+    run(undisturbed, population=4)
+
+    class Stop(Exception):
+        pass
+
+    def stop(progress: Any) -> None:
+        if progress.step == 17:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(prompt, population=4, output=tmp_path, checkpoint_seconds=0.0, listener=stop)
+    result = run(prompt, population=4, output=tmp_path, resume=True)
+    assert len(result.members) == 4 and any(member["dropped"] for member in result.members)
+    assert prompt.vectors is not None and undisturbed.vectors is not None
+    assert torch.equal(prompt.vectors, undisturbed.vectors)
+    with pytest.raises(InputError, match="the population differs"):
+        run(population=3, output=tmp_path, resume=True)
+
+
+def test_a_member_that_is_no_longer_finite_leaves_and_the_others_go_on() -> None:
+    result = run(grid={"learning_rate": [1e30, 3e-2]}, halving=False)
+    assert result.members[1]["epochs"] == 12 > result.members[0]["epochs"]
+    assert result.winner == 1
+
+
+@pytest.mark.parametrize("choose_by", ["accuracy", "loss"])
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_what_is_not_finite_after_the_last_step_never_wins(choose_by: str, epochs: int) -> None:
+    options: dict[str, Any] = {"epochs": epochs, "batch_size": len(ROWS), "warmup": 0.0}
+    result = run(grid={"learning_rate": [1e30, 1e-3]}, choose_by=choose_by, **options)
+    assert result.winner == 1 and math.isfinite(result.best["dev_loss"])
+    for dev in (ROWS, ()):
+        prompt = fresh()
+        with pytest.raises(TrainingError, match=rf"(not finite|loss is nan) at step 1 of {epochs}"):
+            ptuning.train(
+                tiny.model("llama"),
+                tiny.tokenizer(),
+                prompt,
+                ROWS,
+                dev,
+                learning_rate=1e30,
+                **options,
+            )
+        assert prompt.vectors is None
+
+
+def test_where_the_last_one_is_no_longer_finite_the_best_result_so_far_wins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    losses, calls = Population.losses, []
+
+    def spoiled(self: Population, *given: Any) -> Any:
+        calls.append(1)
+        return losses(self, *given) * (float("nan") if len(calls) > 12 else 1.0)
+
+    monkeypatch.setattr(Population, "losses", spoiled)
+    options: dict[str, Any] = {"patience": 1, "halving": False, "choose_by": "loss"}
+    result = run(grid={"learning_rate": [1e-12, 1e-3]}, batch_size=len(ROWS), **options)
+    assert result.members[0]["epochs"] < result.members[1]["epochs"] < 13
+    assert math.isfinite(result.best["dev_loss"])
+
+
+def test_without_dev_the_lowest_loss_wins() -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    result = ptuning.train(
+        model, tokenizer, fresh(), ROWS, grid={"learning_rate": [1e-6, 3e-2]}, epochs=4
+    )
+    assert result.winner == 1 and result.members[0]["dropped"] is None
+
+
+def test_two_open_populations_on_one_model_never_meet_in_a_graph() -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    renderer = Renderer(tokenizer, fresh(), "causal", 128)
+    examples = render_all(renderer, ROWS, "training")
+
+    def opened(seed: int) -> Population:
+        return Population(model, tokenizer, [Member(fresh(), model, seed, [None] * 4)])
+
+    def step(population: Population) -> Any:
+        ids = population.first_ids() * len(examples)
+        return population.step(batch_for(model, renderer, examples, ids)).sum()
+
+    def gradients(population: Population) -> list[Any]:
+        found = [p.grad.clone() for p in population.roster[0].parameters()]
+        population.zero_grad()
+        return found
+
+    alone = []
+    for seed in (1, 2):
+        with opened(seed) as population:
+            step(population).backward()
+            alone.append(gradients(population))
+    with opened(1) as first, opened(2) as second:
+        for _ in range(2):  # the second round finds freed graphs, if any is left
+            losses = [step(first), step(second)]
+            losses[1].backward()
+            assert all(p.grad is None for p in first.roster[0].parameters())
+            losses[0].backward()
+            torch.testing.assert_close([gradients(first), gradients(second)], alone)
+
+
+def test_masked_and_encoder_decoder_models_take_populations() -> None:
+    for family in ("bert", "t5"):
+        prompt = fresh()
+        tokenizer = tiny.tokenizer("wordpiece", around=True)
+        result = ptuning.train(
+            tiny.model(family), tokenizer, prompt, ROWS, dev=ROWS, population=3, epochs=2
+        )
+        assert len(result.members) == 3 and prompt.vectors is not None
+
+
+def test_a_grid_is_read_as_it_is_typed() -> None:
+    grid = parse_grid(["learning_rate=1e-3,3e-3 encoder=mlp,lstm", "virtual_tokens=3,6"])
+    assert grid == {
+        "learning_rate": [1e-3, 3e-3],
+        "encoder": ["mlp", "lstm"],
+        "virtual_tokens": [3, 6],
+    }
+    templates = parse_grid(["template=[P] {a}, so [MASK]|{a} [P] [MASK] warmup=0.1"])
+    assert templates == {"template": ["[P] {a}, so [MASK]", "{a} [P] [MASK]"], "warmup": [0.1]}
+
+
+def test_virtual_tokens_set_the_size_of_each_group() -> None:
+    assert resized("[P] {a} [P*7] b [[P*2]] [MASK]", 3) == "[P*3] {a} [P*3] b [[P*2]] [MASK]"
+
+
+@pytest.mark.parametrize(
+    ("population", "grid", "message"),
+    [
+        (0, None, "population is 0"),
+        (1, {"batch": [1]}, f"'batch'; it may vary {', '.join(KEYS)}"),
+        (1, {"encoder": []}, "gives [] for encoder"),
+        (1, {"encoder": "mlp"}, "gives 'mlp' for encoder"),
+        (1, "encoder=mlp", "the grid is 'encoder=mlp'"),
+        (1, {"weight_decay": [-1]}, "weight_decay is -1"),
+        (1, {"virtual_tokens": [True]}, "whole numbers from 1 on"),
+        (1, {"encoder": ["gru"]}, "encoder is 'gru'"),
+        (1, {"learning_rate": [-1.0]}, "learning_rate is -1.0"),
+        (1, {"learning_rate": ["fast"]}, "learning_rate"),
+        (1, {"virtual_tokens": [0]}, "whole numbers from 1 on"),
+        (1, {"virtual_tokens": ["a"]}, "whole numbers from 1 on"),
+    ],
+)
+def test_wrong_populations_are_refused(population: int, grid: Any, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        choices(fresh(), ptuning.TrainSettings(), population, grid)
+    assert message in str(caught.value)
+    with pytest.raises(InputError, match="names encoder twice"):
+        parse_grid(["encoder=mlp", "encoder=lstm"])
+    assert parse_grid(["encoder=mlp, lstm"]) == {"encoder": ["mlp", "lstm"]}
+    for wrong in ("encoder", "=mlp", "encoder="):
+        with pytest.raises(InputError, match="KEY=VALUE"):
+            parse_grid([wrong])
+
+
+def test_the_command_line_trains_a_population(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ptuning.cli import main
+
+    tiny.model("llama").save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    lines = "\n".join(json.dumps(row) for row in ROWS)
+    (tmp_path / "rows.jsonl").write_text(lines)
+    command = [
+        "ptuning", "train", "--model", f"{tmp_path}/model", "--data", f"{tmp_path}/rows.jsonl",
+        "--dev", f"{tmp_path}/rows.jsonl", "--answer", "capital", "--template", TEMPLATE,
+        "--epochs", "2", "--population", "2", "--output", f"{tmp_path}/out",
+        "--population-grid", "learning_rate=1e-3,3e-2", "encoder=mlp,none",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as end:
+        main()
+    heard = capsys.readouterr()
+    assert end.value.code == 0, heard.err
+    assert "Members" in heard.out and "deviation" in heard.out
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert len(result["members"]) == 8
+    assert "learning_rate=1e-3,3e-2 encoder=mlp,none" in (tmp_path / "out/run.yaml").read_text()
+    again = ["ptuning", "train", "--config", f"{tmp_path}/out/run.yaml", "--output"]
+    monkeypatch.setattr(sys, "argv", [*again, f"{tmp_path}/again"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0, capsys.readouterr().err
+    repeated = json.loads((tmp_path / "again" / "result.json").read_text())
+    assert repeated["members"] == result["members"]

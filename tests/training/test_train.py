@@ -1,0 +1,527 @@
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+import ptuning
+from ptuning import InputError, Prompt, TrainingError, TrainSettings, train
+from ptuning.inference.evaluation import teacher_forced
+from ptuning.training import checkpoint, loop
+from ptuning.training.population import Member
+from ptuning.training.progress import Progress
+from tests import tiny
+
+TEMPLATE = "[P*3] {country} [P*2] is [MASK]"
+ROWS = [
+    {"country": country, "capital": capital}
+    for country, capital in [
+        ("France", "Paris"),
+        ("Italy", "Rome"),
+        ("Germany", "Berlin"),
+        ("Spain", "Madrid"),
+        ("Portugal", "Lisbon"),
+        ("Austria", "Vienna"),
+        ("Canada", "Ottawa"),
+    ]
+]
+LABELLED = [{"text": row["country"], "label": n % 2} for n, row in enumerate(ROWS)]
+
+
+class Stopped(Exception):
+    pass
+
+
+def prompt_for(**settings: Any) -> Prompt:
+    return Prompt(TEMPLATE, answer="capital", **settings)
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    return tiny.tokenizer()
+
+
+@pytest.fixture
+def model(tokenizer: Any) -> Any:
+    return tiny.model("llama", vocab_size=len(tokenizer))
+
+
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+@pytest.mark.parametrize("encoder", ["mlp", "lstm", "none"])
+def test_training_lowers_the_loss_and_changes_nothing_else(family: str, encoder: str) -> None:
+    tokenizer = tiny.tokenizer(around=family not in tiny.CAUSAL)
+    model = tiny.model(family, vocab_size=len(tokenizer)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    frozen = next(iter(model.parameters()))
+    frozen.requires_grad_(False)
+    prompt = prompt_for(encoder=encoder)
+    result = train(model, tokenizer, prompt, ROWS, epochs=8, batch_size=4, learning_rate=0.02)
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert model.training and not frozen.requires_grad
+    assert all(p.requires_grad for p in list(model.parameters())[1:])
+    assert not model.get_input_embeddings()._forward_hooks
+    assert prompt.vectors is not None
+    assert prompt.vectors.shape == (5, model.get_input_embeddings().embedding_dim)
+
+
+def test_the_same_seed_gives_the_same_vectors_and_another_seed_others(
+    model: Any, tokenizer: Any
+) -> None:
+    vectors = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed + 17 * len(vectors))  # the caller's random state has no influence
+        prompt = prompt_for()
+        train(model, tokenizer, prompt, ROWS, epochs=2, batch_size=2, seed=seed)
+        vectors.append(prompt.trained_vectors())
+    assert torch.equal(vectors[0], vectors[1])
+    assert not torch.allclose(vectors[0], vectors[2])
+
+
+def test_training_leaves_the_callers_random_state_alone(model: Any, tokenizer: Any) -> None:
+    state = torch.get_rng_state()
+    train(model, tokenizer, prompt_for(encoder="lstm", encoder_dropout=0.3), ROWS, epochs=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_accumulated_micro_batches_equal_one_batch(
+    model: Any, tokenizer: Any, labelled: bool
+) -> None:
+    vectors = []
+    for size, accumulation in ((6, 1), (2, 3)):
+        if labelled:
+            prompt = Prompt("[P*3] {text} [MASK]", verbalizer={"0": "yes", "1": "no, not"})
+            rows = LABELLED
+        else:
+            prompt, rows = prompt_for(), ROWS
+        train(
+            model,
+            tokenizer,
+            prompt,
+            rows,
+            epochs=3,
+            batch_size=size,
+            gradient_accumulation=accumulation,
+        )
+        vectors.append(prompt.trained_vectors())
+    torch.testing.assert_close(vectors[0], vectors[1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("choose_by", ["accuracy", "loss"])
+def test_the_best_dev_epoch_is_kept_and_patience_stops(
+    model: Any, tokenizer: Any, choose_by: str
+) -> None:
+    prompt = prompt_for()
+    result = train(
+        model,
+        tokenizer,
+        prompt,
+        ROWS[:4],
+        ROWS[4:],
+        epochs=40,
+        batch_size=4,
+        learning_rate=0.5,  # too high on purpose: dev gets worse soon
+        patience=2,
+        schedule="constant",
+        choose_by=choose_by,
+    )
+    figures = [(r["dev_accuracy"], -r["dev_loss"]) for r in result.history]
+    ranks = figures if choose_by == "accuracy" else [pair[::-1] for pair in figures]
+    best = max(range(len(ranks)), key=lambda i: ranks[i])
+    assert result.best["epoch"] == result.history[best]["epoch"]
+    assert len(result.history) == best + 3 < 40
+    measured = ptuning.evaluate(model, tokenizer, prompt, ROWS[4:])
+    assert measured.loss == pytest.approx(result.best["dev_loss"], abs=1e-5)
+
+
+def test_without_dev_the_last_epoch_is_kept(model: Any, tokenizer: Any) -> None:
+    result = train(model, tokenizer, prompt_for(), ROWS, epochs=3)
+    assert result.best == result.history[-1] and "dev_loss" not in result.best
+
+
+@pytest.mark.parametrize(
+    ("encoder", "dropout"), [("mlp", 0.0), ("lstm", 0.0), ("lstm", 0.4), ("none", 0.0)]
+)
+@pytest.mark.parametrize("stop_at", [1, 4, 5, 7])
+def test_a_stopped_run_resumes_to_the_same_numbers(
+    model: Any, tokenizer: Any, tmp_path: Path, encoder: str, dropout: float, stop_at: int
+) -> None:
+    settings = TrainSettings(epochs=3, batch_size=2, checkpoint_seconds=0)  # 4 steps per epoch
+
+    def run(prompt: Prompt, **more: Any) -> Any:
+        return train(
+            model, tokenizer, prompt, ROWS, ROWS[:3], settings=settings, output=tmp_path, **more
+        )
+
+    def stop(progress: Progress) -> None:
+        if progress.step == stop_at:
+            raise Stopped
+
+    whole, halved = (prompt_for(encoder=encoder, encoder_dropout=dropout) for _ in range(2))
+    expected = train(model, tokenizer, whole, ROWS, ROWS[:3], settings=settings)
+    with pytest.raises(Stopped):
+        run(halved, listener=stop)
+    assert not model.get_input_embeddings()._forward_hooks
+    heard: list[int] = []
+    halved = prompt_for(encoder=encoder, encoder_dropout=dropout)
+    result = run(halved, resume=True, listener=lambda p: heard.append(p.step))
+    assert heard[0] >= stop_at  # it went on; it did not start anew
+    assert torch.equal(halved.trained_vectors(), whole.trained_vectors())
+    assert result.history == expected.history
+
+
+def test_resume_names_what_differs(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    def stop(progress: Progress) -> None:
+        raise Stopped
+
+    settings = TrainSettings(epochs=2, batch_size=2, checkpoint_seconds=0)
+    with pytest.raises(Stopped):
+        train(
+            model,
+            tokenizer,
+            prompt_for(),
+            ROWS,
+            settings=settings,
+            output=tmp_path,
+            listener=lambda p: stop(p) if p.step == 3 else None,
+        )
+    common: dict[str, Any] = {"output": tmp_path, "resume": True, "settings": settings}
+    with pytest.raises(InputError, match=r"learning_rate differs .*then null, now 0\.5"):
+        train(model, tokenizer, prompt_for(), ROWS, learning_rate=0.5, **common)
+    with pytest.raises(InputError, match="the data differs"):
+        train(model, tokenizer, prompt_for(), ROWS[:-1], **common)
+    with pytest.raises(InputError, match="template differs"):
+        train(model, tokenizer, Prompt("[P*5] {country} [MASK]", answer="capital"), ROWS, **common)
+
+
+def test_a_checkpoint_that_is_not_whole_is_skipped(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        checkpoint.save(tmp_path, step, {"step": step, "value": torch.ones(2) * step})
+    folders = sorted((tmp_path / "checkpoints").iterdir())
+    assert [f.name for f in folders] == ["step-00000003", "step-00000004"]
+    assert checkpoint.load_newest(tmp_path)["step"] == 4  # type: ignore[index]
+    (folders[1] / "DONE").unlink()
+    assert checkpoint.load_newest(tmp_path)["step"] == 3  # type: ignore[index]
+    (folders[0] / "state.pt").write_bytes((folders[0] / "state.pt").read_bytes()[:200])
+    with pytest.warns(UserWarning, match="cannot be read and is skipped"):
+        assert checkpoint.load_newest(tmp_path) is None
+
+
+def test_checkpoints_of_a_new_run_stay_where_an_earlier_one_came_further(tmp_path: Path) -> None:
+    for step in (900, 1000, 10, 20):
+        checkpoint.save(tmp_path, step, {"step": step})
+    assert checkpoint.load_newest(tmp_path) == {"step": 20}
+    names = {folder.name for folder in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"step-00000010", "step-00000020"}
+
+
+def test_a_checkpoint_with_code_in_it_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (open, (str(tmp_path / "was_run"), "w"))
+
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    torch.save({"step": Evil()}, folder / "state.pt")
+    (folder / "DONE").touch()
+    with pytest.warns(UserWarning, match="skipped"):
+        assert checkpoint.load_newest(tmp_path) is None
+    assert not (tmp_path / "was_run").exists()
+
+
+@pytest.mark.parametrize("last", [2, 5])
+def test_a_loss_that_is_not_finite_stops_and_what_was_reached_stays(
+    last: int, model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    broken = copy.deepcopy(model)
+
+    def spoil(progress: Progress) -> None:
+        if progress.step == last:
+            with torch.no_grad():
+                broken.lm_head.weight[7] = float("nan")
+
+    prompt = prompt_for()
+    options: Any = {"epochs": 2, "batch_size": 2, "checkpoint_seconds": 0, "output": tmp_path}
+    kept = f"epoch 1's.*{tmp_path.name}.*lower learn"
+    if last < 4:  # in the first epoch
+        with pytest.raises(TrainingError, match=r"loss is nan at step 3 of 8.*nothing was learned"):
+            train(broken, tokenizer, prompt, ROWS, ROWS[:2], listener=spoil, **options)
+        assert prompt.vectors is None
+    else:
+        with pytest.warns(UserWarning, match=f"loss is nan at step 6 of 8.*{kept}"):
+            result = train(broken, tokenizer, prompt, ROWS, ROWS[:2], listener=spoil, **options)
+        assert result.best["epoch"] == 1 and len(result.history) == 1
+        assert prompt.vectors is not None and torch.isfinite(prompt.vectors).all()
+    state = checkpoint.load_newest(tmp_path)
+    assert state is not None and state["step"] == (2 if last < 4 else 6)
+    for value in state["learners"][0]["encoder"].values():
+        assert torch.isfinite(value).all()
+
+
+def test_a_training_that_fails_leaves_the_prompt_as_it_was(model: Any, tokenizer: Any) -> None:
+    def stop(progress: Progress) -> None:
+        raise Stopped
+
+    prompt = Prompt(TEMPLATE)
+    longer = [{**row, "answer": row["capital"] + " and more"} for row in ROWS]
+    with pytest.raises(Stopped):
+        train(model, tokenizer, prompt, [{"country": "a", "answer": "b"}], listener=stop)
+    assert (prompt.answer, prompt.answer_tokens) == (None, None)
+    train(model, tokenizer, prompt, longer, epochs=1)
+    assert prompt.answer == "answer" and (prompt.answer_tokens or 0) > 3
+
+
+def test_training_draws_no_number_of_a_gpu(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seeded(_: int) -> None:
+        raise AssertionError("another device's generator is the user's")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded)
+    before = torch.get_rng_state()
+    train(model, tokenizer, prompt_for(encoder="lstm", encoder_dropout=0.1), ROWS, epochs=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_one_scale_serves_all_members(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in fp16: the scaler is a real one, the numbers are float32 (a power of two is exact)."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
+    made = loop.make_accelerator
+
+    def with_scaler(*arguments: Any) -> Any:
+        accelerator = made(*arguments)
+        accelerator.scaler = scaler
+        return accelerator
+
+    options: Any = {"epochs": 3, "batch_size": 4, "population": 3, "halving": False}
+    plain, scaled = prompt_for(), prompt_for()
+    expected = train(model, tokenizer, plain, ROWS, ROWS[:3], **options)
+    monkeypatch.setattr(loop, "make_accelerator", with_scaler)
+    got = train(model, tokenizer, scaled, ROWS, ROWS[:3], output=tmp_path, **options)
+    assert torch.equal(scaled.trained_vectors(), plain.trained_vectors())
+    assert [m["best"] for m in got.members] == [m["best"] for m in expected.members]
+    # Six steps: doubled in each second one, and not by each member.
+    assert scaler.get_scale() == 4.0 * 2**3
+    state = checkpoint.load_newest(tmp_path)
+    assert state is not None and state["scaler"]["scale"] == scaler.get_scale()
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
+    model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    calls = []
+
+    def overflow(gradient: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return gradient * float("inf") if len(calls) > 4 else gradient
+
+    def watch(module: Any, args: Any, options: Any) -> None:
+        hidden = args[0] if args else options["hidden_states"]
+        if hidden.requires_grad:
+            hidden.register_hook(overflow)
+
+    hook = model.model.layers[0].register_forward_pre_hook(watch, with_kwargs=True)
+    with pytest.warns(UserWarning, match="the gradient is not finite at step 5 of 8"):
+        train(
+            model,
+            tokenizer,
+            prompt_for(),
+            ROWS,
+            epochs=2,
+            batch_size=2,
+            checkpoint_seconds=0,
+            output=tmp_path,
+            prefix_cache="off",  # one backward through the first layer for each step
+        )
+    hook.remove()
+    state = checkpoint.load_newest(tmp_path)
+    assert state is not None
+    for value in state["learners"][0]["encoder"].values():
+        assert torch.isfinite(value).all()
+
+
+@pytest.mark.parametrize("encoder", ["mlp", "lstm", "none"])
+def test_words_initialise_their_virtual_tokens(model: Any, tokenizer: Any, encoder: str) -> None:
+    prompt = Prompt("[P*2] {country} [P:capital of] [MASK]", answer="capital", encoder=encoder)
+    renderer = ptuning.Renderer(tokenizer, prompt, "causal")
+    words = [word for group in renderer.groups for word in group]
+    member = Member(prompt, model, 0, words)
+    ids = tokenizer(" capital of", add_special_tokens=False)["input_ids"]
+    assert words == [None, None, *ids]
+    wanted = model.get_input_embeddings().weight[ids]
+    torch.testing.assert_close(member.table()[2:], wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("encoder", ["mlp", "lstm", "none"])
+def test_a_saved_prompt_goes_on_where_it_stopped(
+    model: Any, tokenizer: Any, tmp_path: Path, encoder: str
+) -> None:
+    first = prompt_for(encoder=encoder)
+    train(model, tokenizer, first, ROWS, epochs=4, batch_size=7)
+    first.save(tmp_path / "prompt")
+    again = Prompt.load(tmp_path / "prompt")
+    torch.testing.assert_close(
+        Member(again, model, 99, [None] * 5).table(), first.trained_vectors(), atol=1e-6, rtol=0
+    )
+    again.encoder_weights = None  # as in a folder saved without the encoder, or by PEFT
+    torch.testing.assert_close(
+        Member(again, model, 99, [None] * 5).table(), first.trained_vectors(), atol=1e-4, rtol=0
+    )
+    before = ptuning.evaluate(model, tokenizer, first, ROWS).loss
+    train(model, tokenizer, again, ROWS, epochs=4, batch_size=7)
+    assert ptuning.evaluate(model, tokenizer, again, ROWS).loss < before
+
+
+@pytest.mark.parametrize("encoder", ["mlp", "none"])
+def test_words_may_be_the_best_result(model: Any, tokenizer: Any, encoder: str) -> None:
+    """Epoch 0 has the manual template's own figures."""
+    prompt = Prompt("{text}[P:\nIt is] [MASK]", verbalizer={"0": "yes", "1": "no"}, encoder=encoder)
+    by_hand = teacher_forced(model, tokenizer, prompt.manual(), LABELLED)
+    result = train(model, tokenizer, prompt, LABELLED, LABELLED, epochs=2, learning_rate=1e-15)
+    assert result.best["epoch"] == 0 and [r["epoch"] for r in result.history] == [1, 2]
+    assert teacher_forced(model, tokenizer, prompt, LABELLED) == pytest.approx(by_hand, abs=1e-4)
+    figures = result.best["dev_accuracy"], result.best["dev_loss"]
+    assert figures == pytest.approx(by_hand, abs=1e-4)
+
+
+def test_a_trained_prompt_that_further_training_harms_stays_as_it_is(
+    model: Any, tokenizer: Any
+) -> None:
+    prompt = prompt_for(encoder="none")
+    train(model, tokenizer, prompt, ROWS, ROWS, epochs=30, learning_rate=3e-2, batch_size=7)
+    before = prompt.trained_vectors().clone()
+    result = train(model, tokenizer, prompt, ROWS, ROWS, epochs=2, learning_rate=1e4)
+    assert result.best["epoch"] == 0
+    torch.testing.assert_close(prompt.trained_vectors(), before)
+
+
+def test_random_virtual_tokens_are_no_result(model: Any, tokenizer: Any) -> None:
+    result = train(model, tokenizer, prompt_for(), ROWS, ROWS, epochs=1, learning_rate=1e-9)
+    assert result.best["epoch"] == 1
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_plain_trainer_gives_the_same_vectors(
+    model: Any, tokenizer: Any, tmp_path: Path, labelled: bool
+) -> None:
+    import transformers
+
+    if labelled:
+        rows = LABELLED
+        ours, theirs = (
+            Prompt("[P*3] {text} [MASK]", verbalizer={"0": "yes", "1": "no"}) for _ in range(2)
+        )
+    else:
+        rows, ours, theirs = ROWS, prompt_for(), prompt_for()
+    settings = TrainSettings(
+        epochs=3, batch_size=3, shuffle=False, schedule="constant", warmup=0.0, learning_rate=1e-2
+    )
+    train(model, tokenizer, ours, rows, settings=settings)
+    module, data, collator = ptuning.trainer_parts(model, tokenizer, theirs, rows)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        num_train_epochs=3,
+        per_device_train_batch_size=3,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        optim="adamw_torch",
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="epoch",
+    )
+    trainer = transformers.Trainer(module, arguments, train_dataset=data, data_collator=collator)
+    trainer.train()
+    module.finish(theirs)
+    torch.testing.assert_close(theirs.trained_vectors(), ours.trained_vectors(), atol=1e-6, rtol=0)
+    saved = next(tmp_path.glob("checkpoint-*/model.safetensors"))
+    assert saved.stat().st_size < 100_000  # the encoder alone, not the base model
+    assert not model.get_input_embeddings()._forward_hooks
+
+
+def test_bf16_autocast_trains_a_float32_prompt(model: Any, tokenizer: Any) -> None:
+    AcceleratorState._reset_state(True)  # a Trainer in another test leaves its own behind
+    prompt = prompt_for()
+    result = train(model, tokenizer, prompt, ROWS, epochs=4, mixed_precision="bf16")
+    assert prompt.trained_vectors().dtype == torch.float32
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_base_trains_a_float32_prompt(tokenizer: Any, dtype: torch.dtype) -> None:
+    model = tiny.model("llama", vocab_size=len(tokenizer)).to(dtype)
+    prompt = prompt_for()
+    result = train(model, tokenizer, prompt, ROWS, epochs=4, learning_rate=0.01)
+    assert prompt.trained_vectors().dtype == torch.float32
+    assert model.dtype == dtype
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+
+
+def test_a_tracker_gets_the_losses(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(model, tokenizer, prompt_for(), ROWS, epochs=2, tracker="tensorboard", output=tmp_path)
+    events = EventAccumulator(str(tmp_path / "ptuning"))
+    events.Reload()
+    assert len(events.Scalars("train_loss")) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs is 0"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0"),
+        ({"schedule": "sine"}, "schedule is 'sine'"),
+        ({"choose_by": "f1"}, "choose_by is 'f1'"),
+        ({"learning_rte": 1.0}, "unknown training setting 'learning_rte'"),
+        ({"mixed_precision": "int3"}, "mixed_precision is 'int3'"),
+    ],
+)
+def test_settings_are_checked(
+    model: Any, tokenizer: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        train(model, tokenizer, prompt_for(), ROWS, **options)
+
+
+def test_an_example_at_fault_is_named_by_its_number(model: Any, tokenizer: Any) -> None:
+    rows = [*ROWS, {"country": "Norway", "capital": " "}]
+    with pytest.raises(
+        InputError, match="training example 8: the answer column 'capital' is empty"
+    ):
+        train(model, tokenizer, prompt_for(), rows)
+    with pytest.raises(InputError, match="dev example 1: the template names the column 'country'"):
+        train(model, tokenizer, prompt_for(), ROWS, [{"capital": "Oslo"}])
+
+
+def test_history_is_plain_json(model: Any, tokenizer: Any) -> None:
+    result = train(model, tokenizer, prompt_for(), ROWS, ROWS, epochs=2)
+    assert json.loads(json.dumps(result.history)) == result.history
+
+
+@pytest.mark.slow
+def test_a_real_model_learns_what_a_constant_answer_does_not_reach(
+    smollm2: tuple[Any, Any],
+) -> None:
+    from ptuning.experiments import demo
+
+    model, tokenizer = smollm2
+    training, dev, test = demo.facts()
+    prompt = Prompt(demo.TEMPLATE, answer=demo.ANSWER)
+    train(model, tokenizer, prompt, training, dev, epochs=demo.EPOCHS, batch_size=demo.BATCH_SIZE)
+    result = ptuning.evaluate(model, tokenizer, prompt, test)
+    assert result.accuracy > result.majority_accuracy + 0.1
+    assert result.accuracy > result.manual_accuracy + 0.1

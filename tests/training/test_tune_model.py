@@ -1,0 +1,134 @@
+"""Prompt and model trained together, the paper's other setting."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ptuning
+from ptuning.errors import InputError
+from ptuning.inference.evaluation import teacher_forced
+
+from .. import tiny
+
+ROWS = [
+    {"country": country, "capital": capital}
+    for country, capital in (
+        ("France", "Paris"), ("Italy", "Rome"), ("Spain", "Madrid"), ("Austria", "Vienna"),
+        ("Germany", "Berlin"),
+    )
+]  # fmt: skip
+SETTINGS: dict[str, Any] = {
+    "epochs": 25, "batch_size": 2, "tune_model": True, "model_learning_rate": 3e-3
+}  # fmt: skip
+
+
+def prompt() -> ptuning.Prompt:
+    return ptuning.Prompt("[P*2] {country} [P] [MASK]", answer="capital")
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_prompt_and_model_learn_together(family: str) -> None:
+    tokenizer = tiny.tokenizer(around=family == "bert")
+    model = tiny.model(family, vocab_size=len(tokenizer))
+    frozen, before = prompt(), {k: v.clone() for k, v in model.state_dict().items()}
+    alone = ptuning.train(model, tokenizer, frozen, ROWS, ROWS, **{**SETTINGS, "tune_model": False})
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    both = prompt()
+    result = ptuning.train(model, tokenizer, both, ROWS, ROWS, **SETTINGS)
+    assert not all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert result.best["dev_loss"] < 0.5 * alone.best["dev_loss"]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    accuracy, loss = teacher_forced(model, tokenizer, both, ROWS)
+    assert accuracy == result.best["dev_accuracy"]
+    assert loss == pytest.approx(result.best["dev_loss"], rel=1e-4)
+
+
+def test_long_answers_bring_gradients_to_the_output_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny.tokenizer()
+    heads = []
+    for largest in (10**9, 0):
+        monkeypatch.setattr("ptuning.forward.chunked.LARGEST", largest)
+        model = tiny.model("llama", vocab_size=len(tokenizer))
+        ptuning.train(model, tokenizer, prompt(), ROWS, **{**SETTINGS, "epochs": 1})
+        heads.append(model.lm_head.weight.detach())
+    torch.testing.assert_close(*heads)
+    assert not torch.equal(heads[0], tiny.model("llama", vocab_size=len(tokenizer)).lm_head.weight)
+
+
+def test_the_model_gets_the_weights_of_the_best_epoch() -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    wild = {**SETTINGS, "model_learning_rate": 0.3, "schedule": "constant", "epochs": 6}
+    trained = prompt()
+    result = ptuning.train(model, tokenizer, trained, ROWS, ROWS, **wild)
+    last = result.history[-1]
+    assert result.best["epoch"] < last["epoch"], "the last epoch is the best: nothing is tested"
+    _, loss = teacher_forced(model, tokenizer, trained, ROWS)
+    assert loss == pytest.approx(result.best["dev_loss"], rel=1e-4)
+
+
+def test_an_interrupted_training_goes_on_with_the_same_model(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    whole, undisturbed = tiny.model("llama"), prompt()
+    ptuning.train(whole, tokenizer, undisturbed, ROWS, **SETTINGS)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(progress: Any) -> None:
+        if progress.step == 17:
+            raise Stopped
+
+    options = {**SETTINGS, "output": tmp_path, "checkpoint_seconds": 0.0}
+    with pytest.raises(Stopped):
+        ptuning.train(tiny.model("llama"), tokenizer, prompt(), ROWS, listener=stop, **options)
+    model, resumed = tiny.model("llama"), prompt()
+    ptuning.train(model, tokenizer, resumed, ROWS, resume=True, **options)
+    torch.testing.assert_close(resumed.vectors, undisturbed.vectors, atol=1e-6, rtol=0)
+    for one, other in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+def test_populations_and_quantized_models_are_refused() -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    with pytest.raises(InputError, match="the population has 2"):
+        ptuning.train(model, tokenizer, prompt(), ROWS, population=2, **SETTINGS)
+    model.is_quantized = True
+    with pytest.raises(InputError, match="load it unquantized"):
+        ptuning.train(model, tokenizer, prompt(), ROWS, **SETTINGS)
+
+
+def test_the_command_line_saves_prompt_and_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ptuning.cli import main
+
+    tokenizer = tiny.tokenizer()
+    tiny.model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    lines = ["country,capital", *(f"{row['country']},{row['capital']}" for row in ROWS)]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    out = str(tmp_path / "out")
+
+    def call(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["ptuning", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert isinstance(end.value.code, int)
+        return end.value.code, "".join(capsys.readouterr())
+
+    rows = str(tmp_path / "rows.csv")
+    code, said = call(
+        "train", "--model", str(tmp_path / "base"), "--data", rows, "--output", out,
+        "--template", "[P*2] {country} [P] [MASK]", "--answer", "capital", "--tune-model",
+        "--epochs", "40", "--batch-size", "2", "--model-learning-rate", "3e-3",
+    )  # fmt: skip
+    assert code == 0, said
+    code, said = call("evaluate", out, "--data", rows, "--json")
+    assert code == 0 and '"accuracy": 1.0' in said, said
+    code, said = call("evaluate", out, "--data", rows, "--model", str(tmp_path / "base"), "--json")
+    assert '"accuracy": 1.0' not in said
