@@ -14,7 +14,8 @@ from ptuning import InputError, PtuningError, load_model
 from ptuning.backbone.base_model import context_length, task_kind
 from ptuning.backbone.fetched import SOURCES, fetch
 from ptuning.backbone.load import cache_folder, made_once
-from tests import tiny
+
+from .. import tiny
 
 
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))

@@ -20,7 +20,8 @@ import yaml
 from ptuning import Prompt
 from ptuning.cli import main
 from ptuning.training import checkpoint
-from tests import tiny
+
+from .. import tiny
 
 ROWS = [("France", "Paris"), ("Italy", "Rome"), ("Spain", "Madrid"), ("Austria", "Vienna")] * 2
 TEMPLATE = "[P*3] {country} [P] [MASK]"

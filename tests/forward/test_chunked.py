@@ -19,7 +19,7 @@ from ptuning.rendering.layout import Sequence
 from ptuning.rendering.render import Rendered
 
 from .. import tiny
-from .test_loss import KIND, attached, batch_of, examples_for, sequence
+from .test_plain import KIND, attached, batch_of, examples_for, sequence
 
 WEIGHTS = torch.tensor([1.0, -0.5, 2.0])
 

@@ -8,7 +8,8 @@ import torch
 import ptuning
 from ptuning import InputError, Prompt, Task
 from ptuning.backbone.base_model import task_kind
-from tests import tiny
+
+from .. import tiny
 
 ROWS = [
     {"country": name, "capital": capital, "label": n % 2}

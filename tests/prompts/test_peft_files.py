@@ -22,7 +22,7 @@ from ptuning.prompts.encoder import PromptEncoder
 
 from .. import tiny
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parent.parent / "fixtures"
 FOLDERS = [FIXTURES / "peft_mlp", FIXTURES / "peft_lstm"]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [20, 21, 22, 23, 24, 25]])

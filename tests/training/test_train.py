@@ -15,7 +15,8 @@ from ptuning.inference.evaluation import teacher_forced
 from ptuning.training import checkpoint, loop
 from ptuning.training.population import Member
 from ptuning.training.progress import Progress
-from tests import tiny
+
+from .. import tiny
 
 TEMPLATE = "[P*3] {country} [P*2] is [MASK]"
 ROWS = [

@@ -16,7 +16,7 @@ from ptuning.forward.prefix_store import PrefixStore
 from ptuning.inference.prediction import predict_details
 
 from .. import tiny
-from .test_prefix import ROWS, TEMPLATE, losses_and_gradient
+from .test_prefix_store import ROWS, TEMPLATE, losses_and_gradient
 
 SMALL: dict[str, Any] = {
     "vocab_size": 400,
