@@ -13,7 +13,7 @@ import typer
 
 from .. import __version__
 from ..errors import PtuningError
-from . import console, lama, run_demo, superglue, train, use
+from . import console, evaluate, lama, predict, run_demo, superglue, train, use
 
 # Newer releases of typer bring a click of their own: take the class from what typer exports.
 UsageError: type[Any] = typer.BadParameter.__mro__[1]
@@ -58,8 +58,8 @@ def _options(
 
 
 app.command("train")(train.train)
-app.command("evaluate")(use.evaluate)
-app.command("predict")(use.predict)
+app.command("evaluate")(evaluate.evaluate)
+app.command("predict")(predict.predict)
 app.command("inspect")(use.inspect)
 app.command("lama")(lama.lama)
 app.command("superglue")(superglue.superglue)

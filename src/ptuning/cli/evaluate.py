@@ -1,0 +1,82 @@
+"""``ptuning evaluate``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import console, saved_prompt
+from .options import Dtype, Json
+from .saved_prompt import AnswerTokens, BatchSize, Candidates, Model, PromptFolder
+
+if TYPE_CHECKING:
+    from ..inference.evaluation import Evaluation
+
+
+def evaluate(
+    prompt_folder: PromptFolder,
+    data: Annotated[str, typer.Option(help="Examples with answers: JSONL, CSV, Parquet, hub.")],
+    model: Model = None,
+    manual: Annotated[
+        str | None,
+        typer.Option(help="Manual template to compare with. [default: the prompt's words alone]"),
+    ] = None,
+    candidates: Candidates = None,
+    answer_tokens: AnswerTokens = None,
+    batch_size: BatchSize = 32,
+    dtype: Dtype = "float32",
+    json_output: Json = False,
+) -> None:
+    """Measure a prompt on examples with answers.
+
+    Shows accuracy beside a manual template and the majority answer; for labels also macro F1, the
+    confusion matrix and the mean probability of each label.
+    """
+    from ..data import read_examples
+    from ..inference.evaluation import evaluate as measure
+
+    prompt = saved_prompt.load(prompt_folder)
+    rows = read_examples(data)
+    chosen = saved_prompt.read_candidates(candidates)
+    base, tokenizer = saved_prompt.base_model(prompt, model, dtype)
+    result = measure(
+        base,
+        tokenizer,
+        prompt,
+        rows,
+        manual=manual,
+        candidates=chosen,
+        answer_tokens=answer_tokens,
+        batch_size=batch_size,
+    )
+    if json_output:
+        console.print_json(result.to_dict())
+    else:
+        _show(result)
+
+
+def _show(result: Evaluation) -> None:
+    rows = [
+        ["P-tuned prompt", console.percent(result.accuracy)],
+        [f"manual: {result.manual_template}", console.percent(result.manual_accuracy)],
+        [f"majority: {result.majority_answer}", console.percent(result.majority_accuracy)],
+    ]
+    console.table(f"{result.examples} examples", ["", "right (%)"], rows)
+    line = f"loss {result.loss:.4f}"
+    if result.macro_f1 is not None:
+        line += f", macro F1 {console.percent(result.macro_f1)}"
+    console.out.print(line, markup=False)
+    if result.confusion:
+        mean = {
+            label: sum(p.probabilities[label] for p in result.predictions) / result.examples
+            for label in result.labels
+        }
+        console.table(
+            "Confusion (rows: right label, columns: predicted)",
+            ["", *result.labels, "mean probability"],
+            [
+                [label, *map(str, counts), f"{mean[label]:.3f}"]
+                for label, counts in zip(result.labels, result.confusion, strict=True)
+            ],
+        )

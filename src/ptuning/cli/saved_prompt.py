@@ -1,0 +1,64 @@
+"""What the commands on a saved prompt share: their options, and how prompt and model are loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from ..prompts.prompt import Prompt
+
+PromptFolder = Annotated[
+    str, typer.Argument(metavar="DIR", help="Folder (or hub name) of a saved prompt.")
+]
+Model = Annotated[
+    str | None, typer.Option(help="Base model. [default: the one that the prompt was trained on]")
+]
+Candidates = Annotated[
+    Path | None, typer.Option(help="File of answers to choose among, one per line.")
+]
+AnswerTokens = Annotated[int | None, typer.Option(help="Longest free answer in tokens.")]
+BatchSize = Annotated[int, typer.Option(help="Examples per forward.")]
+
+
+def load(folder: str) -> Prompt:
+    """The prompt of a folder or of the hub."""
+    from ..prompts.prompt import Prompt
+
+    return Prompt.load(folder)
+
+
+def base_model(prompt: Prompt, name: str | None, dtype: str) -> tuple[Any, Any]:
+    """Model and tokenizer: those named, else those that the prompt was trained on.
+
+    Raises:
+        InputError: neither is known.
+    """
+    from ..backbone.load import load_model
+
+    name = name or prompt.base_model.get("name")
+    if not name:
+        raise InputError("the prompt does not say which model it is for; give --model")
+    return load_model(name, dtype=dtype)
+
+
+def read_candidates(path: Path | None) -> list[str] | None:
+    """The lines of a file of answers; None without one.
+
+    Raises:
+        InputError: it cannot be read, or names fewer than two.
+    """
+    if path is None:
+        return None
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--candidates {path} cannot be read: {error}") from None
+    found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if len(found) < 2:
+        raise InputError(f"--candidates {path} holds {len(found)} answers; give at least two")
+    return found
