@@ -44,7 +44,7 @@ _INTERRUPTED = 130
 
 def _version(shown: bool) -> None:
     if shown:
-        console.out.print(f"ptuning {__version__}")
+        console.tell(f"ptuning {__version__}")
         raise typer.Exit
 
 

@@ -1,9 +1,14 @@
-"""How the command line speaks: results on stdout, everything else on stderr in single lines."""
+"""How the command line speaks: results on stdout, everything else on stderr in single lines.
+
+What is printed may come from a shared prompt, a data file or a model's name. `safe` makes it
+harmless here, the only place that prints.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -16,12 +21,24 @@ from typing import TYPE_CHECKING, Any
 from rich import progress as bars
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from ..training.progress import Progress
 
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+_UNSAFE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"  # control, line ends, half surrogate pairs
+    r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"  # changes of direction
+)
+"""What a terminal may take for a title, a clipboard's content, a line of its own, another name."""
+
+
+def safe(text: object) -> str:
+    """Text on one line, its control characters written as escapes such as ``\\x1b``."""
+    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 def quiet_libraries() -> None:
@@ -53,21 +70,33 @@ def speak_if(main: bool) -> None:
 
 def say(text: str, style: str | None = None) -> None:
     """A line on stderr, as it is."""
-    err.print(text, style=style, markup=False)
+    err.print(safe(text), style=style, markup=False)
 
 
-def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+def tell(text: str) -> None:
+    """A line of the result on stdout, as it is."""
+    out.print(safe(text), markup=False)
+
+
+def print_json(value: Any, indent: int | None = 2) -> None:
+    """A JSON document on stdout; with `indent` None on one line."""
+    sys.stdout.write(json_text(value, indent) + "\n")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON in which every control character is an escape, and other text is as it is."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, default=str)
+    # A line end that is left stands between values: json itself escapes those within.
+    return _UNSAFE.sub(lambda f: f[0] if f[0] == "\n" else f"\\u{ord(f[0]):04x}", text)
 
 
 def table(title: str, header: list[str], rows: list[list[str]]) -> None:
     """A table on stdout; all columns but the first stand right."""
-    made = Table(title=title, title_justify="left", title_style="bold")
+    made = Table(title=Text(safe(title)), title_justify="left", title_style="bold")
     for index, name in enumerate(header):
-        made.add_column(name, justify="left" if index == 0 else "right")
+        made.add_column(Text(safe(name)), justify="left" if index == 0 else "right")
     for row in rows:
-        made.add_row(*[cell.replace("[", "\\[") for cell in row])
+        made.add_row(*[Text(safe(cell)) for cell in row])
     out.print(made)
 
 
@@ -88,7 +117,7 @@ def training_bar() -> Iterator[Callable[[Progress], None]]:
         def listener(heard: Progress) -> None:
             bar.update(task, completed=heard.step, total=heard.steps)
             if heard.note:
-                bar.console.print(heard.note, markup=False)
+                bar.console.print(safe(heard.note), markup=False)
             if heard.record:
                 bar.console.print(_epoch_line(heard), markup=False)
             else:
@@ -115,7 +144,7 @@ class PartsBar:
     """
 
     def __init__(self, parts: int):
-        columns = [bars.TextColumn("{task.description}"), bars.BarColumn()]
+        columns = [bars.TextColumn("{task.description}", markup=False), bars.BarColumn()]
         columns += [bars.TextColumn("{task.percentage:.0f}%"), bars.TimeElapsedColumn()]
         columns += [bars.TimeRemainingColumn()]
         self._bar = bars.Progress(*columns, console=err, transient=True)
@@ -133,13 +162,13 @@ class PartsBar:
 
     def begin(self, name: str) -> None:
         """A part begins."""
-        self._bar.update(self._task, description=name)
+        self._bar.update(self._task, description=safe(name))
 
     def listener(self, heard: Progress) -> None:
         """Moves the bar within a part, and says a training's note where none has said it."""
         if heard.note and heard.note not in self._notes:
             self._notes.add(heard.note)
-            self._bar.console.print(heard.note, markup=False)
+            self._bar.console.print(safe(heard.note), markup=False)
         self._bar.update(self._task, completed=self._done + heard.step / heard.steps)
 
     def end(self, line: str, measured: bool = True) -> None:
@@ -151,7 +180,7 @@ class PartsBar:
         if measured and self._done < self._parts:
             each = (time.monotonic() - self._started) / self._measured
             left = f"  (about {_duration(each * (self._parts - self._done))} left)"
-        self._bar.console.print(line + left, markup=False)
+        self._bar.console.print(safe(line) + left, markup=False)
 
 
 def _duration(seconds: float) -> str:

@@ -66,7 +66,7 @@ def _show(result: Evaluation) -> None:
     line = f"loss {result.loss:.4f}"
     if result.macro_f1 is not None:
         line += f", macro F1 {console.percent(result.macro_f1)}"
-    console.out.print(line, markup=False)
+    console.tell(line)
     if result.confusion:
         mean = {
             label: sum(p.probabilities[label] for p in result.predictions) / result.examples

@@ -131,7 +131,7 @@ def lama(
             distributed.from_main(lambda: console.print_json(report))
             return
     _tell(found, summary(found))
-    console.out.print(f"lama.json, lama.png and the prompts are in {output}", markup=False)
+    console.tell(f"lama.json, lama.png and the prompts are in {output}")
 
 
 def _probe_all(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,10 +60,10 @@ def predict(
         added: dict[str, Any] = {"prediction": made.answer, "probability": made.probability}
         if made.probabilities:
             added["probabilities"] = made.probabilities
-        lines.append(json.dumps({**row, **added}, ensure_ascii=False, default=str))
+        lines.append(console.json_text({**row, **added}))
     text = "\n".join(lines) + "\n"
     if prints:
-        typer.echo(text, nl=False)
+        sys.stdout.write(text)
         return
     from ..storage import write_file
 

@@ -52,8 +52,7 @@ def demo(
             for i, n in enumerate(result.neighbours)
         ],
     )
-    console.out.print(
+    console.tell(
         f"prompt, curve.png and metrics.json are in {output} ({result.metrics['seconds']:.0f} s); "
-        f"try: {console.program()} inspect {output}",
-        markup=False,
+        f"try: {console.program()} inspect {output}"
     )

@@ -127,7 +127,7 @@ def superglue(
             distributed.from_main(lambda: console.print_json(report))
             return
     _tell(found, report["mean"])
-    console.out.print(f"superglue.json, its picture and the prompts are in {output}", markup=False)
+    console.tell(f"superglue.json, its picture and the prompts are in {output}")
 
 
 def _tasks(names: str) -> list[SuperGlueTask]:

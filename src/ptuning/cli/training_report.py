@@ -53,9 +53,9 @@ def tell(output: Path, prompt: Prompt, result: TrainResult) -> None:
     line = f"{prompt.num_virtual_tokens} virtual tokens saved in {output} (epoch {best['epoch']}"
     if "dev_accuracy" in best:
         line += f", dev {console.percent(best['dev_accuracy'])} %"
-    console.out.print(f"{line}, {result.seconds:.0f} s)", markup=False)
+    console.tell(f"{line}, {result.seconds:.0f} s)")
     next_step = f"next: {console.program()} evaluate {output} --data test.jsonl"
-    console.out.print(next_step, markup=False)
+    console.tell(next_step)
 
 
 def _tell_members(result: TrainResult) -> None:
@@ -78,8 +78,7 @@ def _tell_members(result: TrainResult) -> None:
     console.table("Members", ["member", "dev (%)" if by_dev else "loss", "best epoch", ""], rows)
     if by_dev:
         figures = [100 * figure(member) for member in result.members]
-        console.out.print(
+        console.tell(
             f"dev: mean {mean(figures):.1f}, deviation {stdev(figures):.1f}, best "
-            f"{max(figures):.1f} (members that were dropped count with their best until then)",
-            markup=False,
+            f"{max(figures):.1f} (members that were dropped count with their best until then)"
         )

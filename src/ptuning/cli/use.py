@@ -37,13 +37,13 @@ def inspect(
             }
         )
         return
-    console.out.print(f"template  {prompt.template or '(in front)'}", markup=False)
-    console.out.print(f"base      {prompt.base_model.get('name', 'unknown')}", markup=False)
+    console.tell(f"template  {prompt.template or '(in front)'}")
+    console.tell(f"base      {prompt.base_model.get('name', 'unknown')}")
     for label, options in prompt.labels.items():
-        console.out.print(f"label     {label} = {' | '.join(options)}", markup=False)
+        console.tell(f"label     {label} = {' | '.join(options)}")
     for key, value in prompt.training.items():
         shown = f"{value:.4g}" if isinstance(value, float) else value
-        console.out.print(f"{key.replace('_', ' '):<10}{shown}", markup=False)
+        console.tell(f"{key.replace('_', ' '):<10}{shown}")
     console.table(
         f"Virtual tokens (mean norm of the vocabulary: {mean_norm:.2f})",
         ["token", "norm", "nearest words (cosine)"],
@@ -67,4 +67,4 @@ def fetch(
 
     if name in SOURCES:
         console.say(f"{name}: {SOURCES[name].about}")
-    console.out.print(str(put(name)), markup=False)
+    console.tell(str(put(name)))
