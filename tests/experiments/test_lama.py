@@ -18,7 +18,8 @@ from ptuning import Prompt, Task, TrainSettings
 from ptuning.cli import main
 from ptuning.errors import DataError, InputError
 from ptuning.experiments.lama import templates as templates
-from ptuning.experiments.lama.probe import LamaOptions, summary
+from ptuning.experiments.lama.options import LamaOptions
+from ptuning.experiments.lama.probe import summary
 from ptuning.experiments.lama.ranking import metrics, ranks
 from ptuning.experiments.lama.relations import (
     Facts,

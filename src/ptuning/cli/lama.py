@@ -25,7 +25,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..experiments.lama.probe import LamaOptions
+    from ..experiments.lama.options import LamaOptions
     from ..experiments.lama.relations import Facts, Relation
     from ..experiments.ledger import Ledger
 
@@ -80,7 +80,8 @@ def lama(
     """
     from .. import distributed
     from ..backbone.load import load_model
-    from ..experiments.lama.probe import LamaOptions, check, summary
+    from ..experiments.lama.options import LamaOptions
+    from ..experiments.lama.probe import check, summary
     from ..experiments.lama.relations import UnusableRelationError, read_facts, read_relations
     from ..experiments.ledger import Ledger
     from ..training.settings import TrainSettings

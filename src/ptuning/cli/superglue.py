@@ -87,7 +87,7 @@ def superglue(
     from .. import distributed
     from ..backbone.load import load_model
     from ..experiments.ledger import Ledger
-    from ..experiments.superglue.few_shot import SuperGlueOptions
+    from ..experiments.superglue.options import SuperGlueOptions
     from ..training.settings import TrainSettings
 
     options = SuperGlueOptions(

@@ -13,7 +13,7 @@ from . import console
 if TYPE_CHECKING:
     from ..experiments.ledger import Ledger
     from ..experiments.superglue.examples import Splits
-    from ..experiments.superglue.few_shot import SuperGlueOptions
+    from ..experiments.superglue.options import SuperGlueOptions
     from ..experiments.superglue.tasks import SuperGlueTask
 
 

@@ -17,23 +17,13 @@ from ..backbone.base_model import fingerprint
 from ..errors import InputError, PromptFileError
 from . import peft_files, prompt_files
 from .encoder_config import CONFIG_NAME, PromptEncoderConfig, PromptEncoderReparameterizationType
-from .task import Task, at_least_one, check_type, one_of
-
-_ENCODER = ("encoder", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout")
+from .prompt_settings import PromptSettings
+from .task import check_type
 
 
 @dataclass(eq=False)
-class Prompt(Task):
-    """A prompt for a frozen language model; takes all that `Task` takes, and:
-
-    Args:
-        num_virtual_tokens: must agree with the template. Without a template it is PEFT's placement:
-            so many virtual tokens in front of everything.
-        encoder: ``"mlp"``, ``"lstm"`` or ``"none"``.
-        encoder_hidden_size: width of the head; by default the embedding's (half of it for LSTM, so
-            that both directions together are as wide).
-        encoder_num_layers: LSTM layers.
-        encoder_dropout: dropout between LSTM layers.
+class Prompt(PromptSettings):
+    """A prompt for a frozen language model; takes all that `Task` and `PromptSettings` take.
 
     Attributes:
         vectors: ``(num_virtual_tokens, embedding width)`` float32; None before training.
@@ -53,11 +43,6 @@ class Prompt(Task):
         6
     """
 
-    num_virtual_tokens: int | None = None
-    encoder: str = "mlp"
-    encoder_hidden_size: int | None = None
-    encoder_num_layers: int = 2
-    encoder_dropout: float = 0.0
     vectors: Tensor | None = field(default=None, repr=False)
     encoder_weights: dict[str, Tensor] | None = field(default=None, repr=False)
     base_model: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -66,49 +51,8 @@ class Prompt(Task):
     peft_config: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        kind = self.encoder.lower() if isinstance(self.encoder, str) else self.encoder
-        self.encoder = one_of("encoder", kind, ("mlp", "lstm", "none"))
         check_type(self, dict, "base_model", "training", "peft_config")
-        if isinstance(self.encoder_dropout, int):
-            self.encoder_dropout = float(self.encoder_dropout)
-        check_type(self, float, "encoder_dropout")
-        if not 0 <= self.encoder_dropout < 1:
-            raise InputError(f"encoder_dropout is {self.encoder_dropout}; give a share, 0 to 1")
-        for name in ("num_virtual_tokens", "encoder_hidden_size", "encoder_num_layers"):
-            at_least_one(name, getattr(self, name))
-        if self.template is None:
-            if self.num_virtual_tokens is None:
-                raise InputError(
-                    'a prompt needs a template, such as "[P*3] {country} [P*3] [MASK]", or '
-                    "num_virtual_tokens for virtual tokens in front of the input"
-                )
-            self.special_tokens = "after"
         super().__post_init__()
-        if self.template is not None:
-            self._count_virtual_tokens()
-
-    def _count_virtual_tokens(self) -> None:
-        groups = self.parsed.virtual
-        if not groups:
-            raise InputError(
-                "the template has no virtual token; write [P] or [P*3] where the prompt may "
-                f"learn, for example: [P*3] {self.template}"
-            )
-        if all(group.count for group in groups):  # the words of [P:…] await a tokenizer
-            self.set_count(sum(group.count for group in groups))
-
-    def set_count(self, count: int) -> None:
-        """Fix the number of virtual tokens.
-
-        Raises:
-            InputError: it disagrees with ``num_virtual_tokens``.
-        """
-        if self.num_virtual_tokens not in (None, count):
-            raise InputError(
-                f"num_virtual_tokens is {self.num_virtual_tokens}, and the template has {count} "
-                f"virtual tokens: {self.template}; give one of the two, or make them agree"
-            )
-        self.num_virtual_tokens = count
 
     def encoder_config(self, token_dim: int) -> PromptEncoderConfig:
         """The configuration of this prompt's encoder for an embedding of width `token_dim`."""
@@ -157,10 +101,6 @@ class Prompt(Task):
         for name in (*other.settings(), "num_virtual_tokens"):
             setattr(self, name, getattr(other, name))
         self.__dict__.pop("parsed", None)  # of the template before
-
-    def settings(self) -> dict[str, Any]:
-        """What a user chose, as plain values."""
-        return {**super().settings(), **{name: getattr(self, name) for name in _ENCODER}}
 
     def save(
         self, folder: str | Path, *, keep_encoder: bool = True, peft: bool | None = None

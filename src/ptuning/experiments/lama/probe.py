@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -25,12 +24,11 @@ from ...prompts.prompt import Prompt
 from ...prompts.task import Task
 from ...rendering.render import Renderer
 from ...training.progress import Progress
-from ...training.settings import TrainSettings
 from ...training.train import train
+from .options import LamaOptions
 from .ranking import metrics, ranks
 from .relations import (
     OBJECT,
-    SUBJECT,
     Facts,
     Relation,
     UnusableRelationError,
@@ -45,59 +43,7 @@ from .templates import (
     worded_template,
 )
 
-TEMPLATES = ("own", "best", "own-words", "best-words", "plain")
-_STEPS, _FEWEST, _MOST = 150, 3, 10
 MEASURED = ("manual_p1", "best_manual_p1", "majority_p1", "ptuned_p1", "ptuned_p10", "ptuned_mrr")
-
-
-@dataclass(frozen=True)
-class LamaOptions:
-    """What a population of prompts for one relation is made of.
-
-    Args:
-        templates: ``own`` (virtual tokens among the words of LAMA's template), ``best`` (of the
-            manual template that is best on dev), ``own-words`` and ``best-words`` (virtual tokens
-            that begin as these words), ``plain`` (no words), or templates with ``{sub_label}``.
-        grid: what members differ in beside it: ``encoder`` and others of `train`'s keys.
-        virtual_tokens: of each group.
-        seeds: how many of each combination.
-        epochs: None for as many as 150 steps take, 3 to 10: relations differ in size.
-        settings: how to train otherwise.
-
-    Raises:
-        InputError: a template is neither a known form nor names the subject; or no template, or
-            no encoder.
-    """
-
-    templates: tuple[str, ...]
-    grid: dict[str, list[Any]]
-    virtual_tokens: int
-    seeds: int
-    epochs: int | None
-    settings: TrainSettings
-
-    def __post_init__(self) -> None:
-        for template in self.templates:
-            if template not in TEMPLATES and f"{{{SUBJECT}}}" not in template:
-                raise InputError(
-                    f"--template {template!r} is none of {', '.join(TEMPLATES)} and does not name "
-                    f"the subject: write {{{SUBJECT}}} where it stands"
-                )
-        for template in (*self.own_templates, plain_template("causal")):
-            for encoder in self.grid["encoder"]:
-                Prompt(template, answer=OBJECT, encoder=encoder)
-
-    @property
-    def own_templates(self) -> list[str]:
-        """The templates that are no known form."""
-        return [template for template in self.templates if template not in TEMPLATES]
-
-    def settings_for(self, facts: Facts) -> TrainSettings:
-        """How to train on a relation's facts."""
-        if self.epochs is not None:
-            return replace(self.settings, epochs=self.epochs)
-        enough = round(_STEPS * self.settings.batch_size / len(facts.train))
-        return replace(self.settings, epochs=min(max(enough, _FEWEST), _MOST))
 
 
 def probe(

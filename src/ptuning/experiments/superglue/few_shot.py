@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import log
 from pathlib import Path
 from sys import float_info
@@ -18,54 +18,18 @@ from torch import nn
 
 from ...backbone.base_model import task_kind
 from ...data import Row
-from ...errors import InputError
 from ...inference.evaluation import teacher_forced
 from ...inference.prediction import predict, predict_details
 from ...prompts.prompt import Prompt
 from ...prompts.task import Task
 from ...training.progress import Progress
-from ...training.settings import TrainSettings
 from ...training.train import train
 from .examples import Splits
 from .metrics import METRICS, same_noun
+from .options import SuperGlueOptions
 from .tasks import SuperGlueTask
 
 Figures = dict[str, float]
-
-
-@dataclass(frozen=True)
-class SuperGlueOptions:
-    """What a population of prompts is made of.
-
-    Args:
-        templates: of prompts; by default the task's own.
-        best: how many of the task's own, those whose words alone are best on dev.
-        grid: what members differ in beside it: ``encoder`` and others of `train`'s keys.
-        population: seeds of each template and encoder.
-        settings: how to train.
-    """
-
-    templates: tuple[str, ...]
-    best: int
-    grid: dict[str, list[Any]]
-    population: int
-    settings: TrainSettings
-
-    def check(self, task: SuperGlueTask, splits: Splits) -> None:
-        """Refuse what cannot be trained on a task before anything is.
-
-        Raises:
-            InputError: an encoder, or a template: no virtual token, or an unknown column.
-        """
-        for template in self.templates or task.templates:
-            for encoder in self.grid["encoder"]:
-                prompt = Prompt(template, answer=task.answer, encoder=encoder)
-                unknown = set(prompt.parsed.fields) - set(splits.train[0])
-                if unknown:
-                    raise InputError(
-                        f"--template {template!r} names {{{min(unknown)}}}; {task.folder} has "
-                        f"{', '.join(splits.train[0])}"
-                    )
 
 
 def baselines(

@@ -1,0 +1,65 @@
+"""`LamaOptions`: what a population of prompts for one relation is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...errors import InputError
+from ...prompts.prompt_settings import PromptSettings
+from ...training.settings import TrainSettings
+from .relations import OBJECT, SUBJECT, Facts
+from .templates import plain_template
+
+TEMPLATES = ("own", "best", "own-words", "best-words", "plain")
+_STEPS, _FEWEST, _MOST = 150, 3, 10
+
+
+@dataclass(frozen=True)
+class LamaOptions:
+    """What a population of prompts for one relation is made of.
+
+    Args:
+        templates: ``own`` (virtual tokens among the words of LAMA's template), ``best`` (of the
+            manual template that is best on dev), ``own-words`` and ``best-words`` (virtual tokens
+            that begin as these words), ``plain`` (no words), or templates with ``{sub_label}``.
+        grid: what members differ in beside it: ``encoder`` and others of `train`'s keys.
+        virtual_tokens: of each group.
+        seeds: how many of each combination.
+        epochs: None for as many as 150 steps take, 3 to 10: relations differ in size.
+        settings: how to train otherwise.
+
+    Raises:
+        InputError: a template is neither a known form nor names the subject; or no template, or
+            no encoder.
+    """
+
+    templates: tuple[str, ...]
+    grid: dict[str, list[Any]]
+    virtual_tokens: int
+    seeds: int
+    epochs: int | None
+    settings: TrainSettings
+
+    def __post_init__(self) -> None:
+        for template in self.templates:
+            if template not in TEMPLATES and f"{{{SUBJECT}}}" not in template:
+                raise InputError(
+                    f"--template {template!r} is none of {', '.join(TEMPLATES)} and does not name "
+                    f"the subject: write {{{SUBJECT}}} where it stands"
+                )
+        for template in (*self.own_templates, plain_template("causal")):
+            for encoder in self.grid["encoder"]:
+                PromptSettings(template, answer=OBJECT, encoder=encoder)
+
+    @property
+    def own_templates(self) -> list[str]:
+        """The templates that are no known form."""
+        return [template for template in self.templates if template not in TEMPLATES]
+
+    def settings_for(self, facts: Facts) -> TrainSettings:
+        """How to train on a relation's facts."""
+        if self.epochs is not None:
+            return replace(self.settings, epochs=self.epochs)
+        enough = round(_STEPS * self.settings.batch_size / len(facts.train))
+        return replace(self.settings, epochs=min(max(enough, _FEWEST), _MOST))

@@ -1,0 +1,88 @@
+"""`PromptSettings`: what a user chooses of a prompt. `Prompt` adds what training gives.
+
+Needs no torch, so that a command line can be made of it and a mistake is found at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import InputError
+from .task import Task, at_least_one, check_type, one_of
+
+ENCODERS = ("mlp", "lstm", "none")
+_ENCODER = ("encoder", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout")
+
+
+@dataclass(eq=False)
+class PromptSettings(Task):
+    """A task with virtual tokens in it, and how they are made; takes all that `Task` takes, and:
+
+    Args:
+        num_virtual_tokens: must agree with the template. Without a template it is PEFT's placement:
+            so many virtual tokens in front of everything.
+        encoder: what makes the virtual tokens: ``mlp``, ``lstm``, or ``none`` (they are trained
+            themselves).
+        encoder_hidden_size: width of the encoder; by default the embedding's (half of it for LSTM,
+            so that both directions together are as wide).
+        encoder_num_layers: LSTM layers.
+        encoder_dropout: dropout between LSTM layers.
+
+    Raises:
+        InputError, TemplateError: settings that contradict each other or the template language.
+    """
+
+    num_virtual_tokens: int | None = None
+    encoder: str = "mlp"
+    encoder_hidden_size: int | None = None
+    encoder_num_layers: int = 2
+    encoder_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        kind = self.encoder.lower() if isinstance(self.encoder, str) else self.encoder
+        self.encoder = one_of("encoder", kind, ENCODERS)
+        if isinstance(self.encoder_dropout, int):
+            self.encoder_dropout = float(self.encoder_dropout)
+        check_type(self, float, "encoder_dropout")
+        if not 0 <= self.encoder_dropout < 1:
+            raise InputError(f"encoder_dropout is {self.encoder_dropout}; give a share, 0 to 1")
+        for name in ("num_virtual_tokens", "encoder_hidden_size", "encoder_num_layers"):
+            at_least_one(name, getattr(self, name))
+        if self.template is None:
+            if self.num_virtual_tokens is None:
+                raise InputError(
+                    'a prompt needs a template, such as "[P*3] {country} [P*3] [MASK]", or '
+                    "num_virtual_tokens for virtual tokens in front of the input"
+                )
+            self.special_tokens = "after"
+        super().__post_init__()
+        if self.template is not None:
+            self._count_virtual_tokens()
+
+    def _count_virtual_tokens(self) -> None:
+        groups = self.parsed.virtual
+        if not groups:
+            raise InputError(
+                "the template has no virtual token; write [P] or [P*3] where the prompt may "
+                f"learn, for example: [P*3] {self.template}"
+            )
+        if all(group.count for group in groups):  # the words of [P:…] await a tokenizer
+            self.set_count(sum(group.count for group in groups))
+
+    def set_count(self, count: int) -> None:
+        """Fix the number of virtual tokens.
+
+        Raises:
+            InputError: it disagrees with ``num_virtual_tokens``.
+        """
+        if self.num_virtual_tokens not in (None, count):
+            raise InputError(
+                f"num_virtual_tokens is {self.num_virtual_tokens}, and the template has {count} "
+                f"virtual tokens: {self.template}; give one of the two, or make them agree"
+            )
+        self.num_virtual_tokens = count
+
+    def settings(self) -> dict[str, Any]:
+        """What a user chose, as plain values."""
+        return {**super().settings(), **{name: getattr(self, name) for name in _ENCODER}}
