@@ -1,0 +1,133 @@
+"""Is it the same model? A sample of the embedding's values and a hash of the tokenizer.
+
+The sample is compared with a tolerance, because the same model may be loaded in another dtype or
+quantized.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, PromptFileError
+from .injection import input_embedding
+from .traits import kind_of
+from .upstream import commit_of
+
+_SAMPLED_ROWS = 16
+_SAMPLED_COLUMNS = 16
+# Relative error of the sampled values: bf16 gives 0.004, 4-bit quantization about 0.1, another
+# model of the same width about 1.4.
+_SAME_MODEL = 0.35
+
+
+def describe(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
+    """The base model's name and fingerprints, as kept in ``prompt.json``."""
+    embedding = input_embedding(model)
+    rows = torch.linspace(3, embedding.num_embeddings - 1, _SAMPLED_ROWS).long()
+    columns = torch.linspace(0, embedding.embedding_dim - 1, _SAMPLED_COLUMNS).long()
+    sample = _sample(embedding, rows, columns)
+    return {
+        "name": name_of(model),
+        "kind": _kind(model),
+        "revision": commit_of(getattr(model, "config", None)),
+        "embedding": {
+            "width": embedding.embedding_dim,
+            "rows": " ".join(map(str, rows.tolist())),
+            "columns": " ".join(map(str, columns.tolist())),
+            "values": [" ".join(f"{float(x):.6f}" for x in row) for row in sample],
+        },
+        "tokenizer": None if tokenizer is None else tokenizer_hash(tokenizer),
+    }
+
+
+def _kind(model: nn.Module) -> str:
+    try:
+        return kind_of(model)
+    except InputError:  # a classifier, or no head at all
+        return "other"
+
+
+def _sample(embedding: nn.Embedding, rows: Tensor, columns: Tensor) -> Tensor:
+    """Values of the stored weight at `rows` x `columns`; read through the module where the weight
+    itself is quantized or offloaded."""
+    weight = embedding.weight
+    if weight.is_floating_point() and not weight.is_meta:
+        return weight.detach()[rows.to(weight.device)].float().cpu()[:, columns]
+    with torch.no_grad():
+        return embedding(rows.to(weight.device)).float().cpu()[:, columns]
+
+
+def check_same(saved: dict[str, Any], model: nn.Module, tokenizer: Any) -> None:
+    """Compare a prompt's base model with the one at hand.
+
+    Raises:
+        PromptFileError: the embedding has another width.
+    Warns:
+        UserWarning: the weights or the tokenizer differ, with both names.
+    """
+    if not saved:
+        return
+    embedding = input_embedding(model)
+    here = name_of(model)
+    known = fingerprint(saved)
+    if known["width"] != embedding.embedding_dim:
+        raise PromptFileError(
+            f"this prompt was trained on {saved['name']!r} with embedding width {known['width']}; "
+            f"{here!r} has {embedding.embedding_dim}: give the model that it was trained on"
+        )
+    error = torch.inf
+    if int(known["rows"].max()) < embedding.num_embeddings:
+        got = _sample(embedding, known["rows"], known["columns"])
+        expected = known["values"]
+        error = float((got - expected).norm() / expected.norm().clamp(min=1e-12))
+    if error > _SAME_MODEL:
+        warnings.warn(
+            f"this prompt was trained on {saved['name']!r}, and {here!r} has other weights: its "
+            "answers will be poor unless one is a close relative of the other",
+            stacklevel=3,
+        )
+    elif tokenizer is not None and saved.get("tokenizer") not in (None, tokenizer_hash(tokenizer)):
+        warnings.warn(
+            f"this prompt was trained on {saved['name']!r} with another tokenizer than that of "
+            f"{here!r}: the same text becomes other ids",
+            stacklevel=3,
+        )
+
+
+def fingerprint(saved: dict[str, Any]) -> dict[str, Any]:
+    """The embedding's sample in what `describe` gave, as tensors.
+
+    Raises:
+        PromptFileError: there is none, or it cannot be read.
+    """
+    try:
+        known = saved["embedding"]
+        return {
+            "width": int(known["width"]),
+            "rows": torch.tensor([int(i) for i in known["rows"].split()]),
+            "columns": torch.tensor([int(i) for i in known["columns"].split()]),
+            "values": torch.tensor([[float(x) for x in row.split()] for row in known["values"]]),
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PromptFileError(
+            f"prompt.json: base_model has no readable sample of the embedding ({error!r}); copy "
+            "the prompt again, or retrain"
+        ) from None
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 over the vocabulary with its ids, shortened to 32 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
+        digest.update(f"{index}\t{token}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:32]
+
+
+def name_of(model: nn.Module) -> str:
+    """What to call a model in messages and files."""
+    return getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__

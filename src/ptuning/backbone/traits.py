@@ -1,0 +1,220 @@
+"""Every fact about an architecture that somebody here needs, in one place.
+
+Facts are read off the model and its configuration, by transformers' own names; no fact depends on a
+prompt. A new architecture that behaves unlike the others gets its line here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+from ..errors import InputError
+from .upstream import attention_of, is_stateful, uncompiled
+
+
+class ModelKind(enum.StrEnum):
+    """How a language model gives an answer."""
+
+    CAUSAL = "causal"
+    """The tokens that follow the input."""
+    MASKED = "masked"
+    """The tokens at the masks."""
+    SEQ2SEQ = "seq2seq"
+    """What the decoder says."""
+
+
+_COUNT_COLUMNS = (
+    "bart",
+    "bigbird_pegasus",
+    "blenderbot",
+    "blenderbot-small",
+    "marian",
+    "mbart",
+    "mvp",
+    "pegasus",
+    "plbart",
+    "roformer",
+    "rwkv",
+)
+_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+
+
+def kind_of(model: nn.Module) -> ModelKind:
+    """How the model gives an answer.
+
+    Raises:
+        InputError: the model has no output head over a vocabulary.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return ModelKind.SEQ2SEQ
+    can_generate = getattr(model, "can_generate", None)
+    if can_generate is not None and can_generate():
+        return ModelKind.CAUSAL
+    if getattr(model, "get_output_embeddings", lambda: None)() is not None:
+        return ModelKind.MASKED
+    raise InputError(
+        f"{type(model).__name__} has no language-model head to answer with; load the model with "
+        "AutoModelForCausalLM, AutoModelForMaskedLM or AutoModelForSeq2SeqLM"
+    )
+
+
+def reads_left_to_right(model: nn.Module) -> bool:
+    """A decoder-only architecture, whatever its head."""
+    config: Any = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+        return bool(getattr(config, "is_decoder", False))
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def context_length(model: nn.Module, tokenizer: Any) -> int | None:
+    """The longest input in tokens, or None where neither model nor tokenizer has a limit."""
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    limits = [getattr(tokenizer, "model_max_length", None)]
+    limits += [getattr(config, name, None) for name in _CONTEXT_NAMES]
+    offset = padding_offset(model)
+    known = [
+        limit - (offset if at > 0 else 0)
+        for at, limit in enumerate(limits)
+        if isinstance(limit, int) and 0 < limit < 10**9
+    ]
+    return min(known) if known else None
+
+
+def forward_parameters(model: nn.Module) -> frozenset[str]:
+    """Names that the model's forward takes, through wrappers such as torch.compile's."""
+    return frozenset(inspect.signature(uncompiled(model).forward).parameters)
+
+
+# Positions.
+
+
+def padding_offset(model: nn.Module) -> int:
+    """The first position: ``padding_idx + 1`` in RoBERTa's family, which has that many fewer."""
+    for name, module in model.named_modules():
+        if name.endswith("embeddings.position_embeddings") and isinstance(module, nn.Embedding):
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0
+
+
+def first_position(model: nn.Module) -> int:
+    """Of a causal model: 0 but for RoBERTa's family."""
+    config = getattr(model, "config", None)
+    return padding_offset(model) if getattr(config, "is_decoder", False) else 0
+
+
+def counts_columns(model: nn.Module) -> bool:
+    """A decoder whose positions are columns, padding included: it cannot be told others."""
+    config: Any = getattr(model, "config", None)
+    return getattr(config, "model_type", None) in _COUNT_COLUMNS and not config.is_encoder_decoder
+
+
+def scales_with_length(model: nn.Module) -> bool:
+    """Rotary frequencies depend on the longest input of a batch (Phi-3's, and dynamic NTK)."""
+    config: Any = getattr(model, "config", None)
+    given = getattr(config and config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [given, *(value for value in given.values() if isinstance(value, dict))]
+    return any(kind.get("rope_type") in ("longrope", "dynamic") for kind in kinds)
+
+
+# Attention and its cache.
+
+
+def reads_caches(model: nn.Module) -> bool:
+    """Every layer attends to keys and values that it is given, on one device.
+
+    Recurrent layers have a state instead. Where rotary frequencies follow the length of the input,
+    a prefix alone has others than within its row. Gradient checkpointing runs layers again, and
+    transformers then gives them no cache.
+    """
+    config: Any = model.config
+    kinds = getattr(config.get_text_config(), "layer_types", None) or ["full_attention"]
+    attends = {"full_attention", "sliding_attention"}.issuperset(kinds)
+    takes = "past_key_values" in forward_parameters(model)
+    if not (attends and takes) or counts_columns(model) or scales_with_length(model):
+        return False
+    return not (checkpoints_gradients(model) or is_spread(model) or is_stateful(model))
+
+
+def packs_rows(model: nn.Module) -> bool:
+    """The model's attention takes a mask of our own, and its positions are what it is told.
+
+    So it is with rotary positions, full attention in every layer, and PyTorch's attention.
+    """
+    config: Any = getattr(model, "config", None)
+    if config is None or attention_of(config) != "sdpa":
+        return False
+    text = config.get_text_config()
+    rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    window = getattr(text, "sliding_window", None) and not getattr(text, "layer_types", None)
+    if getattr(text, "alibi", False) or scales_with_length(model):
+        return False
+    return bool(rotary) and kinds == {"full_attention"} and not window
+
+
+def groups_queries(model: nn.Module) -> bool:
+    """Several query heads read the same keys and values, through PyTorch's attention."""
+    config: Any = getattr(model, "config", None)
+    if config is None or attention_of(config) != "sdpa":
+        return False
+    text = config.get_text_config()
+    queries = getattr(text, "num_attention_heads", None)
+    return (getattr(text, "num_key_value_heads", None) or queries) != queries
+
+
+def looks_at_lengths(model: nn.Module) -> bool:
+    """FlashAttention reads the lengths of rows on the host."""
+    return "flash" in str(attention_of(getattr(model, "config", None)))
+
+
+def checkpoints_gradients(model: nn.Module) -> bool:
+    """Layers run again in the backward pass."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Its layers are on several devices."""
+    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+
+
+# The output head.
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that turns hidden states into logits, or None."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if get else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def finished_logits(model: nn.Module, logits: Tensor) -> Tensor:
+    """What models do to the logits of their output head ``(…, words)``: scale, divide, cap.
+
+    A bias over the vocabulary (`vocabulary_bias`) is not added: `logits` may be of some words only.
+    """
+    config: Any = model.config
+    config = config.get_text_config(decoder=True)
+    scale = getattr(model, "logit_scale", None)  # Cohere
+    if isinstance(scale, float | int):
+        logits = logits * scale
+    divisor = getattr(config, "logits_scaling", None)  # Granite
+    if divisor is not None:
+        logits = logits / divisor
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def vocabulary_bias(model: nn.Module) -> Tensor | None:
+    """What is added behind the output head, ``(1, vocabulary)``: BART's family has it."""
+    return getattr(model, "final_logits_bias", None)
