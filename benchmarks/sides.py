@@ -7,7 +7,6 @@ backward, clipping and AdamW, as its training loop does it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import peft
@@ -16,9 +15,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ptuning import Prompt, TrainSettings
-from ptuning.forward.packing import can_pack
-from ptuning.forward.plain import Prefix
-from ptuning.rendering.collate import Batch, by_length, collate
+from ptuning.backbone.base_model import BaseModel
+from ptuning.forward.engine import Engine
+from ptuning.forward.prefix_store import PrefixStore
+from ptuning.rendering.collate import Batch
 from ptuning.rendering.layout import Sequence
 from ptuning.rendering.render import Rendered
 from ptuning.training.cuda_graphs import graphs_or_plain
@@ -91,32 +91,35 @@ class Ours:
                 member.encoder.load_state_dict(weights)
             member.to(self.device)
             self.learners.append(Learner(member, "mlp", settings, 10**6, accelerator))
-        self.population = Population(base, None, made)
+        self.engine = Engine(BaseModel.of(base, None), 0)
+        self.population = Population(self.engine, made)
         self.accelerator, self.settings, self.prompt = accelerator, settings, prompt
         self.notes: list[str] = []
 
     def batch(self, rows: list[tuple[Rendered, int]]) -> Batch:
         """Examples, each with its member, as one batch on the device."""
-        first = self.population.first_ids()
-        batch = collate([e for e, _ in rows], "causal", [first[number] for _, number in rows])
-        return replace(batch, member=torch.tensor([n for _, n in rows])).to(self.device)
+        return self.engine.batch(rows, self.population.first_ids())
+
+    def keep_in(self, store: PrefixStore | None) -> None:
+        """The store of frozen prefixes; without one every row is computed as a whole."""
+        self.engine.store, self.engine.shares = store, store is not None
 
     def rows(self, examples: list[Rendered]) -> list[tuple[Rendered, int]]:
         """The same examples for every member."""
         return [(e, number) for number in range(len(self.learners)) for e in examples]
 
     @torch.no_grad()
-    def losses(self, examples: list[Rendered], prefix: Prefix | None) -> Tensor:
+    def losses(self, examples: list[Rendered], store: PrefixStore | None) -> Tensor:
         """Each member's mean loss ``(members,)``."""
-        self.population.prefix = prefix
+        self.keep_in(store)
         return self.population.step(self.batch(self.rows(examples))) / len(examples)
 
-    def step(self, examples: list[Rendered], prefix: Callable[[], Prefix | None]) -> Step:
+    def step(self, examples: list[Rendered], store: Callable[[], PrefixStore | None]) -> Step:
         """A training step of every member on the examples, in parts as the training loop cuts them.
 
         Args:
             examples: of each member.
-            prefix: gives the store that the step uses.
+            store: gives the store that the step uses.
         """
 
         def plain(batch: Batch, divisor: Tensor) -> Tensor:
@@ -124,7 +127,7 @@ class Ours:
             losses.sum().backward()
             return losses.detach()
 
-        self.population.prefix = prefix()
+        self.keep_in(store())
         step = graphs_or_plain(
             self.population,
             plain,
@@ -136,11 +139,9 @@ class Ours:
 
         def run() -> None:
             self.population.train()
-            self.population.prefix = store = prefix()
-            keep = store is not None
-            rows = by_length(self.rows(examples), self.device, keep, can_pack(self.base))
-            parts = [self.batch(part) for part in rows]
-            with self.population.one_table(parts if keep and step is plain else ()):
+            self.keep_in(store())
+            parts = self.engine.batches(self.rows(examples), self.population.first_ids())
+            with self.population.one_table(parts if step is plain else ()):
                 for part in parts:
                     step(part, divisor)
             for learner in self.learners:

@@ -1,7 +1,7 @@
-"""Every touch of a private name of torch, transformers or accelerate, each with why and since when.
+"""Every touch of a private name of torch, transformers or accelerate: why, and since when.
 
-Where a public way exists it is taken; a test finds a private name of a foreign object anywhere else.
-What breaks with a release of theirs is looked for here first.
+Where a public way exists it is taken; a test finds private names of others anywhere else. What
+breaks with a release of theirs is looked for here first.
 """
 
 from __future__ import annotations

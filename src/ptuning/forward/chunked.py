@@ -21,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backbone.traits import finished_logits, output_head, vocabulary_bias
 from ..rendering.collate import IGNORED, Batch
 from .label_words import label_word_scores
-from .output_head import behind_the_head, output_head, seeing
+from .output_head import seeing
 from .plain import (
-    Prefix,
+    Shortener,
     answer_logits,
     answer_outputs,
     example_losses,
@@ -50,7 +51,7 @@ class _Unread:
 
 
 def losses(
-    model: nn.Module, batch: Batch, words: Tensor | None, prefix: Prefix | None = None
+    model: nn.Module, batch: Batch, words: Tensor | None, shortener: Shortener | None = None
 ) -> Tensor:
     """The loss ``(N,)`` of each example, as `plain.example_losses` gives it.
 
@@ -58,11 +59,11 @@ def losses(
         model: the base model; the chunks serve it where it is frozen.
         batch: its inputs.
         words: for label comparison the label of each word, else None.
-        prefix: as for `plain.answer_logits`.
+        shortener: as for `plain.answer_logits`.
     """
     if batch.labels is not None and words is not None:
-        return _of_labels(model, batch, batch.labels, words, prefix)[0]
-    found = _read(model, batch, prefix)
+        return _of_labels(model, batch, batch.labels, words, shortener)[0]
+    found = _read(model, batch, shortener)
     if isinstance(found, Tensor):
         return example_losses(found, batch, None)
     return _by_position(found, batch.answers)[0].sum(1)
@@ -70,12 +71,12 @@ def losses(
 
 @torch.no_grad()
 def losses_and_right(
-    model: nn.Module, batch: Batch, words: Tensor | None, prefix: Prefix | None = None
+    model: nn.Module, batch: Batch, words: Tensor | None, shortener: Shortener | None = None
 ) -> tuple[Tensor, Tensor]:
     """`losses`, and as `plain.examples_right` says which examples ``(N,)`` are answered right."""
     if batch.labels is not None and words is not None:
-        return _of_labels(model, batch, batch.labels, words, prefix)
-    found = _read(model, batch, prefix)
+        return _of_labels(model, batch, batch.labels, words, shortener)
+    found = _read(model, batch, shortener)
     if isinstance(found, Tensor):
         return example_losses(found, batch, None), examples_right(found, batch, None)
     nll, right = _by_position(found, batch.answers)
@@ -83,9 +84,9 @@ def losses_and_right(
 
 
 def _of_labels(
-    model: nn.Module, batch: Batch, labels: Tensor, words: Tensor, prefix: Prefix | None
+    model: nn.Module, batch: Batch, labels: Tensor, words: Tensor, shortener: Shortener | None
 ) -> tuple[Tensor, Tensor]:
-    return losses_of_labels(label_word_scores(model, batch, len(words), prefix), labels, words)
+    return losses_of_labels(label_word_scores(model, batch, len(words), shortener), labels, words)
 
 
 def _by_position(unread: _Unread, answers: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,26 +136,26 @@ class _Chunks(torch.autograd.Function):
         return (of_losses.unsqueeze(1) * gradients).to(context.dtype), None, None
 
 
-def _read(model: nn.Module, batch: Batch, prefix: Prefix | None) -> Tensor | _Unread:
+def _read(model: nn.Module, batch: Batch, shortener: Shortener | None) -> Tensor | _Unread:
     """Logits where they are small, else what is before the head."""
     head = output_head(model)
     if head is None or not _serves(model, head, batch):
-        return answer_logits(model, batch, prefix)
+        return answer_logits(model, batch, shortener)
     with seeing(head, slice(0, 1)) as given:
-        logits, rows = answer_outputs(model, batch, prefix)
+        logits, rows = answer_outputs(model, batch, shortener)
     if not given:  # a compiled model takes no notice of hooks
         return rows(logits)
 
     def finished(hidden: Tensor) -> Tensor:
-        logits = behind_the_head(model, head(hidden))
-        bias = getattr(model, "final_logits_bias", None)  # BART
+        logits = finished_logits(model, head(hidden))
+        bias = vocabulary_bias(model)
         return logits if bias is None else logits + bias
 
     with torch.no_grad():
         same = len(given) == 1 and _same(finished(given[0][:, :1]), logits)
     if not same:
         _other_heads.add(model)
-        return answer_logits(model, batch, prefix)
+        return answer_logits(model, batch, shortener)
     return _Unread(rows(given[0]), finished)
 
 

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ..backbone.base_model import counts_columns, scales_with_length
 from .grouped_queries import grouped_queries
-from .plain import forward_parameters, positions
+from .plain import positions
 
 
 class _KeptLayer(DynamicLayer):
@@ -46,21 +45,3 @@ def keys_and_values(model: nn.Module, ids: Tensor, mask: Tensor) -> list[tuple[T
         )
     layers: list[Any] = cache.layers
     return [(layer.keys, layer.values) for layer in layers]
-
-
-def reads_caches(model: nn.Module) -> bool:
-    """Every layer attends to keys and values that it is given, on one device.
-
-    Recurrent layers have a state instead. Where rotary frequencies follow the length of the input,
-    a prefix alone has others than within its row. Gradient checkpointing runs layers again, and
-    transformers then gives them no cache.
-    """
-    config: Any = model.config
-    kinds = getattr(config.get_text_config(), "layer_types", None) or ["full_attention"]
-    attends = {"full_attention", "sliding_attention"}.issuperset(kinds)
-    again = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
-    takes = "past_key_values" in forward_parameters(model)
-    if not (attends and takes) or counts_columns(model) or scales_with_length(model):
-        return False
-    return not (again or spread or getattr(model, "_is_stateful", False))

@@ -15,16 +15,18 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from ..backbone.traits import finished_logits, output_head, vocabulary_bias
+from ..backbone.upstream import is_offloaded
 from ..rendering.collate import Batch
-from .output_head import behind_the_head, output_head, seeing
-from .plain import Prefix, answer_logits, answer_outputs, word_scores
+from .output_head import seeing
+from .plain import Shortener, answer_logits, answer_outputs, word_scores
 
 _alike: WeakSet[nn.Module] = WeakSet()
 _other: WeakSet[nn.Module] = WeakSet()
 
 
 def label_word_scores(
-    model: nn.Module, batch: Batch, words: int, prefix: Prefix | None = None
+    model: nn.Module, batch: Batch, words: int, shortener: Shortener | None = None
 ) -> Tensor:
     """Scores ``(N, words)`` of the label words that each example compares, as `plain.word_scores`.
 
@@ -32,14 +34,14 @@ def label_word_scores(
         model: the base model.
         batch: prepared for label comparison.
         words: how many.
-        prefix: as for `plain.answer_logits`.
+        shortener: as for `plain.answer_logits`.
     """
     head: Any = output_head(model)
     if batch.label_ids is None or not _serves(model, head, batch.label_ids):
-        return word_scores(answer_logits(model, batch, prefix), batch, words)
+        return word_scores(answer_logits(model, batch, shortener), batch, words)
     known = model in _alike
     with seeing(head, slice(0, 0) if known else slice(None)) as given:
-        logits, rows = answer_outputs(model, batch, prefix)
+        logits, rows = answer_outputs(model, batch, shortener)
     if len(given) != 1:  # a compiled model takes no notice of hooks
         _other.add(model)
         return word_scores(rows(logits), batch, words)
@@ -47,7 +49,7 @@ def label_word_scores(
     products = (head.weight[batch.label_ids] @ hidden.unsqueeze(-1)).squeeze(-1)
     if head.bias is not None:
         products = products + head.bias[batch.label_ids]
-    scores = behind_the_head(model, products).float()
+    scores = finished_logits(model, products).float()
     if not known:
         plain = word_scores(rows(logits), batch, words)
         same = _same(scores, plain, products.dtype)
@@ -58,9 +60,9 @@ def label_word_scores(
 
 def _serves(model: nn.Module, head: Any, words: Tensor) -> bool:
     """The head is a matrix of this process, and its rows are fewer than all."""
-    if type(head) is not nn.Linear or model in _other or hasattr(model, "final_logits_bias"):
+    if type(head) is not nn.Linear or model in _other or vocabulary_bias(model) is not None:
         return False
-    elsewhere = head.weight.is_meta or hasattr(head, "_hf_hook")
+    elsewhere = head.weight.is_meta or is_offloaded(head)
     return not elsewhere and words.numel() < head.out_features
 
 

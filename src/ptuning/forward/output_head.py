@@ -1,4 +1,4 @@
-"""A model's output head: which module it is, what it is given, and what the model does behind it.
+"""What a model's output head is given, taken down while the model runs.
 
 Who computes logits of some positions or some words only (`chunked`, `label_words`) runs the model
 with a head that sees less, takes down what it would have seen, and holds the result against the
@@ -12,15 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    """The module that turns hidden states into logits, or None."""
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if get else None
-    return head if isinstance(head, nn.Module) else None
 
 
 @contextmanager
@@ -43,19 +35,3 @@ def seeing(head: nn.Module, positions: slice) -> Iterator[list[Tensor]]:
         yield given
     finally:
         handle.remove()
-
-
-def behind_the_head(model: nn.Module, logits: Tensor) -> Tensor:
-    """What models do to their head's logits, found by the names that transformers gives it."""
-    config: Any = model.config
-    config = config.get_text_config(decoder=True)
-    scale = getattr(model, "logit_scale", None)  # Cohere
-    if isinstance(scale, float | int):
-        logits = logits * scale
-    divisor = getattr(config, "logits_scaling", None)  # Granite
-    if divisor is not None:
-        logits = logits / divisor
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
-    if cap is not None:
-        logits = torch.tanh(logits / cap) * cap
-    return logits

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from ..backbone.base_model import scales_with_length
+from ..backbone.traits import packs_rows
 from ..rendering.collate import Batch
-from .grouped_queries import plain_or_grouped
 from .plain import Shortened
 
 _COPY = 32
@@ -64,30 +63,13 @@ class Packed:
         return Shortened(inputs, lambda logits: logits[self.group[:, None], self.answers])
 
 
-def can_pack(model: nn.Module) -> bool:
-    """The model's attention takes a mask of our own, and its positions are what it is told.
-
-    So it is with rotary positions, full attention in every layer, and PyTorch's attention.
-    """
-    config: Any = getattr(model, "config", None)
-    if config is None or not plain_or_grouped(getattr(config, "_attn_implementation", None)):
-        return False
-    text = config.get_text_config()
-    rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    window = getattr(text, "sliding_window", None) and not getattr(text, "layer_types", None)
-    if getattr(text, "alibi", False) or scales_with_length(model):
-        return False
-    return bool(rotary) and kinds == {"full_attention"} and not window
-
-
 def pack(model: nn.Module, batch: Batch) -> Packed | None:
     """The batch in packed rows; None where the model takes none, or they would not cost less.
 
     The rows' prefixes are left out of the packed rows, and shorter ones stand at the right.
     """
     owners = _owners(batch)
-    if len(set(owners)) == len(owners) or not can_pack(model):
+    if len(set(owners)) == len(owners) or not packs_rows(model):
         return None
     rests = [n - len(p) for n, p in zip(batch.lengths, batch.prefixes, strict=True)]
     count = batch.answers.shape[1]

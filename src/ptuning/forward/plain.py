@@ -7,7 +7,6 @@ score(label)      = log sum over its words of p(word | input)
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbone.base_model import padding_offset
+from ..backbone.traits import first_position, forward_parameters
 from ..errors import InputError
 from ..rendering.collate import IGNORED, Batch
 from .grouped_queries import grouped_queries
@@ -37,23 +36,24 @@ class Shortened:
     rows: Callable[[Tensor], Tensor]
 
 
-Prefix = Callable[[Batch], Shortened | None]
+Shortener = Callable[[Batch], Shortened | None]
+"""Says what is left to compute of a causal batch, or None where nothing is saved."""
 
 
-def answer_logits(model: nn.Module, batch: Batch, prefix: Prefix | None = None) -> Tensor:
+def answer_logits(model: nn.Module, batch: Batch, shortener: Shortener | None = None) -> Tensor:
     """Logits ``(R, K, vocabulary)`` at the K positions that predict `batch.answers`.
 
     Args:
         model: the base model.
         batch: its inputs.
-        prefix: says what is left to compute of a causal batch (`PrefixStore`), or None.
+        shortener: of a fast path of causal models (`engine`); None computes whole rows.
     """
-    logits, rows = answer_outputs(model, batch, prefix)
+    logits, rows = answer_outputs(model, batch, shortener)
     return rows(logits)
 
 
 def answer_outputs(
-    model: nn.Module, batch: Batch, prefix: Prefix | None = None
+    model: nn.Module, batch: Batch, shortener: Shortener | None = None
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The model's logits, and from them, or what stands before its head, to ``(R, K, …)``.
 
@@ -69,10 +69,10 @@ def answer_outputs(
     count = batch.answers.shape[1]
     if batch.kind == "masked":
         return _masked_outputs(model, batch.slots, count, inputs)
-    shorter = prefix(batch) if prefix else None
+    shortened = shortener(batch) if shortener else None
     with grouped_queries(model):
-        if shorter is not None:
-            return model(**shorter.inputs, use_cache=True).logits, shorter.rows
+        if shortened is not None:
+            return model(**shortened.inputs, use_cache=True).logits, shortened.rows
         inputs |= positions(model, batch.attention_mask, batch.input_ids.shape[1], count)
         return model(**inputs, use_cache=False).logits, lambda logits: logits[:, -count:]
 
@@ -98,12 +98,6 @@ def positions(model: nn.Module, mask: Tensor, columns: int, count: int) -> dict[
         # Indices, not a count: a slice is not contiguous, and the head far slower with it.
         result["logits_to_keep"] = torch.arange(columns - count, columns, device=mask.device)
     return result
-
-
-def first_position(model: nn.Module) -> int:
-    """Of a causal model: 0 but for RoBERTa's family."""
-    config = getattr(model, "config", None)
-    return padding_offset(model) if getattr(config, "is_decoder", False) else 0
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -143,12 +137,6 @@ def _masked_outputs(
         return model(**inputs).logits, _all
     finally:
         handle.remove()
-
-
-def forward_parameters(model: nn.Module) -> frozenset[str]:
-    """Names that the model's forward takes, through wrappers such as torch.compile's."""
-    inner = getattr(model, "_orig_mod", model)
-    return frozenset(inspect.signature(inner.forward).parameters)
 
 
 def answer_nll(logits: Tensor, answers: Tensor) -> Tensor:

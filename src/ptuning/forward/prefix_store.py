@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from ..backbone.traits import reads_caches
 from ..rendering.collate import IGNORED, Batch, plain_prefix
 from ..rendering.render import Rendered
-from .kv_cache import cache_of, keys_and_values, reads_caches
+from .kv_cache import cache_of, keys_and_values
 from .packing import Packed, pack
 from .plain import Shortened, positions
 
@@ -231,7 +232,7 @@ def for_prediction(batch: Batch, common: Common | None = None) -> Batch:
     for row, ids in enumerate(batch.input_ids.tolist()):
         length = batch.lengths[row]
         context = length - max(0, int(answers[row]) - 1)
-        kept = context - 1 if several else len(batch.heads[row])
+        kept = context - 1 if several else len(batch.openings[row])
         start = len(ids) - length
         shared.append(tuple(ids[start : start + kept]))
     return replace(batch, prefixes=tuple(shared))

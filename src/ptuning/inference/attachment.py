@@ -14,9 +14,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..backbone.base_model import check_same, first_free_id
+from ..backbone.base_model import first_free_id
+from ..backbone.identity import check_same
 from ..backbone.injection import ATTACHING, Injector, Span
 from ..backbone.placement import Placement
+from ..backbone.upstream import uncompiled
 from ..errors import InputError
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
@@ -30,7 +32,7 @@ class Attachment:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, prompts: tuple[Prompt, ...]):
-        model = getattr(model, "_orig_mod", model)
+        model = uncompiled(model)
         self._spans: list[tuple[Prompt, Span]] = []
         at_least = first_free_id(tokenizer)
         for prompt in prompts:

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from ..backbone.base_model import context_length, eval_mode, task_kind
+from ..backbone.base_model import BaseModel, eval_mode
 from ..errors import DataError
+from ..forward.engine import Engine
 from ..forward.scoring import score
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
-from ..rendering.render import Example, Renderer, answer_column, render_all
+from ..rendering.render import Example, answer_column, render_all
 from .attachment import placed
 from .prediction import Prediction, predict_details
 
@@ -126,10 +127,11 @@ def teacher_forced(
     model: nn.Module, tokenizer: Any, task: Task, rows: Sequence[Example], batch_size: int = 32
 ) -> tuple[float, float]:
     """Accuracy and loss of a prompt or manual template by one forward per batch (`score`)."""
-    renderer = Renderer(tokenizer, task, task_kind(model), context_length(model, tokenizer))
+    engine = Engine(BaseModel.of(model, tokenizer), 0)
+    renderer = engine.renderer(task)
     examples = render_all(renderer, rows, "evaluation")
     with eval_mode(model), placed(model, tokenizer, task) as first_id:
-        return score(model, renderer, examples, first_id, batch_size)
+        return score(engine, renderer, examples, first_id, batch_size)
 
 
 def manual_score(

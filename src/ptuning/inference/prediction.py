@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..backbone.base_model import context_length, eval_mode, task_kind
+from ..backbone.base_model import BaseModel, eval_mode
+from ..backbone.traits import ModelKind
 from ..errors import InputError
-from ..forward.grouped_queries import grouped_queries
-from ..forward.label_words import label_word_scores
-from ..forward.plain import answer_logits, by_label, first_position, position_ids
-from ..forward.prefix_store import PrefixStore, for_prediction, in_common
-from ..forward.scoring import batch_for, model_device
+from ..forward.batching import chunks_by_length
+from ..forward.engine import Engine
+from ..forward.plain import by_label
 from ..prompts.task import Task
 from ..rendering.collate import Batch
 from ..rendering.render import Example, Rendered, Renderer, render_all
@@ -94,33 +91,33 @@ def predict_details(
     answer_tokens: int | None = None,
     batch_size: int = 32,
 ) -> list[Any]:
-    """Like `predict`, with probabilities."""
+    """Like `predict`, with probabilities: a `Prediction` for each row."""
     tasks, rows = [prompt] if isinstance(prompt, Task) else list(prompt), list(rows)
-    kind, context = task_kind(model), context_length(model, tokenizer)
-    store = PrefixStore(model, _KEPT if len(tasks) == 1 else None) if kind == "causal" else None
+    engine = Engine(BaseModel.of(model, tokenizer), _KEPT if len(tasks) == 1 else None)
     choices = list(candidates) if candidates else None
-    asked = []
+    questions = []
     for task in tasks:
         settled = task if answer_tokens is None else replace(task, answer_tokens=answer_tokens)
-        renderer = Renderer(tokenizer, settled, kind, context, choices)
+        renderer = engine.renderer(settled, choices)
         renderer.compares = bool(renderer.labels)
-        asked.append(_Asked(renderer, render_all(renderer, rows, "prediction", answered=False)))
-    common = in_common([one.examples for one in asked]) if store and len(tasks) > 1 else None
-    share = partial(for_prediction, common=common) if store else None
+        examples = render_all(renderer, rows, "prediction", answered=False)
+        questions.append(_Question(renderer, examples))
     results: list[list[Prediction]] = [[] for _ in tasks]
-    with eval_mode(model), ExitStack() as attached:
-        for task, question in zip(tasks, asked, strict=True):
-            question.first_id = attached.enter_context(placed(model, tokenizer, task))
-        for together in _in_one_batch(asked):
-            group = [asked[number] for number in together]
-            answers = _answers(model, group, len(rows), batch_size, store, share)
-            for number, of_one in zip(together, answers, strict=True):
+    with ExitStack() as stack:
+        stack.enter_context(eval_mode(model))
+        for task, question in zip(tasks, questions, strict=True):
+            question.first_id = stack.enter_context(placed(model, tokenizer, task))
+        stack.enter_context(engine.one_document([question.examples for question in questions]))
+        for numbers in _in_one_batch(questions):
+            group = [questions[number] for number in numbers]
+            answers = _answers(engine, group, len(rows), batch_size)
+            for number, of_one in zip(numbers, answers, strict=True):
                 results[number] = of_one
     return results[0] if isinstance(prompt, Task) else results
 
 
 @dataclass
-class _Asked:
+class _Question:
     """One task on all rows, and the id of its first virtual token."""
 
     renderer: Renderer
@@ -128,10 +125,10 @@ class _Asked:
     first_id: int = 0
 
 
-def _in_one_batch(asked: list[_Asked]) -> list[list[int]]:
+def _in_one_batch(questions: list[_Question]) -> list[list[int]]:
     """The numbers of tasks whose rows may share batches: those that compare as many words."""
     groups: dict[Any, list[int]] = {}
-    for number, question in enumerate(asked):
+    for number, question in enumerate(questions):
         renderer = question.renderer
         key = len(renderer.owner) if renderer.compares else (number,)
         groups.setdefault(key, []).append(number)
@@ -139,120 +136,49 @@ def _in_one_batch(asked: list[_Asked]) -> list[list[int]]:
 
 
 def _answers(
-    model: nn.Module,
-    asked: list[_Asked],
-    count: int,
-    batch_size: int,
-    store: PrefixStore | None,
-    share: Callable[[Batch], Batch] | None,
+    engine: Engine, questions: list[_Question], count: int, batch_size: int
 ) -> list[list[Prediction]]:
     """The tasks' answers, in batches of rows of like length; a row's tasks stand together."""
-    results = [[Prediction("", 0.0)] * count for _ in asked]
-    renderer = asked[0].renderer
-    order = sorted(range(count), key=lambda i: len(asked[0].examples[i].sequences[0].ids))
-    answer = _compare if renderer.compares else _decode
-    rows = max(1, batch_size // len(asked))
-    for start in range(0, count, rows):
-        places = [(t, i) for i in order[start : start + rows] for t in range(len(asked))]
-        chunk = [asked[t].examples[i] for t, i in places]
-        batch = batch_for(model, renderer, chunk, [asked[t].first_id for t, _ in places])
-        batch = share(batch) if share else batch
-        renderers = [asked[t].renderer for t, _ in places]
-        answers = answer(model, renderers, batch.to(model_device(model)), store)
-        for (task, index), prediction in zip(places, answers, strict=True):
-            results[task][index] = prediction
+    results = [[Prediction("", 0.0)] * count for _ in questions]
+    answer = _compare if questions[0].renderer.compares else _decode
+    first_ids = [question.first_id for question in questions]
+    size = max(1, batch_size // len(questions))
+    for chunk in chunks_by_length(questions[0].examples, size):
+        cells = [(index, number) for index in chunk for number in range(len(questions))]
+        rows = [(questions[number].examples[index], number) for index, number in cells]
+        batch = engine.prediction_batch(rows, first_ids)
+        answers = answer(engine, [questions[number].renderer for _, number in cells], batch)
+        for (index, number), prediction in zip(cells, answers, strict=True):
+            results[number][index] = prediction
     return results
 
 
-def _compare(
-    model: nn.Module, renderers: list[Renderer], batch: Batch, store: PrefixStore | None
-) -> list[Prediction]:
-    words = len(renderers[0].owner)
-    scores = label_word_scores(model, batch, words, store)
+def _compare(engine: Engine, renderers: list[Renderer], batch: Batch) -> list[Prediction]:
+    """The most likely label of each row."""
+    scores = engine.word_scores(batch, len(renderers[0].owner)).cpu()
     predictions = []
     for row, renderer in zip(scores, renderers, strict=True):
-        owner = torch.tensor(renderer.owner, device=row.device)
-        shares = by_label(row[None], owner)[0].softmax(0).tolist()
+        shares = by_label(row[None], torch.tensor(renderer.owner))[0].softmax(0).tolist()
         labels = list(renderer.labels)
         best = max(range(len(shares)), key=shares.__getitem__)
-        named = dict(zip(labels, shares, strict=True))
-        predictions.append(Prediction(labels[best], shares[best], named))
+        probabilities = dict(zip(labels, shares, strict=True))
+        predictions.append(Prediction(labels[best], shares[best], probabilities))
     return predictions
 
 
-def _decode(
-    model: nn.Module, renderers: list[Renderer], batch: Batch, store: PrefixStore | None
-) -> list[Prediction]:
-    renderer = renderers[0]
-    if renderer.kind == "masked":
-        count = renderer.task.answer_tokens or 1
-        empty = batch.answers.new_zeros(len(batch.input_ids), count)
-        logits = answer_logits(model, replace(batch, answers=empty))
-        best = logits.float().log_softmax(-1).max(-1)
-        return _texts(renderer.tokenizer, best.indices, best.values)
-    return _generate(model, renderer, batch, store)
-
-
-def _generate(
-    model: Any, renderer: Renderer, batch: Batch, store: PrefixStore | None
-) -> list[Prediction]:
-    from transformers import GenerationConfig
-
-    limit = renderer.task.answer_tokens
+def _decode(engine: Engine, renderers: list[Renderer], batch: Batch) -> list[Prediction]:
+    """The most likely text of each row: at the masks, or token by token."""
+    limit = renderers[0].task.answer_tokens
+    if engine.base.kind is ModelKind.MASKED:
+        empty = batch.answers.new_zeros(len(batch.input_ids), limit or 1)
+        best = engine.logits(replace(batch, answers=empty)).float().log_softmax(-1).max(-1)
+        return _texts(engine.base.tokenizer, best.indices, best.values)
     if limit is None:
         raise InputError(
             "how long may a free answer be? Give answer_tokens (--answer-tokens N), or candidates"
         )
-    tokenizer = renderer.tokenizer
-    pad = tokenizer.pad_token_id
-    end = tokenizer.eos_token_id
-    config = GenerationConfig(
-        max_new_tokens=limit,
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        eos_token_id=end,
-        pad_token_id=end if pad is None else pad,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    shared = store.cache(batch) if store else None
-    more: dict[str, Any] = {} if shared is None else {"past_key_values": shared}
-    if first := first_position(model):  # transformers would count from 0
-        more["position_ids"] = position_ids(batch.attention_mask) + first
-    with grouped_queries(model):
-        made = _greedy(model).generate(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            generation_config=config,
-            **more,
-        )
-    steps = len(made.logits)
-    chosen = made.sequences[:, -steps:]
-    logits = torch.stack(made.logits, dim=1).float().log_softmax(-1)
-    scores = logits.gather(2, chosen.unsqueeze(-1)).squeeze(-1)
-    if end is not None:  # what is filled in after the end has no probability of its own
-        ends = (chosen == end).long()
-        scores = scores.masked_fill(ends.cumsum(1) - ends > 0, 0.0)
-    return _texts(tokenizer, chosen, scores)
-
-
-def _greedy(model: Any) -> Any:
-    """The same model without generation settings of its own, which would fill what is not named.
-
-    Such as penalties, suppressed tokens or a kind of cache; with which token decoding starts stays.
-    """
-    from transformers import GenerationConfig
-
-    twin = copy(getattr(model, "_orig_mod", model))
-    own = model.generation_config
-    twin.generation_config = GenerationConfig(
-        bos_token_id=own.bos_token_id,
-        decoder_start_token_id=own.decoder_start_token_id,
-        forced_bos_token_id=own.forced_bos_token_id,
-        forced_eos_token_id=own.forced_eos_token_id,
-    )
-    return twin
+    ids, scores = engine.continue_greedily(batch, limit)
+    return _texts(engine.base.tokenizer, ids, scores)
 
 
 def _texts(tokenizer: Any, ids: Tensor, scores: Tensor) -> list[Prediction]:

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from transformers.utils.hub import PushToHubMixin
 
-from ..backbone.base_model import padding_offset, reads_left_to_right
 from ..backbone.injection import Injector, input_embedding
+from ..backbone.traits import padding_offset, reads_left_to_right
 from ..errors import InputError
 from ..prompts.encoder import PromptEncoder
 from ..prompts.encoder_config import PeftType, PromptEncoderConfig, TaskType

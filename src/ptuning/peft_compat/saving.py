@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .. import storage
-from ..backbone.base_model import check_same, describe
+from ..backbone.identity import check_same, describe
+from ..backbone.upstream import uncompiled
 from ..errors import InputError, PromptFileError
 from ..prompts import peft_files
 from ..prompts.encoder import PromptEncoder, initialise
@@ -65,7 +66,7 @@ def get_peft_model_state_dict(
         ``prompt_embeddings`` ``(virtual tokens x submodules, width)`` and the trained modules'.
     """
     if unwrap_compiled:
-        model = getattr(model, "_orig_mod", model)
+        model = uncompiled(model)
     model.adapter(adapter_name)
     result = {_VECTORS: model.get_prompt_embedding_to_save(adapter_name)}
     for path, wrapper in wrappers(model.base_model).items():

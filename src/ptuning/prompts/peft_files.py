@@ -38,7 +38,7 @@ def pack(
     Args:
         rows: ``(virtual tokens x submodules, width)``.
         config: the encoder's.
-        kind: of the model (`task_kind`), for a configuration without a task type; None leaves it.
+        kind: `traits.kind_of` the model, for a configuration without a task type; None leaves it.
         modules: tensors of further trained modules, by their names in the base model.
     """
     saved = dataclasses.replace(config, inference_mode=True)

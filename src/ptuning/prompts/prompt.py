@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import storage
-from ..backbone.base_model import fingerprint
+from ..backbone.identity import fingerprint
 from ..errors import InputError, PromptFileError
 from . import peft_files, prompt_files
 from .encoder_config import CONFIG_NAME, PromptEncoderConfig, PromptEncoderReparameterizationType

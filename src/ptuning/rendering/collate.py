@@ -6,7 +6,6 @@ last position; the encoders' inputs are padded on the right.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,6 @@ from .layout import Sequence
 from .render import Rendered
 
 IGNORED = -100
-_BUSY = {"cpu": 512, "cuda": 16384}
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Batch:
     """Tensors of one micro-batch; N examples, R >= N rows, K answer positions.
 
     Attributes:
-        kind: of the model, as `task_kind` says.
+        kind: of the model, as `traits.kind_of` says.
         input_ids: ``(R, T)``, virtual ids included.
         attention_mask: ``(R, T)``.
         slots: ``(R,)`` position of the answer's first token (masked models).
@@ -38,8 +36,9 @@ class Batch:
         decoder_input_ids: ``(R, K)`` for seq2seq models.
         lengths: of each row, without padding.
         prefixes: each row's ids in front of its first virtual token, without the last of all, which
-            predicts.
-        heads: each row's ids in front of its first field, without the last of all.
+            predicts: the frozen prefix.
+        openings: each row's ids in front of its first field, virtual ones included, without the
+            last of all: what rows of one prompt share.
     """
 
     kind: str
@@ -54,7 +53,7 @@ class Batch:
     decoder_input_ids: Tensor | None = None
     lengths: tuple[int, ...] = ()
     prefixes: tuple[tuple[int, ...], ...] = ()
-    heads: tuple[tuple[int, ...], ...] = ()
+    openings: tuple[tuple[int, ...], ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -78,7 +77,7 @@ def collate(
 
     Args:
         examples: all prepared for label comparison, or none.
-        kind: of the model, as `task_kind` says.
+        kind: of the model, as `traits.kind_of` says.
         first_ids: for each example the first attached id of its prompt.
         pad_id: any valid id; padded positions are masked.
         decoder_start_id: seq2seq models' first decoder id.
@@ -101,7 +100,7 @@ def collate(
         member=torch.zeros(len(examples), dtype=torch.long),
         lengths=tuple(map(len, inputs)),
         prefixes=tuple(s.ids[: plain_prefix(s)] for s in sequences),
-        heads=tuple(tuple(ids[: _head(s)]) for s, ids in zip(sequences, inputs, strict=True)),
+        openings=tuple(tuple(ids[: opening(s)]) for s, ids in zip(sequences, inputs, strict=True)),
     )
     if kind == "seq2seq":
         start = torch.full_like(answers[:, :1], decoder_start_id)
@@ -114,63 +113,7 @@ def collate(
     return batch
 
 
-def by_length(
-    rows: Rows[tuple[Rendered, int]],
-    device: torch.device,
-    kept: bool = False,
-    packed: bool = False,
-) -> Iterator[list[tuple[Rendered, int]]]:
-    """Rows of like length together, in parts of some size, so that little is padding.
-
-    A part is as large as the device needs to be busy; what the parts' losses add up to is the whole
-    batch's.
-
-    Args:
-        rows: examples, each with its member.
-        device: that will compute them.
-        kept: what stands before the first virtual token or the first field is not computed with
-            them (`prefix_store`, `shared_prefix`); a part may have four times as much of it.
-        packed: rows behind a shared head may be packed (`packing`): a member's are together.
-    """
-    if not rows:
-        return
-    busy = busy_with(device)
-    sizes = [(_computed(example, kept), _computed(example, False)) for example, _ in rows]
-    computed, whole = map(sum, zip(*sizes, strict=True))
-    enough = computed / max(1, round(computed / busy), round(whole / (4 * busy)))
-    groups = [n if kept and packed and _begins_virtual(e) else -1 for e, n in rows]
-    order = sorted(range(len(rows)), key=lambda i: (groups[i], sizes[i]), reverse=True)
-    part: list[tuple[Rendered, int]] = []
-    tokens = cut = 0
-    for index in order:
-        part.append(rows[index])
-        tokens += sizes[index][0]
-        if tokens >= (cut + 1) * enough and index != order[-1]:
-            yield part
-            part, cut = [], cut + 1
-    yield part
-
-
-def busy_with(device: torch.device) -> int:
-    """Tokens of a forward that keep a device busy; more of them run no faster for each."""
-    return _BUSY.get(device.type, _BUSY["cuda"])
-
-
-def _computed(example: Rendered, kept: bool) -> int:
-    """Tokens of an example that a forward computes."""
-    return sum(len(s.ids) - (_shared(s) if kept else 0) for s in example.sequences)
-
-
-def _shared(sequence: Sequence) -> int:
-    """Tokens in front of the first virtual one, or of the first field if that is further."""
-    return max(_head(sequence), plain_prefix(sequence))
-
-
-def _begins_virtual(example: Rendered) -> bool:
-    return any(_head(s) > plain_prefix(s) for s in example.sequences)
-
-
-def _head(sequence: Sequence) -> int:
+def opening(sequence: Sequence) -> int:
     """How many tokens stand in front of the first field, without the last of all."""
     return min(sequence.fields[0][1], len(sequence.ids) - 1) if sequence.fields else 0
 

@@ -56,7 +56,7 @@ class Renderer:
     Args:
         tokenizer: stays unchanged.
         task: gives template, verbalizer and policies.
-        kind: ``"causal"``, ``"masked"`` or ``"seq2seq"`` (`task_kind`).
+        kind: ``"causal"``, ``"masked"`` or ``"seq2seq"`` (`traits.kind_of`).
         context: the model's context length; the task's ``max_length`` may be smaller.
         candidates: compare these answers instead of the verbalizer's labels.
 

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from .. import distributed
+from ..backbone.base_model import device_of
 from ..errors import InputError
-from ..forward.scoring import model_device
 from .settings import TrainSettings
 
 
@@ -52,6 +52,6 @@ def finish_trackers(accelerator: Accelerator) -> None:
 def place(model: nn.Module, accelerator: Accelerator) -> torch.device:
     """Move the model to accelerate's device, unless it has been spread or placed already."""
     if getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False):
-        return model_device(model)
+        return device_of(model)
     model.to(accelerator.device)
     return accelerator.device

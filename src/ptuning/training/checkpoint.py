@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from .. import distributed, storage
-from ..backbone.base_model import describe
+from ..backbone.base_model import BaseModel
 from ..errors import InputError
 from .grid import Variant
 
@@ -91,7 +90,7 @@ def _folders(output: Path) -> list[Path]:
     return sorted(found, key=lambda folder: (folder.stat().st_mtime_ns, folder.name))
 
 
-def identity_of(variants: Sequence[Variant], model: nn.Module, tokenizer: Any) -> dict[str, str]:
+def identity_of(variants: Sequence[Variant], base: BaseModel) -> dict[str, str]:
     """All that the numbers of a run depend on."""
     first = variants[0]
     chosen = {**asdict(first.settings), **first.prompt.settings()}
@@ -99,7 +98,7 @@ def identity_of(variants: Sequence[Variant], model: nn.Module, tokenizer: Any) -
         del chosen[name]
     start = first.prompt.vectors
     chosen["the prompt to begin from"] = None if start is None else start.double().sum().item()
-    chosen["the base model"] = describe(model, tokenizer)["embedding"]["values"]
+    chosen["the base model"] = base.describe()["embedding"]["values"]
     chosen["the population"] = [variant.name for variant in variants]
     return fingerprint(chosen, [*first.examples, *first.dev])
 

@@ -11,7 +11,7 @@ models; what does not fit, or cannot be captured, takes the plain step.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -20,10 +20,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..backbone.traits import (
+    ModelKind,
+    checkpoints_gradients,
+    is_spread,
+    kind_of,
+    looks_at_lengths,
+)
+from ..backbone.upstream import end_capture_pool
 from ..forward.chunked import reads_in_chunks
 from ..forward.kv_cache import cache_of
 from ..forward.plain import Shortened
-from ..forward.prefix_store import PrefixStore
 from ..rendering.collate import Batch
 from .population import Population
 from .settings import TrainSettings
@@ -71,8 +78,7 @@ class CudaGraph:
                 self._outputs = function()
         except Exception:  # torch stays on the capture's stream then, and in its pool
             torch.cuda.set_stream(outer)
-            with suppress(RuntimeError, AttributeError):
-                torch._C._cuda_endAllocateToPool(outer.device_index, self._pool)
+            end_capture_pool(outer.device_index, self._pool)
             raise
 
     def replay(self) -> Outputs:
@@ -109,8 +115,9 @@ class GraphedStep:
         self._seen: set[Any] = set()
         self._plain_shapes: set[Any] = set()
         self._refused = False
-        if isinstance(population.prefix, PrefixStore):
-            population.prefix.multiple = SUFFIXES
+        self.store = population.engine.store
+        if self.store is not None:
+            self.store.multiple = SUFFIXES
 
     def __call__(self, batch: Batch, divisor: Tensor) -> Tensor:
         """As `MicroStep`."""
@@ -120,7 +127,7 @@ class GraphedStep:
             self._seen.add(seen)
             return self._plain(batch, divisor)
         with self.autocast():
-            given = self.population.prefix(wide) if self.population.prefix else None
+            given = self.store(wide) if self.store is not None else None
         shape = (given is None, *seen)
         if shape not in self.shapes and not self._can_hold(wide, given):
             self._plain_shapes.add(seen)
@@ -253,19 +260,17 @@ def graphs_or_plain(
 
 def obstacle(model: nn.Module, accelerator: Accelerator) -> str | None:
     """Why steps of this training cannot be captured, or None."""
-    config: Any = model.config
     if accelerator.num_processes > 1:
         return "several processes train together"
     if accelerator.scaler is not None:
         return "fp16 scales its loss anew in each step"
-    if "flash" in str(getattr(config, "_attn_implementation", "")):
+    if looks_at_lengths(model):
         return "FlashAttention looks at the lengths of rows"
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    if checkpoints_gradients(model):
         return "gradient checkpointing runs layers again"
-    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+    if is_spread(model):
         return "the model is spread over devices"
-    causal = not config.is_encoder_decoder and getattr(model, "can_generate", lambda: False)()
-    return None if causal else "the model is not a causal one"
+    return None if kind_of(model) is ModelKind.CAUSAL else "the model is not a causal one"
 
 
 def _distance(expected: Tensor, got: Tensor, least: float) -> float:

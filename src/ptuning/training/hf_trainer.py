@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbone.base_model import context_length, describe, task_kind
-from ..forward.scoring import batch_for
+from ..backbone.base_model import BaseModel
+from ..forward.engine import Engine
 from ..prompts.prompt import Prompt
 from ..rendering.collate import IGNORED, Batch
 from ..rendering.render import Example, Rendered, Renderer, answer_column, render_all
@@ -27,11 +27,11 @@ from .train import learn_answer_length
 class PromptModule(Population):
     """A `Population` of one prompt that hands its result over when training is done."""
 
-    def __init__(self, model: nn.Module, renderer: Renderer, prompt: Prompt, seed: int):
+    def __init__(self, engine: Engine, renderer: Renderer, prompt: Prompt, seed: int):
         words = [word for group in renderer.groups for word in group]
         owner = renderer.owner if renderer.compares else None
-        super().__init__(model, renderer.tokenizer, [Member(prompt, model, seed, words)], owner)
-        self._tokenizer, self._kind = renderer.tokenizer, renderer.kind
+        member = Member(prompt, engine.base.model, seed, words)
+        super().__init__(engine, [member], owner)
 
     def forward(
         self,
@@ -47,7 +47,7 @@ class PromptModule(Population):
     ) -> dict[str, Tensor]:
         """The mean loss of a batch, from the fields of `Batch` that the collator gives."""
         batch = Batch(
-            self._kind,
+            self.engine.base.kind,
             input_ids,
             attention_mask,
             slots,
@@ -69,7 +69,7 @@ class PromptModule(Population):
         prompt.vectors = encoder.table().float().cpu().clone()
         state = encoder.state_dict()
         prompt.encoder_weights = {k: v.detach().cpu().clone() for k, v in state.items()}
-        prompt.base_model = describe(self.base, self._tokenizer)
+        prompt.base_model = self.engine.base.describe()
         self.close()
 
 
@@ -92,15 +92,15 @@ def trainer_parts(
     """
     rows = list(rows)
     prompt.answer = answer_column(prompt, rows[0])
-    renderer = Renderer(tokenizer, prompt, task_kind(model), context_length(model, tokenizer))
+    engine = Engine(BaseModel.of(model, tokenizer), plain=True)
+    renderer = engine.renderer(prompt)
     examples = render_all(renderer, rows, "training")
     learn_answer_length(prompt, renderer, examples)
-    module = PromptModule(model, renderer, prompt, seed)
+    module = PromptModule(engine, renderer, prompt, seed)
     first_id = module.first_ids()[0]
 
     def collator(items: list[dict[str, Rendered]]) -> dict[str, Tensor]:
-        chosen = [item["example"] for item in items]
-        batch = batch_for(model, renderer, chosen, [first_id] * len(chosen))
+        batch = engine.batch([(item["example"], 0) for item in items], [first_id])
         return {k: v for k, v in vars(batch).items() if isinstance(v, Tensor)}
 
     return module, [{"example": example} for example in examples], collator

@@ -15,20 +15,20 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from accelerate.state import is_initialized
+from torch import Tensor
 
 from .. import distributed
+from ..backbone.base_model import BaseModel
+from ..backbone.upstream import forget_accelerate
 from ..errors import TrainingError
-from ..forward.packing import can_pack
-from ..forward.prefix_store import PrefixStore
-from ..forward.scoring import batch_for, sums
-from ..rendering.collate import Batch, by_length
+from ..forward.engine import Engine
+from ..forward.scoring import sums
+from ..rendering.collate import Batch
 from ..rendering.render import Rendered
 from . import checkpoint
 from .accelerator import finish_trackers, make_accelerator, place
@@ -44,24 +44,21 @@ from .settings import TrainSettings
 class Loop:
     """One training with all that it needs; `train` is its only entry."""
 
-    model: nn.Module
-    tokenizer: Any
+    base: BaseModel
     variants: list[Variant]
     output: Path | None
     listener: Callable[[Progress], None]
 
     def train(self, resume: bool) -> list[Learner]:
         """Train from the start, or from the newest checkpoint; gives the members' learners."""
-        first_in_process = not AcceleratorState._shared_state
+        first_in_process = not is_initialized()
         self.accelerator = make_accelerator(self.settings, self.output)
         try:
             self._prepare(resume)
             renderer = self.variants[0].renderer
             owner = renderer.owner if renderer.compares else None
             tuned = self.settings.tune_model
-            with Population(
-                self.model, self.tokenizer, self.members, owner, self.prefix, tuned
-            ) as population:
+            with Population(self.engine, self.members, owner, tuned) as population:
                 self.population = population
                 self.micro_step = graphs_or_plain(
                     population, self._plain_step, self.settings, self.accelerator, self.notes.append
@@ -70,7 +67,7 @@ class Loop:
         finally:
             finish_trackers(self.accelerator)
             if first_in_process:  # so that the next training may use another precision
-                AcceleratorState._reset_state()
+                forget_accelerate()
         return self.learners
 
     @property
@@ -80,20 +77,19 @@ class Loop:
 
     def _prepare(self, resume: bool) -> None:
         settings = self.settings
-        self.device = place(self.model, self.accelerator)
+        self.device = place(self.base.model, self.accelerator)
         per_step = settings.batch_size * settings.gradient_accumulation
         self.steps_per_epoch = -(-len(self.variants[0].examples) // per_step)
         self.steps = self.steps_per_epoch * settings.epochs
         self.members = [self._member(variant) for variant in self.variants]
-        tuned = self.model if settings.tune_model else None
+        tuned = self.base.model if settings.tune_model else None
         self.learners = [
             Learner(member, v.prompt.encoder, v.settings, self.steps, self.accelerator, tuned)
             for member, v in zip(self.members, self.variants, strict=True)
         ]
-        causal = self.variants[0].renderer.kind == "causal"
-        keep = causal and settings.prefix_cache != "off" and tuned is None
-        self.prefix = PrefixStore(self.model, settings.prefix_bytes) if keep else None
-        self.identity = checkpoint.identity_of(self.variants, self.model, self.tokenizer)
+        whole_rows = settings.prefix_cache == "off" or tuned is not None
+        self.engine = Engine(self.base, settings.prefix_bytes, plain=whole_rows)
+        self.identity = checkpoint.identity_of(self.variants, self.base)
         self.notes: list[str] = []
         self.step = 0
         self.epoch_loss = torch.zeros(len(self.learners))
@@ -101,7 +97,7 @@ class Loop:
 
     def _member(self, variant: Variant) -> Member:
         words = [word for group in variant.renderer.groups for word in group]
-        member = Member(variant.prompt, self.model, variant.settings.seed, words)
+        member = Member(variant.prompt, self.base.model, variant.settings.seed, words)
         return member.to(self.device)
 
     def _epochs(self) -> None:
@@ -137,10 +133,9 @@ class Loop:
         total = torch.zeros(len(self.learners), device=self.device)
         for start in range(0, len(chosen[0]), self.settings.batch_size):
             rows = self._rows([c[start : start + self.settings.batch_size] for c in chosen])
-            keep, packs = self.prefix is not None, can_pack(self.model)
-            parts = [self._batch(part) for part in by_length(rows, self.device, keep, packs)]
+            parts = self.engine.batches(rows, self.population.first_ids())
             # A graph that is replayed computes whole rows: its inputs stand still.
-            sharing = parts if keep and self.micro_step == self._plain_step else []
+            sharing = parts if self.micro_step == self._plain_step else []
             with self.population.one_table(sharing, self.accelerator.autocast) as table:
                 for part in parts:
                     total += self.micro_step(part, divisor)
@@ -195,16 +190,6 @@ class Loop:
             ]
         )
 
-    def _batch(self, rows: list[tuple[Rendered, int]]) -> Batch:
-        first_ids = self.population.first_ids()
-        batch = batch_for(
-            self.model,
-            self.variants[0].renderer,
-            [example for example, _ in rows],
-            [first_ids[number] for _, number in rows],
-        )
-        return replace(batch, member=torch.tensor([n for _, n in rows])).to(self.device)
-
     def _note_start(self) -> None:
         """Members that begin as something (trained weights, words) may turn out best as they are:
         their result before the first step is epoch 0's."""
@@ -243,13 +228,12 @@ class Loop:
         first_ids = self.population.first_ids()
         found = [
             sums(
-                self.model,
+                self.engine,
                 self.variants[number].renderer,
                 distributed.share(self.variants[number].dev),
                 first_ids[number],
                 2 * self.settings.batch_size,
                 self.accelerator.autocast,
-                self.prefix,
             )
             for number in numbers
         ]

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from ..backbone.base_model import eval_mode, first_free_id
 from ..backbone.injection import ATTACHING, Injector, input_embedding
 from ..errors import PromptFileError
-from ..forward import chunked
-from ..forward.plain import Prefix
-from ..forward.shared_prefix import SharedHeads, first_of, share_heads
+from ..forward.engine import Engine
+from ..forward.plain import Shortener
 from ..prompts.encoder import PromptEncoder, initialise
 from ..prompts.prompt import Prompt
 from ..rendering.collate import Batch
@@ -95,26 +94,23 @@ class Population(nn.Module):
     manager, or call `close`: it takes the hooks off and gives the base model its state back.
 
     Args:
-        model: the base model; always in eval mode here, its parameters frozen meanwhile.
-        tokenizer: its length decides where virtual ids start.
+        engine: computes on the base model, which is always in eval mode here, its parameters frozen
+            meanwhile.
         members: one or more.
         words: for label comparison the label of each word (`Renderer.owner`), else None.
-        prefix: keeps what does not depend on the members (`prefix_store.PrefixStore`), or None.
         tune_model: the base model's parameters are trained too, and ask for gradients meanwhile.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        tokenizer: Any,
+        engine: Engine,
         members: Sequence[Member],
         words: Sequence[int] | None = None,
-        prefix: Prefix | None = None,
         tune_model: bool = False,
     ):
         super().__init__()
-        self.base, self.prefix = model, prefix
-        self.heads: SharedHeads | None = None
+        model, tokenizer = engine.base.model, engine.base.tokenizer
+        self.base, self.engine = model, engine
         self.members = nn.ModuleList(members)
         self.words = None if words is None else torch.tensor(words)
         for member in members:
@@ -176,19 +172,12 @@ class Population(nn.Module):
                 computed once for all of them.
             autocast: accelerate's mixed precision.
         """
-        made = self._tables()
-        self.table = made.detach().requires_grad_()
-        try:
-            with self.written(self.table):
-                with autocast():
-                    self.heads = share_heads(self.base, sharing)
-                yield self.table
-                if self.heads is not None:
-                    self.heads.backward()
-        finally:
-            self.heads = None
+        tables = self._tables()
+        self.table = tables.detach().requires_grad_()
+        with self.written(self.table), self.engine.sharing(sharing, autocast):
+            yield self.table
         if self.table.grad is not None:
-            made.backward(self.table.grad)
+            tables.backward(self.table.grad)
 
     @contextmanager
     def written(self, table: Tensor, behind: Tensor | None = None) -> Iterator[None]:
@@ -200,15 +189,14 @@ class Population(nn.Module):
         finally:
             self._injector.write(self._span, table.detach() if behind is None else behind)
 
-    def losses(self, batch: Batch, prefix: Prefix | None = None) -> Tensor:
+    def losses(self, batch: Batch, shortener: Shortener | None = None) -> Tensor:
         """Each member's loss ``(members,)`` with the table that is in the embedding now.
 
         Args:
             batch: on the model's device.
-            prefix: instead of the population's own and of shared heads.
+            shortener: instead of the engine's own choice.
         """
-        prefix = prefix or first_of(self.heads, self.prefix)
-        losses = chunked.losses(self.base, batch, self.words, prefix)
+        losses = self.engine.losses(batch, self.words, shortener)
         return losses.new_zeros(len(self.members)).index_add(0, batch.member, losses)
 
     def close(self) -> None:

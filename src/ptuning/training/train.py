@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from .. import distributed
-from ..backbone.base_model import check_same, context_length, describe, task_kind
+from ..backbone.base_model import BaseModel
 from ..errors import DataError, InputError
 from ..prompts.prompt import Prompt
 from ..rendering.render import Example, Rendered, Renderer, answer_column, render_all
@@ -100,16 +100,16 @@ def train(
         rows, dev = list(rows), list(dev)
         if not rows:
             raise DataError("there is no training example; give at least one")
+        base = BaseModel.of(model, tokenizer)
         if prompt.base_model:
-            check_same(prompt.base_model, model, tokenizer)
+            base.check_same(prompt.base_model)
         draft = copy.copy(prompt)  # a training that fails leaves the prompt as it was
         column = draft.answer = answer_column(prompt, rows[0])
         chosen = choices(draft, settings, population, grid)
         _check_tuning(model, settings, len(chosen))
-        variants = _rendered(model, tokenizer, chosen, rows, dev)
+        variants = _rendered(base, chosen, rows, dev)
         loop = Loop(
-            model=model,
-            tokenizer=tokenizer,
+            base=base,
             variants=variants,
             output=Path(output) if output is not None else None,
             listener=listener or (lambda progress: None),
@@ -121,7 +121,7 @@ def train(
         prompt.become(variant.prompt)
         prompt.vectors = learner.best["vectors"]
         prompt.encoder_weights = learner.best["weights"]
-        prompt.base_model = describe(model, tokenizer)
+        prompt.base_model = base.describe()
         best = _figures(learner)
         answers = Counter(prompt.label_text(row[column]) for row in rows)
         majority = answers.most_common(1)[0][0]
@@ -160,8 +160,7 @@ def _figures(learner: Learner) -> dict[str, float]:
 
 
 def _rendered(
-    model: nn.Module,
-    tokenizer: Any,
+    base: BaseModel,
     chosen: list[tuple[dict[str, Any], Prompt, TrainSettings]],
     rows: list[Example],
     dev: list[Example],
@@ -171,8 +170,7 @@ def _rendered(
     variants = []
     for name, prompt, settings in chosen:
         if prompt.template not in made:
-            context = context_length(model, tokenizer)
-            renderer = Renderer(tokenizer, prompt, task_kind(model), context)
+            renderer = Renderer(base.tokenizer, prompt, base.kind, base.context)
             examples = render_all(renderer, rows, "training")
             learn_answer_length(prompt, renderer, examples)
             made[prompt.template] = renderer, examples, render_all(renderer, dev, "dev")

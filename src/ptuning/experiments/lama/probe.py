@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import nn
 
-from ...backbone.base_model import context_length, task_kind
+from ...backbone.base_model import BaseModel
+from ...backbone.traits import ModelKind, kind_of
 from ...data import Row
 from ...errors import InputError
 from ...prompts.prompt import Prompt
@@ -75,7 +76,7 @@ def probe(
         InputError, UnusableRelationError: as `check`.
     """
     started = time.monotonic()
-    kind = task_kind(model)
+    kind = kind_of(model)
     by_hand = {text: _manual(text) for text in check(model, tokenizer, relation, facts, options)}
     ranked = partial(ranks, model, tokenizer, candidates=_ids(tokenizer, candidates, facts))
 
@@ -144,8 +145,9 @@ def check(
         InputError: the model is an encoder-decoder, or objects have several tokens in a template.
         UnusableRelationError: there is no manual template, or a fact's object is no candidate.
     """
-    kind = task_kind(model)
-    if kind == "seq2seq":
+    base = BaseModel.of(model, tokenizer)
+    kind = base.kind
+    if kind is ModelKind.SEQ2SEQ:
         raise InputError("LAMA asks for one token at [MASK]; give a causal or masked LM")
     _ids(tokenizer, candidates, facts)
     rows = {str(row[OBJECT]): row for row in (*facts.train, *facts.dev, *facts.test)}
@@ -153,7 +155,7 @@ def check(
     def is_askable(template: str) -> bool:
         if " [MASK]" in template:
             return True
-        render = Renderer(tokenizer, _manual(template), kind, context_length(model, tokenizer))
+        render = Renderer(tokenizer, _manual(template), kind, base.context)
         return all(
             [*render(row).sequences[0].answer] == [one_token(tokenizer, word)]
             for word, row in rows.items()

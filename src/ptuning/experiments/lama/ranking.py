@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...backbone.base_model import context_length, eval_mode, task_kind
+from ...backbone.base_model import BaseModel, eval_mode
+from ...backbone.traits import ModelKind
 from ...data import Row
 from ...errors import DataError
-from ...forward.plain import answer_logits
-from ...forward.scoring import batch_for, model_device
-from ...forward.shared_prefix import share_heads
+from ...forward.batching import chunks_by_length
+from ...forward.engine import Engine
 from ...inference.attachment import placed
 from ...prompts.task import Task
-from ...rendering.render import Renderer, render_all
+from ...rendering.render import render_all
 
 
 @torch.no_grad()
@@ -41,31 +41,25 @@ def ranks(
     Raises:
         DataError: an answer has several tokens, or is no candidate.
     """
-    kind = task_kind(model)
-    renderer = Renderer(tokenizer, task, kind, context_length(model, tokenizer))
+    engine = Engine(BaseModel.of(model, tokenizer), 0)
+    renderer = engine.renderer(task)
     examples = render_all(renderer, rows, "test")
     competing = None if candidates is None else torch.tensor(sorted(set(candidates)))
     for number, example in enumerate(examples, 1):
         answer = example.sequences[0].answer
         if len(answer) != 1 or not (competing is None or answer[0] in competing):
             raise DataError(f"the answer of row {number} has several tokens or is no candidate")
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].sequences[0].ids))
     result = [0] * len(examples)
-    device = model_device(model)
+    column = -1 if engine.base.kind is ModelKind.CAUSAL else 0
     with eval_mode(model), placed(model, tokenizer, task) as first_id:
-        chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        first_ids = [first_id] * batch_size
-        batches = [
-            batch_for(model, renderer, [examples[i] for i in chunk], first_ids).to(device)
-            for chunk in chunks
-        ]
-        heads = share_heads(model, batches)
-        column = -1 if kind == "causal" else 0
-        for chosen, batch in zip(chunks, batches, strict=True):
-            logits = answer_logits(model, batch, heads)[:, column]
-            found = _ranks(logits, batch.answers[:, column], competing)
-            for index, rank in zip(chosen, found.tolist(), strict=True):
-                result[index] = rank
+        chunks = list(chunks_by_length(examples, batch_size))
+        batches = [engine.batch([(examples[i], 0) for i in c], [first_id]) for c in chunks]
+        with engine.sharing(batches):
+            for chunk, batch in zip(chunks, batches, strict=True):
+                logits = engine.logits(batch)[:, column]
+                ranked = _ranks(logits, batch.answers[:, column], competing)
+                for index, rank in zip(chunk, ranked.tolist(), strict=True):
+                    result[index] = rank
     return result
 
 

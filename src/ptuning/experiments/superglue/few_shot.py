@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from ...backbone.base_model import task_kind
+from ...backbone.traits import ModelKind, kind_of
 from ...data import Row
 from ...inference.evaluation import teacher_forced
 from ...inference.prediction import predict, predict_details
@@ -174,7 +174,7 @@ def _named(
     model: nn.Module, tokenizer: Any, asked: Sequence[Task], rows: list[Row]
 ) -> list[list[str]]:
     """The nouns that each task names; a masked LM has a mask for each token of the candidate."""
-    if task_kind(model) != "masked":
+    if kind_of(model) is not ModelKind.MASKED:
         asked = [replace(one, answer_tokens=max(one.answer_tokens or 0, 8)) for one in asked]
         return predict(model, tokenizer, asked, rows, batch_size=8)
     nouns = [" " + row["noun"] for row in rows]

@@ -1,0 +1,107 @@
+"""Rendered examples -> batches of rows of like length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from ..backbone.base_model import BaseModel
+from ..backbone.traits import ModelKind, counts_columns
+from ..errors import InputError
+from ..rendering.collate import Batch, collate, opening, plain_prefix
+from ..rendering.layout import Sequence as Tokens
+from ..rendering.render import Rendered
+
+Row = tuple[Rendered, int]
+"""An example and the number of its prompt among those of a call."""
+_BUSY = {"cpu": 512, "cuda": 16384}
+
+
+def batch_for(base: BaseModel, rows: Sequence[Row], first_ids: Sequence[int]) -> Batch:
+    """Rows as one batch, on the CPU; `Batch.member` is each example's prompt.
+
+    Args:
+        base: gives padding and decoder ids.
+        rows: all prepared for label comparison, or none.
+        first_ids: for each prompt the id of its first virtual token; 0 for a manual template.
+
+    Raises:
+        InputError: the model cannot tell padding from text.
+    """
+    batch = collate(
+        [example for example, _ in rows],
+        base.kind,
+        [first_ids[number] for _, number in rows],
+        pad_id=base.pad_id,
+        decoder_start_id=base.decoder_start_id,
+    )
+    uneven = len(set(batch.lengths)) > 1
+    if uneven and batch.kind == ModelKind.CAUSAL and counts_columns(base.model):
+        raise InputError(
+            f"{type(base.model).__name__} counts padding as positions, so that rows of unlike "
+            "length would change each other: give batch_size=1 and one prompt"
+        )
+    members = torch.tensor([number for _, number in rows])
+    return replace(batch, member=members)
+
+
+def chunks_by_length(examples: Sequence[Rendered], size: int) -> Iterator[list[int]]:
+    """The numbers of the examples, `size` at a time, the shortest inputs first."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].sequences[0].ids))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def by_length(
+    rows: Sequence[Row], device: torch.device, kept: bool = False, packed: bool = False
+) -> Iterator[list[Row]]:
+    """Rows of like length together, in parts of some size, so that little is padding.
+
+    A part is as large as the device needs to be busy; what the parts' losses add up to is the whole
+    batch's.
+
+    Args:
+        rows: examples, each with its member.
+        device: that will compute them.
+        kept: what stands before the first virtual token or the first field is not computed with
+            them (`prefix_store`, `shared_prefix`); a part may have four times as much of it.
+        packed: rows behind a shared prefix may be packed (`packing`): a member's are together.
+    """
+    if not rows:
+        return
+    busy = busy_with(device)
+    sizes = [(_computed(example, kept), _computed(example, False)) for example, _ in rows]
+    computed, whole = map(sum, zip(*sizes, strict=True))
+    enough = computed / max(1, round(computed / busy), round(whole / (4 * busy)))
+    groups = [n if kept and packed and _begins_virtual(e) else -1 for e, n in rows]
+    order = sorted(range(len(rows)), key=lambda i: (groups[i], sizes[i]), reverse=True)
+    part: list[Row] = []
+    tokens = cut = 0
+    for index in order:
+        part.append(rows[index])
+        tokens += sizes[index][0]
+        if tokens >= (cut + 1) * enough and index != order[-1]:
+            yield part
+            part, cut = [], cut + 1
+    yield part
+
+
+def busy_with(device: torch.device) -> int:
+    """Tokens of a forward that keep a device busy; more of them run no faster for each."""
+    return _BUSY.get(device.type, _BUSY["cuda"])
+
+
+def _computed(example: Rendered, kept: bool) -> int:
+    """Tokens of an example that a forward computes."""
+    return sum(len(s.ids) - (_known(s) if kept else 0) for s in example.sequences)
+
+
+def _known(tokens: Tokens) -> int:
+    """How many stand in front of the first virtual one, or of the first field behind that."""
+    return max(opening(tokens), plain_prefix(tokens))
+
+
+def _begins_virtual(example: Rendered) -> bool:
+    return any(opening(s) > plain_prefix(s) for s in example.sequences)

@@ -1,0 +1,214 @@
+"""The one chooser of fast paths: from batches to logits, scores and losses by the cheapest way.
+
+Training, prediction, evaluation and ranking hold an `Engine` and know no fast path by name. Every
+path computes what `plain` computes; which one a batch takes depends on the model's traits and on
+what the batch's rows have in common.
+
+    causal    openings shared in this call, else the frozen prefix that is kept, else whole rows
+    labels    single-token words by their rows of the output head (`label_words`)
+    answers   long ones with the vocabulary in chunks (`chunked`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone.base_model import BaseModel
+from ..backbone.traits import ModelKind, first_position, packs_rows
+from ..backbone.upstream import uncompiled
+from ..prompts.task import Task
+from ..rendering.collate import Batch
+from ..rendering.render import Rendered, Renderer
+from . import chunked, plain
+from .batching import Row, batch_for, by_length
+from .grouped_queries import grouped_queries
+from .label_words import label_word_scores
+from .plain import Shortened, Shortener
+from .prefix_store import Common, PrefixStore, for_prediction, in_common
+from .shared_prefix import SharedPrefix, share_openings
+
+
+class Engine:
+    """A base model, and what was computed for it that serves again.
+
+    Args:
+        base: the frozen model; prompts are attached by whoever needs them.
+        kept_bytes: of keys and values of frozen prefixes; None for part of the free memory, 0 to
+            keep none.
+        plain: take the plain path always: every row is computed as a whole.
+
+    An engine belongs to one call, or to one thread.
+    """
+
+    def __init__(self, base: BaseModel, kept_bytes: int | None = None, *, plain: bool = False):
+        self.base = base
+        self.shares = base.kind is ModelKind.CAUSAL and not plain
+        keeps = self.shares and kept_bytes != 0
+        self.store = PrefixStore(base.model, kept_bytes) if keeps else None
+        self._shared: SharedPrefix | None = None
+        self._common: Common | None = None
+
+    # Rows to batches.
+
+    def renderer(self, task: Task, candidates: list[str] | None = None) -> Renderer:
+        """What renders rows for a task on this model; its arguments are `Renderer`'s."""
+        base = self.base
+        return Renderer(base.tokenizer, task, base.kind, base.context, candidates)
+
+    def batch(self, rows: Sequence[Row], first_ids: Sequence[int]) -> Batch:
+        """As `batching.batch_for`, on the model's device."""
+        return batch_for(self.base, rows, first_ids).to(self.base.device)
+
+    def batches(self, rows: Sequence[Row], first_ids: Sequence[int]) -> list[Batch]:
+        """Rows of a training step in parts that keep the device busy (`batching.by_length`)."""
+        packs = packs_rows(self.base.model)
+        parts = by_length(rows, self.base.device, self.shares, packs)
+        return [self.batch(part, first_ids) for part in parts]
+
+    def prediction_batch(self, rows: Sequence[Row], first_ids: Sequence[int]) -> Batch:
+        """A batch whose rows share all that they can, since nothing in it is trained."""
+        batch = batch_for(self.base, rows, first_ids)
+        batch = replace(batch, member=torch.zeros_like(batch.member))  # prompts may share rows too
+        if self.store is not None:
+            batch = for_prediction(batch, self._common)
+        return batch.to(self.base.device)
+
+    # What serves several batches.
+
+    @contextmanager
+    def sharing(
+        self,
+        batches: Sequence[Batch],
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> Iterator[None]:
+        """What the batches' rows open with is computed once for all of them, if that is worth it.
+
+        Where gradients are on they arrive there from the batches' losses, and go on to the prompts'
+        vectors when the block ends.
+        """
+        if self.shares:
+            with autocast():
+                self._shared = share_openings(self.base.model, batches)
+        try:
+            yield
+            if self._shared is not None:
+                self._shared.backward()
+        finally:
+            self._shared = None
+
+    @contextmanager
+    def one_document(self, tasks: Sequence[Sequence[Rendered]]) -> Iterator[None]:
+        """Several prompts ask about the same rows: the text in common is computed once.
+
+        Args:
+            tasks: for each prompt its rows, in the same order.
+        """
+        several = self.store is not None and len(tasks) > 1
+        self._common = in_common(tasks) if several else None
+        try:
+            yield
+        finally:
+            self._common = None
+
+    def _shorten(self, batch: Batch) -> Shortened | None:
+        """What is left to compute of a causal batch: the first path that saves anything."""
+        for path in (self._shared, self.store):
+            shortened = path(batch) if path is not None else None
+            if shortened is not None:
+                return shortened
+        return None
+
+    # Batches to numbers.
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits ``(R, K, vocabulary)``, as `plain.answer_logits`."""
+        return plain.answer_logits(self.base.model, batch, self._shorten)
+
+    def losses(
+        self, batch: Batch, words: Tensor | None, shortener: Shortener | None = None
+    ) -> Tensor:
+        """The loss ``(N,)`` of each example, as `plain.example_losses`.
+
+        Args:
+            batch: on the model's device.
+            words: ``(W,)`` for label comparison the label of each word, else None.
+            shortener: instead of the engine's own choice.
+        """
+        return chunked.losses(self.base.model, batch, words, shortener or self._shorten)
+
+    def losses_and_right(self, batch: Batch, words: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`losses`, and which examples ``(N,)`` are answered right, as `plain.examples_right`."""
+        return chunked.losses_and_right(self.base.model, batch, words, self._shorten)
+
+    def word_scores(self, batch: Batch, words: int) -> Tensor:
+        """Scores ``(N, words)`` of label words, as `plain.word_scores`."""
+        return label_word_scores(self.base.model, batch, words, self._shorten)
+
+    def continue_greedily(self, batch: Batch, limit: int) -> tuple[Tensor, Tensor]:
+        """The most likely tokens behind each row of a causal or encoder-decoder model.
+
+        Args:
+            batch: without answers.
+            limit: tokens at most.
+
+        Returns:
+            ids ``(R, S)`` and their log-probabilities ``(R, S)``, 0 behind the end.
+        """
+        from transformers import GenerationConfig
+
+        model, tokenizer = self.base.model, self.base.tokenizer
+        pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+        config = GenerationConfig(
+            max_new_tokens=limit,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            eos_token_id=end,
+            pad_token_id=end if pad is None else pad,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        cache = self.store.cache(batch) if self.store is not None else None
+        more: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        if first := first_position(model):  # transformers would count from 0
+            more["position_ids"] = plain.position_ids(batch.attention_mask) + first
+        with grouped_queries(model):
+            output = _without_own_settings(model).generate(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                generation_config=config,
+                **more,
+            )
+        steps = len(output.logits)
+        chosen = output.sequences[:, -steps:]
+        logits = torch.stack(output.logits, dim=1).float().log_softmax(-1)
+        scores = logits.gather(2, chosen.unsqueeze(-1)).squeeze(-1)
+        if end is not None:  # what is filled in after the end has no probability of its own
+            ends = (chosen == end).long()
+            scores = scores.masked_fill(ends.cumsum(1) - ends > 0, 0.0)
+        return chosen, scores
+
+
+def _without_own_settings(model: nn.Module) -> Any:
+    """The same model without generation settings of its own, which would fill what is not named.
+
+    Such as penalties, suppressed tokens or a kind of cache; with which token decoding starts stays.
+    """
+    from transformers import GenerationConfig
+
+    twin: Any = copy(uncompiled(model))
+    own = twin.generation_config
+    twin.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id,
+        decoder_start_token_id=own.decoder_start_token_id,
+        forced_bos_token_id=own.forced_bos_token_id,
+        forced_eos_token_id=own.forced_eos_token_id,
+    )
+    return twin
