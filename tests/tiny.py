@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from ptuning.backbone.base_model import BaseModel
+from ptuning.forward import scoring
+from ptuning.forward.batching import batch_for
+from ptuning.forward.engine import Engine
+from ptuning.rendering.collate import Batch
+from ptuning.rendering.render import Rendered, Renderer
 
 TEXTS = [
     "The capital of France is Paris. The capital of Italy is Rome!",
@@ -148,3 +156,26 @@ def model(family: str = "llama", *, vocab_size: int = 400, seed: int = 0, **chan
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return getattr(transformers, model_name)(config).eval()
+
+
+def engine(model: Any, tokenizer: Any = None, store: Any = None, plain: bool = False) -> Engine:
+    """An engine that keeps prefixes in `store`, if there is one."""
+    made = Engine(BaseModel.of(model, tokenizer), 0, plain=plain)
+    made.store = store
+    return made
+
+
+def batch(model: Any, renderer: Renderer, examples: list[Rendered], first_ids: list[int]) -> Batch:
+    """Examples of one member as a batch, each with the first id of its own prompt."""
+    base = BaseModel.of(model, renderer.tokenizer)
+    made = batch_for(base, [(e, n) for n, e in enumerate(examples)], first_ids)
+    return replace(made, member=torch.zeros_like(made.member)).to(base.device)
+
+
+def score(
+    model: Any, renderer: Renderer, examples: list[Rendered], first_id: int, size: int
+) -> tuple[float, float]:
+    """Accuracy and loss of a prompt, every row computed as a whole."""
+    return scoring.score(
+        engine(model, renderer.tokenizer, plain=True), renderer, examples, first_id, size
+    )

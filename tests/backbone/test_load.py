@@ -11,9 +11,9 @@ import torch
 import transformers
 
 from ptuning import InputError, PtuningError, load_model
-from ptuning.backbone.base_model import context_length, task_kind
 from ptuning.backbone.fetched import SOURCES, fetch
 from ptuning.backbone.load import cache_folder, made_once
+from ptuning.backbone.traits import context_length, kind_of
 
 from .. import tiny
 
@@ -28,7 +28,7 @@ def test_a_folder_loads_as_the_kind_of_model_that_it_is(family: str, tmp_path: P
     assert type(model) is type(made) and not model.training
     assert len(loaded_tokenizer) == len(tokenizer)
     kinds = {**dict.fromkeys(tiny.CAUSAL, "causal"), **dict.fromkeys(tiny.MASKED, "masked")}
-    assert task_kind(model) == kinds.get(family, "seq2seq")
+    assert kind_of(model) == kinds.get(family, "seq2seq")
     assert model.config._name_or_path == str(tmp_path)
 
 

@@ -395,6 +395,6 @@ def test_ctrl_c_is_one_line(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ptuning.experiments.lama.probe.relations.read_relations", interrupted)
+    monkeypatch.setattr("ptuning.experiments.lama.relations.read_relations", interrupted)
     code, _, err = lama("--relations", "P36")
     assert code == 130 and "stopped; what was saved stays" in err.splitlines()[-1]

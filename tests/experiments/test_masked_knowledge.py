@@ -10,7 +10,6 @@ import torch
 
 import ptuning
 from ptuning.forward.plain import answer_logits, example_losses
-from ptuning.forward.scoring import batch_for
 from ptuning.inference.evaluation import manual_score, teacher_forced
 from ptuning.rendering.render import Renderer
 
@@ -48,7 +47,7 @@ def knowing(family: str) -> tuple[Any, Any]:
     ).train(False)
     renderers = [Renderer(tokenizer, ptuning.Task(f, answer="capital"), "masked") for f in FORMS]
     examples = [renderer(fact) for renderer in renderers for fact in FACTS]
-    batch = batch_for(model, renderers[0], examples, [0] * len(examples))
+    batch = tiny.batch(model, renderers[0], examples, [0] * len(examples))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(150):
         example_losses(answer_logits(model, batch), batch, None).mean().backward()

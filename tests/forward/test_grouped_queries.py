@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-import types
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,20 +37,20 @@ def model_of(family: str, **changes: Any) -> Any:
 def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """For each attention in groups: true; for each that transformers computes there: false."""
     seen: list[bool] = []
-    plain = module.sdpa_attention_forward
+    plain, attention = module.sdpa_attention_forward, module.attention
 
     def ours(*args: Any, **kwargs: Any) -> Any:
         seen.append(True)
-        return module._attention(*args, **kwargs)
+        return attention(*args, **kwargs)
 
     def theirs(*args: Any, **kwargs: Any) -> Any:
         seen[-1] = False
         return plain(*args, **kwargs)
 
-    AttentionInterface.register("sdpa_grouped_queries", ours)
+    monkeypatch.setattr(module, "attention", ours)
     monkeypatch.setattr(module, "sdpa_attention_forward", theirs)
     yield seen
-    AttentionInterface.register("sdpa_grouped_queries", module._attention)
+    AttentionInterface.register("sdpa", plain)
 
 
 def found(model: Any, grouped: bool, behind: int = 0) -> tuple[Tensor, Tensor]:
@@ -113,59 +109,37 @@ def test_other_attentions_and_models_without_groups_stay_as_they_are(
     model = model_of("Llama", num_key_value_heads=2 if eager else 4)
     if eager:
         model.set_attn_implementation("eager")
-    name = model.config._attn_implementation
-    with grouped_queries(model):
-        assert model.config._attn_implementation == name
-        found(model, True)
+    found(model, True)
     assert groups == []
 
 
-def test_the_model_looks_up_its_own_attention_again_even_after_an_error() -> None:
-    model = model_of("Llama")
+def test_the_name_stands_for_its_own_attention_again_even_after_an_error() -> None:
+    model, plain = model_of("Llama"), AttentionInterface()["sdpa"]
 
     def fails() -> None:
         with grouped_queries(model):
-            assert model.config._attn_implementation != "sdpa"
+            assert AttentionInterface()["sdpa"] is module.attention
             with grouped_queries(model):  # as another thread may
                 raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fails()
-    assert model.config._attn_implementation == "sdpa"
+    assert AttentionInterface()["sdpa"] is plain
 
 
-@pytest.mark.parametrize(
-    ("line", "served"),
-    [
-        ("attend(config._attn_implementation, eager)", True),
-        ("if config._attn_implementation == 'sdpa': pass", False),
-        ("if config._attn_implementation in ('sdpa', 'eager'): pass", False),
-        (None, False),
-    ],
-    ids=["looks up", "compares", "compares with several", "no file"],
-)
-def test_code_that_compares_the_attention_s_name_keeps_it(
-    line: str | None, served: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "modeling.py"
-    path.write_text(f"def other(config, attend, eager):\n    {line}\n")
-    name = f"made_up_{hash(line)}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    monkeypatch.setitem(sys.modules, name, importlib.util.module_from_spec(spec))
-    kind = types.new_class("MadeUp", (transformers.LlamaForCausalLM,))
-    kind.__module__ = name if line else "nowhere"
-    model = kind(model_of("Llama").config).eval()
-    with grouped_queries(model):
-        assert (model.config._attn_implementation != "sdpa") == served
-    part = model_of("Llama")
-    part.model.layers[1].self_attn = nn.Sequential(kind(model.config))
-    with grouped_queries(part):
-        assert (part.config._attn_implementation != "sdpa") == served
+def test_forwards_that_overlap_take_ours_away_with_the_last() -> None:
+    model, plain = model_of("Llama"), AttentionInterface()["sdpa"]
+    first, second = grouped_queries(model), grouped_queries(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert AttentionInterface()["sdpa"] is module.attention
+    second.__exit__(None, None, None)
+    assert AttentionInterface()["sdpa"] is plain
 
 
 def test_what_has_no_groups_runs_as_ever() -> None:
     model, line = tiny.model("gpt2"), nn.Linear(2, 2)
     with grouped_queries(model), grouped_queries(line):
-        assert model.config._attn_implementation == "sdpa"
+        assert AttentionInterface()["sdpa"] is module.sdpa_attention_forward
         assert line(torch.zeros(1, 2)).shape == (1, 2)

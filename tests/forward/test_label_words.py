@@ -14,7 +14,6 @@ from ptuning.forward import label_words
 from ptuning.forward.label_words import label_word_scores
 from ptuning.forward.plain import answer_logits, word_scores
 from ptuning.forward.prefix_store import PrefixStore
-from ptuning.forward.scoring import batch_for
 from ptuning.rendering.collate import Batch
 from ptuning.rendering.render import Renderer, render_all
 from ptuning.training.population import Member, Population
@@ -51,8 +50,8 @@ def twice(
     found = []
     for _ in range(2):
         member = Member(prompt, model, 0, [None] * renderer.count)
-        with Population(model, tokenizer, [member], renderer.owner) as population:
-            batch = batch_for(model, renderer, examples, population.first_ids() * len(ROWS))
+        with Population(tiny.engine(model, tokenizer), [member], renderer.owner) as population:
+            batch = tiny.batch(model, renderer, examples, population.first_ids() * len(ROWS))
             with population.one_table():
                 scores = run(model, batch)
                 scores.square().sum().backward()
@@ -132,9 +131,12 @@ def test_a_kept_prefix_and_packed_rows_are_served() -> None:
     renderer = Renderer(tokenizer, prompt, "causal", 128)
     examples = render_all(renderer, [*ROWS, ROWS[0]], "training")
     member = Member(prompt, model, 0, [None] * renderer.count)
-    with Population(model, tokenizer, [member], renderer.owner) as population, torch.no_grad():
+    with (
+        Population(tiny.engine(model, tokenizer), [member], renderer.owner) as population,
+        torch.no_grad(),
+    ):
         for some in (examples, examples[:3]):  # packed; each row with its own prefix
-            batch = batch_for(model, renderer, some, population.first_ids() * len(some))
+            batch = tiny.batch(model, renderer, some, population.first_ids() * len(some))
             expected = plain(model, batch)
             for _ in range(2):
                 got = label_word_scores(model, batch, 2, PrefixStore(model))

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import ptuning
+from ptuning.backbone.traits import packs_rows
 from ptuning.forward import packing
 from ptuning.forward.plain import answer_logits
 from ptuning.forward.prefix_store import PrefixStore
-from ptuning.forward.scoring import batch_for
 from ptuning.rendering.collate import Batch, collate
 from ptuning.rendering.layout import Sequence
 from ptuning.rendering.render import Rendered, Renderer, render_all
@@ -35,8 +35,9 @@ def step(model: Any, store: PrefixStore | None) -> tuple[torch.Tensor, torch.Ten
     renderer = Renderer(tiny.tokenizer(), prompt, "causal", 128)
     examples = render_all(renderer, ROWS, "training")
     member = Member(prompt, model, 0, [None] * renderer.count)
-    with Population(model, renderer.tokenizer, [member], renderer.owner, store) as population:
-        batch = batch_for(model, renderer, examples, population.first_ids() * len(examples))
+    engine = tiny.engine(model, renderer.tokenizer, store)
+    with Population(engine, [member], renderer.owner) as population:
+        batch = tiny.batch(model, renderer, examples, population.first_ids() * len(examples))
         loss = population.step(batch).sum()
         loss.backward()
     return loss.detach(), torch.cat([p.grad.flatten() for p in member.parameters()])
@@ -61,7 +62,7 @@ def test_a_segment_sees_the_prefix_and_itself_alone() -> None:
     prompt = ptuning.Prompt(TEMPLATE, verbalizer=WORDS)
     renderer = Renderer(tokenizer, prompt, "causal", 128)
     examples = render_all(renderer, ROWS[:2], "training")
-    batch = batch_for(model, renderer, examples, [0, 0])
+    batch = tiny.batch(model, renderer, examples, [0, 0])
     packed = packing.pack(model, batch)
     assert packed is not None and packed.group.tolist() == [0, 0, 0, 1, 1, 1]
     kept = packed.attention_mask.shape[3] - packed.attention_mask.shape[2]
@@ -108,8 +109,8 @@ def test_many_prompts_on_one_document_share_rows(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "opt"])
 def test_models_with_other_positions_or_windows_keep_rows_apart(family: str) -> None:
-    assert not packing.can_pack(tiny.model(family))
-    assert packing.can_pack(tiny.model("llama"))
+    assert not packs_rows(tiny.model(family))
+    assert packs_rows(tiny.model("llama"))
 
 
 def test_other_attention_keeps_rows_apart_and_gives_the_same() -> None:
@@ -117,11 +118,11 @@ def test_other_attention_keeps_rows_apart_and_gives_the_same() -> None:
     prompt = ptuning.Prompt(TEMPLATE, verbalizer=WORDS)
     renderer = Renderer(tokenizer, prompt.manual(), "causal", 128)
     examples = render_all(renderer, ROWS, "training")
-    batch = batch_for(model, renderer, examples, [0] * len(ROWS))
+    batch = tiny.batch(model, renderer, examples, [0] * len(ROWS))
     with torch.no_grad():
         packed = answer_logits(model, batch, PrefixStore(model))
         model.set_attn_implementation("eager")
-        assert not packing.can_pack(model)
+        assert not packs_rows(model)
         apart = answer_logits(model, batch, PrefixStore(model))
     real = batch.answers != -100
     torch.testing.assert_close(packed[real], apart[real], atol=1e-5, rtol=0)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import ptuning
 from ptuning.errors import InputError
+from ptuning.forward import scoring
 from ptuning.forward.prefix_store import PrefixStore, budgets
-from ptuning.forward.scoring import batch_for, score
 from ptuning.rendering.render import Rendered, Renderer, render_all
 from ptuning.training.population import Member, Population
 from ptuning.training.settings import parse_size
@@ -37,10 +37,10 @@ def losses_and_gradient(
     renderer, examples = rendered(prompt, rows)
     owner = renderer.owner if renderer.compares else None
     member = Member(prompt, model, 0, [None] * renderer.count)
-    with Population(model, renderer.tokenizer, [member], owner, store) as population:
+    with Population(tiny.engine(model, renderer.tokenizer, store), [member], owner) as population:
         losses = []
         for _ in range(2):
-            batch = batch_for(model, renderer, examples, population.first_ids() * len(examples))
+            batch = tiny.batch(model, renderer, examples, population.first_ids() * len(examples))
             loss = population.step(batch).sum()
             loss.backward()
             losses.append(loss.detach())
@@ -138,11 +138,13 @@ def test_scores_are_the_plain_ones() -> None:
     prompt = ptuning.Prompt(TEMPLATE, answer="capital")
     renderer, examples = rendered(prompt, ROWS)
     member = Member(prompt, model, 0, [None] * renderer.count)
-    with Population(model, renderer.tokenizer, [member]) as population:
+    with Population(tiny.engine(model, renderer.tokenizer), [member]) as population:
         first = population.first_ids()[0]
         store = PrefixStore(model)
-        plain = score(model, renderer, examples, first, 2)
-        assert score(model, renderer, examples, first, 2, prefix=store) == pytest.approx(plain)
+        plain = tiny.score(model, renderer, examples, first, 2)
+        engine = tiny.engine(model, renderer.tokenizer, store)
+        got = scoring.score(engine, renderer, examples, first, 2)
+        assert got == pytest.approx(plain)
         assert store.computed == len(ROWS)
 
 

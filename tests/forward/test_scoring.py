@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import ptuning
-from ptuning.backbone.base_model import context_length, task_kind
+from ptuning.backbone.base_model import device_of
 from ptuning.backbone.injection import Injector, input_embedding
-from ptuning.forward.scoring import batch_for, model_device, score
+from ptuning.backbone.traits import context_length, kind_of
 from ptuning.inference.attachment import placed
 from ptuning.rendering.render import Rendered, Renderer
 
@@ -37,7 +37,7 @@ def setting(
     )
     width = input_embedding(model).embedding_dim
     prompt.vectors = torch.randn(3, width)
-    renderer = Renderer(TOKENIZER, prompt, task_kind(model), context_length(model, TOKENIZER))
+    renderer = Renderer(TOKENIZER, prompt, kind_of(model), context_length(model, TOKENIZER))
     return model, renderer, [renderer(row) for row in ROWS], prompt
 
 
@@ -50,9 +50,9 @@ def test_the_score_does_not_depend_on_the_batch_size_or_the_order(
     if family == "bert" and verbalizer is MANY_TOKENS:
         assert all(len(example.sequences) == 3 for example in examples)
     with placed(model, TOKENIZER, prompt) as first:
-        expected = score(model, renderer, examples, first, 1)
+        expected = tiny.score(model, renderer, examples, first, 1)
         for size in (2, 5, 99):
-            got = score(model, renderer, examples[::-1], first, size)
+            got = tiny.score(model, renderer, examples[::-1], first, size)
             assert got == pytest.approx(expected, abs=1e-5)
     assert expected[1] > 0
 
@@ -64,8 +64,8 @@ def test_accuracy_and_loss_are_those_of_the_examples_apart(
 ) -> None:
     model, renderer, examples, prompt = setting(family, verbalizer=verbalizer)
     with placed(model, TOKENIZER, prompt) as first:
-        accuracy, loss = score(model, renderer, examples, first, 3)
-        apart = [score(model, renderer, [example], first, 1) for example in examples]
+        accuracy, loss = tiny.score(model, renderer, examples, first, 3)
+        apart = [tiny.score(model, renderer, [example], first, 1) for example in examples]
     assert accuracy == pytest.approx(sum(right for right, _ in apart) / len(examples))
     weights = [1 if verbalizer else len(e.sequences[0].answer) for e in examples]
     weighted = sum(w * one for w, (_, one) in zip(weights, apart, strict=True)) / sum(weights)
@@ -78,24 +78,26 @@ def test_accuracy_on_labels_is_the_share_of_right_predictions(family: str) -> No
     said = ptuning.predict(model, TOKENIZER, prompt, ROWS)
     right = [row["label"] == answer for row, answer in zip(ROWS, said, strict=True)]
     with placed(model, TOKENIZER, prompt) as first:
-        assert score(model, renderer, examples, first, 2)[0] == pytest.approx(
+        assert tiny.score(model, renderer, examples, first, 2)[0] == pytest.approx(
             sum(right) / len(right)
         )
         flipped = [{**row, "label": answer} for row, answer in zip(ROWS, said, strict=True)]
-        assert score(model, renderer, [renderer(row) for row in flipped], first, 2)[0] == 1.0
+        assert tiny.score(model, renderer, [renderer(row) for row in flipped], first, 2)[0] == 1.0
 
 
 def test_a_prompt_changes_the_score_and_a_manual_template_needs_none() -> None:
     model, renderer, examples, prompt = setting("llama")
     with placed(model, TOKENIZER, prompt) as first:
-        trained = score(model, renderer, examples, first, 4)[1]
+        trained = tiny.score(model, renderer, examples, first, 4)[1]
         injector = Injector.of(model)
         assert injector is not None
         injector.write(injector.spans[0], torch.zeros(3, 32))
-        assert score(model, renderer, examples, first, 4)[1] != pytest.approx(trained, abs=1e-4)
+        assert tiny.score(model, renderer, examples, first, 4)[1] != pytest.approx(
+            trained, abs=1e-4
+        )
     task = prompt.manual()
     by_hand = Renderer(TOKENIZER, task, "causal")
-    _, loss = score(model, by_hand, [by_hand(row) for row in ROWS], 0, 4)
+    _, loss = tiny.score(model, by_hand, [by_hand(row) for row in ROWS], 0, 4)
     assert loss > 0 and Injector.of(model) is None
 
 
@@ -105,8 +107,8 @@ def test_the_whole_vocabulary_counts_in_vocabulary_mode() -> None:
     )
     compared = setting("llama", verbalizer=ONE_TOKEN)
     with placed(model, TOKENIZER, prompt) as first:
-        over_words = score(model, renderer, examples, first, 4)[1]
-        over_labels = score(model, compared[1], compared[2], first, 4)[1]
+        over_words = tiny.score(model, renderer, examples, first, 4)[1]
+        over_labels = tiny.score(model, compared[1], compared[2], first, 4)[1]
     assert over_words > 4 > 1.5 > over_labels  # ln 400 is 6, ln 2 is 0.7
 
 
@@ -115,29 +117,29 @@ def test_scoring_computes_no_gradient() -> None:
     rows = torch.randn(3, 32).requires_grad_()
     injector = Injector(model)
     span = injector.add(rows)
-    score(model, renderer, examples, span.first, 4)
+    tiny.score(model, renderer, examples, span.first, 4)
     assert rows.grad is None and all(p.grad is None for p in model.parameters())
 
 
 def test_a_tokenizer_without_padding_token_is_padded_with_a_masked_id() -> None:
     model, renderer, examples, prompt = setting("llama")
     with placed(model, TOKENIZER, prompt) as first:
-        expected = score(model, renderer, examples, first, 5)
+        expected = tiny.score(model, renderer, examples, first, 5)
         bare = tiny.tokenizer()
         bare.pad_token = None
         renderer.tokenizer = bare
-        assert batch_for(model, renderer, examples, [first] * 5).input_ids[0, 0] == 0
-        assert score(model, renderer, examples, first, 5) == pytest.approx(expected, abs=1e-6)
+        assert tiny.batch(model, renderer, examples, [first] * 5).input_ids[0, 0] == 0
+        assert tiny.score(model, renderer, examples, first, 5) == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_seq2seq_batch_starts_with_the_models_own_id() -> None:
     model, renderer, examples, _ = setting("bart")
-    batch = batch_for(model, renderer, examples, [400] * 5)
+    batch = tiny.batch(model, renderer, examples, [400] * 5)
     assert batch.decoder_input_ids is not None
     assert batch.decoder_input_ids[:, 0].eq(model.config.decoder_start_token_id).all()
     assert model.config.decoder_start_token_id == 2
 
 
 def test_the_device_is_the_models() -> None:
-    assert model_device(tiny.model()) == torch.device("cpu")
-    assert model_device(torch.nn.Linear(1, 1, device="meta")) == torch.device("meta")
+    assert device_of(tiny.model()) == torch.device("cpu")
+    assert device_of(torch.nn.Linear(1, 1, device="meta")) == torch.device("meta")

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 import ptuning
-from ptuning.forward.scoring import batch_for, score
-from ptuning.forward.shared_prefix import SharedHeads, share_heads
-from ptuning.rendering.collate import Batch
-from ptuning.rendering.render import Rendered, Renderer, render_all
+from ptuning.forward import scoring
+from ptuning.forward.shared_prefix import SharedPrefix, share_openings
+from ptuning.rendering.render import Renderer, render_all
 from ptuning.training.population import Member, Population
 
 from .. import tiny
@@ -32,15 +31,15 @@ def at_any_price(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many heads each `SharedHeads` computes."""
+    """How many heads each `SharedPrefix` computes."""
     seen: list[int] = []
-    original = SharedHeads.__init__
+    original = SharedPrefix.__init__
 
-    def init(self: SharedHeads, model: Any, heads: Any, device: torch.device) -> None:
+    def init(self: SharedPrefix, model: Any, heads: Any, device: torch.device) -> None:
         seen.append(len(heads))
         original(self, model, heads, device)
 
-    monkeypatch.setattr(SharedHeads, "__init__", init)
+    monkeypatch.setattr(SharedPrefix, "__init__", init)
     return seen
 
 
@@ -56,20 +55,14 @@ def steps(
         for number, (prompt, renderer) in enumerate(zip(prompts, renderers, strict=True))
     ]
     owner = renderers[0].owner if renderers[0].compares else None
-    with Population(model, tokenizer, members, owner) as population:
+    with Population(tiny.engine(model, tokenizer), members, owner) as population:
         first = population.first_ids()
         every = [(e, n) for n, some in enumerate(examples) for e in some]
 
-        def batch(chosen: list[tuple[Rendered, int]]) -> Batch:
-            some = batch_for(
-                model, renderers[0], [e for e, _ in chosen], [first[n] for _, n in chosen]
-            )
-            return replace(some, member=torch.tensor([n for _, n in chosen]))
-
-        batches = [batch(every[part::parts]) for part in range(parts)]
+        batches = [population.engine.batch(every[part::parts], first) for part in range(parts)]
         total = torch.zeros(len(members))
         with population.one_table(batches if shared else ()):
-            assert (population.heads is not None) == shared
+            assert (population.engine._shared is not None) == shared
             for part in batches:
                 losses = population.losses(part)
                 losses.sum().backward()
@@ -146,7 +139,7 @@ def test_where_nothing_is_saved_there_is_no_head(
     prompt = ptuning.Prompt(template, answer="capital")
     renderer = Renderer(tokenizer, prompt, "causal", 128)
     examples = render_all(renderer, rows, "training")
-    assert share_heads(model, [batch_for(model, renderer, examples, [400] * len(rows))]) is None
+    assert share_openings(model, [tiny.batch(model, renderer, examples, [400] * len(rows))]) is None
 
 
 @pytest.mark.parametrize(
@@ -161,10 +154,10 @@ def test_a_head_must_save_an_eighth_of_what_keeps_the_device_busy(
     renderer = Renderer(tokenizer, prompt, "causal", 128)
     rows = [{"country": "x" * (1 + n * longer), "capital": "Ra"} for n in range(count)]
     examples = render_all(renderer, rows, "training")
-    batch = batch_for(model, renderer, examples, [100] * count)  # ids that the model has
+    batch = tiny.batch(model, renderer, examples, [100] * count)  # ids that the model has
     padding = count * max(batch.lengths) - sum(batch.lengths)  # packed rows have none
     assert (7 + 8 * (count - 2) + padding >= 64) == shared
-    assert (share_heads(model, [batch]) is not None) == shared
+    assert (share_openings(model, [batch]) is not None) == shared
 
 
 @pytest.mark.parametrize("what", ["checkpointing", "spread"])
@@ -177,7 +170,7 @@ def test_models_that_read_no_cache_take_the_plain_path(what: str) -> None:
     prompt = ptuning.Prompt(TEMPLATES[0], answer="capital", answer_end=False)
     renderer = Renderer(tiny.tokenizer(), prompt, "causal", 128)
     examples = render_all(renderer, ROWS, "training")
-    assert share_heads(model, [batch_for(model, renderer, examples, [400] * len(ROWS))]) is None
+    assert share_openings(model, [tiny.batch(model, renderer, examples, [400] * len(ROWS))]) is None
 
 
 def test_a_training_with_and_without_ends_with_the_same_vectors(made: list[int]) -> None:
@@ -202,11 +195,11 @@ def test_scores_are_the_plain_ones(made: list[int]) -> None:
     renderer = Renderer(tiny.tokenizer(), prompt, "causal", 128)
     examples = render_all(renderer, ROWS, "training")
     member = Member(prompt, model, 0, [None] * renderer.count)
-    with Population(model, renderer.tokenizer, [member]) as population:
+    with Population(tiny.engine(model, renderer.tokenizer), [member]) as population:
         first = population.first_ids()[0]
-        shared = score(model, renderer, examples, first, 2, prefix=lambda batch: None)
+        shared = scoring.score(population.engine, renderer, examples, first, 2)
         assert made == [1]
-        assert score(model, renderer, examples, first, 2) == pytest.approx(shared)
+        assert tiny.score(model, renderer, examples, first, 2) == pytest.approx(shared)
         assert made == [1]
 
 
@@ -219,10 +212,12 @@ def test_a_member_that_is_not_finite_harms_no_other() -> None:
     ]
     members[0].encoder.embedding.weight.data.fill_(float("nan"))
     examples = [render_all(renderer, ROWS, "training") for renderer in renderers]
-    with Population(model, tokenizer, members) as population:
+    with Population(tiny.engine(model, tokenizer), members) as population:
         first = population.first_ids()
         chosen = [(e, n) for n, some in enumerate(examples) for e in some]
-        made = batch_for(model, renderers[0], [e for e, _ in chosen], [first[n] for _, n in chosen])
+        made = tiny.batch(
+            model, renderers[0], [e for e, _ in chosen], [first[n] for _, n in chosen]
+        )
         batch = replace(made, member=torch.tensor([n for _, n in chosen]))
         with population.one_table([batch]):
             losses = population.losses(batch)

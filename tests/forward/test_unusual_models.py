@@ -10,8 +10,7 @@ import transformers
 
 import ptuning
 from ptuning import InputError
-from ptuning.forward.kv_cache import reads_caches
-from ptuning.forward.packing import can_pack
+from ptuning.backbone.traits import packs_rows, reads_caches
 from ptuning.forward.prefix_store import PrefixStore
 from ptuning.inference.prediction import predict_details
 
@@ -112,7 +111,9 @@ def test_what_fast_paths_such_models_take() -> None:
         "no position but in attention",
         "positions behind the padding's",
     }
-    assert [name for name, model in models.items() if can_pack(model)] == ["keys wider than values"]
+    assert [name for name, model in models.items() if packs_rows(model)] == [
+        "keys wider than values"
+    ]
 
 
 @pytest.mark.parametrize(("config", "model"), COUNTING)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ptuning
-from ptuning.backbone.base_model import describe
+from ptuning.backbone.identity import describe
 from ptuning.backbone.injection import Injector, input_embedding
 from ptuning.errors import InputError, PromptFileError
 from ptuning.forward.plain import position_ids

@@ -7,7 +7,7 @@ import torch
 
 import ptuning
 from ptuning import InputError, Prompt, Task
-from ptuning.backbone.base_model import task_kind
+from ptuning.backbone.traits import kind_of
 
 from .. import tiny
 
@@ -117,7 +117,7 @@ def test_candidates_are_ranked_by_the_probability_of_the_whole_answer(family: st
         losses = {}
         for answer in candidates:
             labelled = [{**row, "capital": answer}]
-            kind = task_kind(model)
+            kind = kind_of(model)
             renderer = ptuning.Renderer(tokenizer, prompt, kind)
             tokens = len(renderer(labelled[0]).sequences[0].answer)
             losses[answer] = tokens * ptuning.evaluate(model, tokenizer, prompt, labelled).loss

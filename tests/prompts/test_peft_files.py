@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import ptuning
-from ptuning.backbone.base_model import describe
+from ptuning.backbone.identity import describe
 from ptuning.backbone.injection import input_embedding
 from ptuning.errors import InputError, PromptFileError, PtuningError
 from ptuning.prompts import peft_files

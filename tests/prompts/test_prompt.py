@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import ptuning
 from ptuning import storage
-from ptuning.backbone.base_model import check_same, describe
+from ptuning.backbone.identity import check_same, describe
 from ptuning.errors import InputError, PromptFileError, PtuningError, TemplateError
 from ptuning.prompts.encoder import PromptEncoder
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptuning.rendering.collate import IGNORED, by_length, collate
+from ptuning.forward.batching import by_length
+from ptuning.rendering.collate import IGNORED, collate
 from ptuning.rendering.layout import Sequence
 from ptuning.rendering.render import Rendered
 

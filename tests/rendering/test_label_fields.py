@@ -11,7 +11,6 @@ import torch
 import ptuning
 from ptuning.errors import DataError
 from ptuning.forward.plain import answer_logits, example_losses
-from ptuning.forward.scoring import batch_for
 from ptuning.inference.evaluation import teacher_forced
 from ptuning.prompts.task import fill, named_fields
 from ptuning.rendering.render import Renderer
@@ -38,7 +37,7 @@ def test_each_example_compares_its_own_words(family: str) -> None:
     tokenizer, model = tiny.tokenizer(around=family == "bert"), tiny.model(family)
     renderer = Renderer(tokenizer, task(), KINDS[family])
     examples = [renderer(row) for row in ROWS]
-    batch = batch_for(model, renderer, examples, [0] * len(ROWS))
+    batch = tiny.batch(model, renderer, examples, [0] * len(ROWS))
     owner = torch.tensor(renderer.owner)
     with torch.no_grad():
         got = example_losses(answer_logits(model, batch), batch, owner)
@@ -47,7 +46,7 @@ def test_each_example_compares_its_own_words(family: str) -> None:
             alone = Renderer(
                 tokenizer, ptuning.Task("{premise} so [MASK]", verbalizer=words), KINDS[family]
             )
-            one = batch_for(model, alone, [alone(row)], [0])
+            one = tiny.batch(model, alone, [alone(row)], [0])
             expected = example_losses(answer_logits(model, one), one, owner)[0]
             assert float(loss) == pytest.approx(float(expected), abs=1e-5)
     assert float(got[3]) == pytest.approx(float(torch.log(torch.tensor(2.0))), abs=1e-5)

@@ -13,9 +13,9 @@ from accelerate import Accelerator
 
 import ptuning
 from ptuning.errors import InputError
-from ptuning.forward import chunked
-from ptuning.rendering.collate import IGNORED
-from ptuning.training import loop, population
+from ptuning.forward import chunked, engine
+from ptuning.rendering.collate import IGNORED, Batch
+from ptuning.training import loop
 from ptuning.training.cuda_graphs import GraphedStep, Outputs, obstacle
 from ptuning.training.progress import Progress
 from ptuning.training.static_shapes import fill, rows_for, widened
@@ -102,7 +102,7 @@ class Trained:
         with monkeypatch.context() as patch:
             patch.setattr(loop, "graphs_or_plain", chosen)
             # Graphs compute whole rows, and the exact comparisons want that of the plain side too.
-            patch.setattr(population, "share_heads", lambda model, batches: None)
+            patch.setattr(engine, "share_openings", lambda model, batches: None)
             self.result = ptuning.train(
                 tiny.model(family, vocab_size=len(tokenizer)),
                 tokenizer,
@@ -268,7 +268,7 @@ def test_rows_that_are_missing_are_filled_without_an_answer() -> None:
 def test_columns_are_padded_on_the_left() -> None:
     ids = torch.arange(5)[None]
     none = torch.zeros(0)
-    batch = ptuning.collate.Batch("causal", ids, torch.ones_like(ids), none, none, none, none)
+    batch = Batch("causal", ids, torch.ones_like(ids), none, none, none, none)
     wide = widened(batch)
     assert wide.input_ids.shape == (1, 16) and wide.input_ids[0, -5:].tolist() == [0, 1, 2, 3, 4]
     assert wide.attention_mask.sum() == 5 and wide.attention_mask[0, -5:].all()

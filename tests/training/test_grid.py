@@ -13,7 +13,6 @@ import torch
 
 import ptuning
 from ptuning.errors import InputError, TrainingError
-from ptuning.forward.scoring import batch_for
 from ptuning.rendering.render import Renderer, render_all
 from ptuning.training.grid import KEYS, choices, parse_grid, resized
 from ptuning.training.loop import Loop
@@ -192,11 +191,11 @@ def test_two_open_populations_on_one_model_never_meet_in_a_graph() -> None:
     examples = render_all(renderer, ROWS, "training")
 
     def opened(seed: int) -> Population:
-        return Population(model, tokenizer, [Member(fresh(), model, seed, [None] * 4)])
+        return Population(tiny.engine(model, tokenizer), [Member(fresh(), model, seed, [None] * 4)])
 
     def step(population: Population) -> Any:
         ids = population.first_ids() * len(examples)
-        return population.step(batch_for(model, renderer, examples, ids)).sum()
+        return population.step(tiny.batch(model, renderer, examples, ids)).sum()
 
     def gradients(population: Population) -> list[Any]:
         found = [p.grad.clone() for p in population.roster[0].parameters()]

@@ -48,14 +48,11 @@ class SharedPrefix:
         self.model = model
         self._row = {opening: number for number, opening in enumerate(openings)}
         self._width = max(map(len, openings))
-        ids = torch.tensor(
-            [[0] * (self._width - len(opening)) + list(opening) for opening in openings]
-        )
-        mask = torch.tensor(
-            [[0] * (self._width - len(opening)) + [1] * len(opening) for opening in openings]
-        )
-        given = (torch.tensor(rows, device=device) for rows in (ids, mask))
-        layers = keys_and_values(model, *given)
+        ids, mask = (torch.zeros(len(openings), self._width, dtype=torch.long) for _ in range(2))
+        for row, opening in enumerate(openings):
+            ids[row, self._width - len(opening) :] = torch.tensor(opening)
+            mask[row, self._width - len(opening) :] = 1
+        layers = keys_and_values(model, ids.to(device), mask.to(device))
         self._made = [tensor for layer in layers for tensor in layer]
         self._kept = [_by_token(tensor) for tensor in self._made]
 
