@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,65 @@ def test_templates_know_no_model(room: str) -> None:
 def test_importing_the_package_loads_no_torch() -> None:
     script = "import sys, ptuning, ptuning.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+_MAY_TOUCH = (
+    "backbone.upstream",
+    "backbone.injection",
+    "peft_compat.modules_to_save",
+    "peft_compat.saving",
+)
+
+
+def _private_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Names with one underscore in front that a module reads off an object, however it does."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr, node.lineno
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if node.func.id in ("getattr", "hasattr", "setattr") and len(node.args) > 1:
+                name = node.args[1]
+                if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                    yield name.value, node.lineno
+
+
+def _own_names(tree: ast.Module) -> Iterator[str]:
+    """Names that a module gives to something of its own."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
+                yield node.attr
+        elif isinstance(node, ast.alias):
+            yield node.asname or node.name
+
+
+def test_private_names_of_other_packages_stand_in_upstream_alone() -> None:
+    trees = {name: ast.parse(path.read_text()) for name, path in _modules().items()}
+    own = {name for tree in trees.values() for name in _own_names(tree)}
+    foreign = [
+        f"{module}:{line} {name}"
+        for module, tree in trees.items()
+        for name, line in _private_names(tree)
+        if re.match(r"_[a-zA-Z]", name) and name not in own and module not in _MAY_TOUCH
+    ]
+    assert foreign == []
+
+
+def test_callers_know_no_fast_path() -> None:
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in _own_imports().items()
+        for other in others
+        if other.startswith("forward.")
+        and not name.startswith("forward.")
+        and other.removeprefix("forward.") not in ("engine", "scoring", "plain")
+        and name not in ("training.cuda_graphs", "training.static_shapes")  # hold what paths give
+    ]
+    assert wrong == []
 
 
 def test_a_long_module_says_why() -> None:

@@ -39,7 +39,7 @@ def shares(names: list[str], bars: dict[str, list[float | None]], title: str) ->
     width = 0.8 / len(bars)
     for number, (label, values) in enumerate(bars.items()):
         shift = (number - (len(bars) - 1) / 2) * width
-        known = {place + shift: 100 * v for place, v in enumerate(values) if v is not None}
+        known = {at + shift: 100 * v for at, v in enumerate(values) if v is not None}
         panel.bar(list(known), list(known.values()), width, label=label)
     panel.set_xticks(range(len(names)), names, rotation=90 if len(names) > 8 else 0)
     panel.set(ylabel=title, ylim=(0, 100))

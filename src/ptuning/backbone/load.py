@@ -62,7 +62,7 @@ def load_model(name: str, *, dtype: str = "float32", device: str | None = None) 
             f"cannot load the model {name!r} ({reason}); give a hub name, a folder with a "
             "transformers model, or a .gguf file"
         ) from error
-    model.config._name_or_path = str(Path(name).resolve()) if Path(name).exists() else name
+    model.config.name_or_path = str(Path(name).resolve()) if Path(name).exists() else name
     return model.eval().to(device or best_device()), tokenizer
 
 

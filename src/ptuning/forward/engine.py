@@ -27,7 +27,7 @@ from ..prompts.task import Task
 from ..rendering.collate import Batch
 from ..rendering.render import Rendered, Renderer
 from . import chunked, plain
-from .batching import Row, batch_for, by_length
+from .batching import Row, batch_for, by_length, chunks_by_length
 from .grouped_queries import grouped_queries
 from .label_words import label_word_scores
 from .plain import Shortened, Shortener
@@ -79,6 +79,10 @@ class Engine:
         if self.store is not None:
             batch = for_prediction(batch, self._common)
         return batch.to(self.base.device)
+
+    def chunks(self, examples: Sequence[Rendered], size: int) -> Iterator[list[int]]:
+        """As `batching.chunks_by_length`."""
+        return chunks_by_length(examples, size)
 
     # What serves several batches.
 

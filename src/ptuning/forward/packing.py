@@ -40,7 +40,7 @@ class Packed:
         position_ids: ``(G, W)``.
         keep: ``(C,)`` the columns that predict an answer, of any row.
         group: ``(R,)`` the packed row of each row.
-        answers: ``(R, K)`` the place in `keep` of each row's answer positions.
+        answers: ``(R, K)`` the index in `keep` of each row's answer positions.
     """
 
     prefixes: tuple[tuple[int, ...], ...]
@@ -113,13 +113,13 @@ class _Plan:
     Attributes:
         owners: of the packed rows.
         width: of the packed rows.
-        places: for each segment its packed row and first column.
+        starts: for each segment its packed row and first column.
         columns: for each segment those that predict its answer.
     """
 
     owners: list[Owner]
     width: int
-    places: list[tuple[int, int]]
+    starts: list[tuple[int, int]]
     columns: list[list[int]]
 
     @property
@@ -144,7 +144,7 @@ def _plan(owners: Sequence[Owner], rests: Sequence[int], count: int, room: int) 
     filling: dict[Owner, int] = {}
     of_row: list[Owner] = []
     used: list[int] = []
-    places, columns = [], []
+    starts, columns = [], []
     for owner, rest in zip(owners, rests, strict=True):
         row = filling.get(owner)
         if row is None or used[row] + rest > room:
@@ -152,10 +152,10 @@ def _plan(owners: Sequence[Owner], rests: Sequence[int], count: int, room: int) 
             of_row.append(owner)
             used.append(0)
         start, end = used[row], used[row] + rest
-        places.append((row, start))
+        starts.append((row, start))
         columns.append([max(start, end - count + k) for k in range(count)])
         used[row] = end
-    return _Plan(of_row, max(used), places, columns)
+    return _Plan(of_row, max(used), starts, columns)
 
 
 def _packed(batch: Batch, rests: Sequence[int], plan: _Plan) -> Packed:
@@ -163,7 +163,7 @@ def _packed(batch: Batch, rests: Sequence[int], plan: _Plan) -> Packed:
     segments: list[list[int]] = [[] for _ in plan.owners]
     offsets: list[list[int]] = [[] for _ in plan.owners]
     for number, (ids_of_row, rest) in enumerate(zip(batch.input_ids.tolist(), rests, strict=True)):
-        row, _ = plan.places[number]
+        row, _ = plan.starts[number]
         ids[row] += ids_of_row[len(ids_of_row) - rest :]
         segments[row] += [number] * rest
         offsets[row] += range(rest)
@@ -178,7 +178,7 @@ def _packed(batch: Batch, rests: Sequence[int], plan: _Plan) -> Packed:
         _mask(segment, offset, lengths).to(device),
         (lengths[:, None] + offset).to(device),
         keep.to(device),
-        torch.tensor([row for row, _ in plan.places], device=device),
+        torch.tensor([row for row, _ in plan.starts], device=device),
         answers.to(device),
     )
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from ..rendering.render import Rendered, Renderer
-from .batching import chunks_by_length
 from .engine import Engine
 
 
@@ -56,7 +55,7 @@ def sums(
     words = torch.tensor(renderer.owner, device=device) if renderer.compares else None
     batches = [
         engine.batch([(examples[i], 0) for i in chunk], [first_id])
-        for chunk in chunks_by_length(examples, batch_size)
+        for chunk in engine.chunks(examples, batch_size)
     ]
     sums = torch.zeros(2, dtype=torch.float64)
     with engine.sharing(batches, autocast):

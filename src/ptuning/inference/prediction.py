@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..backbone.base_model import BaseModel, eval_mode
 from ..backbone.traits import ModelKind
 from ..errors import InputError
-from ..forward.batching import chunks_by_length
 from ..forward.engine import Engine
 from ..forward.plain import by_label
 from ..prompts.task import Task
@@ -143,7 +142,7 @@ def _answers(
     answer = _compare if questions[0].renderer.compares else _decode
     first_ids = [question.first_id for question in questions]
     size = max(1, batch_size // len(questions))
-    for chunk in chunks_by_length(questions[0].examples, size):
+    for chunk in engine.chunks(questions[0].examples, size):
         cells = [(index, number) for index in chunk for number in range(len(questions))]
         rows = [(questions[number].examples[index], number) for index, number in cells]
         batch = engine.prediction_batch(rows, first_ids)

@@ -1,8 +1,8 @@
 """The prompt encoder: a small network whose output is the table of virtual-token vectors.
 
-    table = head(embedding([0 … n-1]))          Liu et al. 2021 (arXiv 2103.10385), section 3.1
+    table = network(embedding([0 … n-1]))          Liu et al. 2021 (arXiv 2103.10385), section 3.1
 
-The head is an MLP, a bidirectional LSTM followed by an MLP, or nothing. Module names, shapes and
+The network is an MLP, a bidirectional LSTM followed by an MLP, or nothing. Module names, shapes and
 outputs equal the reference's (PEFT 0.21.2, ``PromptEncoder``), so weights can be exchanged. After
 training only the output is needed. This module knows nothing of the base model.
 """

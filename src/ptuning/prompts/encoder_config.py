@@ -31,13 +31,6 @@ _HUB_OPTIONS = (
     "proxies",
     "repo_type",
 )
-# What other methods call themselves in the reference.
-_OTHER_METHODS = """
-ADALORA ADAMSS ADAPTION_PROMPT BEFT BOFT C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA GRALORA
-HIRA HRA IA3 LILY LN_TUNING LOHA LOKR LORA MISS MULTITASK_PROMPT_TUNING OFT OSF PEANUT POLY
-PREFIX_TUNING PROMPT_TUNING PSOFT PVERA RANDLORA ROAD SHADOW SHIRA SUPERTUNING TINYLORA
-TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT XLORA
-"""
 
 
 class PeftType(enum.StrEnum):
@@ -58,7 +51,7 @@ class TaskType(enum.StrEnum):
 
 
 class PromptEncoderReparameterizationType(enum.StrEnum):
-    """The head of the prompt encoder; ``NONE`` trains the embedding itself."""
+    """The network behind the encoder's embedding; ``NONE`` trains the embedding itself."""
 
     MLP = "MLP"
     LSTM = "LSTM"
@@ -76,7 +69,7 @@ class PromptEncoderConfig:
         peft_version: version that wrote the file; by default the reference release.
         base_model_name_or_path: hub name or folder of the base model.
         revision: revision of the base model.
-        inference_mode: build only the embedding, without a head.
+        inference_mode: build only the embedding, without the network behind it.
         num_virtual_tokens: virtual tokens per submodule.
         token_dim: width of the base model's input embedding.
         num_transformer_submodules: 2 for encoder-decoder models in the reference, else 1.
@@ -84,7 +77,7 @@ class PromptEncoderConfig:
         num_layers: of the base model; kept as it is.
         modules_to_save: further modules that are trained and saved.
         encoder_reparameterization_type: ``MLP``, ``LSTM`` or ``NONE``.
-        encoder_hidden_size: width of the head.
+        encoder_hidden_size: width of the network.
         encoder_num_layers: layers of the LSTM; an MLP always has three linear layers.
         encoder_dropout: dropout between LSTM layers.
 
@@ -114,12 +107,12 @@ class PromptEncoderConfig:
 
     def __post_init__(self) -> None:
         kind = getattr(self.peft_type, "value", self.peft_type)
-        if not isinstance(kind, str | None) or kind in _OTHER_METHODS.split():
+        if kind not in (None, PeftType.P_TUNING):
             raise InputError(
                 f"peft_type is {kind!s}, and this package has only P_TUNING: "
                 "load that adapter with the library that made it"
             )
-        self.peft_type = PeftType.P_TUNING  # whatever else it says, as the reference does
+        self.peft_type = PeftType.P_TUNING
         if self.task_type is not None:
             self.task_type = _task_type(self.task_type)
         self.encoder_reparameterization_type = _member(
@@ -152,7 +145,7 @@ class PromptEncoderConfig:
         }
 
     def reference_dict(self) -> dict[str, Any]:
-        """Like `to_dict`, with the head ``NONE`` written as ``MLP``.
+        """Like `to_dict`, with the type ``NONE`` written as ``MLP``.
 
         PEFT knows no headless encoder; in inference mode it builds none for ``MLP`` either, so the
         file means the same.

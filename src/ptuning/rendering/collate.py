@@ -120,7 +120,7 @@ def opening(sequence: Sequence) -> int:
 
 def plain_prefix(sequence: Sequence) -> int:
     """How many tokens stand in front of the first virtual one, without the last of all."""
-    virtual = (place for place, token in enumerate(sequence.ids) if token < 0)
+    virtual = (column for column, token in enumerate(sequence.ids) if token < 0)
     return next(virtual, max(0, len(sequence.ids) - 1))
 
 

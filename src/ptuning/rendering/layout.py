@@ -1,4 +1,4 @@
-"""One string of a template, tokenized: the places of virtual tokens, fields and answer in it.
+"""One string of a template, tokenized: where virtual tokens, fields and answer stand in it.
 
 The string is tokenized at once (`vocabulary`), so it has the ids that a merged model's tokenizer
 gives. Virtual token i of the prompt is written as id ``-1 - i``; `collate` puts attached ids in.
@@ -14,7 +14,7 @@ from ..prompts.task import Task
 from ..prompts.template import Field, Slot, Virtual
 from .virtual_ids import SLOT, NamedTokenizer, Names
 
-Places = tuple[tuple[str, int, int], ...]
+Spans = tuple[tuple[str, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Sequence:
     ids: tuple[int, ...]
     slot: int
     answer: tuple[int, ...] = ()
-    fields: Places = ()
+    fields: Spans = ()
     shortened: bool = False
 
 
@@ -68,10 +68,10 @@ class Layout:
         shift = self.count if self.task.special_tokens == "after" else 0
         ids = [-1 - i for i in range(shift)] + ids
         answer = () if word is None else self._answer(word, space, text, named)
-        places: Places = ()
+        spans: Spans = ()
         if named.tokenizer.is_fast and not self.task.chat:
-            places = _token_places(spans, encoding["offset_mapping"], shift)
-        return self._fill_slot(ids, answer, places)
+            spans = _token_spans(spans, encoding["offset_mapping"], shift)
+        return self._fill_slot(ids, answer, spans)
 
     def _spelled(self, fields: dict[str, str], word: str) -> str:
         """All text of the example, joined as it is tokenized: without and with the answer."""
@@ -85,15 +85,15 @@ class Layout:
         before = "".join(parts if slot < 0 else parts[:slot])
         return "".join(parts) + "\n" + before + word
 
-    def _fill_slot(self, ids: list[int], answer: tuple[int, ...], places: Places) -> Sequence:
+    def _fill_slot(self, ids: list[int], answer: tuple[int, ...], spans: Spans) -> Sequence:
         at = ids.index(SLOT)
         if self.kind == "causal":
-            return Sequence(tuple(ids[:at]), at, answer, places)
+            return Sequence(tuple(ids[:at]), at, answer, spans)
         filling: list[int] = []
         if self.kind == "masked":
             filling = [self.tokenizer.mask_token_id] * (len(answer) or self.task.answer_tokens or 1)
         grown = len(filling) - 1  # fields behind the slot move by what it grew
-        moved = [(n, a, b) if a < at else (n, a + grown, b + grown) for n, a, b in places]
+        moved = [(n, a, b) if a < at else (n, a + grown, b + grown) for n, a, b in spans]
         return Sequence((*ids[:at], *filling, *ids[at + 1 :]), at, answer, tuple(moved))
 
     def _layout(
@@ -162,9 +162,9 @@ class Layout:
         return ids
 
 
-def _token_places(
+def _token_spans(
     spans: list[tuple[str, int, int]], offsets: list[tuple[int, int]], shift: int
-) -> Places:
+) -> Spans:
     """Character ranges as token ranges: the tokens that overlap a field's text."""
     result = []
     for name, start, end in spans:

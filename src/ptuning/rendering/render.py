@@ -1,4 +1,4 @@
-"""Template + example + tokenizer -> token ids with the places of fields and answer.
+"""Template + example + tokenizer -> token ids, and where fields and answer stand.
 
 What an example says (fields, labels, answer) is settled here, and what must be cut for it to fit;
 how one string becomes ids is `layout`'s. Knows nothing of the model.

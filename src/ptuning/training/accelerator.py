@@ -49,8 +49,8 @@ def finish_trackers(accelerator: Accelerator) -> None:
         tracker.finish()
 
 
-def place(model: nn.Module, accelerator: Accelerator) -> torch.device:
-    """Move the model to accelerate's device, unless it has been spread or placed already."""
+def move_model(model: nn.Module, accelerator: Accelerator) -> torch.device:
+    """Move the model to accelerate's device, unless it has been spread or quantized."""
     if getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False):
         return device_of(model)
     model.to(accelerator.device)

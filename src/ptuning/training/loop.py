@@ -31,7 +31,7 @@ from ..forward.scoring import sums
 from ..rendering.collate import Batch
 from ..rendering.render import Rendered
 from . import checkpoint
-from .accelerator import finish_trackers, make_accelerator, place
+from .accelerator import finish_trackers, make_accelerator, move_model
 from .cuda_graphs import graphs_or_plain
 from .grid import Variant
 from .learner import Learner, halve
@@ -77,7 +77,7 @@ class Loop:
 
     def _prepare(self, resume: bool) -> None:
         settings = self.settings
-        self.device = place(self.base.model, self.accelerator)
+        self.device = move_model(self.base.model, self.accelerator)
         per_step = settings.batch_size * settings.gradient_accumulation
         self.steps_per_epoch = -(-len(self.variants[0].examples) // per_step)
         self.steps = self.steps_per_epoch * settings.epochs

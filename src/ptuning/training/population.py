@@ -59,7 +59,7 @@ class Member(nn.Module):
         if prompt.vectors is not None:
             initialise(self.encoder, prompt.vectors, torch.arange(len(prompt.vectors)))
             return
-        if prompt.encoder == "none":  # without a head, begin where real words are
+        if prompt.encoder == "none":  # the vectors themselves begin where real words are
             ids = torch.randint(embedding.num_embeddings, (len(words),))
             initialise(self.encoder, _vectors_of(embedding, ids), torch.arange(len(words)))
         named = [(row, word) for row, word in enumerate(words) if word is not None]

@@ -12,7 +12,6 @@ from ...backbone.base_model import BaseModel, eval_mode
 from ...backbone.traits import ModelKind
 from ...data import Row
 from ...errors import DataError
-from ...forward.batching import chunks_by_length
 from ...forward.engine import Engine
 from ...inference.attachment import placed
 from ...prompts.task import Task
@@ -52,7 +51,7 @@ def ranks(
     result = [0] * len(examples)
     column = -1 if engine.base.kind is ModelKind.CAUSAL else 0
     with eval_mode(model), placed(model, tokenizer, task) as first_id:
-        chunks = list(chunks_by_length(examples, batch_size))
+        chunks = list(engine.chunks(examples, batch_size))
         batches = [engine.batch([(examples[i], 0) for i in c], [first_id]) for c in chunks]
         with engine.sharing(batches):
             for chunk, batch in zip(chunks, batches, strict=True):

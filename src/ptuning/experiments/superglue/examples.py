@@ -47,20 +47,20 @@ def read_few(folder: Path, task: SuperGlueTask, most: int | None = None) -> Spli
         DataError: a file, column or label is missing, or the label is not the task's.
     """
     name = task.folder.lower()
-    places = [path for path in sorted(folder.glob("*")) if path.name.lower() == name]
-    if not places:
+    folders = [path for path in sorted(folder.glob("*")) if path.name.lower() == name]
+    if not folders:
         raise DataError(f"{folder} has no folder {task.folder}; give FewGLUE's folder (--data)")
-    place = places[0]
+    task_folder = folders[0]
     test: Examples = []
-    for path in [place / file for file in TEST_FILES if (place / file).is_file()]:
+    for path in [task_folder / file for file in TEST_FILES if (task_folder / file).is_file()]:
         test = _rows_of(path, task)
         if any(row.get("label") is not None for row in _flat(test)):
             break  # SuperGLUE's own test.jsonl has none
     if test:
         test = _labelled(path, task, test)
     return Splits(
-        read_rows(place / "train.jsonl", task),
-        read_rows(place / "dev32.jsonl", task),
+        read_rows(task_folder / "train.jsonl", task),
+        read_rows(task_folder / "dev32.jsonl", task),
         _flat(_first(test, most)),
     )
 
@@ -111,7 +111,9 @@ def _examples(path: Path, task: SuperGlueTask) -> Examples:
 def _rows_of(path: Path, task: SuperGlueTask) -> Examples:
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "is not there"
-        raise DataError(f"{path} {problem}; give FewGLUE's folder (--data) or the file's place")
+        raise DataError(
+            f"{path} {problem}; give FewGLUE's folder (--data) or the file's task_folder"
+        )
     flatten = _FLAT.get(task.name, lambda row: iter([row]))
     found: Examples = []
     for number, example in enumerate(read_examples(path), 1):

@@ -45,19 +45,19 @@ def baselines(
     by_hand = [prompt.manual() for prompt in prompts]
     on_dev = _with_losses(model, tokenizer, task, by_hand, splits.dev)
     quality = [(score(figures), -loss) for figures, loss in on_dev]
-    places = sorted(range(len(prompts)), key=quality.__getitem__, reverse=True)
+    numbers = sorted(range(len(prompts)), key=quality.__getitem__, reverse=True)
     several = len({row["label"] for row in splits.train}) > 1  # WSC's are all true
     known = splits.train if several else splits.dev
     return {
         "majority_answer": Counter(row["label"] for row in known).most_common(1)[0][0],
         "templates": [
             {
-                "template": prompts[place].template,
-                "manual": by_hand[place].template,
-                "verbalizer": by_hand[place].settings()["verbalizer"],
-                "dev": on_dev[place][0],
+                "template": prompts[number].template,
+                "manual": by_hand[number].template,
+                "verbalizer": by_hand[number].settings()["verbalizer"],
+                "dev": on_dev[number][0],
             }
-            for place in places
+            for number in numbers
         ],
         "train_examples": len(splits.train),
         "dev_examples": len(splits.dev),
@@ -181,12 +181,12 @@ def _named(
     sizes = [len(ids) for ids in tokenizer(nouns, add_special_tokens=False)["input_ids"]]
     named = [[""] * len(rows) for _ in asked]
     for size in set(sizes):
-        places = [place for place, other in enumerate(sizes) if other == size]
-        alike = [rows[place] for place in places]
+        numbers = [number for number, other in enumerate(sizes) if other == size]
+        alike = [rows[number] for number in numbers]
         said = predict(model, tokenizer, asked, alike, answer_tokens=size, batch_size=8)
         for of_one, phrases in zip(named, said, strict=True):
-            for place, phrase in zip(places, phrases, strict=True):
-                of_one[place] = phrase
+            for number, phrase in zip(numbers, phrases, strict=True):
+                of_one[number] = phrase
     return named
 
 
