@@ -139,12 +139,8 @@ def test_importing_the_package_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
-_MAY_TOUCH = (
-    "backbone.upstream",
-    "backbone.injection",
-    "peft_compat.modules_to_save",
-    "peft_compat.saving",
-)
+_MAY_TOUCH = ("backbone.upstream", "backbone.injection", "peft_compat.modules_to_save")
+_MAY_TOUCH += ("peft_compat.saving",)
 
 
 def _private_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
@@ -153,10 +149,10 @@ def _private_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
         if isinstance(node, ast.Attribute):
             yield node.attr, node.lineno
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            if node.func.id in ("getattr", "hasattr", "setattr") and len(node.args) > 1:
-                name = node.args[1]
-                if isinstance(name, ast.Constant) and isinstance(name.value, str):
-                    yield name.value, node.lineno
+            name = node.args[1] if len(node.args) > 1 else None
+            by_name = node.func.id in ("getattr", "hasattr", "setattr")
+            if by_name and isinstance(name, ast.Constant) and isinstance(name.value, str):
+                yield name.value, node.lineno
 
 
 def _own_names(tree: ast.Module) -> Iterator[str]:
@@ -166,9 +162,8 @@ def _own_names(tree: ast.Module) -> Iterator[str]:
             yield node.name
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
-                yield node.attr
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "cls"):
+            yield from [node.attr] * isinstance(node.ctx, ast.Store)
         elif isinstance(node, ast.alias):
             yield node.asname or node.name
 

@@ -56,7 +56,7 @@ class Layout:
     def __call__(self, fields: dict[str, str], word: str | None) -> Sequence:
         """Tokenize an example's fields, with `word` as the answer if there is one."""
         named = self._names.avoiding(self._spelled(fields, word or ""))
-        text, spans, space = self._layout(fields, named)
+        text, characters, space = self._layout(fields, named)
         if self.task.chat:
             text, space = self._as_chat(text.removesuffix(named.slot)) + named.slot, False
         encoding = named.tokenizer(
@@ -70,7 +70,7 @@ class Layout:
         answer = () if word is None else self._answer(word, space, text, named)
         spans: Spans = ()
         if named.tokenizer.is_fast and not self.task.chat:
-            spans = _token_spans(spans, encoding["offset_mapping"], shift)
+            spans = _token_spans(characters, encoding["offset_mapping"], shift)
         return self._fill_slot(ids, answer, spans)
 
     def _spelled(self, fields: dict[str, str], word: str) -> str:

@@ -111,9 +111,7 @@ def _examples(path: Path, task: SuperGlueTask) -> Examples:
 def _rows_of(path: Path, task: SuperGlueTask) -> Examples:
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "is not there"
-        raise DataError(
-            f"{path} {problem}; give FewGLUE's folder (--data) or the file's task_folder"
-        )
+        raise DataError(f"{path} {problem}; give FewGLUE's folder (--data) or the file's path")
     flatten = _FLAT.get(task.name, lambda row: iter([row]))
     found: Examples = []
     for number, example in enumerate(read_examples(path), 1):
