@@ -17,6 +17,8 @@ PACKAGE = Path(ptuning.__file__).parent
 README = PACKAGE.parent.parent / "README.md"
 ROOMS = [
     "errors",
+    "formats",
+    "places",
     "storage",
     "distributed",
     "data",

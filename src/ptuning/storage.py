@@ -1,67 +1,180 @@
-"""Safe writing and reading of small folders: atomic, never pickle, clear about damage.
+"""Folders written as one save, and kept for one run.
 
-A folder that does not exist yet appears as a whole by one rename. Into an existing folder the
-files go one by one by rename, in the order given, and foreign files there stay. Either way a crash,
-a full disk or a kill leaves each file old or new, never half.
+A folder that does not exist yet appears as a whole by one rename. Into one that is there (it may be
+a mounted one, and foreign files in it stay) the new files come as a complete folder beside the old
+ones; one rename makes it the save that counts, and then its files move to their places:
+
+    DIR/.ptuning-1f2e3d4c/    being written; a killed save's is removed by the next one
+    DIR/.ptuning-saved/       complete; whoever reads or writes DIR next finishes it (`settle`)
+
+So a crash, a full disk or a kill at any moment leaves all files old or all new. Nothing that has a
+name of its own in the folder is ever removed, unless the save says so.
 """
 
 from __future__ import annotations
 
-import json
+import errno
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+import stat
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
-from torch import Tensor
+from filelock import FileLock, Timeout
 
-from .errors import PromptFileError, PtuningError
+from .errors import InputError, PromptFileError, PtuningError
+from .formats import pack_json, read_json
+from .places import HOLDS, held, real
 
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+_OWN = ".ptuning-"
+_SAVED = f"{_OWN}saved"
+_LOCK = f"{_OWN}lock"
+_MANIFEST = f"{_OWN}files"
+_DEAD_AFTER = 24 * 3600
+"""Seconds behind which a half-done save is thought dead where a file system has no locks."""
 
 
 def write_folder(
     folder: str | Path, files: Mapping[str, bytes], remove: Sequence[str] = ()
 ) -> None:
-    """Write `files` (name -> content) into `folder`; then delete those named in `remove`.
+    """Write `files` (name -> content) into `folder` as one save.
+
+    Args:
+        folder: made if need be; a symbolic link is followed.
+        files: those of these names are replaced and keep their modes, others stay.
+        remove: names that go with this save. One that is among `files` too is away meanwhile, so
+            that a reader who knows nothing of saves finds it with its fellows or not at all.
 
     Raises:
         PtuningError: the disk is full, the place is read-only, or `folder` is a file; what stood
             there before still loads.
     """
-    folder = Path(folder).absolute()
-    if folder.exists() and not folder.is_dir():
-        raise PromptFileError(f"{folder} is a file; give a folder")
+    with one_save(folder, remove) as staged:
+        for name, content in files.items():
+            with open(staged / name, "wb") as file:
+                file.write(content)
+
+
+@contextmanager
+def one_save(folder: str | Path, remove: Sequence[str] = ()) -> Iterator[Path]:
+    """An empty folder to fill with files and folders; they are put into `folder` as one save.
+
+    As `write_folder`. A folder replaces one of its name as a whole. Where the block raises, nothing
+    is changed.
+    """
+    folder = real(folder)
     try:
+        if folder.exists() and not folder.is_dir():
+            raise PromptFileError(f"{folder} is a file; give a folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # Beside a new folder, inside one that is there: it may be a mounted one.
-        place = folder if folder.exists() else folder.parent
-        staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=place))
-        try:
-            for name, content in files.items():
-                with open(staged / name, "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-            _put_in_place(staged, folder, list(files))
-            for name in remove:
-                (folder / name).unlink(missing_ok=True)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
+        with _staging(folder if folder.exists() else folder.parent) as staged:
+            yield staged
+            _put_in_place(staged, folder, remove)
     except OSError as error:
-        raise PtuningError(
-            f"cannot write to {folder}: {error.strerror or error}; free space there or choose "
-            "another folder (the saved prompt there still loads)"
+        raise _cannot_write(folder, error) from error
+
+
+def write_file(path: str | Path, content: bytes) -> None:
+    """Write one file atomically; its folder is made if need be.
+
+    A symbolic link is followed, and a file that is replaced keeps its mode.
+
+    Raises:
+        PtuningError: it cannot be written, or is a folder or a device.
+    """
+    path = real(path)
+    try:
+        _check_replaceable(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _staging(path.parent) as staged:
+            with open(staged / "file", "wb") as file:
+                file.write(content)
+            _sync(staged)
+            _take_mode(staged / "file", path)
+            os.replace(staged / "file", path)
+            _sync_folder(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def settle(folder: Path) -> None:
+    """Finish a save of `folder` that was cut off when it was complete; readers call this first.
+
+    Raises:
+        PromptFileError: the folder cannot be written.
+    """
+    if not (folder / _SAVED).is_dir():
+        return
+    try:
+        with held(folder, shared=False):
+            _move_in(folder)
+    except OSError as error:
+        raise PromptFileError(
+            f"a save of {folder} was cut off, and it cannot be finished: {error.strerror or error};"
+            " make the folder writable once, or save again elsewhere"
         ) from error
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write one file atomically; its folder is made if need be."""
-    write_folder(path.absolute().parent, {path.name: content})
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """A block in which no save of this computer changes `folder`; one cut off is finished first."""
+    with ExitStack() as stack:
+        while True:
+            settle(folder)
+            stack.enter_context(held(folder, shared=True))
+            if not (folder / _SAVED).is_dir():  # else a writer was killed in between
+                break
+            stack.close()
+        yield
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Keep `folder`, made if need be, for one run; a killed run's lock is free.
+
+    Raises:
+        InputError: another run has it.
+        PtuningError: it cannot be written.
+    """
+    folder = real(folder)
+    path = folder / _LOCK
+    lock = FileLock(path)
+    try:
+        made = not folder.exists()
+        if not made and not folder.is_dir():
+            raise InputError(f"{folder} is a file; give a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_room(folder)
+        lock.acquire(timeout=0)
+        with suppress(OSError):
+            path.write_text(f"{os.getpid()}\n")
+    except Timeout:
+        raise InputError(
+            f"another run is using {folder}{_by_whom(path)}; wait until it has ended, or choose "
+            "another folder"
+        ) from None
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()  # while it is held, so that nobody waits for a file without a name
+        lock.release()
+        if made:
+            with suppress(OSError):  # something is in it
+                folder.rmdir()
+
+
+def _by_whom(path: Path) -> str:
+    try:
+        return f" (process {int(path.read_text())})"
+    except (OSError, ValueError):
+        return ""
 
 
 def check_writable(folder: str | Path) -> None:
@@ -70,36 +183,129 @@ def check_writable(folder: str | Path) -> None:
     Raises:
         PtuningError: it cannot.
     """
-    folder = Path(folder).absolute()
+    folder = real(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".try-") as file:
-            file.write(bytes(4096))
-            file.flush()
-            os.fsync(file.fileno())
+        _check_room(folder)
     except OSError as error:
-        raise PtuningError(
-            f"cannot write to {folder}: {error.strerror or error}; free space there or choose "
-            "another folder"
-        ) from error
+        raise _cannot_write(folder, error) from error
 
 
-def _put_in_place(staged: Path, folder: Path, names: list[str]) -> None:
-    staged.chmod(0o777 & ~_umask())
-    _sync_folder(staged)
-    if folder.exists():
-        for name in names:
-            os.replace(staged / name, folder / name)
+def _check_room(folder: Path) -> None:
+    with _staging(folder) as staged:
+        (staged / "file").write_bytes(bytes(4096))
+        _sync(staged)
+
+
+def _cannot_write(place: Path, error: OSError) -> PtuningError:
+    what = "choose another place (what was saved there before still loads)"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        what = f"free space there or {what}"
+    elif error.errno == errno.ENAMETOOLONG:
+        what = "choose a shorter name"
+    return PtuningError(f"cannot write to {place}: {error.strerror or error}; {what}")
+
+
+@contextmanager
+def _staging(place: Path) -> Iterator[Path]:
+    """A new folder in `place`, with the rights that the umask gives; those of the dead go."""
+    _remove_dead(place)
+    with ExitStack() as stack:
+        while True:
+            staged = place / f"{_OWN}{secrets.token_hex(4)}"
+            staged.mkdir()
+            alive = stack.enter_context(held(staged, shared=False, wait=False))
+            if alive and staged.is_dir():  # else another process has just taken it for dead
+                break
+        try:
+            yield staged
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+
+def _remove_dead(place: Path) -> None:
+    """Remove what killed saves left: a living one holds its folder."""
+    for path in place.glob(f"{_OWN}*"):
+        if len(path.name) != len(_OWN) + 8 or not path.is_dir():
+            continue
+        with suppress(OSError), held(path, shared=False, wait=False) as free:
+            if free and (HOLDS or time.time() - path.stat().st_mtime > _DEAD_AFTER):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _put_in_place(staged: Path, folder: Path, remove: Sequence[str]) -> None:
+    if not folder.exists():
+        _sync(staged)
+        try:
+            os.rename(staged, folder)
+            _sync_folder(folder.parent)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise  # else another process has made it meanwhile
+    names = [name for name in os.listdir(staged) if name != _MANIFEST]
+    for name in names:
+        _check_replaceable(folder / name, folders=(staged / name).is_dir())
+        _take_mode(staged / name, folder / name)
+    manifest = {"files": sorted(names), "remove": list(remove)}
+    (staged / _MANIFEST).write_bytes(pack_json(manifest))
+    _sync(staged)
+    with held(folder, shared=False):
+        _move_in(folder)
+        os.replace(staged, folder / _SAVED)
         _sync_folder(folder)
-    else:
-        os.rename(staged, folder)
-        _sync_folder(folder.parent)
+        _move_in(folder)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _move_in(folder: Path) -> None:
+    """Put the files of the complete save in `folder`, if there is one, in their places."""
+    saved = folder / _SAVED
+    if not (saved / _MANIFEST).is_file():
+        return
+    manifest = read_json(saved / _MANIFEST)
+    names, remove = ([n for n in manifest.get(k, []) if _plain(n)] for k in ("files", "remove"))
+    for name in remove:
+        if name not in names or (saved / name).exists():
+            (folder / name).unlink(missing_ok=True)
+    for name in names:
+        if (saved / name).exists():
+            if (folder / name).is_dir() and not (folder / name).is_symlink():
+                os.replace(folder / name, saved / f"{_OWN}before-{secrets.token_hex(4)}")
+            os.replace(saved / name, folder / name)
+    _sync_folder(folder)
+    done = folder / f"{_OWN}{secrets.token_hex(4)}"
+    os.replace(saved, done)
+    shutil.rmtree(done, ignore_errors=True)
+
+
+def _plain(name: Any) -> bool:
+    """A manifest may come from anywhere: its names stay in the folder."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
+def _check_replaceable(path: Path, folders: bool = False) -> None:
+    """Refuse a device, and a folder in a file's place or the other way round."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not (stat.S_ISDIR(mode) if folders else stat.S_ISREG(mode)):
+        kind = "a file" if stat.S_ISREG(mode) else "a folder" if stat.S_ISDIR(mode) else "a device"
+        raise InputError(f"{path} is {kind} and is not replaced; choose another place")
+
+
+def _take_mode(new: Path, old: Path) -> None:
+    if new.is_file() and old.is_file():
+        os.chmod(new, stat.S_IMODE(old.stat().st_mode))
+
+
+def _sync(folder: Path) -> None:
+    """Have all files of a folder, and what is below it, on the disk."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with open(Path(place) / name, "rb") as file:
+                os.fsync(file.fileno())
+        _sync_folder(Path(place))
 
 
 def _sync_folder(folder: Path) -> None:
@@ -110,93 +316,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def pack_tensors(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """The content of a safetensors file."""
-    return safetensors.torch.save({k: v.contiguous().cpu() for k, v in tensors.items()}, metadata)
-
-
-def pack_json(value: Any) -> bytes:
-    """Indented JSON, non-ASCII text as it is."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
-
-    Raises:
-        PromptFileError: the file is missing, truncated, damaged, or a pickle.
-    """
-    if not path.is_file():
-        pickles = [p.name for pattern in _PICKLES for p in path.parent.glob(pattern)]
-        if pickles:
-            raise PromptFileError(
-                f"{path.parent} holds {pickles[0]} and no {path.name}: a pickle can run any code "
-                "when it is read, so it is refused; convert it to safetensors where it was made"
-            )
-        raise PromptFileError(f"{path} does not exist; give the folder of a saved prompt")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        with open(path, "rb") as raw:
-            start = raw.read(2)
-        if start[:1] == b"\x80" or start == b"PK":
-            raise PromptFileError(
-                f"{path} is a pickle under a safetensors name; it is refused because reading it "
-                "can run any code"
-            ) from error
-        raise PromptFileError(
-            f"{path} is truncated or damaged ({error}); copy it again or retrain"
-        ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        PromptFileError: missing, not JSON, or no object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PromptFileError(f"{path} does not exist; give the folder of a saved prompt") from None
-    except (ValueError, OSError) as error:
-        raise PromptFileError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise PromptFileError(f"{path} holds no JSON object")
-    return value
-
-
-def local_folder(
-    path: str | Path, revision: str | None = None, subfolder: str | None = None, **hub: Any
-) -> Path:
-    """`path` itself where it is a folder, else a snapshot of that hub repository.
-
-    Args:
-        path: a folder, or a repository's name.
-        revision: of the repository.
-        subfolder: of either.
-        hub: ``token``, ``cache_dir`` and the like.
-
-    Raises:
-        PromptFileError: neither exists.
-    """
-    folder = Path(path) / (subfolder or "")
-    if folder.is_dir():
-        return folder
-    if folder.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
-        raise PromptFileError(f"{path} is not a folder; give the folder of a saved prompt")
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["*.json", "*.safetensors", "*.md", "*.bin"]
-        root = snapshot_download(str(path), revision=revision, allow_patterns=patterns, **hub)
-        return Path(root) / (subfolder or "")
-    except Exception as error:
-        raise PromptFileError(
-            f"{path} is neither a folder here nor a repository on the hub "
-            f"({type(error).__name__}); check the name"
-        ) from error

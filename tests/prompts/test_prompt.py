@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -48,6 +49,7 @@ FROZEN_KEYS = {
     "encoder_dropout",
     "base_model",
     "training",
+    "sha256",
 }
 
 
@@ -241,6 +243,7 @@ def test_save_load_save_keeps_every_field_and_each_bit(
     same(prompt, ptuning.Prompt.load(tmp_path / "two"))
     one, two = description_of(tmp_path / "one"), description_of(tmp_path / "two")
     assert one.pop("save_id") != two.pop("save_id")
+    assert one.pop("sha256") != two.pop("sha256")  # the save's id stands beside the vectors too
     assert one == two
 
 
@@ -262,7 +265,9 @@ def test_loaded_encoder_weights_give_the_vectors_again(tmp_path: Path) -> None:
         unique=True,
     ),
     answer=st.none() | st.text(st.characters(exclude_categories=("Cs",)), min_size=1),
-    values=st.lists(st.floats(width=32, allow_nan=False), min_size=6, max_size=6),
+    values=st.lists(
+        st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=6, max_size=6
+    ),
 )
 @settings(
     max_examples=25,
@@ -313,6 +318,9 @@ def test_the_file_format_is_frozen(tmp_path: Path) -> None:
         "encoder.mlp_head.4.bias": (8,),
     }
     assert set(metadata) == {"format", "prompt"} and metadata["format"] == "pt"
+    tensors = (tmp_path / "p" / "prompt.safetensors").read_bytes()
+    checksums = description.pop("sha256")
+    assert checksums == {"prompt.safetensors": hashlib.sha256(tensors).hexdigest()}
     assert json.loads(metadata["prompt"]) == description
 
 

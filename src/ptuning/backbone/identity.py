@@ -73,11 +73,11 @@ def check_same(saved: dict[str, Any], model: nn.Module, tokenizer: Any) -> None:
     if not saved:
         return
     embedding = input_embedding(model)
-    here = name_of(model)
+    here, there = name_of(model), saved.get("name")
     known = fingerprint(saved)
     if known["width"] != embedding.embedding_dim:
         raise PromptFileError(
-            f"this prompt was trained on {saved['name']!r} with embedding width {known['width']}; "
+            f"this prompt was trained on {there!r} with embedding width {known['width']}; "
             f"{here!r} has {embedding.embedding_dim}: give the model that it was trained on"
         )
     error = torch.inf
@@ -85,15 +85,15 @@ def check_same(saved: dict[str, Any], model: nn.Module, tokenizer: Any) -> None:
         got = _sample(embedding, known["rows"], known["columns"])
         expected = known["values"]
         error = float((got - expected).norm() / expected.norm().clamp(min=1e-12))
-    if error > _SAME_MODEL:
+    if not error <= _SAME_MODEL:
         warnings.warn(
-            f"this prompt was trained on {saved['name']!r}, and {here!r} has other weights: its "
+            f"this prompt was trained on {there!r}, and {here!r} has other weights: its "
             "answers will be poor unless one is a close relative of the other",
             stacklevel=3,
         )
     elif tokenizer is not None and saved.get("tokenizer") not in (None, tokenizer_hash(tokenizer)):
         warnings.warn(
-            f"this prompt was trained on {saved['name']!r} with another tokenizer than that of "
+            f"this prompt was trained on {there!r} with another tokenizer than that of "
             f"{here!r}: the same text becomes other ids",
             stacklevel=3,
         )
@@ -107,17 +107,23 @@ def fingerprint(saved: dict[str, Any]) -> dict[str, Any]:
     """
     try:
         known = saved["embedding"]
-        return {
-            "width": int(known["width"]),
-            "rows": torch.tensor([int(i) for i in known["rows"].split()]),
-            "columns": torch.tensor([int(i) for i in known["columns"].split()]),
-            "values": torch.tensor([[float(x) for x in row.split()] for row in known["values"]]),
-        }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        width = int(known["width"])
+        rows = torch.tensor([int(i) for i in known["rows"].split()])
+        columns = torch.tensor([int(i) for i in known["columns"].split()])
+        values = torch.tensor([[float(x) for x in row.split()] for row in known["values"]])
+        if values.shape != (len(rows), len(columns)) or not torch.isfinite(values).all():
+            raise ValueError(f"values of shape {tuple(values.shape)}, or not finite")
+        if rows.min() < 0 or columns.min() < 0 or columns.max() >= width:
+            raise ValueError("a place outside the embedding")
+        for name in ("name", "kind", "revision", "tokenizer"):
+            if not isinstance(saved.get(name), str | None):
+                raise TypeError(f"{name} is {saved[name]!r}")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
         raise PromptFileError(
             f"prompt.json: base_model has no readable sample of the embedding ({error!r}); copy "
             "the prompt again, or retrain"
         ) from None
+    return {"width": width, "rows": rows, "columns": columns, "values": values}
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -171,8 +171,9 @@ def _probe_all(
 
 
 def _save(output: Path, report: dict[str, Any]) -> None:
+    from ..formats import pack_json
     from ..reporting import shares, versions
-    from ..storage import pack_json, write_folder
+    from ..storage import write_folder
 
     found = report["relations"]
     rows = {name: [f[key] for f in found.values()] for name, key in _SHOWN.items()}

@@ -173,8 +173,9 @@ def _means(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _save(output: Path, report: dict[str, Any]) -> None:
+    from ..formats import pack_json
     from ..reporting import shares, versions
-    from ..storage import pack_json, write_folder
+    from ..storage import write_folder
 
     tasks = report["tasks"]
     shown = {"majority": "majority", "best manual": "best_manual", "P-tuned": "mean"}

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 def save(output: Path, prompt: Prompt, result: TrainResult, keep_encoder: bool) -> dict[str, Any]:
     """Write the prompt, ``result.json`` and ``curve.png``; gives what ``--json`` prints."""
+    from ..formats import pack_json
     from ..reporting import training_curve, versions
-    from ..storage import pack_json, write_folder
+    from ..storage import write_folder
 
     prompt.save(output, keep_encoder=keep_encoder)
     report = {

@@ -20,13 +20,14 @@ from ..backbone.fetched import SOURCES, fetch
 from ..backbone.load import load_model
 from ..data import Row, read_examples
 from ..errors import InputError
+from ..formats import pack_json
 from ..inference.evaluation import manual_score, teacher_forced
 from ..inference.nearest_words import Neighbours, nearest_words
 from ..inference.prediction import predict
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
 from ..reporting import training_curve, versions
-from ..storage import check_writable, pack_json, write_folder
+from ..storage import check_writable, write_folder
 from ..training.progress import Progress
 from ..training.train import train
 

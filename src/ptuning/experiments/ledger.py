@@ -18,7 +18,8 @@ from typing import Any
 
 from .. import distributed
 from ..errors import InputError
-from ..storage import check_writable, pack_json, write_file
+from ..formats import pack_json
+from ..storage import check_writable, write_file
 
 
 def digest(*data: Any) -> str:

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import transformers
 
 from ..errors import InputError
+from ..places import local_folder
 from ..prompts.encoder_config import PromptEncoderConfig, TaskType
-from ..storage import local_folder
 from . import saving
 from .model import PeftModel
 

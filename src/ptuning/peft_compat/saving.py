@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import storage
+from .. import places, storage
 from ..backbone.identity import check_same, describe
 from ..backbone.upstream import uncompiled
 from ..errors import InputError, PromptFileError
-from ..prompts import peft_files
+from ..prompts import peft_files, prompt_files
 from ..prompts.encoder import PromptEncoder, initialise
 from ..prompts.encoder_config import CONFIG_NAME, PromptEncoderConfig
 from ..prompts.prompt import Prompt
@@ -202,7 +202,7 @@ def save(
     content = prompt.contents(keep_encoder=keep_encoder)
     if adapter.frame.template is None:
         content |= peft_files.pack(rows, config, None, modules)
-    storage.write_folder(folder, content, [n for n in peft_files.NAMES if n not in content])
+    storage.write_folder(folder, content, peft_files.NAMES)
 
 
 def read(path: str | Path, **hub: Any) -> Saved:
@@ -212,13 +212,22 @@ def read(path: str | Path, **hub: Any) -> Saved:
         PromptFileError: missing, damaged, unsafe, or of another method.
     """
     known = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only")
-    folder = storage.local_folder(path, **{k: hub[k] for k in known if hub.get(k) is not None})
-    own = any((folder / name).exists() for name in ("prompt.json", "prompt.safetensors"))
-    prompt = Prompt.load(folder) if own else None
+    folder = places.local_folder(path, **{k: hub[k] for k in known if hub.get(k) is not None})
+    with storage.reading(folder):
+        return _read(folder)
+
+
+def _read(folder: Path) -> Saved:
+    prompt = Prompt.load(folder) if prompt_files.are_in(folder) else None
     if prompt is None or (folder / CONFIG_NAME).is_file():
         rows, config, modules = peft_files.read(folder, old_releases=True)
         if prompt and (len(rows) < len(prompt.vectors) or not _same(rows, prompt)):  # type: ignore[arg-type]
-            prompt = None  # another program has written the reference's files anew
+            prompt = None
+            warnings.warn(
+                f"{folder}: {peft_files.WEIGHTS_NAME} has other vectors than prompt.safetensors: "
+                "another program has written it since, or it is damaged; its vectors are used",
+                stacklevel=4,
+            )
         elif prompt:  # the reference knows no encoder without a head
             config.encoder_reparameterization_type = prompt.encoder.upper()
     else:

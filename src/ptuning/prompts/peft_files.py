@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import storage
+from .. import formats
 from ..errors import PromptFileError
 from .encoder_config import CONFIG_NAME, PromptEncoderConfig, TaskType
 
@@ -46,8 +46,9 @@ def pack(
         saved.task_type = TASK_TYPES.get(kind, TaskType.FEATURE_EXTRACTION)
     tensors = {"prompt_embeddings": rows}
     tensors |= {_MODULE + name: tensor for name, tensor in (modules or {}).items()}
+    _check(tensors, "the prompt")
     return {
-        WEIGHTS_NAME: storage.pack_tensors(tensors, {"format": "pt"}),
+        WEIGHTS_NAME: formats.pack_tensors(tensors, {"format": "pt"}),
         CONFIG_NAME: saved.to_json().encode(),
     }
 
@@ -92,16 +93,25 @@ def read(
             f"{folder / name}: 'prompt_embeddings' is {rows.shape[1]} wide, and "
             f"{CONFIG_NAME} says {config.token_dim}"
         )
+    _check({"prompt_embeddings": rows, **tensors}, str(folder / name))
     modules = {key.removeprefix(_MODULE): tensor for key, tensor in tensors.items()}
     return rows.float(), config, modules
+
+
+def _check(tensors: Mapping[str, Tensor], place: str) -> None:
+    for name, tensor in tensors.items():
+        floats_only = not name.startswith(_MODULE)
+        formats.check_numbers(tensor, f"{place}: {name}", floats_only)
 
 
 def _tensors(folder: Path, old_releases: bool) -> tuple[str, dict[str, Tensor]]:
     old = old_releases and (folder / _OLD_NAME).is_file()
     if (folder / WEIGHTS_NAME).is_file() or not old:
-        return WEIGHTS_NAME, storage.read_tensors(folder / WEIGHTS_NAME)[0]
+        return WEIGHTS_NAME, formats.read_tensors(folder / WEIGHTS_NAME)[0]
     try:
         tensors = torch.load(folder / _OLD_NAME, map_location="cpu", weights_only=True)
+        if not all(isinstance(t, Tensor) for t in tensors.values()):
+            raise TypeError("no dictionary of tensors")
     except Exception as error:
         raise PromptFileError(
             f"{folder / _OLD_NAME} holds more than tensors, or is damaged; a pickle can run any "

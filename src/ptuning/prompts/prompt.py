@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import storage
+from .. import formats, places, storage
 from ..backbone.identity import fingerprint
 from ..errors import InputError, PromptFileError
 from . import peft_files, prompt_files
@@ -113,27 +113,42 @@ class Prompt(PromptSettings):
             peft: write PEFT's two files as well. By default where they mean the same: PEFT puts
                 virtual tokens in front of everything.
         """
+        content = self.files(folder, keep_encoder=keep_encoder, peft=peft)
+        storage.write_folder(folder, content, remove=peft_files.NAMES)
+
+    def files(
+        self, folder: str | Path, *, keep_encoder: bool = True, peft: bool | None = None
+    ) -> dict[str, bytes]:
+        """What `save` writes into `folder`: name -> content. PEFT's files of an earlier save, where
+        they are not among them, have to go."""
         vectors = self.trained_vectors().float()
-        content = self.contents(keep_encoder=keep_encoder)
+        content = self.contents(keep_encoder=keep_encoder, folder=folder)
         kind = self.base_model.get("kind", "causal")
         fits_peft = self.special_tokens == "after" and kind in peft_files.TASK_TYPES
         if fits_peft if peft is None else peft:
             config = self.encoder_config(vectors.shape[1])
             content |= peft_files.pack(vectors, config, kind)
-        stale = [name for name in peft_files.NAMES if name not in content]
-        storage.write_folder(folder, content, remove=stale)
+        return content
 
-    def contents(self, *, keep_encoder: bool = True) -> dict[str, bytes]:
-        """The files of a saved prompt, without PEFT's: name -> content."""
-        vectors = self.trained_vectors().float()
-        tensors = {"vectors": vectors}
+    def contents(
+        self, *, keep_encoder: bool = True, folder: str | Path | None = None
+    ) -> dict[str, bytes]:
+        """The files of a saved prompt, without PEFT's: name -> content.
+
+        Raises:
+            PromptFileError: vectors or weights that are not finite.
+        """
+        vectors = self.trained_vectors()
+        formats.check_numbers(vectors, "the prompt: vectors")
+        tensors = {"vectors": vectors.float()}
         if keep_encoder and self.encoder_weights is not None:
             tensors |= {f"encoder.{name}": w for name, w in self.encoder_weights.items()}
         tensors |= {f"module.{name}": w for name, w in self.modules.items()}
+        base = self.base_model
         description = {
             "num_virtual_tokens": len(vectors),
             **self.settings(),
-            "base_model": self.base_model,
+            "base_model": base if folder is None else prompt_files.seen_from(Path(folder), base),
             "training": self.training,
         }
         if self.peft_config:
@@ -147,18 +162,22 @@ class Prompt(PromptSettings):
         Raises:
             PromptFileError: missing, damaged, unsafe, or of another method.
         """
-        folder = storage.local_folder(path, revision)
-        ours = any((folder / name).exists() for name in ("prompt.json", "prompt.safetensors"))
-        if not ours and (folder / CONFIG_NAME).is_file():
-            return cls._from_peft(*peft_files.read(folder))
-        return cls._from_saved(folder, *prompt_files.read(folder))
+        folder = places.local_folder(path, revision)
+        with storage.reading(folder):
+            if not prompt_files.are_in(folder) and (folder / CONFIG_NAME).is_file():
+                return cls._from_peft(*peft_files.read(folder))
+            return cls._from_saved(folder, *prompt_files.read(folder))
 
     @classmethod
     def _from_saved(
-        cls, folder: Path, description: dict[str, Any], tensors: dict[str, Tensor]
+        cls,
+        folder: Path,
+        description: dict[str, Any],
+        tensors: dict[str, Tensor],
+        edited: list[str],
     ) -> Prompt:
         known = {f.name for f in fields(cls)} - {"modules"}
-        ignored = sorted(set(description) - known - {"format_version", "save_id"})
+        ignored = sorted(set(description) - known - set(prompt_files.OF_FILES))
         if ignored:
             warnings.warn(f"{folder}: unknown keys are ignored: {ignored}", stacklevel=3)
         try:
@@ -166,10 +185,18 @@ class Prompt(PromptSettings):
         except InputError as error:
             raise PromptFileError(f"{folder}/prompt.json: {error}") from error
         if prompt.base_model:
+            prompt.base_model = prompt_files.found_in(folder, prompt.base_model)
             fingerprint(prompt.base_model)
         prompt.vectors = tensors["vectors"]
         prompt.encoder_weights = prompt_files.starting(tensors, "encoder.") or None
         prompt.modules = prompt_files.starting(tensors, "module.")
+        if edited:
+            warnings.warn(
+                f"{folder}/prompt.json has another {edited[0]} than its copy in "
+                "prompt.safetensors: it was edited, or is damaged; what stands in prompt.json is "
+                "used",
+                stacklevel=3,
+            )
         return prompt
 
     @classmethod

@@ -1,7 +1,8 @@
 """``prompt.json`` and ``prompt.safetensors``, written and read; what they mean is `prompt`'s.
 
-The tensors' file has a copy of the description, so a save that was cut off between the two files
-is noticed and harmless.
+``prompt.json`` has the tensors' SHA-256, and the tensors' file a copy of the description, so damage
+of either is noticed. Releases before the checksum could be cut off between the two files: then the
+copy counts.
 """
 
 from __future__ import annotations
@@ -9,52 +10,88 @@ from __future__ import annotations
 import json
 import uuid
 import warnings
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import Tensor
 
-from .. import storage
-from ..errors import PromptFileError
+from .. import formats, places
+from ..errors import InputError, PromptFileError
 from .model_card import model_card
 
 FORMAT_VERSION = 1
+_DESCRIPTION, _TENSORS = "prompt.json", "prompt.safetensors"
+NAMES = (_TENSORS, _DESCRIPTION, "README.md")
+OF_FILES = ("format_version", "save_id", "sha256")
+"""Keys of ``prompt.json`` that tell of the files, not of the prompt."""
 
 
 def pack(description: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, bytes]:
-    """The files of a saved prompt, with its model card: name -> content."""
+    """The files of a saved prompt, with its model card: name -> content.
+
+    Raises:
+        PromptFileError: a number is not finite.
+    """
+    _check_tensors(tensors, "the prompt")
     whole = {"format_version": FORMAT_VERSION, "save_id": uuid.uuid4().hex, **description}
     metadata = {"format": "pt", "prompt": json.dumps(whole, ensure_ascii=False)}
+    packed = formats.pack_tensors(tensors, metadata)
     return {
-        "prompt.safetensors": storage.pack_tensors(tensors, metadata),
-        "prompt.json": storage.pack_json(whole),
-        "README.md": model_card(whole).encode(),
+        _TENSORS: packed,
+        _DESCRIPTION: formats.pack_json({**whole, "sha256": {_TENSORS: formats.sha256(packed)}}),
+        "README.md": model_card(whole).encode("utf-8", "backslashreplace"),
     }
 
 
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Description and tensors of a saved prompt; ``vectors`` is among them.
+def are_in(folder: Path) -> bool:
+    """The folder holds a prompt of this package."""
+    return any((folder / name).exists() for name in (_DESCRIPTION, _TENSORS))
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
+    """Description and tensors of a saved prompt; ``vectors`` is among them, in float32.
+
+    Returns:
+        with the two the keys in which the description differs from its copy beside the vectors.
 
     Raises:
         PromptFileError: missing, damaged, or of a newer format.
     """
-    tensors, metadata = storage.read_tensors(folder / "prompt.safetensors")
-    description = _description(folder, metadata)
+    tensors, metadata = formats.read_tensors(folder / _TENSORS)
+    copy = formats.parse_json(metadata.get("prompt", "{}"), f"the description in {_TENSORS}")
+    description = _description(folder, copy)
     version = description.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if version is True or version != FORMAT_VERSION or not isinstance(version, int):
         raise PromptFileError(
             f"{folder} has format version {version!r}, and this ptuning reads up to "
-            f"{FORMAT_VERSION}: upgrade ptuning"
+            f"{FORMAT_VERSION}: upgrade ptuning, or copy the prompt again"
+        )
+    if "template" not in description:
+        raise PromptFileError(
+            f"{folder}/{_DESCRIPTION} has no template (null: virtual tokens in front of "
+            "everything); copy it again or retrain"
         )
     vectors = tensors.get("vectors")
     if vectors is None or vectors.dim() != 2:
-        raise PromptFileError(f"{folder}/prompt.safetensors has no table of vectors")
+        raise PromptFileError(f"{folder}/{_TENSORS} has no table of vectors")
     if len(vectors) != description.get("num_virtual_tokens"):
         raise PromptFileError(
             f"{folder}: prompt.json names {description.get('num_virtual_tokens')} virtual "
             f"tokens, prompt.safetensors holds {len(vectors)}"
         )
-    return description, tensors
+    _check_tensors(tensors, f"{folder}/{_TENSORS}")
+    known = description.get("sha256") or {}
+    known = known.get(_TENSORS) if isinstance(known, dict) else known
+    if known and known != formats.sha256(folder / _TENSORS):
+        raise PromptFileError(
+            f"{folder}/{_TENSORS} is truncated or damaged (its SHA-256 is not the one in "
+            f"{_DESCRIPTION}); copy it again or retrain"
+        )
+    tensors["vectors"] = vectors.float()
+    texts = {
+        key: (json.dumps(value), json.dumps(description.get(key))) for key, value in copy.items()
+    }
+    return description, tensors, [key for key, (one, other) in texts.items() if one != other]
 
 
 def starting(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -62,19 +99,46 @@ def starting(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _description(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    """``prompt.json``, or the copy inside the tensors where a save was cut off between the two."""
+def seen_from(folder: Path, base_model: dict[str, Any]) -> dict[str, Any]:
+    """What ``prompt.json`` says of a base model: one in the prompt's own folder, such as a model
+    that was trained with the prompt, is named from there, so that the folder can be moved."""
+    path, home = Path(str(base_model.get("name") or "")), places.real(folder)
+    if not path.is_absolute() or not places.real(path).is_relative_to(home):
+        return base_model
+    inner = places.real(path).relative_to(home).as_posix()
+    known = {k: v for k, v in base_model.items() if k != "tuned_from"}
+    return {**known, "name": base_model.get("tuned_from") or path.name, "folder": inner}
+
+
+def found_in(folder: Path, base_model: dict[str, Any]) -> dict[str, Any]:
+    """The opposite of `seen_from`: the base model's name is a path again.
+
+    Raises:
+        PromptFileError: it leads outside the folder.
+    """
+    if "folder" not in base_model:
+        return base_model
+    path = places.real(folder)
     try:
-        copy = json.loads(metadata.get("prompt", "{}"))
-    except ValueError:
-        copy = None
-    if not isinstance(copy, dict):
-        raise PromptFileError(
-            f"{folder}/prompt.safetensors holds a damaged description; copy it again or retrain"
-        )
-    if not (folder / "prompt.json").is_file() and copy:
+        for part in PurePosixPath(base_model["folder"]).parts:
+            path = places.entry(path, part)
+    except (InputError, TypeError) as error:
+        raise PromptFileError(f"{folder}/{_DESCRIPTION}: base_model's folder: {error}") from None
+    known = {k: v for k, v in base_model.items() if k != "folder"}
+    return {**known, "name": str(path), "tuned_from": base_model.get("name")}
+
+
+def _check_tensors(tensors: dict[str, Tensor], place: str) -> None:
+    for name, tensor in tensors.items():
+        module = name.startswith("module.")  # may have counters and the like
+        formats.check_numbers(tensor, f"{place}: {name}", floats_only=not module)
+
+
+def _description(folder: Path, copy: dict[str, Any]) -> dict[str, Any]:
+    """``prompt.json``, or the copy inside the tensors where the two are of different saves."""
+    if not (folder / _DESCRIPTION).is_file() and copy:
         return copy
-    description = storage.read_json(folder / "prompt.json")
+    description = formats.read_json(folder / _DESCRIPTION)
     if copy and copy.get("save_id") != description.get("save_id"):
         warnings.warn(
             f"{folder}/prompt.json belongs to another save than prompt.safetensors (a save was cut "
