@@ -75,10 +75,10 @@ class Placement:
         source = torch.where((at >= last) & (at < last + end), length + start + at - last, source)
         outside = (at < 0) | (at >= length + start + end)
         self._source = source.masked_fill(outside, length + self.inserted)
-        found = torch.zeros(
+        columns = torch.zeros(
             len(before), length + self.inserted + 1, dtype=torch.long, device=device
         )
-        self.columns = found.scatter_(1, self._source, column.expand(len(before), -1))[:, :length]
+        self.columns = columns.scatter_(1, self._source, column.expand(len(before), -1))[:, :length]
 
     def __call__(self, text: Tensor, inserted: Tensor | float, pad: float = 0) -> Tensor:
         """Place `inserted` among `text`.

@@ -120,8 +120,8 @@ def counts_columns(model: nn.Module) -> bool:
 def scales_with_length(model: nn.Module) -> bool:
     """Rotary frequencies depend on the longest input of a batch (Phi-3's, and dynamic NTK)."""
     config: Any = getattr(model, "config", None)
-    given = getattr(config and config.get_text_config(), "rope_parameters", None) or {}
-    kinds = [given, *(value for value in given.values() if isinstance(value, dict))]
+    rope = getattr(config and config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     return any(kind.get("rope_type") in ("longrope", "dynamic") for kind in kinds)
 
 

@@ -63,10 +63,10 @@ def losses(
     """
     if batch.labels is not None and words is not None:
         return _of_labels(model, batch, batch.labels, words, shortener)[0]
-    found = _read(model, batch, shortener)
-    if isinstance(found, Tensor):
-        return example_losses(found, batch, None)
-    return _by_position(found, batch.answers)[0].sum(1)
+    read = _read(model, batch, shortener)
+    if isinstance(read, Tensor):
+        return example_losses(read, batch, None)
+    return _by_position(read, batch.answers)[0].sum(1)
 
 
 @torch.no_grad()
@@ -76,10 +76,10 @@ def losses_and_right(
     """`losses`, and as `plain.examples_right` says which examples ``(N,)`` are answered right."""
     if batch.labels is not None and words is not None:
         return _of_labels(model, batch, batch.labels, words, shortener)
-    found = _read(model, batch, shortener)
-    if isinstance(found, Tensor):
-        return example_losses(found, batch, None), examples_right(found, batch, None)
-    nll, right = _by_position(found, batch.answers)
+    read = _read(model, batch, shortener)
+    if isinstance(read, Tensor):
+        return example_losses(read, batch, None), examples_right(read, batch, None)
+    nll, right = _by_position(read, batch.answers)
     return nll.sum(1), right.all(1)
 
 
@@ -141,22 +141,22 @@ def _read(model: nn.Module, batch: Batch, shortener: Shortener | None) -> Tensor
     head = output_head(model)
     if head is None or not _serves(model, head, batch):
         return answer_logits(model, batch, shortener)
-    with seeing(head, slice(0, 1)) as given:
+    with seeing(head, slice(0, 1)) as hidden:
         logits, rows = answer_outputs(model, batch, shortener)
-    if not given:  # a compiled model takes no notice of hooks
+    if not hidden:  # a compiled model takes no notice of hooks
         return rows(logits)
 
-    def finished(hidden: Tensor) -> Tensor:
-        logits = finished_logits(model, head(hidden))
+    def finished(states: Tensor) -> Tensor:
+        logits = finished_logits(model, head(states))
         bias = vocabulary_bias(model)
         return logits if bias is None else logits + bias
 
     with torch.no_grad():
-        same = len(given) == 1 and _same(finished(given[0][:, :1]), logits)
+        same = len(hidden) == 1 and _same(finished(hidden[0][:, :1]), logits)
     if not same:
         _other_heads.add(model)
         return answer_logits(model, batch, shortener)
-    return _Unread(rows(given[0]), finished)
+    return _Unread(rows(hidden[0]), finished)
 
 
 def reads_in_chunks(model: nn.Module, batch: Batch) -> bool:

@@ -208,11 +208,11 @@ def _without_own_settings(model: nn.Module) -> Any:
     from transformers import GenerationConfig
 
     twin: Any = copy(uncompiled(model))
-    own = twin.generation_config
+    before = twin.generation_config
     twin.generation_config = GenerationConfig(
-        bos_token_id=own.bos_token_id,
-        decoder_start_token_id=own.decoder_start_token_id,
-        forced_bos_token_id=own.forced_bos_token_id,
-        forced_eos_token_id=own.forced_eos_token_id,
+        bos_token_id=before.bos_token_id,
+        decoder_start_token_id=before.decoder_start_token_id,
+        forced_bos_token_id=before.forced_bos_token_id,
+        forced_eos_token_id=before.forced_eos_token_id,
     )
     return twin

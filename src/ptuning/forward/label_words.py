@@ -40,12 +40,12 @@ def label_word_scores(
     if batch.label_ids is None or not _serves(model, head, batch.label_ids):
         return word_scores(answer_logits(model, batch, shortener), batch, words)
     known = model in _alike
-    with seeing(head, slice(0, 0) if known else slice(None)) as given:
+    with seeing(head, slice(0, 0) if known else slice(None)) as inputs:
         logits, rows = answer_outputs(model, batch, shortener)
-    if len(given) != 1:  # a compiled model takes no notice of hooks
+    if len(inputs) != 1:  # a compiled model takes no notice of hooks
         _other.add(model)
         return word_scores(rows(logits), batch, words)
-    hidden = rows(given[0])[:, -1 if batch.kind == "causal" else 0]
+    hidden = rows(inputs[0])[:, -1 if batch.kind == "causal" else 0]
     products = (head.weight[batch.label_ids] @ hidden.unsqueeze(-1)).squeeze(-1)
     if head.bias is not None:
         products = products + head.bias[batch.label_ids]

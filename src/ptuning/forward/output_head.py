@@ -17,21 +17,22 @@ from torch import Tensor, nn
 
 @contextmanager
 def seeing(head: nn.Module, positions: slice) -> Iterator[list[Tensor]]:
-    """The head sees some positions of each row only; gives what it would have seen.
+    """The head sees some positions of each row only; gives what it would have seen: a list that
+    gets the hidden states ``(R, T, width)`` of each call.
 
     The hook serves this thread's call alone, so other threads may use the model meanwhile.
     """
     caller = threading.get_ident()
-    given: list[Tensor] = []
+    inputs: list[Tensor] = []
 
     def take(module: nn.Module, args: Any) -> Any:
         if threading.get_ident() != caller:
             return None
-        given.append(args[0])
+        inputs.append(args[0])
         return (args[0][:, positions], *args[1:])
 
     handle = head.register_forward_pre_hook(take)
     try:
-        yield given
+        yield inputs
     finally:
         handle.remove()

@@ -190,12 +190,12 @@ def _owners(batch: Batch) -> list[Owner]:
 
 
 def _mask(segment: Tensor, offset: Tensor, lengths: Tensor) -> Tensor:
-    own = segment[:, :, None] == segment[:, None, :]
-    own = own & (offset[:, None, :] <= offset[:, :, None])
+    alike = segment[:, :, None] == segment[:, None, :]
+    alike = alike & (offset[:, None, :] <= offset[:, :, None])
     kept = int(lengths.max())
     seen = torch.arange(kept) >= kept - lengths[:, None]
     prefix = seen[:, None, :].expand(-1, segment.shape[1], -1)
-    return torch.cat([prefix, own], dim=2).unsqueeze(1)
+    return torch.cat([prefix, alike], dim=2).unsqueeze(1)
 
 
 def _filled(rows: list[list[int]], width: int, value: int) -> Tensor:

@@ -101,7 +101,8 @@ def positions(model: nn.Module, mask: Tensor, columns: int, count: int) -> dict[
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions that count real tokens only, so that left padding does not shift them."""
+    """Positions ``(R, T)`` from a mask ``(R, T)``: only real tokens count, so that left padding
+    shifts nothing."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 

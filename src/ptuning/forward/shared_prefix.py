@@ -53,8 +53,8 @@ class SharedPrefix:
             ids[row, self._width - len(opening) :] = torch.tensor(opening)
             mask[row, self._width - len(opening) :] = 1
         layers = keys_and_values(model, ids.to(device), mask.to(device))
-        self._made = [tensor for layer in layers for tensor in layer]
-        self._kept = [_by_token(tensor) for tensor in self._made]
+        self._values = [tensor for layer in layers for tensor in layer]
+        self._leaves = [_by_token(tensor) for tensor in self._values]
 
     def __call__(self, batch: Batch) -> Shortened | None:
         """What is left to compute of a batch, or None where nothing is saved."""
@@ -86,24 +86,25 @@ class SharedPrefix:
             first = self._row.get(opening, 0) * self._width + self._width - len(opening)
             rows.append([-1] * (kept - count) + list(range(first, first + count)))
         # Padding is zeros: a token of another prompt might not be finite, and 0 x nan is nan.
-        index = torch.tensor(rows, device=self._kept[0].device) % len(self._kept[0])
-        given = [
-            _by_row(F.embedding(index, flat), made)
-            for flat, made in zip(self._kept, self._made, strict=True)
+        index = torch.tensor(rows, device=self._leaves[0].device) % len(self._leaves[0])
+        tensors = [
+            _by_row(F.embedding(index, leaf), values)
+            for leaf, values in zip(self._leaves, self._values, strict=True)
         ]
-        return cache_of(zip(given[::2], given[1::2], strict=True))
+        return cache_of(zip(tensors[::2], tensors[1::2], strict=True))
 
     def backward(self) -> None:
         """Bring the gradients that the rows left here on to the prompts' vectors."""
-        pairs = [
-            (made, flat.grad[:-1].view(len(made), self._width, made.shape[1], -1).transpose(1, 2))
-            for made, flat in zip(self._made, self._kept, strict=True)
-            if flat.grad is not None
+        shape = (len(self._row), self._width)
+        reached = [
+            (values, leaf.grad[:-1].view(*shape, values.shape[1], -1).transpose(1, 2))
+            for values, leaf in zip(self._values, self._leaves, strict=True)
+            if leaf.grad is not None
         ]
-        if pairs:
-            made, gradients = zip(*pairs, strict=True)
+        if reached:
+            values, gradients = zip(*reached, strict=True)
             torch.autograd.backward(
-                made, [g.to(m.dtype) for m, g in zip(made, gradients, strict=True)]
+                values, [g.to(v.dtype) for v, g in zip(values, gradients, strict=True)]
             )
 
 
