@@ -266,8 +266,8 @@ def test_a_training_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
         (["--learning-rate", "-1"], ["'-1' is no positive number"]),
         (["--template", "{sub_label} [MASK]"], ["no virtual token"]),
         (["--template", "[P] {sub_label}[MASK]"], ["write a space before [MASK]"]),
-        (["--epochs", "0"], ["Invalid value for '--epochs'"]),
-        (["--population", "0"], ["Invalid value for '--population'"]),
+        (["--epochs", "0"], ["epochs is 0"]),
+        (["--population", "0"], ["population is 0"]),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(

@@ -14,6 +14,7 @@ import typer
 from .. import __version__
 from ..errors import PtuningError
 from . import console, evaluate, lama, predict, run_demo, superglue, train, use
+from .fields import filled
 
 # Newer releases of typer bring a click of their own: take the class from what typer exports.
 UsageError: type[Any] = typer.BadParameter.__mro__[1]
@@ -57,14 +58,15 @@ def _options(
     pass
 
 
-app.command("train")(train.train)
-app.command("evaluate")(evaluate.evaluate)
-app.command("predict")(predict.predict)
-app.command("inspect")(use.inspect)
+# What stands behind the options of `train` are parts of its grid.
+app.command("train", context_settings={"allow_extra_args": True})(train.train)
+app.command("evaluate")(filled()(evaluate.evaluate))
+app.command("predict")(filled()(predict.predict))
+app.command("inspect")(filled()(use.inspect))
 app.command("lama")(lama.lama)
 app.command("superglue")(superglue.superglue)
-app.command("demo")(run_demo.demo)
-app.command("fetch")(use.fetch)
+app.command("demo")(filled()(run_demo.demo))
+app.command("fetch")(filled()(use.fetch))
 
 
 def main() -> None:
@@ -86,7 +88,7 @@ def main() -> None:
         command = getattr(getattr(error, "ctx", None), "command_path", "ptuning")
         message = error.format_message()
         if message:  # empty where no command was given: then the help was shown
-            console.say(f"error: {message} (see {command} --help)", style="red")
+            console.complain(f"{message} (see {command} --help)")
         code = 2
     except Exception as error:
         if debug:
@@ -106,4 +108,4 @@ def main() -> None:
 def _complain(error: Exception, text: str) -> None:
     """Say an error, of several processes in the first that has it."""
     console.speak_if(not getattr(error, "heard_elsewhere", False))
-    console.say(f"error: {text}", style="red")
+    console.complain(text)

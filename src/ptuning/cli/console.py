@@ -51,7 +51,7 @@ def quiet_libraries() -> None:
 
     def show(message: Any, category: type, filename: str, *rest: Any) -> None:
         if category is UserWarning and os.sep + "ptuning" + os.sep in filename:
-            say(f"warning: {message}", style="yellow")
+            warn(str(message))
 
     warnings.showwarning = show  # type: ignore[assignment]
 
@@ -68,9 +68,29 @@ def speak_if(main: bool) -> None:
     out.quiet = err.quiet = not main
 
 
-def say(text: str, style: str | None = None) -> None:
-    """A line on stderr, as it is."""
-    err.print(safe(text), style=style, markup=False)
+def be_quiet(wanted: bool) -> None:
+    """What ``--quiet`` does: no bars and no notes; results, warnings and errors stay."""
+    global _quiet
+    _quiet = wanted
+
+
+_quiet = False
+
+
+def say(text: str) -> None:
+    """A note on stderr."""
+    if not _quiet:
+        err.print(safe(text), markup=False)
+
+
+def warn(text: str) -> None:
+    """A warning on stderr."""
+    err.print(f"warning: {safe(text)}", style="yellow", markup=False)
+
+
+def complain(text: str) -> None:
+    """An error on stderr."""
+    err.print(f"error: {safe(text)}", style="red", markup=False)
 
 
 def tell(text: str) -> None:
@@ -110,16 +130,17 @@ def training_bar() -> Iterator[Callable[[Progress], None]]:
     """A bar on a terminal and a line per epoch; gives the listener that a training wants."""
     text = [bars.TextColumn("{task.description}"), bars.TextColumn("{task.percentage:.0f}%")]
     times = [bars.TimeElapsedColumn(), bars.TimeRemainingColumn()]
-    bar = bars.Progress(text[0], bars.BarColumn(), text[1], *times, console=err, transient=True)
+    columns = (text[0], bars.BarColumn(), text[1], *times)
+    bar = bars.Progress(*columns, console=err, transient=True, disable=_quiet)
     with bar:
         task = bar.add_task("reading examples", total=None)
 
         def listener(heard: Progress) -> None:
             bar.update(task, completed=heard.step, total=heard.steps)
             if heard.note:
-                bar.console.print(safe(heard.note), markup=False)
+                say(heard.note)
             if heard.record:
-                bar.console.print(_epoch_line(heard), markup=False)
+                say(_epoch_line(heard))
             else:
                 bar.update(task, description=f"epoch {heard.epoch}, loss {heard.loss:.3f}")
 
@@ -147,7 +168,7 @@ class PartsBar:
         columns = [bars.TextColumn("{task.description}", markup=False), bars.BarColumn()]
         columns += [bars.TextColumn("{task.percentage:.0f}%"), bars.TimeElapsedColumn()]
         columns += [bars.TimeRemainingColumn()]
-        self._bar = bars.Progress(*columns, console=err, transient=True)
+        self._bar = bars.Progress(*columns, console=err, transient=True, disable=_quiet)
         self._task = self._bar.add_task("", total=parts)
         self._parts, self._done, self._measured = parts, 0, 0
         self._started = time.monotonic()
@@ -168,7 +189,7 @@ class PartsBar:
         """Moves the bar within a part, and says a training's note where none has said it."""
         if heard.note and heard.note not in self._notes:
             self._notes.add(heard.note)
-            self._bar.console.print(safe(heard.note), markup=False)
+            say(heard.note)
         self._bar.update(self._task, completed=self._done + heard.step / heard.steps)
 
     def end(self, line: str, measured: bool = True) -> None:
@@ -180,7 +201,7 @@ class PartsBar:
         if measured and self._done < self._parts:
             each = (time.monotonic() - self._started) / self._measured
             left = f"  (about {_duration(each * (self._parts - self._done))} left)"
-        self._bar.console.print(safe(line) + left, markup=False)
+        say(line + left)
 
 
 def _duration(seconds: float) -> str:

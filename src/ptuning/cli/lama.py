@@ -11,7 +11,11 @@ import typer
 
 from ..errors import DataError, InputError
 from . import console, run_files
+from .fields import filled
 from .options import (
+    OF_LAMA,
+    OF_LAMA_TRAINING,
+    PANELS,
     Config,
     Dtype,
     Encoders,
@@ -19,7 +23,6 @@ from .options import (
     LearningRates,
     Model,
     Overwrite,
-    Seeds,
     competing,
     parts,
 )
@@ -30,34 +33,19 @@ if TYPE_CHECKING:
     from ..experiments.ledger import Ledger
 
 
+@filled(PANELS, wanted=OF_LAMA, settings=OF_LAMA_TRAINING)
 def lama(
     context: typer.Context,
+    wanted: dict[str, Any],
+    settings: dict[str, Any],
     model: Model,
     data: Annotated[Path, typer.Option(help="LAMA's folder: relations.jsonl and P*.jsonl.")],
     output: Annotated[Path, typer.Option(help="Folder for figures, picture and prompts.")],
     relations: Annotated[
         str | None, typer.Option(help="Such as P36,P19. [default: all that have facts]")
     ] = None,
-    template: Annotated[
-        str,
-        typer.Option(
-            help="Population's templates, separated by '|': own (LAMA's words as anchors), best "
-            "(the best manual template's), own-words and best-words (virtual tokens begin as these "
-            "words), plain (no words), or text with {sub_label} and [MASK]."
-        ),
-    ] = "own|best",
     encoder: Encoders = "mlp",
-    virtual_tokens: Annotated[int, typer.Option(help="Virtual tokens of each group.", min=1)] = 3,
-    population: Seeds = 1,
-    epochs: Annotated[
-        int | None,
-        typer.Option(
-            help="Passes over a relation's facts. [default: 150 steps, 3 to 10 epochs]", min=1
-        ),
-    ] = None,
     learning_rate: LearningRates = None,
-    batch_size: Annotated[int, typer.Option(help="Facts of each member per step.")] = 8,
-    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
     candidates: Annotated[
         Path | None,
         typer.Option(help="File of answers that compete, one per line. [default: all tokens]"),
@@ -84,18 +72,16 @@ def lama(
     from ..experiments.lama.probe import check, summary
     from ..experiments.lama.relations import UnusableRelationError, read_facts, read_relations
     from ..experiments.ledger import Ledger
-    from ..training.settings import TrainSettings
+    from ..training.settings import CHANGE_NO_RESULT, TrainSettings
 
     options = LamaOptions(
-        templates=parts(template, "|", "--template"),
+        **{**wanted, "templates": parts(wanted["templates"], "|", "--template")},
         grid=competing(encoder, learning_rate),
-        virtual_tokens=virtual_tokens,
-        seeds=population,
-        epochs=epochs,
-        settings=TrainSettings(batch_size=batch_size, seed=seed),
+        settings=TrainSettings(**settings),
     )
-    settings = run_files.settings_of(context)
-    decisive = {k: v for k, v in settings.items() if k not in ("output", "data", "relations")}
+    given = run_files.settings_of(context)
+    elsewhere = ("output", "data", "relations", *CHANGE_NO_RESULT)
+    decisive = {name: value for name, value in given.items() if name not in elsewhere}
     with distributed.together():
         console.speak_if(distributed.state().is_main_process)
         named = () if relations is None else parts(relations, ",", "--relations")
@@ -114,7 +100,7 @@ def lama(
                 if named or len(chosen) == 1:
                     raise
                 left_out[relation.name] = str(error)
-                console.say(f"{relation.name} is left out: {error}", style="yellow")
+                console.warn(f"{relation.name} is left out: {error}")
             else:
                 facts[relation.name] = usable
         if not facts:
@@ -125,7 +111,7 @@ def lama(
             "relations": found,
             "mean": summary(found),
             "left_out": left_out,
-            "settings": settings,
+            "settings": given,
         }
         distributed.from_main(lambda: _save(output, report))
         if json_output:

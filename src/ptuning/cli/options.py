@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options that several commands have, and those that are made of the settings' fields."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
+from ..experiments.lama.options import LamaOptions
+from ..experiments.superglue.options import SuperGlueOptions
+from ..prompts.prompt_settings import PromptSettings
+from ..training.settings import TrainSettings
 from . import run_files
+from .fields import Fields
 
 Model = Annotated[
     str, typer.Option(help="Hub name, folder, .gguf file, or a fetched model such as smollm2.")
@@ -20,18 +25,11 @@ Dtype = Annotated[
 Encoders = Annotated[
     str, typer.Option(help="Population's encoders: mlp, lstm, none, separated by commas.")
 ]
-Seeds = Annotated[int, typer.Option(help="Seeds of each template, encoder and rate.", min=1)]
-LearningRate = Annotated[
-    float | None, typer.Option(help="[default: 1e-3 for mlp, 2e-3 for lstm, 1e-2 for none]")
-]
 LearningRates = Annotated[
     str | None,
     typer.Option(
         help="One, or several that compete. [default: 1e-3 for mlp, 2e-3 for lstm, 1e-2 for none]"
     ),
-]
-ChooseBy = Annotated[
-    str, typer.Option(help="The best on dev: by accuracy, or by loss (few dev examples).")
 ]
 Config = Annotated[
     Path | None,
@@ -45,6 +43,109 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the run that --output holds.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")]
+
+PANELS = {
+    "Model and data": ("model", "data", "dev", "dtype"),
+    "Prompt": ("template", "answer", "labels", "init_from"),
+    "Training": ("epochs", "learning_rate", "batch_size"),
+    "Population": ("population", "population_grid", "halving"),
+    "Speed": ("mixed_precision", "prefix_cache", "graphs"),
+    "Output": (
+        "output",
+        "resume",
+        "overwrite",
+        "json_output",
+        "quiet",
+        "config",
+        "keep_encoder",
+        "tracker",
+        "checkpoint_seconds",
+    ),
+}
+"""The headings of ``ptuning train --help``; other fields stand under their dataclass's own."""
+
+OF_PROMPT = Fields(
+    PromptSettings,
+    "Prompt",
+    named={"verbalizer": "labels"},
+    written={
+        "verbalizer": (
+            str | None,
+            None,
+            "Words for the labels: yes=Yes,no=No; several with '|'; columns as {name}. "
+            "Without labels answers are free text.",
+        )
+    },
+)
+OF_TRAINING = Fields(TrainSettings, "Training")
+
+_TEMPLATES = (
+    "Population's templates, separated by '|': own (LAMA's words as anchors), best (the best "
+    "manual template's), own-words and best-words (virtual tokens begin as these words), plain "
+    "(no words), or text with {sub_label} and [MASK]."
+)
+_AS_MEASURED = dict.fromkeys(
+    (
+        "gradient_accumulation",
+        "weight_decay",
+        "max_grad_norm",
+        "schedule",
+        "warmup",
+        "patience",
+        "shuffle",
+        "mixed_precision",
+        "halving",
+        "tune_model",
+        "model_learning_rate",
+    ),
+    "the experiments' published figures were made with its default",
+)
+_ELSEWHERE = {
+    "learning_rate": "several compete: it is part of the grid",
+    "tracker": "an experiment is many trainings, and a tracker follows one",
+}
+OF_LAMA = Fields(
+    LamaOptions,
+    "Population",
+    named={"templates": "template"},
+    written={"templates": (str, "own|best", _TEMPLATES)},
+    left_out={
+        "grid": "options of its own: --encoder and --learning-rate",
+        "settings": "its fields are options (OF_LAMA_TRAINING)",
+    },
+)
+OF_LAMA_TRAINING = Fields(
+    TrainSettings,
+    "Training",
+    left_out={
+        **_AS_MEASURED,
+        **_ELSEWHERE,
+        "epochs": "LamaOptions has it: it depends on the relation",
+        "choose_by": "P@1 is what LAMA measures",
+    },
+)
+OF_SUPERGLUE = Fields(
+    SuperGlueOptions,
+    "Population",
+    named={"templates": "template"},
+    written={
+        "templates": (
+            str | None,
+            None,
+            "Prompts instead of the task's own, separated by '|'.",
+        )
+    },
+    left_out={
+        "grid": "options of its own: --encoder and --learning-rate",
+        "settings": "its fields are options (OF_SUPERGLUE_TRAINING)",
+    },
+)
+OF_SUPERGLUE_TRAINING = Fields(
+    TrainSettings,
+    "Training",
+    defaults={"choose_by": "loss"},
+    left_out={**_AS_MEASURED, **_ELSEWHERE},
+)
 
 
 def competing(encoders: str, learning_rates: str | None) -> dict[str, list[Any]]:

@@ -12,7 +12,7 @@ import yaml
 from ..errors import InputError
 
 _BETWEEN = {"template": "|", "population_grid": " "}
-_NOT_SAVED = ("config", "resume", "overwrite", "json_output", "more_of_grid")
+_NOT_SAVED = ("config", "resume", "overwrite", "json_output")
 
 
 def use_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -57,10 +57,8 @@ def _as_option(name: str, value: Any) -> Any:
 def settings_of(context: typer.Context) -> dict[str, Any]:
     """All options of this run by name, as ``--config`` reads them."""
     values = {k: v for k, v in context.params.items() if k not in _NOT_SAVED}
-    if context.params.get("more_of_grid"):
-        values["population_grid"] = " ".join(
-            [values["population_grid"], *context.params["more_of_grid"]]
-        )
+    if context.args:  # a grid's parts that were typed without quotes
+        values["population_grid"] = " ".join([values["population_grid"], *context.args])
     return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 

@@ -11,8 +11,11 @@ import typer
 
 from ..errors import InputError
 from . import console, run_files
+from .fields import filled
 from .options import (
-    ChooseBy,
+    OF_SUPERGLUE,
+    OF_SUPERGLUE_TRAINING,
+    PANELS,
     Config,
     Dtype,
     Encoders,
@@ -20,7 +23,6 @@ from .options import (
     LearningRates,
     Model,
     Overwrite,
-    Seeds,
     competing,
     parts,
 )
@@ -33,8 +35,11 @@ if TYPE_CHECKING:
 _ELSEWHERE = ("output", "data", "task", "seeds", "seed")
 
 
+@filled(PANELS, wanted=OF_SUPERGLUE, settings=OF_SUPERGLUE_TRAINING)
 def superglue(
     context: typer.Context,
+    wanted: dict[str, Any],
+    settings: dict[str, Any],
     model: Model,
     task: Annotated[str, typer.Option(help="Such as rte,cb: boolq cb copa multirc rte wic wsc.")],
     output: Annotated[Path, typer.Option(help="Folder for figures, picture and prompts.")] = Path(
@@ -54,20 +59,8 @@ def superglue(
         typer.Option(help="So many test examples, the first of a shuffle (seed 0).", min=1),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Trainings of each task.", min=1)] = 5,
-    seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
-    template: Annotated[
-        str | None,
-        typer.Option(help="Prompts instead of the task's own, separated by '|'."),
-    ] = None,
-    best_templates: Annotated[
-        int, typer.Option(help="So many of the task's prompts: those best on dev as words.", min=1)
-    ] = 2,
     encoder: Encoders = "none",
-    population: Seeds = 1,
-    epochs: Annotated[int, typer.Option(help="Passes over the examples.")] = 10,
     learning_rate: LearningRates = None,
-    batch_size: Annotated[int, typer.Option(help="Examples of each member per step.")] = 8,
-    choose_by: ChooseBy = "loss",
     dtype: Dtype = "float32",
     config: Config = None,
     overwrite: Overwrite = False,
@@ -88,22 +81,20 @@ def superglue(
     from ..backbone.load import load_model
     from ..experiments.ledger import Ledger
     from ..experiments.superglue.options import SuperGlueOptions
-    from ..training.settings import TrainSettings
+    from ..training.settings import CHANGE_NO_RESULT, TrainSettings
 
+    templates = wanted["templates"]
     options = SuperGlueOptions(
-        templates=parts(template, "|", "--template") if template is not None else (),
-        best=best_templates,
+        **{
+            **wanted,
+            "templates": () if templates is None else parts(templates, "|", "--template"),
+        },
         grid=competing(encoder, learning_rate),
-        population=population,
-        settings=TrainSettings(
-            epochs=epochs,
-            batch_size=batch_size,
-            seed=seed,
-            choose_by=choose_by,
-        ),
+        settings=TrainSettings(**settings),
     )
-    settings = run_files.settings_of(context)
-    decisive = {k: v for k, v in settings.items() if k not in _ELSEWHERE}
+    seed = options.settings.seed
+    given = run_files.settings_of(context)
+    decisive = {k: v for k, v in given.items() if k not in (*_ELSEWHERE, *CHANGE_NO_RESULT)}
     with distributed.together():
         console.speak_if(distributed.state().is_main_process)
         tasks = _tasks(task)
@@ -121,7 +112,7 @@ def superglue(
                 manual = run.baselines()
                 trained = [run.trained(number, manual) for number in range(seed, seed + seeds)]
                 found[chosen.name] = run.tested(manual, trained)
-        report = {"tasks": found, "mean": _means(found), "settings": settings}
+        report = {"tasks": found, "mean": _means(found), "settings": given}
         distributed.from_main(lambda: _save(output, report))
         if json_output:
             distributed.from_main(lambda: console.print_json(report))

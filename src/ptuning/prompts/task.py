@@ -24,15 +24,15 @@ class Task:
     """A template and how its answer is read.
 
     Args:
-        template: text in the template language.
+        template: where columns, virtual tokens and answer stand: ``[P*3] {country} [P*3] [MASK]``.
         answer: column of the right answer; by default ``answer``, else ``label``.
         verbalizer: label -> the word(s) that stand for it. None means free answers. A word may
             name columns, as ``{"0": "{choice1}", "1": "{choice2}"}`` does: then each example
             compares words of its own (`fill`).
-        label_mode: ``"labels"`` compares the label words only, ``"vocabulary"`` trains over the
-            whole vocabulary. Without a verbalizer it is the vocabulary.
-        special_tokens: ``"around"``: BOS, CLS and SEP stand around the whole, virtual tokens
-            included. ``"after"``: PEFT's placement, ``v v [CLS] text [SEP]``.
+        label_mode: ``labels`` compares the label words only, ``vocabulary`` trains over the whole
+            vocabulary. Without a verbalizer it is the vocabulary.
+        special_tokens: ``around``: BOS, CLS and SEP stand around the whole, virtual tokens
+            included. ``after``: PEFT's placement, ``v v [CLS] text [SEP]``.
         chat: the rendered template is the user's turn of the model's chat template.
         max_length: longest input in tokens; by default the model's context.
         answer_tokens: longest free answer in tokens, its end included; a training learns it.

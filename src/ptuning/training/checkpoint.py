@@ -23,6 +23,7 @@ from .. import distributed, storage
 from ..backbone.base_model import BaseModel
 from ..errors import InputError
 from .grid import Variant
+from .settings import CHANGE_NO_RESULT
 
 FOLDER = "checkpoints"
 _KEPT = 2
@@ -94,7 +95,7 @@ def identity_of(variants: Sequence[Variant], base: BaseModel) -> dict[str, str]:
     """All that the numbers of a run depend on."""
     first = variants[0]
     chosen = {**asdict(first.settings), **first.prompt.settings()}
-    for name in ("tracker", "checkpoint_seconds", "prefix_cache", "graphs"):
+    for name in CHANGE_NO_RESULT:
         del chosen[name]
     start = first.prompt.vectors
     chosen["the prompt to begin from"] = None if start is None else start.double().sum().item()

@@ -14,19 +14,21 @@ LEARNING_RATES = {"mlp": 1e-3, "lstm": 2e-3, "none": 1e-2}
 
 SCHEDULES = ("linear", "cosine", "constant")
 CHOICES = ("accuracy", "loss")
+CHANGE_NO_RESULT = ("tracker", "checkpoint_seconds", "prefix_cache", "graphs")
+"""Settings that a run may be resumed with others of."""
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train.
+    """How to train. Each field is an option of ``ptuning train``, and its text here the help there.
 
     Args:
         epochs: passes over the training examples.
-        learning_rate: AdamW's; by default by encoder type (`LEARNING_RATES`).
+        learning_rate: AdamW's; by default 1e-3 for mlp, 2e-3 for lstm, 1e-2 for none.
         batch_size: examples per micro-batch.
         gradient_accumulation: micro-batches per optimizer step.
-        seed: of initialisation, shuffling and dropout.
+        seed: of initialisation, order and dropout; the first one of a population.
         weight_decay: AdamW's, on the encoder.
         max_grad_norm: the encoder's gradient is clipped to this norm.
         schedule: ``linear`` or ``cosine`` decay to zero, or ``constant``.
@@ -37,7 +39,8 @@ class TrainSettings:
         shuffle: a new order of the examples in each epoch.
         mixed_precision: ``no``, ``bf16`` or ``fp16``: accelerate's autocast for the base model.
         tracker: a tracker of accelerate, such as ``tensorboard`` or ``wandb``.
-        checkpoint_seconds: time between two checkpoints of a run that has an output folder.
+        checkpoint_seconds: time between two checkpoints of a run that has an output folder; there
+            is one after each epoch too.
         halving: drop members of a population that fall behind on dev, half of them at each rung.
         prefix_cache: keep the keys and values of text before the first virtual token: ``auto``
             (part of the free memory), ``off`` (every row is computed as a whole), or bytes such as
@@ -45,8 +48,8 @@ class TrainSettings:
         tune_model: train the base model's weights together with the prompt (the paper's other
             setting); its dropout stays off. For one prompt alone.
         model_learning_rate: of the base model's weights, where they are trained.
-        graphs: ``auto`` replays steps of repeated shapes as CUDA graphs where that is possible,
-            ``off`` never does. Changes no result.
+        graphs: ``auto`` replays steps of repeated shapes as CUDA graphs on a GPU, ``off`` never
+            does. Changes no result.
 
     Raises:
         InputError: a value that cannot be trained with.
@@ -78,7 +81,7 @@ class TrainSettings:
             at_least_one(name, getattr(self, name))
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise InputError(f"seed is {self.seed!r}; give a whole number")
-        for name in ("learning_rate", "max_grad_norm", "model_learning_rate"):
+        for name in ("learning_rate", "max_grad_norm", "model_learning_rate", "checkpoint_seconds"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value > 0):
                 raise InputError(f"{name} is {value!r}; give a number above 0")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...errors import InputError
 from ...prompts.prompt_settings import PromptSettings
+from ...prompts.task import at_least_one
 from ...training.settings import TrainSettings
 from .relations import OBJECT, SUBJECT, Facts
 from .templates import plain_template
@@ -24,9 +25,9 @@ class LamaOptions:
             manual template that is best on dev), ``own-words`` and ``best-words`` (virtual tokens
             that begin as these words), ``plain`` (no words), or templates with ``{sub_label}``.
         grid: what members differ in beside it: ``encoder`` and others of `train`'s keys.
-        virtual_tokens: of each group.
-        seeds: how many of each combination.
-        epochs: None for as many as 150 steps take, 3 to 10: relations differ in size.
+        virtual_tokens: virtual tokens of each group.
+        population: seeds of each template, encoder and rate.
+        epochs: passes over a relation's facts; by default as many as 150 steps take, 3 to 10.
         settings: how to train otherwise.
 
     Raises:
@@ -34,14 +35,16 @@ class LamaOptions:
             no encoder.
     """
 
-    templates: tuple[str, ...]
-    grid: dict[str, list[Any]]
-    virtual_tokens: int
-    seeds: int
-    epochs: int | None
-    settings: TrainSettings
+    templates: tuple[str, ...] = ("own", "best")
+    grid: dict[str, list[Any]] = field(default_factory=lambda: {"encoder": ["mlp"]})
+    virtual_tokens: int = 3
+    population: int = 1
+    epochs: int | None = None
+    settings: TrainSettings = field(default_factory=TrainSettings)
 
     def __post_init__(self) -> None:
+        for name in ("virtual_tokens", "population", "epochs"):
+            at_least_one(name, getattr(self, name))
         for template in self.templates:
             if template not in TEMPLATES and f"{{{SUBJECT}}}" not in template:
                 raise InputError(

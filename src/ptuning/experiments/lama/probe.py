@@ -98,7 +98,7 @@ def probe(
         facts.train,
         facts.dev,
         settings=options.settings_for(facts),
-        population=options.seeds,
+        population=options.population,
         grid={"template": templates, **options.grid},
         listener=listener,
         output=running,

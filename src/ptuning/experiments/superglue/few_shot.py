@@ -97,7 +97,7 @@ def tuned(
     started = time.monotonic()
     first = found["templates"][0]
     alike = [t["template"] for t in found["templates"] if t["verbalizer"] == first["verbalizer"]]
-    templates = options.templates or alike[: options.best]
+    templates = options.templates or alike[: options.best_templates]
     prompt = Prompt(
         templates[0],
         answer=task.answer,

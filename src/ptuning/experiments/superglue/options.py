@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
 from ...prompts.prompt_settings import PromptSettings
+from ...prompts.task import at_least_one
 from ...training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -20,17 +21,24 @@ class SuperGlueOptions:
 
     Args:
         templates: of prompts; by default the task's own.
-        best: how many of the task's own, those whose words alone are best on dev.
+        best_templates: so many of the task's own templates: those best on dev as words alone.
         grid: what members differ in beside it: ``encoder`` and others of `train`'s keys.
-        population: seeds of each template and encoder.
+        population: seeds of each template, encoder and rate.
         settings: how to train.
+
+    Raises:
+        InputError: a count below 1.
     """
 
-    templates: tuple[str, ...]
-    best: int
-    grid: dict[str, list[Any]]
-    population: int
-    settings: TrainSettings
+    templates: tuple[str, ...] = ()
+    best_templates: int = 2
+    grid: dict[str, list[Any]] = field(default_factory=lambda: {"encoder": ["none"]})
+    population: int = 1
+    settings: TrainSettings = field(default_factory=lambda: TrainSettings(choose_by="loss"))
+
+    def __post_init__(self) -> None:
+        for name in ("best_templates", "population"):
+            at_least_one(name, getattr(self, name))
 
     def check(self, task: SuperGlueTask, splits: Splits) -> None:
         """Refuse what cannot be trained on a task before anything is.
