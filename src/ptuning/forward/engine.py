@@ -155,17 +155,21 @@ class Engine:
         """Scores ``(N, words)`` of label words, as `plain.word_scores`."""
         return label_word_scores(self.base.model, batch, words, self._shorten)
 
-    def continue_greedily(self, batch: Batch, limit: int) -> tuple[Tensor, Tensor]:
+    def continue_greedily(
+        self, batch: Batch, limit: int, watch: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The most likely tokens behind each row of a causal or encoder-decoder model.
 
         Args:
             batch: without answers.
             limit: tokens at most.
+            watch: is shown each new token ``(R,)`` of the rows, and says which rows ``(R,)`` have
+                enough; what a row is given after that means nothing.
 
         Returns:
             ids ``(R, S)`` and their log-probabilities ``(R, S)``, 0 behind the end.
         """
-        from transformers import GenerationConfig
+        from transformers import GenerationConfig, StoppingCriteriaList
 
         model, tokenizer = self.base.model, self.base.tokenizer
         pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
@@ -183,6 +187,8 @@ class Engine:
         more: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
         if first := first_position(model):  # transformers would count from 0
             more["position_ids"] = plain.position_ids(batch.attention_mask) + first
+        if watch is not None:
+            more["stopping_criteria"] = StoppingCriteriaList([lambda ids, _: watch(ids[:, -1])])
         with grouped_queries(model):
             output = _without_own_settings(model).generate(
                 input_ids=batch.input_ids,

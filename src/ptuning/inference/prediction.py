@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -100,7 +100,7 @@ def predict_details(
         renderer = engine.renderer(settled, choices)
         renderer.compares = bool(renderer.labels)
         examples = render_all(renderer, rows, "prediction", answered=False)
-        questions.append(_Question(renderer, examples))
+        questions.append(_Asked(renderer, examples))
     results: list[list[Prediction]] = [[] for _ in tasks]
     with ExitStack() as stack:
         stack.enter_context(eval_mode(model))
@@ -116,7 +116,7 @@ def predict_details(
 
 
 @dataclass
-class _Question:
+class _Asked:
     """One task on all rows, and the id of its first virtual token."""
 
     renderer: Renderer
@@ -124,7 +124,86 @@ class _Question:
     first_id: int = 0
 
 
-def _in_one_batch(questions: list[_Question]) -> list[list[int]]:
+@dataclass(frozen=True)
+class Question:
+    """One row for one task.
+
+    Attributes:
+        renderer: the task's, on the engine's model.
+        example: rendered by it, without an answer.
+        first_id: of the prompt's first virtual token; 0 for a manual task.
+        limit: longest free answer in tokens; by default the task's.
+        watch: is shown each token of a free answer as it comes, and says whether it is enough.
+    """
+
+    renderer: Renderer
+    example: Rendered
+    first_id: int = 0
+    limit: int | None = None
+    watch: Callable[[int], bool] | None = None
+
+    @property
+    def most(self) -> int | None:
+        """The longest free answer in tokens."""
+        return self.limit or self.renderer.task.answer_tokens
+
+
+@torch.no_grad()
+def answers(
+    engine: Engine, questions: Sequence[Question], batch_size: int = 32
+) -> Iterator[tuple[int, Prediction]]:
+    """Questions of any tasks, mixed in batches: number of the question and its answer.
+
+    They come as they are known: label comparisons first, then free answers.
+
+    Args:
+        engine: its model is in eval mode and has the prompts attached.
+        questions: each has the answer that it would have alone.
+        batch_size: rows per forward.
+
+    Raises:
+        InputError: a free answer without a limit.
+    """
+    groups: dict[Any, list[int]] = {}
+    for number, question in enumerate(questions):
+        words = len(question.renderer.owner) if question.renderer.compares else 0
+        masks = question.most if not words and engine.base.kind is ModelKind.MASKED else None
+        groups.setdefault((not words, words, masks or 0), []).append(number)
+    for key in sorted(groups):
+        numbers = groups[key]
+        for chunk in engine.chunks([questions[n].example for n in numbers], batch_size):
+            group = [questions[numbers[i]] for i in chunk]
+            rows = [(question.example, row) for row, question in enumerate(group)]
+            batch = engine.prediction_batch(rows, [question.first_id for question in group])
+            if group[0].renderer.compares:
+                predictions = _compare(engine, [q.renderer for q in group], batch)
+            else:
+                predictions = _decode(engine, [q.most for q in group], batch, _watching(group))
+            yield from zip([numbers[i] for i in chunk], predictions, strict=True)
+
+
+def _watching(questions: list[Question]) -> Callable[[Tensor], Tensor] | None:
+    """For `continue_greedily`: each row ends at its own limit, or where its watch says so."""
+    if len({question.most for question in questions}) == 1 and not any(
+        question.watch for question in questions
+    ):
+        return None
+    counts = [0] * len(questions)
+
+    def watch(ids: Tensor) -> Tensor:
+        for row, token in enumerate(ids.tolist()):
+            question, counts[row] = questions[row], counts[row] + 1
+            if done[row] or question.most is None:
+                continue
+            enough = question.watch is not None and question.watch(token)
+            done[row] = enough or counts[row] >= question.most
+        return done.to(ids.device)
+
+    done = torch.zeros(len(questions), dtype=torch.bool)
+    return watch
+
+
+def _in_one_batch(questions: list[_Asked]) -> list[list[int]]:
     """The numbers of tasks whose rows may share batches: those that compare as many words."""
     groups: dict[Any, list[int]] = {}
     for number, question in enumerate(questions):
@@ -135,19 +214,23 @@ def _in_one_batch(questions: list[_Question]) -> list[list[int]]:
 
 
 def _answers(
-    engine: Engine, questions: list[_Question], count: int, batch_size: int
+    engine: Engine, questions: list[_Asked], count: int, batch_size: int
 ) -> list[list[Prediction]]:
     """The tasks' answers, in batches of rows of like length; a row's tasks stand together."""
     results = [[Prediction("", 0.0)] * count for _ in questions]
-    answer = _compare if questions[0].renderer.compares else _decode
+    compares = questions[0].renderer.compares
     first_ids = [question.first_id for question in questions]
     size = max(1, batch_size // len(questions))
     for chunk in engine.chunks(questions[0].examples, size):
         cells = [(index, number) for index in chunk for number in range(len(questions))]
         rows = [(questions[number].examples[index], number) for index, number in cells]
         batch = engine.prediction_batch(rows, first_ids)
-        answers = answer(engine, [questions[number].renderer for _, number in cells], batch)
-        for (index, number), prediction in zip(cells, answers, strict=True):
+        renderers = [questions[number].renderer for _, number in cells]
+        if compares:
+            predictions = _compare(engine, renderers, batch)
+        else:
+            predictions = _decode(engine, [r.task.answer_tokens for r in renderers], batch)
+        for (index, number), prediction in zip(cells, predictions, strict=True):
             results[number][index] = prediction
     return results
 
@@ -165,22 +248,30 @@ def _compare(engine: Engine, renderers: list[Renderer], batch: Batch) -> list[Pr
     return predictions
 
 
-def _decode(engine: Engine, renderers: list[Renderer], batch: Batch) -> list[Prediction]:
+def _decode(
+    engine: Engine,
+    limits: list[int | None],
+    batch: Batch,
+    watch: Callable[[Tensor], Tensor] | None = None,
+) -> list[Prediction]:
     """The most likely text of each row: at the masks, or token by token."""
-    limit = renderers[0].task.answer_tokens
     if engine.base.kind is ModelKind.MASKED:
-        empty = batch.answers.new_zeros(len(batch.input_ids), limit or 1)
+        empty = batch.answers.new_zeros(len(batch.input_ids), limits[0] or 1)
         best = engine.logits(replace(batch, answers=empty)).float().log_softmax(-1).max(-1)
         return _texts(engine.base.tokenizer, best.indices, best.values)
-    if limit is None:
+    known = [limit for limit in limits if limit is not None]
+    if len(known) < len(limits):
         raise InputError(
             "how long may a free answer be? Give answer_tokens (--answer-tokens N), or candidates"
         )
-    ids, scores = engine.continue_greedily(batch, limit)
-    return _texts(engine.base.tokenizer, ids, scores)
+    ids, scores = engine.continue_greedily(batch, max(known), watch)
+    behind = torch.arange(ids.shape[1]) >= torch.tensor(known)[:, None]
+    scores = scores.masked_fill(behind.to(scores.device), 0.0)
+    cut = [row[:limit] for row, limit in zip(ids.tolist(), known, strict=True)]
+    return _texts(engine.base.tokenizer, cut, scores)
 
 
-def _texts(tokenizer: Any, ids: Tensor, scores: Tensor) -> list[Prediction]:
+def _texts(tokenizer: Any, ids: Tensor | list[list[int]], scores: Tensor) -> list[Prediction]:
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     probabilities = scores.sum(1).exp().tolist()
     return [

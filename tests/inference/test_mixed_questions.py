@@ -1,0 +1,112 @@
+"""Rows of different tasks in one batch: each has the answer that it has alone."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+
+import ptuning
+from ptuning import Prompt, Task
+from ptuning.backbone.base_model import BaseModel, eval_mode
+from ptuning.errors import InputError
+from ptuning.forward.engine import Engine
+from ptuning.inference.attachment import placed
+from ptuning.inference.prediction import Prediction, Question, answers
+
+from .. import tiny
+
+TEXTS = ["France", "Italy and all of its many islands", "Oslo", "Madrid"]
+TASKS: list[tuple[str, dict[str, Any]]] = [
+    ("[P*3] {text} [P] is [MASK]", {"answer_tokens": 4}),
+    ("The big old capital city of [P*2] {text} [P] is [MASK]", {"answer_tokens": 7}),
+    ("[P*2] {text} [P*2]: [MASK]", {"verbalizer": {"a": "Paris", "b": "Rome"}}),
+    ("{text} [P] is it? [MASK]", {"verbalizer": {"yes": ["yes", "does"], "no": ["not", "or"]}}),
+    ("{text} [P] so [MASK]", {"verbalizer": {"x": "capital of Italy", "y": "Rome!"}}),
+]
+
+
+def _setting(family: str) -> tuple[Any, Any, list[Task]]:
+    tokenizer = tiny.tokenizer(around=family not in tiny.CAUSAL)
+    model = tiny.model(family, vocab_size=len(tokenizer))
+    embedding = model.get_input_embeddings().weight
+    tasks: list[Task] = [Task("A word on {text}: [MASK]", answer_tokens=5)]
+    for template, options in TASKS:
+        prompt = Prompt(template, **options)
+        count = prompt.num_virtual_tokens
+        prompt.vectors = torch.randn(count, embedding.shape[1]) * embedding.std().detach()
+        tasks.append(prompt)
+    return model, tokenizer, tasks
+
+
+def _asked(engine: Engine, tasks: list[Task], stack: ExitStack, **options: Any) -> list[Question]:
+    base = engine.base
+    stack.enter_context(eval_mode(base.model))
+    first = [stack.enter_context(placed(base.model, base.tokenizer, task)) for task in tasks]
+    made = []
+    for text in TEXTS:
+        for task, first_id in zip(tasks, first, strict=True):
+            renderer = engine.renderer(task)
+            example = renderer({"text": text}, answered=False)
+            made.append(Question(renderer, example, first_id, **options))
+    return made
+
+
+def _close(one: Prediction, other: Prediction) -> bool:
+    assert one.answer == other.answer
+    assert one.probability == pytest.approx(other.probability, abs=1e-5)
+    assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+    return True
+
+
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+@pytest.mark.parametrize("size", [3, 32])
+def test_mixed_rows_are_answered_as_each_prompt_does_alone(family: str, size: int) -> None:
+    model, tokenizer, tasks = _setting(family)
+    engine = Engine(BaseModel.of(model, tokenizer), 2**20)
+    with ExitStack() as stack:
+        asked = _asked(engine, tasks, stack)
+        for _ in range(2):  # the second time on what the engine kept
+            said = dict(answers(engine, asked, size))
+            assert sorted(said) == list(range(len(asked)))
+            number = 0
+            for text in TEXTS:
+                for task in tasks:
+                    (alone,) = ptuning.predict_details(model, tokenizer, task, [{"text": text}])
+                    assert _close(said[number], alone), (text, task.template)
+                    number += 1
+
+
+@pytest.mark.parametrize("family", [*tiny.CAUSAL, *tiny.SEQ2SEQ])
+def test_a_row_ends_where_its_watch_has_enough_and_no_other_does(family: str) -> None:
+    model, tokenizer, tasks = _setting(family)
+    engine = Engine(BaseModel.of(model, tokenizer), 0)
+    free = [task for task in tasks if not task.labels]
+    seen: list[int] = []
+
+    def watch(token: int) -> bool:
+        seen.append(token)
+        return len(seen) == 2
+
+    with ExitStack() as stack:
+        asked = _asked(engine, free, stack)
+        plain = dict(answers(engine, asked))
+        first = asked[0]
+        asked[0] = Question(first.renderer, first.example, first.first_id, watch=watch)
+        watched = dict(answers(engine, asked))
+    assert len(seen) <= 2
+    for number in range(1, len(asked)):
+        assert _close(watched[number], plain[number])
+
+
+def test_a_free_answer_without_a_limit_is_refused() -> None:
+    model, tokenizer, tasks = _setting("llama")
+    engine = Engine(BaseModel.of(model, tokenizer), 0)
+    with ExitStack() as stack:
+        asked = _asked(engine, [Task("{text} [MASK]"), *tasks[:1]], stack)
+        with pytest.raises(InputError, match="how long may a free answer be"):
+            list(answers(engine, asked))
+        limited = [Question(q.renderer, q.example, q.first_id, 3) for q in asked]
+        assert len(list(answers(engine, limited))) == len(limited)
