@@ -17,6 +17,7 @@ PACKAGE = Path(ptuning.__file__).parent
 README = PACKAGE.parent.parent / "README.md"
 ROOMS = [
     "errors",
+    "threads",
     "formats",
     "places",
     "storage",

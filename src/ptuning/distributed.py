@@ -22,6 +22,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor, distributed
 
 from .errors import InputError, PtuningError
+from .threads import CHANGING
 
 T = TypeVar("T")
 
@@ -31,9 +32,10 @@ def state() -> PartialState:
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     # Without a GPU accelerate leaves processes alone unless it is told that the CPU is meant.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    if not alone and not distributed.is_initialized():
-        atexit.register(_leave)
-    return PartialState(cpu=cpu and not alone)
+    with CHANGING:  # threads may be the first at the same time
+        if not alone and not distributed.is_initialized():
+            atexit.register(_leave)
+        return PartialState(cpu=cpu and not alone)
 
 
 def _leave() -> None:

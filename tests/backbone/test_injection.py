@@ -5,6 +5,7 @@ import io
 import pickle
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ptuning.backbone.injection import Injector, input_embedding
 from ptuning.errors import InputError
 
 from .. import tiny
+from ..scaffold import together
 
 VOCABULARY = 400
 COUNT = 3
@@ -346,39 +348,113 @@ def test_a_copy_of_a_hooked_model_works_and_unhooks_alone(
 def test_threads_with_other_prompts_get_single_thread_results_while_one_attaches() -> None:
     model = tiny.model()
     injector = Injector(model)
-    work = []
+    works, attached = [], [0]
     for seed in range(3):
         span = injector.add(rows_for(model, seed=seed).detach())
         ids = mixed_ids(span.first, seed=seed)[:, : 5 + seed]  # a length of its own
         with torch.no_grad():
-            work.append((ids, model(input_ids=ids).logits))
-    errors: list[BaseException] = []
-    done = threading.Event()
-    attached = 0
+            expected = model(input_ids=ids).logits
 
-    def forward(ids: Tensor, expected: Tensor) -> None:
-        try:
-            with torch.no_grad():
-                for _ in range(60):
-                    assert torch.equal(model(input_ids=ids).logits, expected)
-        except BaseException as error:
-            errors.append(error)
+        @torch.no_grad()
+        def forward(ids: Tensor = ids, expected: Tensor = expected) -> None:
+            for _ in range(60):
+                assert torch.equal(model(input_ids=ids).logits, expected)
+
+        works += [forward, forward]
 
     def come_and_go() -> None:
-        nonlocal attached
-        while not done.is_set():
-            injector.remove(injector.add(torch.randn(2, 32)))
-            attached += 1
+        injector.remove(injector.add(torch.randn(2, 32)))
+        attached[0] += 1
 
-    threads = [threading.Thread(target=forward, args=item) for item in work for _ in range(2)]
-    guest = threading.Thread(target=come_and_go)
-    for thread in (guest, *threads):
-        thread.start()
-    for thread in threads:
-        thread.join()
-    done.set()
-    guest.join()
-    assert not errors and attached > 10 and len(injector.spans) == 3
+    together(*works, beside=come_and_go)
+    assert attached[0] > 10 and len(injector.spans) == 3
+
+
+def test_who_attaches_without_gradients_takes_none_from_another_thread() -> None:
+    model = tiny.model().requires_grad_(False)
+    injector = Injector(model)
+    rows = rows_for(model)
+    span = injector.add(rows)
+
+    def change(work: Callable[[], Any]) -> None:
+        with torch.no_grad():
+            work()
+
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            together(lambda: change(lambda: injector.add(torch.randn(2, 32))))
+        output = input_embedding(model)(torch.tensor([[span.first + 1, 5]]))
+        assert gradient(output.sum(), rows)[1].eq(1).all()
+
+
+def test_rows_served_to_a_thread_are_seen_by_it_alone() -> None:
+    model = tiny.model().requires_grad_(False)
+    injector = Injector(model)
+    first, second = injector.add(torch.zeros(COUNT, 32)), injector.add(torch.ones(1, 32))
+    rows, ids = rows_for(model), torch.tensor([[first.first, second.first, 5]])
+    look = lambda: input_embedding(model)(ids)  # noqa: E731
+    with injector.serving({first: rows}):
+        mine = look()
+        (others,) = together(look)
+        with injector.serving({first: rows * 2}):
+            assert torch.equal(look()[0, 0], 2 * rows[0])
+        assert torch.equal(look(), mine)
+    assert torch.equal(mine[0, 0], rows[0]) and mine[0, 1].eq(1).all()
+    assert gradient(mine.sum(), rows)[0].eq(1).all()
+    assert others[0, 0].eq(0).all() and not others.requires_grad
+    assert look()[0, 0].eq(0).all()
+
+
+def test_rows_served_alone_equal_those_beside_others() -> None:
+    model = tiny.model()
+    injector = Injector(model)
+    injector.add(torch.randn(2, 32))
+    rows = rows_for(model)
+    span = injector.add(rows)
+    inputs = {"input_ids": mixed_ids(span.first), "attention_mask": MASK}
+    expected = model(**inputs).logits
+    with injector.serving({span: rows}, alone=True):
+        got = model(**inputs).logits
+    assert torch.equal(got, expected)
+    mine, plain = (gradient(weighted_loss(logits, MASK), rows) for logits in (got, expected))
+    assert torch.equal(mine, plain)
+
+
+def test_a_forward_joins_the_graph_of_no_rows_but_those_that_its_ids_name() -> None:
+    model = tiny.model().requires_grad_(False)
+    injector = Injector(model)
+    rows = rows_for(model)
+    span, other, third = (injector.add(r) for r in (rows * 1, torch.ones(1, 32), torch.ones(1, 32)))
+    embed = input_embedding(model)
+    for ids in ([5], [other.first], [other.first, third.first, 5]):
+        assert not embed(torch.tensor([ids])).requires_grad
+    both = embed(torch.tensor([[span.first, other.first, third.first]]))
+    assert torch.equal(both[0, 0], rows[0]) and both[0, 1:].eq(1).all()
+    assert gradient(both.sum(), rows)[0].eq(1).all()
+
+
+def test_threads_that_train_beside_each_other_get_the_numbers_of_one_alone() -> None:
+    model = tiny.model().requires_grad_(False)
+    injector = Injector(model)
+    spans = [injector.add(torch.zeros(COUNT, 32)) for _ in range(3)]
+
+    def train(number: int, steps: int = 25) -> Tensor:
+        span, rows = spans[number], rows_for(model, seed=number)
+        ids = mixed_ids(span.first, seed=number)
+        for _ in range(steps):
+            with injector.serving({span: rows * 1}, alone=number == 0):
+                loss = weighted_loss(model(input_ids=ids, attention_mask=MASK).logits, MASK)
+            rows = (rows - gradient(loss, rows)).detach().requires_grad_()
+        return rows
+
+    @torch.no_grad()
+    def come_and_go() -> None:
+        injector.remove(injector.add(torch.randn(2, 32)))
+
+    alone = [train(number) for number in range(3)]
+    for _ in range(4):
+        got = together(*(partial(train, n) for n in range(3)), beside=come_and_go)
+        assert all(map(torch.equal, got, alone))
 
 
 def test_attaching_while_another_thread_is_inside_the_embedding_leaves_it_alone() -> None:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import peft
@@ -20,6 +23,7 @@ from ptuning.inference.attachment import placed
 from ptuning.prompts.task import Task
 
 from .. import tiny
+from ..scaffold import together
 
 TOKENIZER = tiny.tokenizer()
 
@@ -433,26 +437,51 @@ def test_threads_that_predict_with_unattached_prompts_get_single_thread_results(
         )
         prompt.vectors = prompt_for(model, seed=seed).vectors
         prompts.append(prompts[0] if same and prompts else prompt)
-    expected = [ptuning.predict_details(model, TOKENIZER, p, rows) for p in prompts]
-    errors: list[BaseException] = []
+    details = partial(ptuning.predict_details, model, TOKENIZER)
+    expected = [details(prompt, rows) for prompt in prompts]
 
     def work(index: int) -> None:
-        try:
-            for _ in range(15):
-                got = ptuning.predict_details(model, TOKENIZER, prompts[index], rows)
-                for one, other in zip(got, expected[index], strict=True):
-                    assert one.answer == other.answer
-                    assert one.probability == pytest.approx(other.probability, abs=1e-6)
-        except BaseException as error:
-            errors.append(error)
+        for _ in range(15):
+            assert details(prompts[index], rows) == expected[index]
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors, errors[0]
+    together(*(partial(work, index) for index in range(3)))
     assert hooks_of(model) == 0
+
+
+def test_an_attachment_that_two_threads_detach_leaves_once() -> None:
+    model = tiny.model()
+    prompt = prompt_for(model)
+    for _ in range(200):
+        attached = ptuning.attach(model, TOKENIZER, prompt)
+        with placed(model, TOKENIZER, prompt) as first:
+            together(attached.detach, attached.detach)
+            assert torch.equal(vectors_at(model, first), prompt.trained_vectors())
+    assert hooks_of(model) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_process_forked_while_a_thread_attaches_can_attach() -> None:
+    model = tiny.model()
+    prompt = prompt_for(model)
+    codes = []
+
+    def attach_often() -> None:
+        with ptuning.attach(model, TOKENIZER, prompt, prompt, prompt):
+            pass
+
+    def fork_often() -> None:
+        for _ in range(15):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(10)  # who waits for ever is ended
+                with ptuning.attach(tiny.model(), TOKENIZER, prompt):
+                    os._exit(0)
+            codes.append(os.waitpid(child, 0)[1])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that threads and fork are risky
+        together(fork_often, beside=attach_often)
+    assert codes == [0] * 15
 
 
 def test_attaching_to_the_same_model_does_not_warn() -> None:

@@ -5,8 +5,6 @@ Everything that asks "which kind, how long, on what device, padded with what" as
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,18 +71,6 @@ def device_of(model: nn.Module) -> torch.device:
     """Where a model takes its inputs."""
     device = getattr(model, "device", None)
     return device if isinstance(device, torch.device) else next(model.parameters()).device
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode meanwhile; afterwards each in the mode that it had."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def first_free_id(tokenizer: Any) -> int:

@@ -6,22 +6,27 @@
 A pre-hook on the input embedding replaces virtual ids by a valid one, a post-hook writes the
 prompt's rows over the result. Rows are written *after* any scaling inside the embedding module
 (Gemma, BART), as the reference does. This module knows nothing of prompts, templates or training.
+
+Threads share a model. Attaching computes nothing, so no thread's gradient mode is in what another
+one reads: each forward puts together the rows that its own ids name. Rows in training are served to
+the training's thread alone (`Injector.serving`).
 """
 
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..threads import CHANGING
 
 SAFE_ID = 0
-ATTACHING = threading.RLock()
-"""Held while ids are claimed or released, of any model; forward passes never wait for it."""
 # Modules that look up the input ids again (Gemma 4); virtual positions get SAFE_ID's row there.
 _SECOND_LOOKUPS = ("embed_tokens_per_layer",)
 
@@ -49,11 +54,44 @@ class Span:
         return self.first + len(self.rows)
 
 
+class _Lookup(NamedTuple):
+    """What forwards read: never changed, but replaced as a whole.
+
+    Attributes:
+        spans: all of them.
+        rows: of each span, on the embedding's device (those that carry a gradient, where they are).
+        owner: ``(I,)`` for each id from one below the threshold on: 0 where it is a word, 1 where
+            nobody owns it, 2 + the span's number elsewhere. The last one stands for all behind it.
+        row: ``(I,)`` the id's row among those of all spans together; 0 where it has none.
+    """
+
+    spans: tuple[Span, ...]
+    rows: tuple[Tensor, ...]
+    owner: Tensor
+    row: Tensor
+
+    def having(self, rows: Mapping[Span, Tensor]) -> _Lookup:
+        """Other rows for some spans."""
+        pairs = zip(self.spans, self.rows, strict=True)
+        return self._replace(rows=tuple(rows.get(span, before) for span, before in pairs))
+
+    def to(self, device: torch.device) -> _Lookup:
+        """The same on a device."""
+        rows = tuple(rows.to(device) for rows in self.rows)
+        return _Lookup(self.spans, rows, self.owner.to(device), self.row.to(device))
+
+
 class Injector:
     """The hooks of one model and the spans that they serve.
 
     Any number of spans can be added; the hooks leave with the last of them. Forward passes only
     read, so threads may share the model.
+
+    Attributes:
+        modules: the input embedding and those of the same weight.
+        threshold: the first id that is no word.
+        width: of a row.
+        spans: in the order of their ids.
     """
 
     def __init__(self, model: nn.Module):
@@ -62,6 +100,7 @@ class Injector:
         self.threshold: int = weight_owner.num_embeddings
         self.width: int = weight_owner.embedding_dim
         self.spans: list[Span] = []
+        self._lookup: _Lookup
         self._local = threading.local()
         self._guarded = [m for n, m in model.named_modules() if n.endswith(_SECOND_LOOKUPS)]
 
@@ -79,7 +118,7 @@ class Injector:
     @staticmethod
     def of(model: nn.Module) -> Injector | None:
         """The injector whose hooks are on `model`, or None."""
-        for hook in input_embedding(model)._forward_pre_hooks.values():
+        for hook in list(input_embedding(model)._forward_pre_hooks.values()):
             owner = getattr(hook, "__self__", None)
             if isinstance(owner, Injector):
                 return owner
@@ -93,7 +132,7 @@ class Injector:
                 f"embedding takes vectors of {self.width} numbers: this prompt belongs to a model "
                 "of another width"
             )
-        with ATTACHING:
+        with CHANGING:
             first = max([self.threshold, at_least, *(span.end for span in self.spans)])
             span = Span(first, rows)
             self.spans = [*self.spans, span]
@@ -107,15 +146,36 @@ class Injector:
         return span
 
     def write(self, span: Span, rows: Tensor) -> None:
-        """Give a span new rows of the same shape, which may carry a gradient."""
-        with ATTACHING:
-            same = rows.shape == span.rows.shape and self._lookup[1].device == self._device
+        """Give a span new rows of the same shape for all threads. They may carry a gradient: of
+        forwards whose ids name them, and no others."""
+        with CHANGING:
+            same = rows.shape == span.rows.shape and self._lookup.owner.device == self._device
             span.rows = rows
-            self._refresh(self._lookup[1] if same else None)
+            if same:
+                self._lookup = self._lookup.having({span: self._near(rows)})
+            else:
+                self._refresh()
+
+    @contextmanager
+    def serving(self, rows: Mapping[Span, Tensor], alone: bool = False) -> Iterator[None]:
+        """In this thread spans have other rows meanwhile, which may carry a gradient.
+
+        Args:
+            rows: for each span its rows of the same shape, where the embedding is.
+            alone: rows of one span, and forwards have no virtual ids but its own. Nothing else is
+                read then, and no id is looked at, so that a GPU need not wait, and a graph that is
+                captured holds no tensor of others.
+        """
+        before = self._served
+        self._local.served = (rows, alone)
+        try:
+            yield
+        finally:
+            self._local.served = before
 
     def borrow(self, rows: Tensor) -> Span | None:
         """The span whose rows are this very tensor, held once more; release it with `remove`."""
-        with ATTACHING:
+        with CHANGING:
             for span in self.spans:
                 if span.rows is rows:
                     span.users += 1
@@ -124,7 +184,7 @@ class Injector:
 
     def remove(self, span: Span) -> None:
         """Release a span's ids; with the last one the model is as it was."""
-        with ATTACHING:
+        with CHANGING:
             span.users -= 1
             if span.users > 0 or span not in self.spans:
                 return
@@ -140,70 +200,104 @@ class Injector:
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for key in [k for k, h in hooks.items() if getattr(h, "__self__", None) is self]:
                     del hooks[key]
+        self._local = threading.local()  # a thread may be inside the embedding, and leave nothing
 
-    def _refresh(self, owner: Tensor | None = None) -> None:
-        """One table of all rows, and for each id above the threshold its row or -1.
-
-        Args:
-            owner: the latter, where it is known.
-        """
-        rows = [span.rows.to(self._device) for span in self.spans]
-        table = rows[0] if len(rows) == 1 else torch.cat(rows)
-        owner = self._owner().to(self._device) if owner is None else owner
-        self._lookup = (table, owner)  # one assignment: forwards may run meanwhile
-
-    def _owner(self) -> Tensor:
-        owner = torch.full((max(s.end for s in self.spans) - self.threshold,), -1)
-        offset = 0
-        for span in self.spans:
-            at = span.first - self.threshold
-            owner[at : at + len(span.rows)] = torch.arange(offset, offset + len(span.rows))
+    def _refresh(self) -> None:
+        rows = tuple(self._near(span.rows) for span in self.spans)
+        last = max(span.end for span in self.spans)
+        owner = torch.ones(last + 2 - self.threshold, dtype=torch.long)
+        owner[0], row, offset = 0, torch.zeros_like(owner), 0
+        for number, span in enumerate(self.spans):
+            at = slice(span.first - self.threshold + 1, span.end - self.threshold + 1)
+            owner[at] = 2 + number
+            row[at] = torch.arange(offset, offset + len(span.rows))
             offset += len(span.rows)
-        return owner
+        # One assignment: forwards may run meanwhile.
+        device = self._device
+        self._lookup = _Lookup(tuple(self.spans), rows, owner.to(device), row.to(device))
+
+    def _near(self, rows: Tensor) -> Tensor:
+        """On the embedding's device; a gradient's path is made in the forward that follows it."""
+        return rows if rows.requires_grad else rows.to(self._device)
+
+    @property
+    def _served(self) -> tuple[Mapping[Span, Tensor], bool]:
+        return getattr(self._local, "served", ({}, False))
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         ids = args[0]
-        self._local.ids = ids
-        return (ids.masked_fill(ids >= self.threshold, SAFE_ID), *args[1:])
+        virtual = ids >= self.threshold
+        self._local.call = (ids, virtual)
+        return (ids.masked_fill(virtual, SAFE_ID), *args[1:])
 
     def _guard(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0].masked_fill(args[0] >= self.threshold, SAFE_ID), *args[1:])
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        ids = getattr(self._local, "ids", None)
-        self._local.ids = None
-        if ids is None:  # the hooks came while this thread was inside the embedding already
+        call: tuple[Tensor, Tensor] | None = getattr(self._local, "call", None)
+        self._local.call = None
+        if call is None:  # the hooks came while this thread was inside the embedding already
             return output
-        virtual = ids >= self.threshold
-        table, owner = self._here(output.device)
-        row = owner[(ids - self.threshold).clamp(0, len(owner) - 1)]
-        if _may_look_at_values(ids):
-            unowned = virtual & ((row < 0) | (ids - self.threshold >= len(owner)))
-            if bool(unowned.any()):
-                raise InputError(
-                    f"input id {int(ids[unowned][0])} belongs to no attached prompt: the model has "
-                    f"ids 0 to {self.threshold - 1}, attached prompts have "
-                    + ", ".join(f"{s.first} to {s.end - 1}" for s in self.spans)
-                )
+        ids, virtual = call
+        served, alone = self._served
+        if alone:
+            ((span, table),) = served.items()
+            row = (ids - span.first).clamp(0, len(table) - 1)
+        else:
+            lookup = self._here(output.device)
+            found = self._rows_of(ids, lookup.having(served) if served else lookup)
+            if found is None:
+                return output
+            row, table = found
         # Gather in the table's own precision, then convert: gradients add up in float32. Plain
         # indexing would add them up with several threads in an order that changes from run to run.
-        vectors = F.embedding(row.clamp(min=0), table).to(output.dtype)
+        vectors = F.embedding(row, table.to(output.device)).to(output.dtype)
         return torch.where(virtual.unsqueeze(-1), vectors, output)
 
-    def _here(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Table and owners on the device of what runs; moved once where the model was."""
-        table, owner = self._lookup
-        if table.device != device:
-            table, owner = table.to(device), owner.to(device)
-            if device == self._device and not table.requires_grad:
-                self._lookup = (table, owner)
-        return table, owner
+    def _rows_of(self, ids: Tensor, lookup: _Lookup) -> tuple[Tensor, Tensor] | None:
+        """For each id its row in a table, and the table; None where all are words."""
+        at = (ids - (self.threshold - 1)).clamp(0, len(lookup.owner) - 1)
+        named = list(range(len(lookup.spans)))
+        if _may_look_at_values(ids):
+            owner = lookup.owner[at]
+            seen = owner.new_zeros(2 + len(named), dtype=torch.bool)
+            _, lost, *of_spans = seen.index_fill(0, owner.flatten(), True).tolist()
+            if lost:
+                raise self._unowned(int(ids[owner == 1][0]), lookup.spans)
+            named = [number for number in named if of_spans[number]]
+            if not named:
+                return None
+        if len(named) == 1:
+            (number,) = named
+            table = lookup.rows[number]
+            return (ids - lookup.spans[number].first).clamp(0, len(table) - 1), table
+        tables = [r if n in named else r.detach() for n, r in enumerate(lookup.rows)]
+        return lookup.row[at], torch.cat([table.to(at.device) for table in tables])
+
+    def _unowned(self, id: int, spans: tuple[Span, ...]) -> InputError:
+        return InputError(
+            f"input id {id} belongs to no attached prompt: the model has ids 0 to "
+            f"{self.threshold - 1}, attached prompts have "
+            + ", ".join(f"{s.first} to {s.end - 1}" for s in spans)
+        )
+
+    def _here(self, device: torch.device) -> _Lookup:
+        """The lookup on the device of what runs; moved once where the model was."""
+        lookup = self._lookup
+        if lookup.owner.device == device:
+            return lookup
+        moved = lookup.to(device)
+        if not torch.compiler.is_compiling() and device == self._device:
+            with CHANGING:
+                if self._lookup is lookup and not any(rows.requires_grad for rows in lookup.rows):
+                    self._lookup = moved
+        return moved
 
     def __getstate__(self) -> dict[str, Any]:
         state = {k: v for k, v in self.__dict__.items() if k != "_local"}
         if "_lookup" in state:
-            table, owner = self._lookup
-            state["_lookup"] = (table.detach(), owner)
+            rows = tuple(rows.detach() for rows in self._lookup.rows)
+            state["_lookup"] = self._lookup._replace(rows=rows)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from ..backbone.base_model import first_free_id
 from ..backbone.identity import check_same
-from ..backbone.injection import ATTACHING, Injector, Span
+from ..backbone.injection import Injector, Span
 from ..backbone.placement import Placement
 from ..backbone.upstream import uncompiled
 from ..errors import InputError
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
+from ..threads import CHANGING
 
 
 class Attachment:
@@ -43,7 +44,7 @@ class Attachment:
                     "and means nothing without them; load it with ptuning.peft_compat"
                 )
             check_same(prompt.base_model, model, tokenizer)
-        with ATTACHING:
+        with CHANGING:
             self._injector = Injector.on(model)
             try:
                 for prompt in prompts:
@@ -101,9 +102,10 @@ class Attachment:
 
     def detach(self) -> None:
         """Take the prompts off; with the last attachment the model is as it was."""
-        for _, span in self._spans:
-            self._injector.remove(span)
-        self._spans.clear()
+        with CHANGING:
+            for _, span in self._spans:
+                self._injector.remove(span)
+            self._spans.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -139,7 +141,7 @@ def placed(model: nn.Module, tokenizer: Any, task: Task) -> Iterator[int]:
     if not isinstance(task, Prompt):
         yield 0
         return
-    with ATTACHING:
+    with CHANGING:
         injector = Injector.of(model)
         span = injector.borrow(task.trained_vectors()) if injector else None
     if injector and span:

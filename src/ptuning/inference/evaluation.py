@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ..backbone.base_model import BaseModel, eval_mode
+from ..backbone.base_model import BaseModel
+from ..backbone.modes import eval_mode
 from ..errors import DataError
 from ..forward.engine import Engine
 from ..forward.scoring import score

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbone.base_model import BaseModel, eval_mode
+from ..backbone.base_model import BaseModel
+from ..backbone.modes import eval_mode
 from ..backbone.traits import ModelKind
 from ..errors import InputError
 from ..forward.engine import Engine

@@ -40,32 +40,15 @@ class Adapter:
     frame: Frame
     span: Span
 
-    def write(self, injector: Injector, encoder: PromptEncoder) -> None:
-        """Let the virtual ids stand for what the encoder gives now."""
-        count = len(self.span.rows)
-        if torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters()):
-            injector.write(self.span, _table(encoder)[:count])
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            rows = _table(encoder)[:count].clone()
-        known = self.span.rows  # on another device where the model was moved
-        if known.device != rows.device or not torch.equal(rows, known):
-            injector.write(self.span, rows)  # else nothing is to be written: threads may read
+    def vectors(self, encoder: PromptEncoder) -> Tensor:
+        """What the virtual ids stand for now ``(virtual tokens, width)``, in the encoder's own
+        precision also where the model runs in a lower one."""
+        with torch.autocast(encoder.embedding.weight.device.type, enabled=False):
+            return encoder.table()[: len(self.span.rows)]
 
     def attach(self, injector: Injector) -> None:
         """Claim other ids for the same rows."""
         self.span = injector.add(self.span.rows)
-
-    def release(self, injector: Injector) -> None:
-        """Let go of the graph of the rows."""
-        if self.span.rows.requires_grad:
-            injector.write(self.span, self.span.rows.detach())
-
-
-def _table(encoder: PromptEncoder) -> Tensor:
-    """The encoder's vectors, in its own precision also where the model runs in a lower one."""
-    with torch.autocast(encoder.embedding.weight.device.type, enabled=False):
-        return encoder.table()
 
 
 def checked(config: Any) -> PromptEncoderConfig:

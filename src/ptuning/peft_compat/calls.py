@@ -133,18 +133,13 @@ def _rows(model: Any, names: Sequence[str | None] | None, inputs: dict[str, Any]
 
 @contextmanager
 def _written(model: Any, rows: Sequence[str | None], grad: bool = True) -> Iterator[list[Seat]]:
-    """Let the rows' virtual ids stand for what their encoders give now; yields the rows' seats."""
-    injector = model._injector
+    """Let the rows' virtual ids stand for what their encoders give now, in this thread alone;
+    yields the rows' seats."""
     used = {name: model.adapter(name) for name in dict.fromkeys(rows) if name is not None}
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-        for name, adapter in used.items():
-            adapter.write(injector, model.prompt_encoder[name])
-    try:
-        with _modules_of(model, rows):
-            yield [None if n is None else (used[n].frame, used[n].span) for n in rows]
-    finally:
-        for adapter in used.values():
-            adapter.release(injector)
+        tables = {a.span: a.vectors(model.prompt_encoder[name]) for name, a in used.items()}
+    with model._injector.serving(tables), _modules_of(model, rows):
+        yield [None if n is None else (used[n].frame, used[n].span) for n in rows]
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from ..backbone.traits import padding_offset, reads_left_to_right
 from ..errors import InputError
 from ..prompts.encoder import PromptEncoder
 from ..prompts.encoder_config import PeftType, PromptEncoderConfig, TaskType
+from ..threads import CHANGING
 from . import calls, modules_to_save
 from .adapter_names import AdapterDict, check_name
 from .adapters import Adapter, checked, completed
@@ -174,10 +175,11 @@ class PeftModel(Surface, Stored, PushToHubMixin, nn.Module):  # type: ignore[mis
             setattr(config, name, value)
         for wrapper in modules_to_save.wrap(self.base_model, list(found)).values():
             wrapper.add(adapter_name)
-        if not self._adapters:  # the hooks may have left, and others come
-            self._injector = Injector.on(self.base_model)
         count = trained.num_virtual_tokens or 0
-        span = self._injector.add(torch.zeros(count, encoder.token_dim, device=self._device()))
+        with CHANGING:
+            if not self._adapters:  # the hooks may have left, and others come
+                self._injector = Injector.on(self.base_model)
+            span = self._injector.add(torch.zeros(count, encoder.token_dim, device=self._device()))
         self._adapters[adapter_name] = Adapter(config, frame or Frame.in_front(count), span)
         self.prompt_encoder[adapter_name] = encoder.requires_grad_(not config.inference_mode)
         encoder.train(self.training)
@@ -254,11 +256,12 @@ class PeftModel(Surface, Stored, PushToHubMixin, nn.Module):  # type: ignore[mis
 
     def _attach_again(self) -> None:
         """After a change of the embedding's size ids begin elsewhere."""
-        for adapter in self._adapters.values():
-            self._injector.remove(adapter.span)
-        self._injector = Injector.on(self.base_model)
-        for adapter in self._adapters.values():
-            adapter.attach(self._injector)
+        with CHANGING:
+            for adapter in self._adapters.values():
+                self._injector.remove(adapter.span)
+            self._injector = Injector.on(self.base_model)
+            for adapter in self._adapters.values():
+                adapter.attach(self._injector)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -2,17 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import is_initialized
 from torch import nn
 
 from .. import distributed
 from ..backbone.base_model import device_of
+from ..backbone.upstream import forget_accelerate
 from ..errors import InputError
+from ..threads import CHANGING
 from .settings import TrainSettings
+
+_running = 0
+_state_is_ours = False
+
+
+@contextmanager
+def accelerated(settings: TrainSettings, output: Path | None) -> Iterator[Accelerator]:
+    """Accelerate for one training.
+
+    Its state is one for the process. Trainings in several threads share it, and the last one lets
+    go of it, so that the next may have another precision; a state that was there before stays.
+
+    Raises:
+        InputError: as for `make_accelerator`.
+    """
+    global _running, _state_is_ours
+    with CHANGING:
+        if not _running:
+            _state_is_ours = not is_initialized()
+        _running += 1
+    try:
+        accelerator = make_accelerator(settings, output)
+        try:
+            yield accelerator
+        finally:  # `Accelerator.end_training` would part processes that have more to do together
+            for tracker in accelerator.trackers:
+                tracker.finish()
+    finally:
+        with CHANGING:
+            _running -= 1
+            if not _running and _state_is_ours:
+                forget_accelerate()
 
 
 def make_accelerator(settings: TrainSettings, output: Path | None) -> Accelerator:
@@ -24,29 +61,21 @@ def make_accelerator(settings: TrainSettings, output: Path | None) -> Accelerato
     if not distributed.state().is_main_process:
         output = None  # accelerate would make the folder
     try:
-        accelerator = Accelerator(
-            mixed_precision=settings.mixed_precision,
-            log_with=settings.tracker,
-            project_dir=None if output is None else str(output),
-        )
+        with CHANGING:
+            accelerator = Accelerator(
+                mixed_precision=settings.mixed_precision,
+                log_with=settings.tracker,
+                project_dir=None if output is None else str(output),
+            )
     except (ValueError, ImportError) as error:
         raise InputError(
-            f"accelerate cannot be set up ({error}); a Trainer or Accelerator of another precision "
-            "in this process, or a tracker that is not installed, is the usual reason"
+            f"accelerate cannot be set up ({error}); a training, Trainer or Accelerator of another "
+            "precision in this process, or a tracker that is not installed, is the usual reason"
         ) from error
     if settings.tracker:
         plain = {k: v for k, v in asdict(settings).items() if v is not None}
         accelerator.init_trackers("ptuning", config=plain)
     return accelerator
-
-
-def finish_trackers(accelerator: Accelerator) -> None:
-    """Let the trackers write what they have.
-
-    `Accelerator.end_training` would also part the processes, which may have more to do together.
-    """
-    for tracker in accelerator.trackers:
-        tracker.finish()
 
 
 def move_model(model: nn.Module, accelerator: Accelerator) -> torch.device:

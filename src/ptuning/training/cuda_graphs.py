@@ -222,7 +222,7 @@ class GraphedStep:
             return Shortened({**inputs, "past_key_values": cache_of(kept)}, given.rows)
 
         table = buffers["table"]
-        with self.population.written(table, self.population.table), self.autocast():
+        with self.population.written(table), self.autocast():
             losses = self.population.losses(static, prefix) / buffers["divisor"]
         (gradient,) = torch.autograd.grad(losses.sum(), table)
         return losses.detach(), gradient

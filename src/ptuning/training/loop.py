@@ -19,19 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.state import is_initialized
 from torch import Tensor
 
 from .. import distributed
 from ..backbone.base_model import BaseModel
-from ..backbone.upstream import forget_accelerate
 from ..errors import TrainingError
 from ..forward.engine import Engine
 from ..forward.scoring import sums
 from ..rendering.collate import Batch
 from ..rendering.render import Rendered
 from . import checkpoint
-from .accelerator import finish_trackers, make_accelerator, move_model
+from .accelerator import accelerated, move_model
 from .cuda_graphs import graphs_or_plain
 from .grid import Variant
 from .learner import Learner, halve
@@ -51,9 +49,7 @@ class Loop:
 
     def train(self, resume: bool) -> list[Learner]:
         """Train from the start, or from the newest checkpoint; gives the members' learners."""
-        first_in_process = not is_initialized()
-        self.accelerator = make_accelerator(self.settings, self.output)
-        try:
+        with accelerated(self.settings, self.output) as self.accelerator:
             self._prepare(resume)
             renderer = self.variants[0].renderer
             owner = renderer.owner if renderer.compares else None
@@ -64,10 +60,6 @@ class Loop:
                     population, self._plain_step, self.settings, self.accelerator, self.notes.append
                 )
                 self._epochs()
-        finally:
-            finish_trackers(self.accelerator)
-            if first_in_process:  # so that the next training may use another precision
-                forget_accelerate()
         return self.learners
 
     @property

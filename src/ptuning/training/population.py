@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbone.base_model import eval_mode, first_free_id
-from ..backbone.injection import ATTACHING, Injector, input_embedding
+from ..backbone.base_model import first_free_id
+from ..backbone.injection import Injector, input_embedding
+from ..backbone.modes import eval_mode, in_training
 from ..errors import PromptFileError
 from ..forward.engine import Engine
 from ..forward.plain import Shortener
 from ..prompts.encoder import PromptEncoder, initialise
 from ..prompts.prompt import Prompt
 from ..rendering.collate import Batch
+from ..threads import CHANGING
 
 
 class Member(nn.Module):
@@ -38,7 +40,7 @@ class Member(nn.Module):
     def __init__(self, prompt: Prompt, model: nn.Module, seed: int, words: Sequence[int | None]):
         super().__init__()
         embedding = input_embedding(model)
-        with torch.random.fork_rng(devices=[]):
+        with CHANGING, torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # of the CPU: others stay as they are
             self.encoder = PromptEncoder(prompt.encoder_config(embedding.embedding_dim))
             self._initialise(prompt, embedding, words)
@@ -72,7 +74,8 @@ class Member(nn.Module):
         if not (self._random and self.training):
             return self.encoder.table()
         device = self.encoder.embedding.weight.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        devices = [device] if device.type == "cuda" else []
+        with CHANGING, torch.random.fork_rng(devices=devices):
             torch.set_rng_state(self.random_state)
             if device.type == "cuda":
                 torch.cuda.manual_seed(int(torch.randint(2**31, ())))
@@ -117,13 +120,13 @@ class Population(nn.Module):
             member.eval()  # a member's random state moves only when it trains
         with torch.no_grad():
             rows = self._tables()
-        with ATTACHING:
+        self._undo = ExitStack()
+        self._undo.enter_context(in_training(model, tune_model))
+        self._undo.enter_context(eval_mode(model))
+        with CHANGING:
             self._injector = Injector.on(model)
             self._span = self._injector.add(rows, first_free_id(tokenizer))
-        self._undo = ExitStack()
         self._undo.callback(self._injector.remove, self._span)
-        self._undo.enter_context(eval_mode(model))
-        self._undo.enter_context(_asking_for_gradients(model, tune_model))
         self.register_state_dict_post_hook(_drop_base)
         self.register_load_state_dict_post_hook(_expect_no_base)
 
@@ -180,14 +183,10 @@ class Population(nn.Module):
             tables.backward(self.table.grad)
 
     @contextmanager
-    def written(self, table: Tensor, behind: Tensor | None = None) -> Iterator[None]:
-        """The table in the embedding, and behind it another one: by default only its numbers, so
-        that no graph stays that others meet."""
-        self._injector.write(self._span, table)
-        try:
+    def written(self, table: Tensor) -> Iterator[None]:
+        """The table in the embedding, for this thread: others never meet its graph."""
+        with self._injector.serving({self._span: table}, alone=True):
             yield
-        finally:
-            self._injector.write(self._span, table.detach() if behind is None else behind)
 
     def losses(self, batch: Batch, shortener: Shortener | None = None) -> Tensor:
         """Each member's loss ``(members,)`` with the table that is in the embedding now.
@@ -208,19 +207,6 @@ class Population(nn.Module):
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-@contextmanager
-def _asking_for_gradients(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """All parameters ask for a gradient meanwhile, or none does."""
-    before = [(p, p.requires_grad) for p in model.parameters() if p.is_floating_point()]
-    for parameter, _ in before:
-        parameter.requires_grad_(wanted)
-    try:
-        yield
-    finally:
-        for parameter, asked in before:
-            parameter.requires_grad_(asked)
 
 
 def _drop_base(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from .. import distributed
 from ..backbone.base_model import BaseModel
+from ..backbone.modes import check_free
 from ..errors import DataError, InputError
 from ..prompts.prompt import Prompt
 from ..rendering.render import Example, Rendered, Renderer, answer_column, render_all
@@ -144,6 +145,7 @@ def train(
 
 
 def _check_tuning(model: Any, settings: TrainSettings, members: int) -> None:
+    check_free(model, settings.tune_model)
     if not settings.tune_model:
         return
     if members > 1:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...backbone.base_model import BaseModel, eval_mode
+from ...backbone.base_model import BaseModel
+from ...backbone.modes import eval_mode
 from ...backbone.traits import ModelKind
 from ...data import Row
 from ...errors import DataError
