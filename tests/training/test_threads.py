@@ -42,7 +42,9 @@ def trained(model: nn.Module, template: str = TEMPLATES["around the field"], **o
 
 def asking() -> ptuning.Prompt:
     prompt = ptuning.Prompt(
-        "The {country} [P*4]: [MASK]", answer="capital", verbalizer={a: a for a in ("Paris", "Rome")}
+        "The {country} [P*4]: [MASK]",
+        answer="capital",
+        verbalizer={"Paris": "Paris", "Rome": "Rome"},
     )
     prompt.vectors = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     return prompt
@@ -73,7 +75,9 @@ def test_trainings_of_one_model_at_the_same_time_get_the_numbers_of_one_alone() 
         partial(trained, model, encoder="none"),
         partial(trained, model, encoder="mlp", epochs=2),
         partial(trained, model, encoder="lstm", encoder_dropout=0.5),
-        partial(trained, model, encoder="lstm", encoder_dropout=0.5, seed=2, population=2, dev=FACTS),
+        partial(
+            trained, model, encoder="lstm", encoder_dropout=0.5, seed=2, population=2, dev=FACTS
+        ),
     ]
     alone = [train() for train in kinds]
     for _ in range(4):

@@ -9,7 +9,8 @@ copies and their gradients were a sixth of a training step.
     here      attention over K and V in groups
 
 Layers look their attention up by name, here ``sdpa``; for the time of our forwards that name stands
-for `attention`. The plain path is transformers' own; a test holds the two together.
+for `attention`, which in threads that do not ask for groups is the plain path, transformers' own. A
+test holds the two together.
 """
 
 from __future__ import annotations
@@ -27,31 +28,36 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ..backbone.base_model import device_of
 from ..backbone.traits import groups_queries
 from ..backbone.upstream import is_compiled
+from ..threads import CHANGING
 
-_lock = threading.Lock()
 _forwards = 0
+_here = threading.local()
 
 
 @contextmanager
 def grouped_queries(model: nn.Module) -> Iterator[None]:
-    """The model's layers read keys and values in groups meanwhile, if that is of use.
-
-    Other models of the process may get the same attention meanwhile: the numbers are the same.
-    """
+    """The model's layers read keys and values in groups meanwhile, in this thread, if that is of
+    use."""
     if is_compiled(model) or not groups_queries(model) or device_of(model).type != "cpu":
         yield
         return
+    before, _here.grouped = _grouped(), True
     _count(1)
     try:
         yield
     finally:
         _count(-1)
+        _here.grouped = before
+
+
+def _grouped() -> bool:
+    return getattr(_here, "grouped", False)
 
 
 def _count(change: int) -> None:
     """The first forward brings our attention, the last takes it away: threads may overlap."""
     global _forwards
-    with _lock:
+    with CHANGING:
         _forwards += change
         AttentionInterface.register("sdpa", attention if _forwards else sdpa_attention_forward)
 
@@ -70,7 +76,8 @@ def attention(
     to ``(R, S, heads, width)``."""
     asked = any(others.get(name) is not None for name in ("position_bias", "softcap", "cache"))
     alike = query.shape[1] == key.shape[1] or query.shape[2] == 1
-    if attention_mask is None or asked or alike or query.device.type != "cpu":
+    plain = not _grouped() or query.device.type != "cpu"
+    if plain or attention_mask is None or asked or alike:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )

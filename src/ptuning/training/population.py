@@ -120,13 +120,14 @@ class Population(nn.Module):
             member.eval()  # a member's random state moves only when it trains
         with torch.no_grad():
             rows = self._tables()
-        self._undo = ExitStack()
-        self._undo.enter_context(in_training(model, tune_model))
-        self._undo.enter_context(eval_mode(model))
-        with CHANGING:
-            self._injector = Injector.on(model)
-            self._span = self._injector.add(rows, first_free_id(tokenizer))
-        self._undo.callback(self._injector.remove, self._span)
+        with ExitStack() as stack:
+            stack.enter_context(in_training(model, tune_model))
+            stack.enter_context(eval_mode(model))
+            with CHANGING:
+                self._injector = Injector.on(model)
+                self._span = self._injector.add(rows, first_free_id(tokenizer))
+            stack.callback(self._injector.remove, self._span)
+            self._undo = stack.pop_all()
         self.register_state_dict_post_hook(_drop_base)
         self.register_load_state_dict_post_hook(_expect_no_base)
 
@@ -145,8 +146,9 @@ class Population(nn.Module):
 
     def train(self, mode: bool = True) -> Population:
         """Set the encoders' mode; the base model's dropout stays off."""
-        super().train(mode)
-        self.base.eval()
+        self.training = mode
+        self.members.train(mode)
+        self.base.eval()  # never in train mode, not for a moment: other threads may use it
         return self
 
     def write_tables(self) -> None:
