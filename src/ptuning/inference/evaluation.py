@@ -11,6 +11,7 @@ from torch import nn
 
 from ..backbone.base_model import BaseModel
 from ..backbone.modes import eval_mode
+from ..data import Rows, as_rows
 from ..errors import DataError
 from ..forward.engine import Engine
 from ..forward.scoring import score
@@ -60,7 +61,7 @@ def evaluate(
     model: nn.Module,
     tokenizer: Any,
     prompt: Prompt,
-    rows: Iterable[Example],
+    rows: Rows,
     *,
     manual: str | None = None,
     candidates: Sequence[str] | None = None,
@@ -73,7 +74,7 @@ def evaluate(
         model: the frozen base model.
         tokenizer: the model's.
         prompt: trained.
-        rows: examples with the answer column.
+        rows: examples with the answer column, as `train` takes them.
         manual: hand-written template to compare with; by default the prompt's own words.
         candidates: choose free answers among these.
         answer_tokens: longest free answer in tokens.
@@ -82,7 +83,7 @@ def evaluate(
     Raises:
         InputError, DataError: prompt, model or rows do not fit together.
     """
-    rows = list(rows)
+    rows = as_rows(rows)
     if not rows:
         raise DataError("there is no example to evaluate on; give at least one")
     _, loss = teacher_forced(model, tokenizer, prompt, rows, batch_size)

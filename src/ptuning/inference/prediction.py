@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from ..backbone.base_model import BaseModel
 from ..backbone.modes import eval_mode
 from ..backbone.traits import ModelKind
+from ..data import Rows, as_rows
 from ..errors import InputError
 from ..forward.engine import Engine
 from ..forward.plain import by_label
 from ..prompts.task import Task
 from ..rendering.collate import Batch
-from ..rendering.render import Example, Rendered, Renderer, render_all
+from ..rendering.render import Rendered, Renderer, render_all
 from .attachment import placed
 
 _KEPT = 64 * 2**20
@@ -44,7 +45,7 @@ def predict(
     model: nn.Module,
     tokenizer: Any,
     prompt: Task | Sequence[Task],
-    rows: Iterable[Example],
+    rows: Rows,
     *,
     candidates: Sequence[str] | None = None,
     answer_tokens: int | None = None,
@@ -58,7 +59,7 @@ def predict(
         prompt: a trained prompt, attached or not; or a manual `Task`. Or several: then the result
             has a list for each, and text in front of their virtual tokens, as far as it is the same
             (one document, many tasks), is computed once for a causal model.
-        rows: examples, column -> value; the answer column is not needed.
+        rows: examples, as `train` takes them; the answer column is not needed.
         candidates: choose among these answers.
         answer_tokens: longest free answer in tokens; by default the training's.
         batch_size: rows per forward.
@@ -85,14 +86,14 @@ def predict_details(
     model: nn.Module,
     tokenizer: Any,
     prompt: Task | Sequence[Task],
-    rows: Iterable[Example],
+    rows: Rows,
     *,
     candidates: Sequence[str] | None = None,
     answer_tokens: int | None = None,
     batch_size: int = 32,
 ) -> list[Any]:
     """Like `predict`, with probabilities: a `Prediction` for each row."""
-    tasks, rows = [prompt] if isinstance(prompt, Task) else list(prompt), list(rows)
+    tasks, rows = [prompt] if isinstance(prompt, Task) else list(prompt), as_rows(rows)
     engine = Engine(BaseModel.of(model, tokenizer), _KEPT if len(tasks) == 1 else None)
     choices = list(candidates) if candidates else None
     questions = []

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
+from ..data.values import plain, text_of
 from ..errors import InputError
 from .template import Template, Virtual, parse
 
@@ -95,7 +96,7 @@ class Task:
 
     def label_text(self, value: Any) -> str:
         """A cell of the answer column as it is compared."""
-        return str(as_label(value, self.labels)).strip()
+        return text_of("answer", as_label(value, self.labels)).strip()
 
     @property
     def ends_answer(self) -> bool:
@@ -116,9 +117,15 @@ class Task:
 
 
 def as_label(value: Any, labels: Container[str]) -> Any:
-    """A cell of the answer column; JSON's true is the label ``true`` where there is one."""
+    """A cell of the answer column: JSON's true is the label ``true`` where there is one.
+
+    And 1.0 is the label ``1``: pandas makes fractions of whole numbers where one is missing.
+    """
+    value = plain(value)
     if isinstance(value, bool) and json.dumps(value) in labels:
         return json.dumps(value)
+    if isinstance(value, float) and value.is_integer() and str(value) not in labels:
+        return int(value) if str(int(value)) in labels else value
     return value
 
 

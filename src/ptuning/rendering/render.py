@@ -7,10 +7,12 @@ how one string becomes ids is `layout`'s. Knows nothing of the model.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..data.rows import brief, named
+from ..data.values import text_of
 from ..errors import DataError, InputError
 from ..prompts.task import Task, as_label, fill, named_fields
 from ..prompts.template import Virtual
@@ -134,16 +136,13 @@ class Renderer:
             DataError: a column is missing, the answer is empty or no known label, or the example
                 does not fit the model's context.
         """
-        fields = self._texts(example, self.task.parsed.fields, "template")
-        in_words = self._texts(example, self._in_words, "verbalizer")
-        gold = self._gold(example) if answered else None
+        fields = _texts(example, self.task.parsed.fields, "template")
+        in_words = _texts(example, self._in_words, "verbalizer")
+        gold = _gold(self.task, example, self.labels) if answered else None
         label = None
         if gold is not None and self.labels:
             if gold not in self.labels:
-                raise DataError(
-                    f"the label {gold!r} is not in the verbalizer; it knows "
-                    f"{', '.join(map(repr, self.labels))}"
-                )
+                raise _unknown_label(gold, self.labels)
             label = list(self.labels).index(gold)
         if not self.compares:
             word = gold
@@ -157,15 +156,6 @@ class Renderer:
             return Rendered(sequences[:1], tuple(s.answer[0] for s in sequences), label)
         return Rendered(sequences, label=label)
 
-    def _texts(self, example: Example, names: Iterable[str], what: str) -> dict[str, str]:
-        for name in names:
-            if name not in example:
-                raise DataError(
-                    f"the {what} names the column {name!r}, and the example has "
-                    f"{', '.join(map(repr, example)) or 'none'}; rename one of the two"
-                )
-        return {name: _text(name, example[name]) for name in names}
-
     def _word(self, word: str, columns: dict[str, str]) -> str:
         if self._literal:
             return word
@@ -173,13 +163,6 @@ class Renderer:
         if not filled.strip():
             raise DataError(f"the label word {word!r} is empty in this example")
         return filled
-
-    def _gold(self, example: Example) -> str:
-        column = answer_column(self.task, example)
-        text = _text(column, as_label(example[column], self.labels))
-        if not text.strip():
-            raise DataError(f"the answer column {column!r} is empty; every example needs an answer")
-        return text
 
     def _sequences(
         self, fields: dict[str, str], words: Iterable[str | None]
@@ -248,6 +231,32 @@ def render_all(
     return rendered
 
 
+def check_rows(task: Task, rows: Iterable[Example], what: str, *, answered: bool = True) -> int:
+    """Look at all rows before a model is loaded for them; gives how many there are.
+
+    Args:
+        task: whose columns and labels the rows must have.
+        rows: column -> value; they may be a stream.
+        what: they are for, such as ``"training"``.
+        answered: the answer column must be there.
+
+    Raises:
+        DataError: names the first example at fault by its number, counted from 1.
+    """
+    words = [word for options in task.labels.values() for word in options]
+    in_words = tuple(dict.fromkeys(name for word in words for name in named_fields(word)))
+    fields, labels, number = task.parsed.fields, task.labels, 0
+    for number, row in enumerate(rows, 1):
+        try:
+            _texts(row, fields, "template")
+            _texts(row, in_words, "verbalizer")
+            if answered and (gold := _gold(task, row, labels)) not in labels and labels:
+                raise _unknown_label(gold, labels)
+        except DataError as error:
+            raise DataError(f"{what} example {number}: {error}") from None
+    return number
+
+
 def answer_column(task: Task, example: Example) -> str:
     """The column of the right answer: the task's own, else ``answer``, else ``label``.
 
@@ -260,18 +269,33 @@ def answer_column(task: Task, example: Example) -> str:
             return name
     raise DataError(
         f"the example has no answer column {' or '.join(map(repr, choices))}; it has "
-        f"{', '.join(map(repr, example)) or 'none'}; name the answer's column (--answer COLUMN)"
+        f"{named(map(repr, example)) or 'none'}; name the answer's column (--answer COLUMN)"
     )
 
 
-def _text(column: str, value: Any) -> str:
-    """The text of a cell; nothing for None."""
-    text = "" if value is None else str(value)
-    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise DataError(
-            f"the column {column!r} holds half a surrogate pair; repair its text: {text!r}"
-        )
+def _texts(example: Example, names: Iterable[str], what: str) -> dict[str, str]:
+    for name in names:
+        if name not in example:
+            raise DataError(
+                f"the {what} names the column {name!r}, and the example has "
+                f"{named(map(repr, example)) or 'none'}; rename one of the two"
+            )
+    return {name: text_of(name, example[name]) for name in names}
+
+
+def _gold(task: Task, example: Example, labels: Container[str]) -> str:
+    column = answer_column(task, example)
+    text = text_of(column, as_label(example[column], labels))
+    if not text.strip():
+        raise DataError(f"the answer column {column!r} is empty; every example needs an answer")
     return text
+
+
+def _unknown_label(label: str, labels: Iterable[str]) -> DataError:
+    return DataError(
+        f"the label {brief(repr(label))} is not in the verbalizer; it knows "
+        f"{named(map(repr, labels))}"
+    )
 
 
 def _cut(text: str, length: int) -> str:

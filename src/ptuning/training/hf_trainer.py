@@ -9,17 +9,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..backbone.base_model import BaseModel
+from ..data import Rows, as_rows
+from ..errors import DataError
 from ..forward.engine import Engine
 from ..prompts.prompt import Prompt
 from ..rendering.collate import IGNORED, Batch
-from ..rendering.render import Example, Rendered, Renderer, answer_column, render_all
+from ..rendering.render import Rendered, Renderer, answer_column, render_all
 from .population import Member, Population
 from .train import learn_answer_length
 
@@ -77,7 +79,7 @@ def trainer_parts(
     model: nn.Module,
     tokenizer: Any,
     prompt: Prompt,
-    rows: Iterable[Example],
+    rows: Rows,
     *,
     seed: int = 0,
 ) -> tuple[PromptModule, list[dict[str, Rendered]], Callable[[list[Any]], dict[str, Tensor]]]:
@@ -87,10 +89,12 @@ def trainer_parts(
         model: the base model; only the prompt's encoder is trained.
         tokenizer: the model's.
         prompt: filled by ``PromptModule.finish``.
-        rows: training examples.
+        rows: training examples, as `train` takes them.
         seed: of the encoder's initialisation, as in `train`.
     """
-    rows = list(rows)
+    rows = as_rows(rows)
+    if not rows:
+        raise DataError("there is no training example; give at least one")
     prompt.answer = answer_column(prompt, rows[0])
     engine = Engine(BaseModel.of(model, tokenizer), plain=True)
     renderer = engine.renderer(prompt)

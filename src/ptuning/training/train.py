@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 from .. import distributed
 from ..backbone.base_model import BaseModel
 from ..backbone.modes import check_free
+from ..data import Rows, as_rows
 from ..errors import DataError, InputError
 from ..prompts.prompt import Prompt
 from ..rendering.render import Example, Rendered, Renderer, answer_column, render_all
@@ -53,8 +54,8 @@ def train(
     model: nn.Module,
     tokenizer: Any,
     prompt: Prompt,
-    rows: Iterable[Example],
-    dev: Iterable[Example] = (),
+    rows: Rows,
+    dev: Rows = (),
     *,
     output: str | Path | None = None,
     resume: bool = False,
@@ -77,7 +78,8 @@ def train(
             ``tune_model``.
         tokenizer: the model's.
         prompt: a trained one continues from its weights.
-        rows: training examples, column -> value.
+        rows: training examples: rows (column -> value), a dict of columns, a data frame, a data
+            set (`as_rows`).
         dev: examples that choose the best epoch; without them it is the last.
         output: folder for checkpoints of the running training; only the main process uses it.
         resume: continue from the newest checkpoint in `output`, if there is one.
@@ -98,7 +100,7 @@ def train(
     with distributed.together():
         settings = _with_options(settings or TrainSettings(), options)
         started = time.monotonic()
-        rows, dev = list(rows), list(dev)
+        rows, dev = as_rows(rows), as_rows(dev)
         if not rows:
             raise DataError("there is no training example; give at least one")
         base = BaseModel.of(model, tokenizer)
@@ -164,8 +166,8 @@ def _figures(learner: Learner) -> dict[str, float]:
 def _rendered(
     base: BaseModel,
     chosen: list[tuple[dict[str, Any], Prompt, TrainSettings]],
-    rows: list[Example],
-    dev: list[Example],
+    rows: Sequence[Example],
+    dev: Sequence[Example],
 ) -> list[Variant]:
     """The members with their examples; those of one template share them."""
     made: dict[str | None, tuple[Renderer, list[Rendered], list[Rendered]]] = {}

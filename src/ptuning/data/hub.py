@@ -1,0 +1,62 @@
+"""Rows of data sets: the hub's, and any of the ``datasets`` library."""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from ..errors import DataError
+from .rows import Row, brief
+
+_HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
+
+
+def hub_rows(source: str) -> Iterator[Row]:
+    """Rows of a data set of the hub, ``NAME[,CONFIG][:SPLIT]``.
+
+    Raises:
+        DataError: there is none of that name, or it cannot be reached.
+    """
+    import datasets
+
+    name, _, split = source.partition(":")
+    name, _, config = name.partition(",")
+    if not _HUB_NAME.fullmatch(name) or len(source) > 200:
+        raise DataError(
+            f"{brief(source)} is no file here and no name of a data set of the hub; give a "
+            ".jsonl, .csv or .parquet file, or NAME[,CONFIG][:SPLIT]"
+        )
+    # datasets takes the name of one of its readers as: the files of that kind that lie about here.
+    if name.lower() in {module.name for module in pkgutil.iter_modules(_readers())}:
+        raise DataError(
+            f"{name} is no file here and names a kind of file, no data set of the hub; give the "
+            f"file itself, such as rows.{name}"
+        )
+    try:
+        data: Any = datasets.load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # the hub's and datasets' many kinds
+        raise DataError(
+            f"{source} is no file here and no data set of the hub ({type(error).__name__}); give a "
+            ".jsonl, .csv or .parquet file, or NAME[,CONFIG][:SPLIT]"
+        ) from error
+    return dataset_rows(data)
+
+
+def _readers() -> list[str]:
+    import datasets.packaged_modules
+
+    return list(datasets.packaged_modules.__path__)
+
+
+def dataset_rows(data: Any) -> Iterator[Row]:
+    """Rows of a `datasets.Dataset`; class labels are their names, and none where there is none."""
+    features = data.features or {}
+    names = {column: kind for column, kind in features.items() if hasattr(kind, "int2str")}
+    for row in data:
+        for column, kind in names.items():
+            value = row[column]
+            if value is not None and not isinstance(value, str):
+                row[column] = kind.int2str(int(value)) if int(value) >= 0 else None
+        yield dict(row)

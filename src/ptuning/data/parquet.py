@@ -1,0 +1,97 @@
+"""Rows of a Parquet file, a few at a time, and its columns' types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from .rows import Row, unique_names
+from .text import LONGEST_CELL, Swelling
+
+_AT_ONCE = 64
+_SMALL = 2**18
+
+
+def parquet_rows(path: Path) -> Iterator[Row]:
+    """Rows with the types that the file gives them.
+
+    Raises:
+        DataError: it is no Parquet, is damaged, or has a column twice.
+    """
+    for batch in batches(path):
+        yield from _guarded(path, batch.to_pylist)
+
+
+def batches(path: Path) -> Iterator[Any]:
+    """The file's record batches, of few rows each.
+
+    Raises:
+        DataError: as `parquet_rows`.
+    """
+    file = _guarded(path, lambda: _open(path))
+    unique_names(file.schema_arrow.names, str(path))
+    swelling = Swelling(path)
+    reading = file.iter_batches(batch_size=_AT_ONCE)
+    while (batch := _guarded(path, lambda: next(reading, None))) is not None:
+        swelling.add(sum(_size(path, column) for column in batch.columns))
+        yield batch
+
+
+def _open(path: Path) -> Any:
+    """The file, its small columns as dictionaries.
+
+    A few bytes may stand for a gigabyte, as a long text that is the same in every row; as a
+    dictionary it takes its true size until it is known how much it would be.
+    """
+    from pyarrow.parquet import ParquetFile
+
+    file = ParquetFile(path)
+    data = file.metadata
+    groups = [data.row_group(number) for number in range(data.num_row_groups)]
+    swelling = Swelling(path)
+    small: dict[str, bool] = {}
+    for group in groups:
+        swelling.add(max(group.total_byte_size, group.num_rows))
+        for number in range(group.num_columns):
+            column = group.column(number)
+            if column.physical_type == "BYTE_ARRAY":
+                name = column.path_in_schema
+                small[name] = small.get(name, True) and column.total_compressed_size < _SMALL
+    names = [name for name, is_small in small.items() if is_small]
+    return ParquetFile(path, read_dictionary=names) if names else file
+
+
+def _size(path: Path, column: Any) -> int:
+    """Bytes of a column's values.
+
+    Raises:
+        DataError: one of them is too long.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_dictionary(column.type):
+        kind, values = column.type.value_type, column.dictionary
+    else:
+        kind, values = column.type, column
+    binary = (pa.types.is_string, pa.types.is_binary, pa.types.is_large_string)
+    if not any(is_kind(kind) for is_kind in (*binary, pa.types.is_large_binary)):
+        return int(column.nbytes)
+    lengths = pc.binary_length(values)
+    if pa.types.is_dictionary(column.type):
+        lengths = lengths.take(column.indices)
+    if (pc.max(lengths).as_py() or 0) > LONGEST_CELL:
+        raise DataError(f"{path}: a cell is longer than {LONGEST_CELL:,} characters")
+    return int(pc.sum(lengths).as_py() or 0)
+
+
+def _guarded(path: Path, read: Any) -> Any:
+    try:
+        return read()
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow's own kinds
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path} cannot be read as Parquet: {reason}") from error

@@ -1,0 +1,137 @@
+"""Rows of separated values (CSV, TSV), as the csv module reads them with ``strict=True``.
+
+The csv module itself has one limit of a cell's length for the whole process, too low for passages
+and not to be changed under other threads; and it reports a quote that never closes at the file's
+end. So records are cut here; a test compares the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from ..errors import DataError
+from .rows import Row, named
+from .text import LONGEST_CELL, lines
+
+_OTHERS = (";", "\t", "|")
+_QUOTE = '"'
+
+
+def separated_rows(path: Path, usual: str, separator: str | None = None) -> Iterator[Row]:
+    """Rows of a file with a header, all cells text.
+
+    Args:
+        path: of the file.
+        usual: the separator that its ending promises.
+        separator: the true one; by default found in the header (`_found`).
+
+    Raises:
+        DataError: malformed, with the line.
+    """
+    separator = separator or _found(path, usual)
+    cut = records(path, separator)
+    number, header = next(cut, (0, []))
+    # A table of pandas has its index in front, under no name.
+    if len(set(header)) < len(header) or not all(name.strip() for name in header[1:] or header):
+        raise DataError(
+            f"{path} line {number}: column names must be there and differ: {named(header)}"
+        )
+    for number, cells in cut:
+        if len(cells) != len(header):
+            raise DataError(
+                f"{path} line {number}: {len(cells)} cells, and the header has "
+                f"{len(header)} ({named(header)}); quote cells that hold a {separator!r}, or "
+                "name the separator"
+            )
+        yield dict(zip(header, cells, strict=True))
+
+
+def records(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """The cells of each record, with the number of its last line; empty lines are none.
+
+    Raises:
+        DataError: malformed, with the line.
+    """
+    source = enumerate(lines(path, newline=""), 1)
+    for number, line in source:
+        text = line.rstrip("\r\n")
+        if not text:
+            continue
+        if _QUOTE not in text:
+            cells = text.split(separator)
+        else:
+            number, cells = _quoted(path, separator, number, line, source)
+        if len(line) > LONGEST_CELL and max(map(len, cells)) > LONGEST_CELL:
+            raise DataError(f"{path} line {number}: {_too_long()}")
+        yield number, cells
+
+
+def _quoted(
+    path: Path, separator: str, number: int, line: str, source: Iterator[tuple[int, str]]
+) -> tuple[int, list[str]]:
+    """The cells of a record in which quotes stand; it may go on over several lines."""
+    cells, at = [], 0
+    while True:
+        if not line.startswith(_QUOTE, at):
+            end = line.find(separator, at)
+            if end < 0:
+                cells.append(line[at:].rstrip("\r\n"))
+                return number, cells
+            cells.append(line[at:end])
+            at = end + 1
+            continue
+        opened, parts, length, at = number, [], 0, at + 1
+        while True:
+            end = line.find(_QUOTE, at)
+            part = line[at:] if end < 0 else line[at:end]
+            parts.append(part)
+            length += len(part)
+            if length > LONGEST_CELL:
+                raise DataError(f"{path} line {opened}: {_too_long()}; is its quote closed?")
+            if end < 0:
+                number, line = next(source, (0, ""))
+                if not line:
+                    raise DataError(
+                        f"{path} line {opened}: malformed CSV (the quote that opens here is never "
+                        "closed)"
+                    )
+                at = 0
+            elif line.startswith(_QUOTE, end + 1):
+                parts.append(_QUOTE)
+                at = end + 2
+            else:
+                at = end + 1
+                break
+        cells.append("".join(parts))
+        rest = line[at : at + 2]
+        if rest in ("", "\n", "\r", "\r\n"):
+            return number, cells
+        if rest[0] != separator:
+            raise DataError(
+                f"{path} line {number}: malformed CSV ({separator!r} expected after a closing "
+                f"quote, and {rest[0]!r} stands there)"
+            )
+        at += 1
+
+
+def _too_long() -> str:
+    return f"a cell is longer than {LONGEST_CELL:,} characters"
+
+
+def _found(path: Path, usual: str) -> str:
+    """The separator that cuts header and first record alike into several named cells."""
+    for separator in (usual, *_OTHERS):
+        try:
+            first = [cells for _, cells in islice(records(path, separator), 2)]
+        except DataError:
+            continue  # not with this one
+        header = first[0] if first else []
+        if (
+            len(header) > 1
+            and all(name.strip() for name in header[1:])
+            and (len(first) < 2 or len(first[1]) == len(header))
+        ):
+            return separator
+    return usual

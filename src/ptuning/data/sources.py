@@ -1,0 +1,93 @@
+"""Reading examples: JSONL, CSV, TSV, Parquet, or a data set of the hub.
+
+JSONL and CSV are read here and not through ``datasets``: its readers guess types (the text
+"2020-01-01" becomes a date, "NA" nothing), which would change what the template shows the model,
+and their errors name no line. Hub data sets have types of their own and go through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import DataError
+from .hub import hub_rows
+from .json_rows import json_rows
+from .parquet import parquet_rows
+from .rows import Row, brief
+from .separated import separated_rows
+from .text import PACKED
+
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_JSON = (".jsonl", ".json", ".ndjson")
+
+
+def read_examples(source: str | Path, separator: str | None = None) -> list[Row]:
+    """All examples of a file or a hub data set, column -> value.
+
+    Args:
+        source: a path that ends in ``.jsonl``, ``.json`` (lines or one array), ``.csv``, ``.tsv``
+            or ``.parquet``, the text kinds also packed (``.csv.gz``, ``.bz2``, ``.xz``, ``.zst``);
+            or a hub data set as ``NAME[,CONFIG][:SPLIT]`` (split ``train`` by default).
+        separator: of a CSV file's cells; by default found in its header.
+
+    Raises:
+        DataError: missing, empty, malformed (with the line), or of an unknown kind.
+    """
+    return list(stream_examples(source, separator))
+
+
+def stream_examples(source: str | Path, separator: str | None = None) -> Iterator[Row]:
+    """The same rows one after the other, in memory that does not grow with the file.
+
+    Raises:
+        DataError: as `read_examples`, when the fault is reached.
+    """
+    row = None
+    for row in _rows(source, separator):
+        yield row
+    if row is None:
+        raise DataError(f"{source} holds no example; give a file with at least one")
+
+
+def is_parquet(source: str | Path) -> bool:
+    """A source whose columns have types of Parquet."""
+    return Path(source).suffix.lower() == ".parquet"
+
+
+def _rows(source: str | Path, separator: str | None) -> Iterator[Row]:
+    path = Path(source)
+    kind = _kind(path)
+    if separator is not None and (len(separator) != 1 or separator in '"\r\n'):
+        raise DataError(f"the separator is {separator!r}; give one character, such as ';'")
+    try:
+        exists, is_file, is_folder = path.exists(), path.is_file(), path.is_dir()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "no name for a file"
+        raise DataError(f"data file {brief(str(source))} cannot be read: {reason}") from None
+    known = (*_JSON, *_SEPARATORS, ".parquet")
+    if kind not in known and not exists:
+        return hub_rows(str(source))
+    if not is_file:
+        problem = "is a folder" if is_folder else "does not exist"
+        if exists and not is_folder:
+            problem = "is no regular file"
+        raise DataError(
+            f"data file {brief(str(source))} {problem}; give a JSONL, CSV or Parquet file"
+        )
+    if kind == ".parquet" and path.suffix.lower() == kind:
+        return parquet_rows(path)
+    if kind in _SEPARATORS:
+        return separated_rows(path, _SEPARATORS[kind], separator)
+    if kind in _JSON:
+        return json_rows(path)
+    raise DataError(
+        f"{path} has an unknown kind; expected .jsonl, .json, .csv, .tsv or .parquet (a text file "
+        f"may be packed: {', '.join(PACKED)})"
+    )
+
+
+def _kind(path: Path) -> str:
+    """The ending that says how rows are written, without one for how the file is packed."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in PACKED else suffix

@@ -1,0 +1,88 @@
+"""What a cell says: its text, or that it is missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from ..errors import DataError
+from .rows import brief
+
+
+def plain(value: Any) -> Any:
+    """A scalar of numpy, torch or the like as Python's own; everything else as it is."""
+    if isinstance(value, str | int | float) or value is None:
+        return value
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return value.item()
+    return value
+
+
+def is_missing(value: Any) -> bool:
+    """None, NaN, and what pandas puts where nothing is."""
+    if isinstance(value, str):
+        return False
+    if value is None or type(value).__name__ == "NAType":  # pandas.NA equals nothing
+        return True
+    try:
+        return bool(value != value)
+    except (TypeError, ValueError):  # such as an array, which is not one answer
+        return False
+
+
+def text_of(column: str, value: Any) -> str:
+    """The text of a cell; nothing for a missing one.
+
+    Raises:
+        DataError: names the column; the value is no text and no single thing that has one.
+    """
+    value = plain(value)
+    if isinstance(value, str):
+        text = value
+    elif is_missing(value):
+        return ""
+    else:
+        text = _written(column, value)
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise DataError(
+            f"the column {column!r} holds half a surrogate pair; repair its text: {_begin(text)}"
+        )
+    return text
+
+
+def _written(column: str, value: Any) -> str:
+    if isinstance(value, Iterable):  # lists, dicts, sets, bytes, arrays
+        raise DataError(
+            f"the column {column!r} holds a {type(value).__name__} where one text is expected: "
+            f"{_begin(value)}; put the text that is meant into a column of its own"
+        )
+    try:
+        infinite = math.isinf(value)
+    except (TypeError, ValueError, OverflowError):
+        infinite = False
+    if infinite:
+        raise DataError(
+            f"the column {column!r} holds a number beyond what floats can hold ({value}); write "
+            "it as text if that is what the model shall see"
+        )
+    is_number = isinstance(value, int | float | complex)
+    writes: Any = type(value).__str__
+    if writes is object.__str__ and not is_number:
+        raise DataError(
+            f"the column {column!r} holds a {type(value).__name__}, which has no text of its own; "
+            "give text or a number"
+        )
+    try:
+        return str(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        raise DataError(
+            f"the column {column!r} holds a number of more than 4300 digits; write it as text"
+        ) from None
+
+
+def _begin(value: Any) -> str:
+    try:
+        return brief(" ".join(repr(value).split()), 60)
+    except Exception:  # whatever another's repr raises, this message must not
+        return "…"
