@@ -147,6 +147,37 @@ def training_bar() -> Iterator[Callable[[Progress], None]]:
         yield listener
 
 
+@contextmanager
+def rows_bar(total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """A bar over rows on a terminal, else a line now and then; gives what hears how many are done.
+
+    Args:
+        total: all rows.
+        done: those that an earlier run has done.
+    """
+    columns = [bars.TextColumn("{task.completed} of {task.total} rows"), bars.BarColumn()]
+    times = [bars.TimeElapsedColumn(), bars.TimeRemainingColumn()]
+    silent = _quiet or not err.is_terminal
+    bar = bars.Progress(*columns, *times, console=err, transient=True, disable=silent)
+    started = said = time.monotonic()
+    with bar:
+        task = bar.add_task("", total=total, completed=done)
+
+        def tell(now: int) -> None:
+            nonlocal said
+            bar.update(task, completed=now)
+            if not err.is_terminal and time.monotonic() - said > _SILENCE and now < total:
+                said = time.monotonic()
+                left = (said - started) / (now - done) * (total - now)
+                say(f"{now} of {total} rows, about {_duration(left)} left")
+
+        yield tell
+
+
+_SILENCE = 30
+"""Seconds between two lines where there is no terminal for a bar."""
+
+
 def _epoch_line(heard: Progress) -> str:
     record = heard.record or {}
     line = f"epoch {record['epoch']:>3}  loss {record['loss']:.4f}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import console, saved_prompt
-from .options import Dtype, Json
+from .options import Dtype, Json, Separator
 from .saved_prompt import AnswerTokens, BatchSize, Candidates, Model, PromptFolder
 
 if TYPE_CHECKING:
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 def evaluate(
     prompt_folder: PromptFolder,
     data: Annotated[str, typer.Option(help="Examples with answers: JSONL, CSV, Parquet, hub.")],
+    answer: Annotated[
+        str | None, typer.Option(help="Column of the right answer. [default: as in the training]")
+    ] = None,
     model: Model = None,
     manual: Annotated[
         str | None,
@@ -26,6 +29,7 @@ def evaluate(
     answer_tokens: AnswerTokens = None,
     batch_size: BatchSize = 32,
     dtype: Dtype = "float32",
+    separator: Separator = None,
     json_output: Json = False,
 ) -> None:
     """Measure a prompt on examples with answers.
@@ -35,11 +39,16 @@ def evaluate(
     """
     from ..data import read_examples
     from ..inference.evaluation import evaluate as measure
+    from ..rendering.render import check_rows
 
     prompt = saved_prompt.load(prompt_folder)
-    rows = read_examples(data)
+    prompt.answer = answer or prompt.answer
     chosen = saved_prompt.read_candidates(candidates)
-    base, tokenizer = saved_prompt.base_model(prompt, model, dtype)
+    name = saved_prompt.base_name(prompt, model)
+    rows = read_examples(data, separator)
+    check_rows(prompt, rows, "evaluation")
+    check_rows(prompt.manual(manual), rows, "evaluation", answered=False)
+    base, tokenizer = saved_prompt.base_model(name, dtype)
     result = measure(
         base,
         tokenizer,

@@ -22,6 +22,13 @@ Model = Annotated[
 Dtype = Annotated[
     str, typer.Option(help="Of the frozen model: float32, bfloat16, float16 or auto.")
 ]
+Separator = Annotated[
+    str | None,
+    typer.Option(
+        help="Between the cells of a CSV file, such as ';' or tab. [default: found in its header]",
+        callback=lambda text: {"tab": "\t", "\\t": "\t"}.get(text, text),
+    ),
+]
 Encoders = Annotated[
     str, typer.Option(help="Population's encoders: mlp, lstm, none, separated by commas.")
 ]

@@ -1,30 +1,51 @@
-"""``ptuning predict``."""
+"""``ptuning predict``: rows in, rows and answers out, in memory that does not grow with them."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import InputError
+from ..errors import DataError, InputError
 from . import console, saved_prompt
-from .options import Dtype
+from .options import Dtype, Separator
 from .saved_prompt import AnswerTokens, BatchSize, Candidates, Model, PromptFolder
+
+if TYPE_CHECKING:
+    from ..data.partial import Partial
+    from ..inference.prediction import Prediction
+    from ..prompts.prompt import Prompt
+
+_ADDED = ("prediction", "probability", "probabilities")
+_BATCHES_AT_ONCE = 8
+"""Batches of rows that are read, answered and written together."""
 
 
 def predict(
     prompt_folder: PromptFolder,
     data: Annotated[str, typer.Option(help="Examples: JSONL, CSV, Parquet, hub.")],
     output: Annotated[
-        Path, typer.Option(help="JSONL file to write: each example with its prediction; - prints.")
+        Path,
+        typer.Option(
+            help="File to write: each example with its prediction, as .jsonl, .csv, .tsv or "
+            ".parquet; - prints JSON lines."
+        ),
     ] = Path("-"),
     model: Model = None,
     candidates: Candidates = None,
     answer_tokens: AnswerTokens = None,
     batch_size: BatchSize = 32,
     dtype: Dtype = "float32",
+    separator: Separator = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the interrupted run beside --output.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output file.")
     ] = False,
@@ -35,40 +56,138 @@ def predict(
     """Answer each example; adds 'prediction' and 'probability' to its columns.
 
     Prompts with labels also give 'probabilities', label by label.
+
+    Rows are written while they are answered, into a file beside --output that becomes it at the
+    end. What interrupts the run leaves them there: the same command with --resume goes on.
     """
-    from ..data import read_examples
-    from ..inference.prediction import predict_details
+    from ..data.partial import Output, begun
+    from ..data.sources import stream_examples
+    from ..data.writing import convert
 
-    prints = str(output) == "-"
-    if not prints and output.exists() and not overwrite:
-        raise InputError(f"--output {output} exists; choose another file, or --overwrite")
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other; give one")
+    place = None if str(output) == "-" else Output(output)
+    if resume and (place is None or place.special):
+        raise InputError("--resume needs an --output file, beside which the interrupted run stands")
+    if batch_size < 1:
+        raise InputError(f"--batch-size is {batch_size}; give a whole number of at least 1")
     prompt = saved_prompt.load(prompt_folder)
-    rows = read_examples(data)
     chosen = saved_prompt.read_candidates(candidates)
-    base, tokenizer = saved_prompt.base_model(prompt, model, dtype)
-    predictions = predict_details(
-        base,
-        tokenizer,
-        prompt,
-        rows,
-        candidates=chosen,
-        answer_tokens=answer_tokens,
-        batch_size=batch_size,
-    )
-    lines = []
-    for row, made in zip(rows, predictions, strict=True):
-        added: dict[str, Any] = {"prediction": made.answer, "probability": made.probability}
-        if made.probabilities:
-            added["probabilities"] = made.probabilities
-        lines.append(console.json_text({**row, **added}))
-    text = "\n".join(lines) + "\n"
-    if prints:
-        sys.stdout.write(text)
+    name = saved_prompt.base_name(prompt, model)
+    added = _ADDED if chosen or prompt.labels else _ADDED[:2]
+    count, columns = _survey(prompt, data, separator, added)
+    options: Any = {"candidates": chosen, "answer_tokens": answer_tokens, "batch_size": batch_size}
+    rows = islice(stream_examples(data, separator), count)
+    if place is None or place.special:
+        base = saved_prompt.base_model(name, dtype)
+        _print(place.path if place else None, _answered(base, prompt, rows, options, 0, count))
         return
-    from ..storage import write_file
-
-    write_file(output, text.encode())
+    depends_on = {**options, "prompt": _digest(prompt), "model": name, "dtype": dtype}
+    del depends_on["batch_size"]
+    with begun(place, depends_on, resume, overwrite) as partial:
+        done = partial.take_up(rows)
+        if done < count:
+            base = saved_prompt.base_model(name, dtype)
+            _gather(partial, _answered(base, prompt, rows, options, done, count), done, count)
+        partial.finish(
+            lambda path: convert(
+                path, place.kind, data, separator, partial.path, added, (*columns, *added)
+            )
+        )
     if json_output:
-        console.print_json({"examples": len(rows), "output": str(output)})
+        console.print_json({"examples": count, "output": str(output)})
     else:
-        console.say(f"{len(rows)} predictions in {output}")
+        console.say(f"{count} predictions in {output}")
+
+
+def _survey(
+    prompt: Prompt, data: str, separator: str | None, added: Sequence[str]
+) -> tuple[int, list[str]]:
+    """How many rows there are, and their columns; all are fit to be answered."""
+    from ..data.sources import stream_examples
+    from ..rendering.render import check_rows
+
+    columns: dict[str, None] = {}
+
+    def looked_at() -> Iterator[dict[str, Any]]:
+        for row in stream_examples(data, separator):
+            columns.update(dict.fromkeys(row))
+            yield row
+
+    count = check_rows(prompt, looked_at(), "prediction", answered=False)
+    if taken := [name for name in added if name in columns]:
+        raise DataError(
+            f"{data} has a column {taken[0]!r}, and predict writes one of that name; rename the "
+            "data's"
+        )
+    return count, list(columns)
+
+
+def _answered(
+    base: tuple[Any, Any],
+    prompt: Prompt,
+    rows: Iterator[dict[str, Any]],
+    options: dict[str, Any],
+    done: int,
+    count: int,
+) -> Iterator[list[dict[str, Any]]]:
+    """Blocks of rows with their predictions, from row `done` on, of `count`."""
+    from ..data.rows import in_blocks
+    from ..inference.prediction import stream_predictions
+
+    waiting: list[list[dict[str, Any]]] = []
+
+    def blocks() -> Iterator[list[dict[str, Any]]]:
+        for block in in_blocks(rows, _BATCHES_AT_ONCE * options["batch_size"]):
+            waiting.append(block)
+            yield block
+
+    with console.rows_bar(count, done) as tell:
+        for predictions in stream_predictions(*base, prompt, blocks(), **options, first=done + 1):
+            block = waiting.pop()
+            yield [{**row, **_columns(p)} for row, p in zip(block, predictions, strict=True)]
+            done += len(block)
+            tell(done)
+
+
+def _columns(made: Prediction) -> dict[str, Any]:
+    values = (made.answer, made.probability, made.probabilities)
+    return dict(islice(zip(_ADDED, values, strict=True), 3 if made.probabilities else 2))
+
+
+def _gather(
+    partial: Partial, blocks: Iterator[list[dict[str, Any]]], done: int, count: int
+) -> None:
+    try:
+        for block in blocks:
+            partial.add(block)
+            done += len(block)
+    except KeyboardInterrupt:
+        console.say(f"{done} of {count} rows are done; the same command with --resume goes on")
+        raise
+
+
+def _print(device: Path | None, blocks: Iterator[list[dict[str, Any]]]) -> None:
+    """Rows as JSON lines on stdout, or into a device or pipe."""
+    from ..data.partial import refused
+    from ..data.writing import json_line, without_nan
+
+    if device is not None:
+        with refused(device), open(device, "wb") as file:
+            for block in blocks:
+                file.writelines(map(json_line, block))
+                file.flush()
+        return
+    try:
+        for block in blocks:
+            for row in block:
+                sys.stdout.write(console.json_text(without_nan(row)) + "\n")
+            sys.stdout.flush()
+    except BrokenPipeError:  # such as head, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _digest(prompt: Prompt) -> str:
+    vectors = prompt.trained_vectors().detach().cpu().contiguous().numpy().tobytes()
+    settings = repr(prompt.settings()).encode(errors="backslashreplace")
+    return hashlib.sha256(settings + vectors).hexdigest()

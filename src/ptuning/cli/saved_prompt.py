@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import InputError
+from ..errors import DataError, InputError
 
 if TYPE_CHECKING:
     from ..prompts.prompt import Prompt
@@ -32,17 +32,22 @@ def load(folder: str) -> Prompt:
     return Prompt.load(folder)
 
 
-def base_model(prompt: Prompt, name: str | None, dtype: str) -> tuple[Any, Any]:
-    """Model and tokenizer: those named, else those that the prompt was trained on.
+def base_name(prompt: Prompt, name: str | None) -> str:
+    """The model that is named, else the one that the prompt was trained on.
 
     Raises:
         InputError: neither is known.
     """
-    from ..backbone.load import load_model
-
     name = name or prompt.base_model.get("name")
     if not name:
         raise InputError("the prompt does not say which model it is for; give --model")
+    return name
+
+
+def base_model(name: str, dtype: str) -> tuple[Any, Any]:
+    """Model and tokenizer of that name."""
+    from ..backbone.load import load_model
+
     return load_model(name, dtype=dtype)
 
 
@@ -54,11 +59,12 @@ def read_candidates(path: Path | None) -> list[str] | None:
     """
     if path is None:
         return None
+    from ..data.text import lines
+
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--candidates {path} cannot be read: {error}") from None
-    found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+        found = list(dict.fromkeys(line.strip() for line in lines(path) if line.strip()))
+    except DataError as error:
+        raise InputError(f"--candidates: {error}") from None
     if len(found) < 2:
         raise InputError(f"--candidates {path} holds {len(found)} answers; give at least two")
     return found

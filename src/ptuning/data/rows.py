@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ..errors import DataError
 
 Row = dict[str, Any]
 """One example: column -> value."""
+
+
+def in_blocks(rows: Iterable[Row], most: int, size: int = 4 * 2**20) -> Iterator[list[Row]]:
+    """Rows in blocks of at most `most`, smaller ones where `size` characters are reached."""
+    block: list[Row] = []
+    room = size
+    for row in rows:
+        block.append(row)
+        room -= _size(row)
+        if len(block) == most or room <= 0:
+            yield block
+            block, room = [], size
+    if block:
+        yield block
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(_size(name) + _size(inner) for name, inner in value.items())
+    if isinstance(value, list | tuple):
+        return sum(map(_size, value))
+    return 8
 
 
 def unique_names(names: Sequence[str], where: str) -> None:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from ..backbone.base_model import BaseModel
 from ..backbone.modes import eval_mode
 from ..backbone.traits import ModelKind
-from ..data import Rows, as_rows
+from ..data import Row, Rows, as_rows
 from ..errors import InputError
 from ..forward.engine import Engine
 from ..forward.plain import by_label
 from ..prompts.task import Task
 from ..rendering.collate import Batch
-from ..rendering.render import Rendered, Renderer, render_all
+from ..rendering.render import Rendered, Renderer, render_each, tell_shortened
 from .attachment import placed
 
 _KEPT = 64 * 2**20
@@ -81,7 +81,6 @@ def predict(
     return [[prediction.answer for prediction in of_one] for of_one in details]
 
 
-@torch.no_grad()
 def predict_details(
     model: nn.Module,
     tokenizer: Any,
@@ -93,7 +92,55 @@ def predict_details(
     batch_size: int = 32,
 ) -> list[Any]:
     """Like `predict`, with probabilities: a `Prediction` for each row."""
-    tasks, rows = [prompt] if isinstance(prompt, Task) else list(prompt), as_rows(rows)
+    tasks = [prompt] if isinstance(prompt, Task) else list(prompt)
+    blocks = [as_rows(rows)]
+    (results,) = _predicted(model, tokenizer, tasks, blocks, candidates, answer_tokens, batch_size)
+    return results[0] if isinstance(prompt, Task) else results
+
+
+def stream_predictions(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Task,
+    blocks: Iterable[Sequence[Row]],
+    *,
+    candidates: Sequence[str] | None = None,
+    answer_tokens: int | None = None,
+    batch_size: int = 32,
+    first: int = 1,
+) -> Iterator[list[Prediction]]:
+    """The predictions of each block of rows when it comes, so that only one is in memory.
+
+    Args:
+        model: the frozen base model.
+        tokenizer: the model's.
+        prompt: as for `predict`.
+        blocks: some rows at a time; rows of like length share a batch within a block.
+        candidates: choose among these answers.
+        answer_tokens: longest free answer in tokens; by default the training's.
+        batch_size: rows per forward.
+        first: number of the first row, for errors.
+
+    Raises:
+        InputError, DataError: prompt, model or rows do not fit together.
+    """
+    options = candidates, answer_tokens, batch_size
+    for (predictions,) in _predicted(model, tokenizer, [prompt], blocks, *options, first):
+        yield predictions
+
+
+@torch.no_grad()
+def _predicted(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    blocks: Iterable[Sequence[Row]],
+    candidates: Sequence[str] | None,
+    answer_tokens: int | None,
+    batch_size: int,
+    first: int = 1,
+) -> Iterator[list[list[Prediction]]]:
+    """Block by block each task's predictions."""
     engine = Engine(BaseModel.of(model, tokenizer), _KEPT if len(tasks) == 1 else None)
     choices = list(candidates) if candidates else None
     questions = []
@@ -101,29 +148,46 @@ def predict_details(
         settled = task if answer_tokens is None else replace(task, answer_tokens=answer_tokens)
         renderer = engine.renderer(settled, choices)
         renderer.compares = bool(renderer.labels)
-        examples = render_all(renderer, rows, "prediction", answered=False)
-        questions.append(_Asked(renderer, examples))
-    results: list[list[Prediction]] = [[] for _ in tasks]
+        questions.append(_Asked(renderer))
+    number = first
     with ExitStack() as stack:
         stack.enter_context(eval_mode(model))
         for task, question in zip(tasks, questions, strict=True):
             question.first_id = stack.enter_context(placed(model, tokenizer, task))
-        stack.enter_context(engine.one_document([question.examples for question in questions]))
+        for rows in blocks:
+            for question in questions:
+                question.render(rows, number)
+            yield _of_block(engine, questions, batch_size)
+            number += len(rows)
+    for question in questions:
+        tell_shortened(question.renderer, question.shortened, number - first, "prediction")
+
+
+def _of_block(engine: Engine, questions: list[_Asked], batch_size: int) -> list[list[Prediction]]:
+    results: list[list[Prediction]] = [[] for _ in questions]
+    with engine.one_document([question.examples for question in questions]):
         for numbers in _in_one_batch(questions):
             group = [questions[number] for number in numbers]
-            answers = _answers(engine, group, len(rows), batch_size)
+            answers = _answers(engine, group, len(questions[0].examples), batch_size)
             for number, of_one in zip(numbers, answers, strict=True):
                 results[number] = of_one
-    return results[0] if isinstance(prompt, Task) else results
+    return results
 
 
 @dataclass
 class _Asked:
-    """One task on all rows, and the id of its first virtual token."""
+    """One task on a block of rows, and the id of its first virtual token."""
 
     renderer: Renderer
-    examples: list[Rendered]
+    examples: list[Rendered] = field(default_factory=list)
     first_id: int = 0
+    shortened: int = 0
+
+    def render(self, rows: Sequence[Row], first: int) -> None:
+        """Take up the next block, whose rows are counted from `first`."""
+        rendered = render_each(self.renderer, rows, "prediction", answered=False, first=first)
+        self.examples = rendered
+        self.shortened += sum(example.shortened for example in rendered)
 
 
 @dataclass(frozen=True)

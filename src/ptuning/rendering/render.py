@@ -215,20 +215,36 @@ def render_all(
     Warns:
         UserWarning: fields were cut to fit the length limit.
     """
+    rendered = render_each(renderer, rows, what, answered=answered)
+    shortened = sum(example.shortened for example in rendered)
+    tell_shortened(renderer, shortened, len(rendered), what)
+    return rendered
+
+
+def render_each(
+    renderer: Renderer, rows: Iterable[Example], what: str, *, answered: bool = True, first: int = 1
+) -> list[Rendered]:
+    """Render some of the examples, of which the first has the number `first`.
+
+    Raises:
+        DataError: names the example at fault by its number.
+    """
     rendered = []
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(rows, first):
         try:
             rendered.append(renderer(row, answered=answered))
         except DataError as error:
             raise DataError(f"{what} example {number}: {error}") from None
-    shortened = sum(example.shortened for example in rendered)
+    return rendered
+
+
+def tell_shortened(renderer: Renderer, shortened: int, count: int, what: str) -> None:
+    """Warn of examples that were cut, if there are any among `count`."""
     if shortened:
         warnings.warn(
-            f"{shortened} of {len(rendered)} {what} examples were shortened to {renderer.limit} "
-            "tokens",
+            f"{shortened} of {count} {what} examples were shortened to {renderer.limit} tokens",
             stacklevel=2,
         )
-    return rendered
 
 
 def check_rows(task: Task, rows: Iterable[Example], what: str, *, answered: bool = True) -> int:

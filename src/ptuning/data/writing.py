@@ -1,0 +1,225 @@
+"""Writing rows: JSON lines, CSV or Parquet, in constant memory, columns and types as they were."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from .parquet import batches
+from .rows import Row
+from .sources import is_parquet, stream_examples
+from .values import is_missing, plain
+
+JSON_LINES = (".jsonl", ".json", ".ndjson")
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_TOGETHER = 1000
+"""Rows whose types are looked at in one go, and at least so many make a Parquet row group."""
+Rereadable = Callable[[], Iterator[Row]]
+
+
+def json_line(row: Row) -> bytes:
+    """A row as a line of JSON; half a surrogate pair as its escape, which JSON has for it."""
+    try:
+        text = json.dumps(row, ensure_ascii=False, allow_nan=False, default=_as_json)
+    except ValueError:  # JSON has no NaN
+        text = json.dumps(without_nan(row), ensure_ascii=False, default=_as_json)
+    return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def convert(
+    path: Path,
+    kind: str,
+    data: str,
+    separator: str | None,
+    added: Path,
+    names: Sequence[str],
+    columns: Sequence[str],
+) -> None:
+    """The rows of `data` with further columns as CSV, TSV or Parquet.
+
+    Args:
+        path: of the new file.
+        kind: its ending.
+        data: what `stream_examples` reads, with `separator`.
+        added: JSON lines, one for each row, that have the further columns.
+        names: of the further columns.
+        columns: all columns in their order, the further ones behind.
+    """
+
+    def further() -> Iterator[Row]:
+        with open(added, "rb") as file:
+            for line in file:
+                row = json.loads(line)
+                yield {name: row[name] for name in names if name in row}
+
+    def rows() -> Iterator[Row]:
+        pairs = zip(stream_examples(data, separator), further(), strict=False)
+        return ({**row, **more} for row, more in pairs)
+
+    if kind in SEPARATORS:
+        write_separated(path, rows(), columns, SEPARATORS[kind])
+    elif is_parquet(data):
+        _add_columns(path, Path(data), further(), names)
+    else:
+        write_parquet(path, rows, columns)
+
+
+def write_separated(
+    path: Path, rows: Iterable[Row], columns: Sequence[str], separator: str
+) -> None:
+    """Rows as CSV or TSV: a missing value is empty, and lists, dicts and truths are JSON."""
+    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        writer = csv.writer(file, delimiter=separator, lineterminator="\n")
+        writer.writerow(columns)
+        for row in rows:
+            writer.writerow([_cell(row.get(name)) for name in columns])
+
+
+def write_parquet(path: Path, rows: Rereadable, columns: Sequence[str]) -> None:
+    """Rows as Parquet.
+
+    Args:
+        path: of the file.
+        rows: gives the rows; they are read twice, since a later one may change a column's type.
+        columns: in their order; one whose values have no common type becomes text.
+    """
+    import pyarrow as pa
+
+    kinds: dict[str, Any] = dict.fromkeys(columns, pa.null())
+    for some in _groups(rows()):
+        for name in columns:
+            kinds[name] = _common(kinds[name], [row.get(name) for row in some])
+    schema = pa.schema([(name, kind or pa.string()) for name, kind in kinds.items()])
+    tables = (
+        pa.table(
+            [
+                pa.array(_for_arrow([row.get(name) for row in some], kinds[name]), schema.types[i])
+                for i, name in enumerate(columns)
+            ],
+            schema=schema,
+        )
+        for some in _groups(rows())
+    )
+    write_tables(path, schema, tables)
+
+
+def write_tables(path: Path, schema: Any, tables: Iterable[Any]) -> None:
+    """Tables of pyarrow as one Parquet file."""
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetWriter
+
+    with ParquetWriter(path, schema) as writer:
+        waiting: list[Any] = []
+        for table in tables:
+            waiting.append(table)
+            if sum(t.num_rows for t in waiting) >= _TOGETHER:
+                writer.write_table(pa.concat_tables(waiting))
+                waiting = []
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting))
+
+
+def _groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    while some := list(islice(rows, _TOGETHER)):
+        yield some
+
+
+def _common(kind: Any, values: list[Any]) -> Any:
+    """The type of a column's values so far and these; None where they have none in common."""
+    import pyarrow as pa
+
+    if kind is None:
+        return None
+    try:
+        found = pa.array(_for_arrow(values, kind)).type
+        both = [pa.schema([("", kind)]), pa.schema([("", found)])]
+        common = pa.unify_schemas(both, promote_options="permissive").types[0]
+        exact = pa.types.is_integer(found) or pa.types.is_integer(kind)
+        if exact and pa.types.is_floating(common) and not pa.types.is_floating(found):
+            pa.array(values, common)  # a whole number that floats do not hold makes it text
+        return common
+    except (pa.ArrowException, OverflowError, ValueError, TypeError):
+        return None
+
+
+def _for_arrow(values: list[Any], kind: Any) -> list[Any]:
+    if kind is None:
+        return [None if is_missing(value) else _cell(value) for value in values]
+    return [_clean(value) for value in values]
+
+
+def _clean(value: Any) -> Any:
+    """Text that can be encoded, also deep inside."""
+    if isinstance(value, str):
+        if value.isascii():
+            return value
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, dict):
+        return {_clean(str(key)): _clean(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(inner) for inner in value]
+    return plain(value)
+
+
+def without_nan(value: Any) -> Any:
+    """A row with null for NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def _cell(value: Any) -> str:
+    value = plain(value)
+    if isinstance(value, str):
+        return _clean(value)
+    if is_missing(value):
+        return ""
+    if isinstance(value, bool | dict | list | tuple):
+        return _clean(json.dumps(value, ensure_ascii=False, default=_as_json))
+    return str(_as_json(value))
+
+
+def _as_json(value: Any) -> Any:
+    value = plain(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return str(value)
+
+
+def _add_columns(path: Path, data: Path, added: Iterator[Row], names: Sequence[str]) -> None:
+    """The tables of a Parquet file with further columns; the others stay bit for bit."""
+    import pyarrow as pa
+    from pyarrow.parquet import read_schema
+
+    schema = read_schema(data)
+    kinds = [pa.string(), pa.float64(), None][: len(names)]
+
+    def tables() -> Iterator[Any]:
+        for batch in batches(data):
+            rows = list(islice(added, batch.num_rows))
+            table = pa.Table.from_batches([batch]).cast(schema)
+            for name, kind in zip(names, kinds, strict=True):
+                values = [row.get(name) for row in rows]
+                table = table.append_column(name, pa.array(values, kind))
+            yield table
+
+    made = tables()
+    first = next(made)
+    fields = [first.schema.field(name) for name in names]
+    whole = pa.schema([*schema, *fields], metadata=schema.metadata)
+    write_tables(path, whole, _chained(first, made))
+
+
+def _chained(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
