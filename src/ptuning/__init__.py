@@ -10,10 +10,11 @@ Names are imported when they are first used, so that ``ptuning --help`` need not
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
+
     from .backbone.load import load_model
     from .data import read_examples
     from .errors import (
@@ -75,11 +76,6 @@ _HOME = {
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
-try:
-    __version__ = version("ptuning")
-except PackageNotFoundError:  # the source tree without an installation
-    __version__ = "0.0.0"
-
 __all__ = [
     "Attachment",
     "DataError",
@@ -114,8 +110,23 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _MODULE:
         raise AttributeError(f"module 'ptuning' has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_MODULE[name]}", __name__), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("ptuning")
+    except PackageNotFoundError:  # the source tree without an installation
+        return "0.0.0"

@@ -5,10 +5,12 @@ matplotlib is imported when a picture is drawn: it takes longer than most comman
 
 from __future__ import annotations
 
+import base64
 import datetime
 import io
 import os
 import platform
+from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -29,6 +31,28 @@ def versions() -> dict[str, str]:
     found["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     found["date"] = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return found
+
+
+def html_table(title: str, header: list[str], rows: list[list[str]]) -> str:
+    """A table for notebooks; all text is escaped."""
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    return (
+        f"<table><caption>{escape(title)}</caption><thead><tr>{head}</tr></thead>"
+        f"<tbody>{body}</tbody></table>"
+    )
+
+
+def html_picture(png: bytes) -> str:
+    """A picture for notebooks, inside the page."""
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def percent(share: float) -> str:
+    """A fraction as a percentage with one decimal."""
+    return f"{100 * share:.1f}"
 
 
 def shares(names: list[str], bars: dict[str, list[float | None]], title: str) -> bytes:

@@ -274,8 +274,11 @@ OPTIONS = [
     ({"template": None}, ["no --template"]),
     ({"output": "train.jsonl"}, ["is a file"]),
     ({"max_length": 3}, ["num_virtual_tokens is 4", "room for 3"]),
-    ({"tracker": "no_such_tracker"}, ["accelerate cannot be set up"]),
+    ({"tracker": "no_such_tracker"}, ["tracker is 'no_such_tracker'", "tensorboard"]),
     ({"answer_tokens": 1}, ["training example 1", "tokens", "answer_tokens is 1"]),
+    ({"tracker": "wandb"}, ["'wandb' is not installed", "tensorboard"]),
+    ({"template": "[p*3] {country} [MASK]"}, ["capital P", "write: [P*3] {country} [MASK]"]),
+    ({"model": "smollm3"}, ["'smollm3'", "smollm2 or minilm", "folder", "hub name"]),
     ({"config": "none.yaml"}, ["none.yaml cannot be read"]),
 ]
 
@@ -310,6 +313,30 @@ def test_a_wrong_data_file_is_one_line(
     code, _, err = train(data=name)
     assert code == 2, err
     assert_one_line(err, *parts)
+
+
+BEFORE_THE_MODEL = [
+    {"answer": "city"},
+    {"template": "[P] {contry} [MASK]"},
+    {"labels": "Paris=a,Rome=b"},
+    {"dtype": "int4"},
+    {"population_grid": "encoder=mlp,gru"},
+    {"population_grid": "colour=red"},
+    {"tracker": "wandb"},
+    {"epochs": 0},
+    {"dev": "lacks.csv"},
+]
+
+
+@pytest.mark.parametrize("options", BEFORE_THE_MODEL)
+def test_a_mistake_is_found_before_the_model_is_loaded_and_leaves_no_folder(
+    train: Run, here: Path, options: dict[str, Any]
+) -> None:
+    (here / "lacks.csv").write_text("country,city\nFrance,Paris\n")
+    code, _, err = train(**options)
+    assert code == 2
+    assert "loading" not in err
+    assert not (here / "out").exists()
 
 
 def test_a_missing_option_an_unknown_one_and_an_unknown_command_are_one_line(run: Run) -> None:

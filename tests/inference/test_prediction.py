@@ -8,6 +8,8 @@ import torch
 import ptuning
 from ptuning import InputError, Prompt, Task
 from ptuning.backbone.traits import kind_of
+from ptuning.inference.baselines import automatic_templates
+from ptuning.training.guidance import dev_far_above
 
 from .. import tiny
 
@@ -192,7 +194,51 @@ def test_evaluation_counts_what_was_predicted() -> None:
     assert (
         Prompt("[P] {country}? [MASK]").label_text(True) == "True"
     )  # as a free answer is rendered
-    assert result.manual_template == "{country}? [MASK]"
+    mistakes = result.confident_mistakes(100)
+    wrong = [
+        n for n, right in enumerate(result.right_answers) if result.predictions[n].answer != right
+    ]
+    assert sorted(mistakes) == wrong
+    confidence = [result.predictions[n].probability for n in mistakes]
+    assert confidence == sorted(confidence, reverse=True)
+    assert result.confident_mistakes(1) == mistakes[:1]
+
+
+def test_the_manual_baseline_is_the_best_of_plain_forms_unless_one_is_given() -> None:
+    model, tokenizer, _ = setting("llama")
+    prompt = Prompt("[P*2] {the_land} of {ruler} [MASK]", answer="capital", answer_tokens=1)
+    prompt.vectors = torch.zeros(2, 32)
+    forms = automatic_templates(prompt, "capital")
+    assert forms == [
+        "{the_land} of {ruler} [MASK]",
+        "The land: {the_land}. Ruler: {ruler}. Capital: [MASK]",
+        "The land: {the_land}\nRuler: {ruler}\nCapital: [MASK]",
+        "{the_land}\n{ruler}\nCapital: [MASK]",
+    ]
+    assert automatic_templates(Task("[P] {x} [MASK]"), "label", masked=True)[1] == (
+        "X: {x}. Answer: [MASK]."
+    )
+    rows = [{"the_land": "France", "ruler": "Louis", "capital": "Paris"}]
+    rows[0]["capital"] = ptuning.predict(model, tokenizer, Task(forms[2], answer_tokens=1), rows)[0]
+    result = ptuning.evaluate(model, tokenizer, prompt, rows)
+    assert result.manual_accuracy == 1.0 and result.manual_template in forms
+    own = ptuning.evaluate(model, tokenizer, prompt, rows, manual="{ruler} [MASK]")
+    assert own.manual_template == "{ruler} [MASK]"
+
+
+def test_a_test_far_below_dev_is_said() -> None:
+    training = {"dev_accuracy": 0.95, "dev_examples": 20}
+    assert "60.0 % is far below the 95.0 % on the 20 dev" in (
+        dev_far_above(training, 0.6, 200) or ""
+    )
+    assert dev_far_above(training, 0.88, 200) is None  # chance, with twenty examples
+    assert dev_far_above({}, 0.1, 200) is None
+    model, tokenizer, prompt = setting("llama")
+    prompt.training = {"dev_accuracy": 1.0, "dev_examples": 1000}
+    with pytest.warns(UserWarning, match="far below"):
+        ptuning.evaluate(
+            model, tokenizer, prompt, [{"country": "France", "capital": "nothing"}] * 9
+        )
 
 
 def test_the_nearest_words_of_a_word_are_itself() -> None:

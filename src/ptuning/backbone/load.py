@@ -46,8 +46,7 @@ def load_model(name: str, *, dtype: str = "float32", device: str | None = None) 
     """
     import transformers
 
-    if dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     source = _resolve(name)
     try:
         config = transformers.AutoConfig.from_pretrained(source)
@@ -59,11 +58,21 @@ def load_model(name: str, *, dtype: str = "float32", device: str | None = None) 
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"cannot load the model {name!r} ({reason}); give a hub name, a folder with a "
-            "transformers model, or a .gguf file"
+            f"cannot load the model {name!r} ({reason}); give smollm2 or minilm (ptuning fetch), a "
+            "folder with a transformers model, a .gguf file, or a hub name"
         ) from error
     model.config.name_or_path = str(Path(name).resolve()) if Path(name).exists() else name
     return model.eval().to(device or best_device()), tokenizer
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a name that is none of `DTYPES`.
+
+    Raises:
+        InputError: it is none.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
 
 
 def best_device() -> torch.device:

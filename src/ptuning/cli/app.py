@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import __version__
 from ..errors import PtuningError
 from . import console, evaluate, lama, predict, run_demo, superglue, train, use
 from .fields import filled
@@ -45,6 +44,8 @@ _INTERRUPTED = 130
 
 def _version(shown: bool) -> None:
     if shown:
+        from .. import __version__
+
         console.tell(f"ptuning {__version__}")
         raise typer.Exit
 

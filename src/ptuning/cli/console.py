@@ -16,15 +16,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import progress as bars
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from ..training.progress import Progress
+from ..reporting import percent as percent
+from ..training.progress import Progress, in_words, shown
 
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -120,30 +120,14 @@ def table(title: str, header: list[str], rows: list[list[str]]) -> None:
     out.print(made)
 
 
-def percent(share: float) -> str:
-    """A fraction as a percentage with one decimal."""
-    return f"{100 * share:.1f}"
+def _shows_bars() -> bool:
+    return err.is_terminal and not _quiet
 
 
 @contextmanager
 def training_bar() -> Iterator[Callable[[Progress], None]]:
     """A bar on a terminal and a line per epoch; gives the listener that a training wants."""
-    text = [bars.TextColumn("{task.description}"), bars.TextColumn("{task.percentage:.0f}%")]
-    times = [bars.TimeElapsedColumn(), bars.TimeRemainingColumn()]
-    columns = (text[0], bars.BarColumn(), text[1], *times)
-    bar = bars.Progress(*columns, console=err, transient=True, disable=_quiet)
-    with bar:
-        task = bar.add_task("reading examples", total=None)
-
-        def listener(heard: Progress) -> None:
-            bar.update(task, completed=heard.step, total=heard.steps)
-            if heard.note:
-                say(heard.note)
-            if heard.record:
-                say(_epoch_line(heard))
-            else:
-                bar.update(task, description=f"epoch {heard.epoch}, loss {heard.loss:.3f}")
-
+    with shown(err, say, bar=_shows_bars()) as listener:
         yield listener
 
 
@@ -157,8 +141,7 @@ def rows_bar(total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
     """
     columns = [bars.TextColumn("{task.completed} of {task.total} rows"), bars.BarColumn()]
     times = [bars.TimeElapsedColumn(), bars.TimeRemainingColumn()]
-    silent = _quiet or not err.is_terminal
-    bar = bars.Progress(*columns, *times, console=err, transient=True, disable=silent)
+    bar = bars.Progress(*columns, *times, console=err, transient=True, disable=not _shows_bars())
     started = said = time.monotonic()
     with bar:
         task = bar.add_task("", total=total, completed=done)
@@ -169,23 +152,13 @@ def rows_bar(total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
             if not err.is_terminal and time.monotonic() - said > _SILENCE and now < total:
                 said = time.monotonic()
                 left = (said - started) / (now - done) * (total - now)
-                say(f"{now} of {total} rows, about {_duration(left)} left")
+                say(f"{now} of {total} rows, about {in_words(left)} left")
 
         yield tell
 
 
 _SILENCE = 30
 """Seconds between two lines where there is no terminal for a bar."""
-
-
-def _epoch_line(heard: Progress) -> str:
-    record = heard.record or {}
-    line = f"epoch {record['epoch']:>3}  loss {record['loss']:.4f}"
-    if "dev_accuracy" in record:
-        line += f"  dev {percent(record['dev_accuracy'])} %  dev loss {record['dev_loss']:.4f}"
-    if heard.of > 1:
-        line += f"  (the best of this epoch; {heard.members} of {heard.of} members go on)"
-    return line
 
 
 class PartsBar:
@@ -199,7 +172,7 @@ class PartsBar:
         columns = [bars.TextColumn("{task.description}", markup=False), bars.BarColumn()]
         columns += [bars.TextColumn("{task.percentage:.0f}%"), bars.TimeElapsedColumn()]
         columns += [bars.TimeRemainingColumn()]
-        self._bar = bars.Progress(*columns, console=err, transient=True, disable=_quiet)
+        self._bar = bars.Progress(*columns, console=err, transient=True, disable=not _shows_bars())
         self._task = self._bar.add_task("", total=parts)
         self._parts, self._done, self._measured = parts, 0, 0
         self._started = time.monotonic()
@@ -231,10 +204,5 @@ class PartsBar:
         left = ""
         if measured and self._done < self._parts:
             each = (time.monotonic() - self._started) / self._measured
-            left = f"  (about {_duration(each * (self._parts - self._done))} left)"
+            left = f"  (about {in_words(each * (self._parts - self._done))} left)"
         say(line + left)
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

@@ -98,7 +98,6 @@ _AS_MEASURED = dict.fromkeys(
         "max_grad_norm",
         "schedule",
         "warmup",
-        "patience",
         "shuffle",
         "mixed_precision",
         "halving",
@@ -108,6 +107,7 @@ _AS_MEASURED = dict.fromkeys(
     "the experiments' published figures were made with its default",
 )
 _ELSEWHERE = {
+    "patience": "the published figures were made without: it is 0 here",
     "learning_rate": "several compete: it is part of the grid",
     "tracker": "an experiment is many trainings, and a tracker follows one",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,13 +37,15 @@ def inspect(
             }
         )
         return
-    console.tell(f"template  {prompt.template or '(in front)'}")
-    console.tell(f"base      {prompt.base_model.get('name', 'unknown')}")
-    for label, options in prompt.labels.items():
-        console.tell(f"label     {label} = {' | '.join(options)}")
-    for key, value in prompt.training.items():
-        shown = f"{value:.4g}" if isinstance(value, float) else value
-        console.tell(f"{key.replace('_', ' '):<10}{shown}")
+    lines = [
+        ("template", prompt.template or "(in front)"),
+        ("base model", prompt.base_model.get("name", "unknown")),
+        *(("label", f"{label} = {' | '.join(words)}") for label, words in prompt.labels.items()),
+        *((key.replace("_", " "), _shown(value)) for key, value in prompt.training.items()),
+    ]
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        console.tell(f"{name:<{width}}  {value}")
     console.table(
         f"Virtual tokens (mean norm of the vocabulary: {mean_norm:.2f})",
         ["token", "norm", "nearest words (cosine)"],
@@ -52,6 +54,10 @@ def inspect(
             for i, n in enumerate(neighbours)
         ],
     )
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def fetch(

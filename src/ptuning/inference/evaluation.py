@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,8 +19,14 @@ from ..forward.scoring import score
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
 from ..rendering.render import Example, answer_column, render_all
+from ..reporting import html_picture, html_table, percent, shares
+from ..training.guidance import dev_far_above
 from .attachment import placed
+from .baselines import automatic_templates
 from .prediction import Prediction, predict_details
+
+_CHOOSING = 200
+"""Rows on which the manual template is chosen."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class Evaluation:
         labels: order of rows and columns in `confusion`.
         confusion: right label (row) against predicted label (column); empty for free answers.
         predictions: one per row.
+        right_answers: one per row, as they are compared.
     """
 
     examples: int
@@ -51,6 +59,44 @@ class Evaluation:
     labels: list[str]
     confusion: list[list[int]]
     predictions: list[Prediction]
+    right_answers: list[str]
+
+    def confident_mistakes(self, count: int = 5) -> list[int]:
+        """The numbers of rows (from 0) that are answered wrong, the most confident first."""
+        wrong = [
+            number
+            for number, right in enumerate(self.right_answers)
+            if self.predictions[number].answer != right
+        ]
+        return sorted(wrong, key=lambda n: -self.predictions[n].probability)[:count]
+
+    def rows(self) -> list[list[str]]:
+        """Name and share right, in percent: of the prompt and of what it is compared with."""
+        return [
+            ["P-tuned prompt", percent(self.accuracy)],
+            [f"manual: {self.manual_template}", percent(self.manual_accuracy)],
+            [f"majority: {self.majority_answer}", percent(self.majority_accuracy)],
+        ]
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the prompt beside the baselines, the confusion matrix, and a picture."""
+        page = html_table(f"{self.examples} examples", ["", "right (%)"], self.rows())
+        if self.confusion:
+            header = ["right label / predicted", *self.labels]
+            counts = [
+                [label, *map(str, row)]
+                for label, row in zip(self.labels, self.confusion, strict=True)
+            ]
+            page += html_table("Confusion", header, counts)
+        return page + html_picture(self._repr_png_())
+
+    def _repr_png_(self) -> bytes:
+        bars: dict[str, list[float | None]] = {
+            "P-tuned": [self.accuracy],
+            "manual": [self.manual_accuracy],
+            "majority": [self.majority_accuracy],
+        }
+        return shares([f"{self.examples} examples"], bars, "right (%)")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -75,19 +121,24 @@ def evaluate(
         tokenizer: the model's.
         prompt: trained.
         rows: examples with the answer column, as `train` takes them.
-        manual: hand-written template to compare with; by default the prompt's own words.
+        manual: hand-written template to compare with; by default the best on these rows (on the
+            first 200 of them) of the prompt's own words and a few plain forms
+            (`baselines.automatic_templates`): more than a template of one's own would get.
         candidates: choose free answers among these.
         answer_tokens: longest free answer in tokens.
         batch_size: rows per forward.
 
     Raises:
         InputError, DataError: prompt, model or rows do not fit together.
+    Warns:
+        UserWarning: the accuracy is far below what dev had promised.
     """
     rows = as_rows(rows)
     if not rows:
         raise DataError("there is no example to evaluate on; give at least one")
     _, loss = teacher_forced(model, tokenizer, prompt, rows, batch_size)
-    by_hand = prompt.manual(manual)
+    column = answer_column(prompt, rows[0])
+    by_hand = prompt.manual(manual or _best_manual(model, tokenizer, prompt, column, rows))
     manual_accuracy = manual_score(model, tokenizer, by_hand, rows, batch_size)
     predictions = predict_details(
         model,
@@ -98,7 +149,6 @@ def evaluate(
         answer_tokens=answer_tokens,
         batch_size=batch_size,
     )
-    column = answer_column(prompt, rows[0])
     gold = [prompt.label_text(row[column]) for row in rows]
     said = [prediction.answer for prediction in predictions]
     labels = list(prompt.labels)
@@ -110,9 +160,12 @@ def evaluate(
         confusion = confusion_matrix(gold, said, labels=labels).tolist()
         macro_f1 = float(f1_score(gold, said, labels=labels, average="macro", zero_division=0))
     majority = prompt.training.get("majority_answer") or Counter(gold).most_common(1)[0][0]
+    accuracy = _share(a == b for a, b in zip(gold, said, strict=True))
+    if warning := dev_far_above(prompt.training, accuracy, len(rows)):
+        warnings.warn(warning, stacklevel=2)
     return Evaluation(
         examples=len(rows),
-        accuracy=_share(a == b for a, b in zip(gold, said, strict=True)),
+        accuracy=accuracy,
         loss=loss,
         macro_f1=macro_f1,
         manual_template=by_hand.parsed.text,
@@ -122,7 +175,21 @@ def evaluate(
         labels=labels,
         confusion=confusion,
         predictions=predictions,
+        right_answers=gold,
     )
+
+
+def _best_manual(
+    model: nn.Module, tokenizer: Any, prompt: Prompt, column: str, rows: Sequence[Example]
+) -> str:
+    """The automatic template that is best on the first rows."""
+    masked = BaseModel.of(model, tokenizer).kind == "masked"
+    templates = automatic_templates(prompt, column, masked)
+    scores = [
+        manual_score(model, tokenizer, prompt.manual(template), rows[:_CHOOSING])
+        for template in templates
+    ]
+    return templates[scores.index(max(scores))]
 
 
 def teacher_forced(

@@ -5,6 +5,7 @@ Needs no torch, so that a command line can be made of it and a mistake is found 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..errors import InputError
 from .task import Task, at_least_one, check_type, one_of
 
 ENCODERS = ("mlp", "lstm", "none")
+_SMALL = re.compile(r"\[p((?:\*\d+)?|:[^\[\]]+)\]")
 _ENCODER = ("encoder", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout")
 
 
@@ -63,10 +65,7 @@ class PromptSettings(Task):
     def _count_virtual_tokens(self) -> None:
         groups = self.parsed.virtual
         if not groups:
-            raise InputError(
-                "the template has no virtual token; write [P] or [P*3] where the prompt may "
-                f"learn, for example: [P*3] {self.template}"
-            )
+            raise InputError(_without_virtual(self.parsed.text))
         if all(group.count for group in groups):  # the words of [P:…] await a tokenizer
             self.set_count(sum(group.count for group in groups))
 
@@ -86,3 +85,14 @@ class PromptSettings(Task):
     def settings(self) -> dict[str, Any]:
         """What a user chose, as plain values."""
         return {**super().settings(), **{name: getattr(self, name) for name in _ENCODER}}
+
+
+def _without_virtual(template: str) -> str:
+    """What to say of a template that has no virtual token."""
+    meant = _SMALL.sub(lambda found: f"[P{found[1]}]", template)
+    if meant != template:
+        return f"the template has no virtual token: [P] is written with a capital P; write: {meant}"
+    return (
+        "the template has no virtual token; write [P] or [P*3] where the prompt may learn, for "
+        f"example: [P*3] {template}"
+    )

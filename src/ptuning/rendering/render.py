@@ -93,8 +93,7 @@ class Renderer:
         self.labels = {c: (c,) for c in candidates} if candidates else task.labels
         self.compares = bool(candidates) or (bool(task.labels) and task.label_mode == "labels")
         self.owner = [n for n, words in enumerate(self.labels.values()) for _ in words]
-        named = [] if candidates else [w for words in task.labels.values() for w in words]
-        self._in_words = tuple(dict.fromkeys(name for w in named for name in named_fields(w)))
+        self._in_words = () if candidates else _columns_in_words(task)
         self._literal = candidates is not None
         self._layout = Layout(tokenizer, task, kind, [len(group) for group in self.groups])
         self._check_kind()
@@ -259,8 +258,7 @@ def check_rows(task: Task, rows: Iterable[Example], what: str, *, answered: bool
     Raises:
         DataError: names the first example at fault by its number, counted from 1.
     """
-    words = [word for options in task.labels.values() for word in options]
-    in_words = tuple(dict.fromkeys(name for word in words for name in named_fields(word)))
+    in_words = _columns_in_words(task)
     fields, labels, number = task.parsed.fields, task.labels, 0
     for number, row in enumerate(rows, 1):
         try:
@@ -273,6 +271,12 @@ def check_rows(task: Task, rows: Iterable[Example], what: str, *, answered: bool
     return number
 
 
+def _columns_in_words(task: Task) -> tuple[str, ...]:
+    """The columns that label words name."""
+    words = [word for words in task.labels.values() for word in words]
+    return tuple(dict.fromkeys(name for word in words for name in named_fields(word)))
+
+
 def answer_column(task: Task, example: Example) -> str:
     """The column of the right answer: the task's own, else ``answer``, else ``label``.
 
@@ -283,9 +287,14 @@ def answer_column(task: Task, example: Example) -> str:
     for name in choices:
         if name in example:
             return name
+    remedy = (
+        "rename that column, or correct the prompt's answer column"
+        if task.answer
+        else "say in which column the answer is (answer=, or train --answer COLUMN)"
+    )
     raise DataError(
         f"the example has no answer column {' or '.join(map(repr, choices))}; it has "
-        f"{named(map(repr, example)) or 'none'}; name the answer's column (--answer COLUMN)"
+        f"{named(map(repr, example)) or 'none'}; {remedy}"
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, tracking
 from accelerate.state import is_initialized
 from torch import nn
 
@@ -52,11 +52,30 @@ def accelerated(settings: TrainSettings, output: Path | None) -> Iterator[Accele
                 forget_accelerate()
 
 
+def check_tracker(name: str | None) -> None:
+    """Refuse a tracker that would not track.
+
+    Raises:
+        InputError: accelerate does not know it, or its package is not installed.
+    """
+    if name is None:
+        return
+    known = {str(kind): kind for kind in tracking.LOGGER_TYPE_TO_CLASS}
+    here = [str(kind) for kind in tracking.get_available_trackers()]
+    if name not in (*known, "all"):
+        raise InputError(f"tracker is {name!r}; expected one of {', '.join(known)}")
+    if name not in here and not (name == "all" and here):
+        raise InputError(
+            f"the tracker {name!r} is not installed, so nothing would be tracked; install it, or "
+            f"leave it out (installed: {', '.join(here) or 'none'})"
+        )
+
+
 def make_accelerator(settings: TrainSettings, output: Path | None) -> Accelerator:
     """Accelerate, set up as the settings say; of several processes the main one has trackers.
 
     Raises:
-        InputError: it cannot be, for instance since a tracker is not installed.
+        InputError: it cannot be, for instance since the process has one of another precision.
     """
     if not distributed.state().is_main_process:
         output = None  # accelerate would make the folder
@@ -70,7 +89,7 @@ def make_accelerator(settings: TrainSettings, output: Path | None) -> Accelerato
     except (ValueError, ImportError) as error:
         raise InputError(
             f"accelerate cannot be set up ({error}); a training, Trainer or Accelerator of another "
-            "precision in this process, or a tracker that is not installed, is the usual reason"
+            "precision in this process is the usual reason"
         ) from error
     if settings.tracker:
         plain = {k: v for k, v in asdict(settings).items() if v is not None}

@@ -97,6 +97,7 @@ def identity_of(variants: Sequence[Variant], base: BaseModel) -> dict[str, str]:
     chosen = {**asdict(first.settings), **first.prompt.settings()}
     for name in CHANGE_NO_RESULT:
         del chosen[name]
+    chosen["patience"] = chosen["patience"] or None  # both were "never" in the first release
     start = first.prompt.vectors
     chosen["the prompt to begin from"] = None if start is None else start.double().sum().item()
     chosen["the base model"] = base.describe()["embedding"]["values"]

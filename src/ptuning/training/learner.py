@@ -16,7 +16,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from .population import Member
-from .settings import TrainSettings
+from .settings import PATIENCE, TrainSettings
 
 
 class Learner:
@@ -113,14 +113,19 @@ class Learner:
         if not torch.isfinite(vectors).all():
             return "virtual tokens are not finite"
         latest = not self.best or "dev_loss" not in record
+        gain = latest or self._is_gain(record)
         if latest or self.rank(record) > self.rank(self.best):
             self._keep(record, vectors)
-            self.without_gain = 0
-        else:
-            self.without_gain += 1
-            patience = self.settings.patience
-            self.active = patience is None or self.without_gain < patience
+        self.without_gain = 0 if gain else self.without_gain + 1
+        patience = PATIENCE if self.settings.patience is None else self.settings.patience
+        self.active = self.without_gain < patience if patience else True
         return None
+
+    def _is_gain(self, record: dict[str, float]) -> bool:
+        """Worth training on for. A patience that the user chose counts any better result; by
+        default what decides has to be better: of a solved task the loss falls on for ever."""
+        new, old = self.rank(record), self.rank(self.best)
+        return new > old if self.settings.patience else new[0] > old[0]
 
     def rank(self, record: dict[str, Any]) -> tuple[float, float]:
         """What a record is compared by, higher is better: dev accuracy, then loss; or the other way

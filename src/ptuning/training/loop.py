@@ -245,7 +245,8 @@ class Loop:
     def _tell(self, epoch: int, loss: float, record: dict[str, float] | None = None) -> None:
         members, of = sum(learner.active for learner in self.learners), len(self.learners)
         note = self.notes.pop(0) if self.notes else ""
-        heard = Progress(self.step, self.steps, epoch + 1, loss, record, members, of, note)
+        epochs = self.settings.epochs
+        heard = Progress(self.step, self.steps, epoch + 1, loss, record, members, of, note, epochs)
         if self.accelerator.is_main_process:
             self.listener(heard)
 

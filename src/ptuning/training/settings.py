@@ -16,6 +16,8 @@ SCHEDULES = ("linear", "cosine", "constant")
 CHOICES = ("accuracy", "loss")
 CHANGE_NO_RESULT = ("tracker", "checkpoint_seconds", "prefix_cache", "graphs")
 """Settings that a run may be resumed with others of."""
+PATIENCE = 4
+"""Epochs without a gain that a training takes where the user says nothing."""
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -35,7 +37,8 @@ class TrainSettings:
         warmup: fraction of all steps in which the rate rises from zero.
         choose_by: which dev result is better: ``accuracy`` (of equals the lower loss) or ``loss``,
             which swings less where dev examples are few.
-        patience: stop after so many epochs without a better dev result; None never stops.
+        patience: stop after so many epochs without a better dev result; 0 never stops. By default
+            after 4 in which dev accuracy (with choose_by loss: dev loss) was no better.
         shuffle: a new order of the examples in each epoch.
         mixed_precision: ``no``, ``bf16`` or ``fp16``: accelerate's autocast for the base model.
         tracker: a tracker of accelerate, such as ``tensorboard`` or ``wandb``.
@@ -77,8 +80,10 @@ class TrainSettings:
     graphs: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "gradient_accumulation", "patience"):
+        for name in ("epochs", "batch_size", "gradient_accumulation"):
             at_least_one(name, getattr(self, name))
+        if self.patience != 0 or self.patience is False:
+            at_least_one("patience", self.patience)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise InputError(f"seed is {self.seed!r}; give a whole number")
         for name in ("learning_rate", "max_grad_norm", "model_learning_rate", "checkpoint_seconds"):

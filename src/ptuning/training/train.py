@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,13 @@ from ..data import Rows, as_rows
 from ..errors import DataError, InputError
 from ..prompts.prompt import Prompt
 from ..rendering.render import Example, Rendered, Renderer, answer_column, render_all
+from ..reporting import html_picture, html_table, percent, training_curve
+from . import guidance
+from .checks import check_run
 from .grid import Variant, choices
 from .learner import Learner, best_of
 from .loop import Loop
-from .progress import Progress
+from .progress import Progress, in_words, shown
 from .settings import TrainSettings
 
 
@@ -49,6 +54,30 @@ class TrainResult:
     members: list[dict[str, Any]]
     winner: int
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the epochs as a table, and the picture."""
+        columns = [
+            ("dev (%)", "dev_accuracy", percent),
+            ("dev loss", "dev_loss", "{:.4f}".format),
+        ]
+        known = [c for c in columns if any(c[1] in record for record in self.history)]
+        rows = [
+            [
+                f"{record['epoch']}{' (kept)' if record['epoch'] == self.best['epoch'] else ''}",
+                f"{record['loss']:.4f}",
+                *(write(record[name]) for _, name, write in known),
+            ]
+            for record in self.history
+        ]
+        title = f"Trained in {in_words(self.seconds)}"
+        if len(self.members) > 1:
+            title += f"; the best of {len(self.members)} members"
+        header = ["epoch", "loss", *(name for name, *_ in known)]
+        return html_table(title, header, rows) + html_picture(self._repr_png_())
+
+    def _repr_png_(self) -> bytes:
+        return training_curve(self.history)
+
 
 def train(
     model: nn.Module,
@@ -63,6 +92,7 @@ def train(
     population: int = 1,
     grid: Mapping[str, Sequence[Any]] | None = None,
     listener: Callable[[Progress], None] | None = None,
+    verbose: bool = True,
     **options: Any,
 ) -> TrainResult:
     """Train a prompt on a frozen model; afterwards the prompt has its vectors.
@@ -87,7 +117,9 @@ def train(
         population: train so many seeds side by side in shared batches, and keep the best by dev.
         grid: values to train side by side too, such as ``{"encoder": ["mlp", "lstm"]}``; each
             combination with each seed is a member (`grid.KEYS` lists what may vary).
-        listener: called after each step and epoch, in the main process.
+        listener: called after each step and epoch, in the main process; by default one that shows
+            the training on stderr or in a notebook.
+        verbose: False shows nothing, and gives no advice (such as that nothing was learnt).
 
     Raises:
         InputError: data, template, model or settings that do not fit together.
@@ -101,23 +133,29 @@ def train(
         settings = _with_options(settings or TrainSettings(), options)
         started = time.monotonic()
         rows, dev = as_rows(rows), as_rows(dev)
-        if not rows:
-            raise DataError("there is no training example; give at least one")
+        check_run(prompt, rows, dev, settings, population, grid)
         base = BaseModel.of(model, tokenizer)
         if prompt.base_model:
             base.check_same(prompt.base_model)
         draft = copy.copy(prompt)  # a training that fails leaves the prompt as it was
         column = draft.answer = answer_column(prompt, rows[0])
         chosen = choices(draft, settings, population, grid)
-        _check_tuning(model, settings, len(chosen))
+        check_free(model, settings.tune_model)
+        if settings.tune_model and getattr(model, "is_quantized", False):
+            raise InputError("tune_model needs the base model's own weights; load it unquantized")
+        if not dev:
+            _advise(guidance.without_dev(len(chosen), settings.patience), verbose)
         variants = _rendered(base, chosen, rows, dev)
-        loop = Loop(
-            base=base,
-            variants=variants,
-            output=Path(output) if output is not None else None,
-            listener=listener or (lambda progress: None),
-        )
-        learners = loop.train(resume)
+        with ExitStack() as showing:
+            if listener is None and verbose and distributed.state().is_main_process:
+                listener = showing.enter_context(shown())
+            loop = Loop(
+                base=base,
+                variants=variants,
+                output=Path(output) if output is not None else None,
+                listener=listener or (lambda progress: None),
+            )
+            learners = loop.train(resume)
         winner = best_of(learners)
         learner, variant = learners[winner], variants[winner]
         learner.put_best_into_model()
@@ -137,6 +175,9 @@ def train(
             "population": len(variants),
             **best,
         }
+        dev_answers = [prompt.label_text(row[column]) for row in dev]
+        if not variant.has_start:  # what begins as something good may stay as it is
+            _advise(guidance.nothing_learnt(learner.history, best, dev_answers, majority), verbose)
         members = [
             {"name": v.name, "best": _figures(x), "epochs": len(x.history), "dropped": x.dropped}
             for v, x in zip(variants, learners, strict=True)
@@ -146,17 +187,10 @@ def train(
         return TrainResult(learner.history, best, shortened, seconds, members, winner)
 
 
-def _check_tuning(model: Any, settings: TrainSettings, members: int) -> None:
-    check_free(model, settings.tune_model)
-    if not settings.tune_model:
-        return
-    if members > 1:
-        raise InputError(
-            f"tune_model trains the base model with one prompt, and the population has {members}; "
-            "leave one of the two out"
-        )
-    if getattr(model, "is_quantized", False):
-        raise InputError("tune_model needs the base model's own weights; load it unquantized")
+def _advise(text: str | None, verbose: bool) -> None:
+    """Say what the user should know, once: in the main process."""
+    if text and verbose and distributed.state().is_main_process:
+        warnings.warn(text, stacklevel=3)
 
 
 def _figures(learner: Learner) -> dict[str, float]:

@@ -101,6 +101,7 @@ def probe(
         population=options.population,
         grid={"template": templates, **options.grid},
         listener=listener,
+        verbose=False,
         output=running,
         resume=running is not None,
     )

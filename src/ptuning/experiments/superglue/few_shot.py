@@ -115,6 +115,7 @@ def tuned(
         population=options.population,
         grid={"template": list(templates), **options.grid},
         listener=listener,
+        verbose=False,
         output=running,
         resume=running is not None,
     )

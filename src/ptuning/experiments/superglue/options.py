@@ -34,7 +34,9 @@ class SuperGlueOptions:
     best_templates: int = 2
     grid: dict[str, list[Any]] = field(default_factory=lambda: {"encoder": ["none"]})
     population: int = 1
-    settings: TrainSettings = field(default_factory=lambda: TrainSettings(choose_by="loss"))
+    settings: TrainSettings = field(
+        default_factory=lambda: TrainSettings(choose_by="loss", patience=0)
+    )
 
     def __post_init__(self) -> None:
         for name in ("best_templates", "population"):

@@ -1,0 +1,52 @@
+"""What can be refused of a training before there is a model: settings, columns, labels, members."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import DataError, InputError
+from ..prompts.prompt import Prompt
+from ..rendering.render import Example, answer_column, check_rows
+from .accelerator import check_tracker
+from .grid import choices
+from .settings import TrainSettings
+
+
+def check_run(
+    prompt: Prompt,
+    rows: Sequence[Example],
+    dev: Sequence[Example],
+    settings: TrainSettings,
+    population: int = 1,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+) -> None:
+    """Refuse what `train` would refuse of its arguments but for the model.
+
+    Raises:
+        InputError, DataError: data, template, grid or settings that do not fit together, or a
+            tracker that is not installed.
+    """
+    if not rows:
+        raise DataError("there is no training example; give at least one")
+    check_tracker(settings.tracker)
+    draft = copy.copy(prompt)
+    draft.answer = answer_column(prompt, rows[0])
+    members = choices(draft, settings, population, grid)
+    if settings.tune_model and len(members) > 1:
+        raise InputError(
+            f"tune_model trains the base model with one prompt, and the population has "
+            f"{len(members)}; leave one of the two out"
+        )
+    for member in {member.template: member for _, member, _ in members}.values():
+        if member.template is not None:
+            if member.parsed.slot is None and "[mask]" in member.template.lower():
+                warnings.warn(
+                    f"only [MASK] in capitals is the answer's place; here it is text: "
+                    f"{member.template}",
+                    stacklevel=2,
+                )
+            check_rows(member, rows, "training")
+            check_rows(member, dev, "dev")

@@ -1,0 +1,81 @@
+"""What a user should know of a training: that nothing chooses, or that nothing was learnt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_FELL = 0.95
+"""A loss that is still this share of the first epoch's has hardly fallen."""
+
+
+def without_dev(members: int, patience: int | None) -> str:
+    """What it means that there are no dev examples.
+
+    Args:
+        members: of the population.
+        patience: as in `TrainSettings`.
+    """
+    if members > 1:
+        what = f"{members} prompts compete, and their last training losses decide"
+    elif patience:
+        what = f"patience {patience} has nothing to measure, and the last epoch is kept"
+    else:
+        what = "the last epoch is kept, whether or not it is the best"
+    return f"no dev examples: {what}; give some that are not trained on (dev=, --dev)"
+
+
+def nothing_learnt(
+    history: Sequence[dict[str, float]],
+    best: dict[str, float],
+    dev_answers: Sequence[str],
+    majority: str,
+) -> str | None:
+    """Why the trained prompt looks useless, or None where it does not.
+
+    Args:
+        history: one record per epoch.
+        best: the record that was kept.
+        dev_answers: right answers of the dev examples, if there are any.
+        majority: the most frequent answer of the training.
+    """
+    advice = (
+        "try another learning rate (3 times as high, a third), more epochs, words in the template, "
+        "or several seeds (population)"
+    )
+    if dev_answers and "dev_accuracy" in best:
+        always = sum(answer == majority for answer in dev_answers) / len(dev_answers)
+        if best["dev_accuracy"] <= always:
+            return (
+                f"nothing was learnt: {100 * best['dev_accuracy']:.1f} % of dev is right, and "
+                f"always answering {majority!r} gives {100 * always:.1f} %; {advice}"
+            )
+    elif len(history) > 1 and best["loss"] > _FELL * history[0]["loss"]:
+        return (
+            f"hardly anything was learnt: the loss went from {history[0]['loss']:.4f} to "
+            f"{best['loss']:.4f}; {advice}"
+        )
+    return None
+
+
+def dev_far_above(training: Mapping[str, Any], accuracy: float, examples: int) -> str | None:
+    """That dev promised more than a test shows, or None where chance may explain the difference.
+
+    Args:
+        training: a prompt's facts of its training.
+        accuracy: on the test.
+        examples: of the test.
+    """
+    dev, count = training.get("dev_accuracy"), training.get("dev_examples")
+    if not (isinstance(dev, float) and isinstance(count, int) and count > 0 and examples > 0):
+        return None
+    mean = (dev * count + accuracy * examples) / (count + examples)
+    chance = 2 * math.sqrt(mean * (1 - mean) * (1 / count + 1 / examples))
+    if dev - accuracy <= max(0.05, chance):
+        return None
+    return (
+        f"{100 * accuracy:.1f} % is far below the {100 * dev:.1f} % on the {count} dev examples, "
+        "which chose the epoch and so flatter; these examples may be of another kind, dev examples "
+        "may stand among the training ones, or be too few"
+    )

@@ -1,0 +1,131 @@
+"""What a training shows, and what it tells people who look."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+
+import ptuning
+from ptuning import Prompt, train
+from ptuning.training import guidance, progress
+from ptuning.training.progress import Pace, Progress, epoch_line, in_words
+
+from .. import tiny
+
+ROWS = [
+    {"country": country, "capital": capital}
+    for country, capital in [("France", "Paris"), ("Italy", "Rome"), ("Spain", "Madrid")]
+]
+
+
+@pytest.fixture(scope="module")
+def base() -> tuple[Any, Any]:
+    tokenizer = tiny.tokenizer()
+    return tiny.model("llama", vocab_size=len(tokenizer)), tokenizer
+
+
+def trained(base: tuple[Any, Any], dev: list[Any] | None = None, **options: Any) -> Any:
+    prompt = Prompt("[P*2] {country} [MASK]", answer="capital", encoder="none")
+    rows = ROWS[:2] if dev is not None else ROWS
+    return train(*base, prompt, rows, dev or (), **{"epochs": 2, **options})
+
+
+def test_a_training_shows_its_epochs_unless_it_is_told_not_to(
+    base: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(base, epochs=3)
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out == "" and [line[:12] for line in lines] == [f"epoch {n} of 3" for n in (1, 2, 3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained(base, verbose=False)
+    assert capsys.readouterr() == ("", "")
+    trained(base, listener=lambda heard: None)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_time_that_is_left_goes_by_the_pace_since_the_first_step() -> None:
+    now = [100.0]
+    pace = Pace(lambda: now[0])
+    assert pace.left(Progress(20, 100, 1, 1.0)) is None  # resumed at step 20
+    now[0] += 10
+    assert pace.left(Progress(40, 100, 1, 1.0)) == pytest.approx(30)
+    assert pace.left(Progress(100, 100, 1, 1.0)) is None
+    assert [in_words(s) for s in (0.2, 40, 240, 3900)] == ["1 s", "40 s", "4 min", "1 h 5 min"]
+    record = {"epoch": 3, "loss": 0.5, "dev_accuracy": 0.25, "dev_loss": 1.5}
+    heard = Progress(30, 100, 3, 0.5, record, epochs=10)
+    assert epoch_line(heard, 240.0) == (
+        "epoch  3 of 10  loss 0.5000  dev 25.0 %  dev loss 1.5000, about 4 min left"
+    )
+
+
+def test_a_long_epoch_is_heard_of_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(progress, "_SILENCE", -1.0)
+    said: list[str] = []
+    with progress.shown(say=said.append) as listener:
+        listener(Progress(1, 100, 1, 1.0, epochs=10))
+        listener(Progress(2, 100, 1, 1.0, epochs=10))
+    assert said[0] == "epoch  1 of 10, 1 %" and said[1].startswith("epoch  1 of 10, 2 %, about ")
+
+
+def test_training_without_dev_examples_says_what_is_kept(base: tuple[Any, Any]) -> None:
+    with pytest.warns(UserWarning, match="no dev examples: the last epoch is kept"):
+        trained(base)
+    with pytest.warns(UserWarning, match="no dev examples: 2 prompts compete"):
+        trained(base, population=2)
+    with pytest.warns(UserWarning, match="no dev examples: patience 3 has nothing to measure"):
+        trained(base, patience=3)
+
+
+def test_a_training_that_taught_nothing_says_so(base: tuple[Any, Any]) -> None:
+    with pytest.warns(UserWarning, match=r"nothing was learnt: 0.0 % of dev is right, and always"):
+        trained(base, [ROWS[2]], learning_rate=1e-9)
+    with pytest.warns(UserWarning, match="hardly anything was learnt"):
+        trained(base, learning_rate=1e-9)
+
+
+def test_a_training_that_taught_something_is_not_called_useless() -> None:
+    history = [{"epoch": 1, "loss": 3.0}, {"epoch": 2, "loss": 1.0}]
+    assert guidance.nothing_learnt(history, history[1], [], "Paris") is None
+    best = {"epoch": 2, "loss": 1.0, "dev_accuracy": 0.6}
+    assert guidance.nothing_learnt(history, best, ["Paris", "Rome"], "Paris") is None
+
+
+def test_by_default_a_training_stops_where_accuracy_gains_no_more(base: tuple[Any, Any]) -> None:
+    result = trained(base, ROWS[:2], epochs=60, learning_rate=0.02, verbose=False)
+    accuracies = [record["dev_accuracy"] for record in result.history]
+    last_gain = accuracies.index(max(accuracies)) + 1
+    assert len(accuracies) == last_gain + 4 < 60
+    losses = [record["dev_loss"] for record in result.history]
+    assert losses[-1] < losses[last_gain - 1]  # which alone is no reason to go on
+    assert result.best["dev_loss"] == min(losses[last_gain - 1 :])
+    for patience in (0, 4):  # never; and any better result counts
+        options: Any = {"epochs": 12, "learning_rate": 0.02, "patience": patience}
+        assert len(trained(base, ROWS[:2], **options, verbose=False).history) == 12
+
+
+def test_results_are_tables_and_pictures_in_a_notebook(base: tuple[Any, Any]) -> None:
+    prompt = Prompt(
+        "[P*2] {country}? [MASK]",
+        answer="capital",
+        verbalizer={"<Paris>": "yes", "Rome": "no"},
+    )
+    rows = [{"country": "France", "capital": "<Paris>"}, {"country": "Italy", "capital": "Rome"}]
+    result = train(*base, prompt, rows, rows, epochs=2, verbose=False)
+    page = result._repr_html_()
+    assert page.count("<tr>") == 3 and "(kept)" in page and "data:image/png;base64," in page
+    assert result._repr_png_().startswith(b"\x89PNG")
+    measured = ptuning.evaluate(*base, prompt, rows)
+    page = measured._repr_html_()
+    assert "majority" in page and "Confusion" in page and "&lt;Paris&gt;" in page
+    assert measured._repr_png_().startswith(b"\x89PNG")
+    assert repr(result).startswith("TrainResult(")
+
+
+def test_the_package_lists_its_names() -> None:
+    assert set(ptuning.__all__) <= set(dir(ptuning)) and ptuning.__version__
