@@ -488,7 +488,7 @@ def _train_process(here: Path, model_folder: Path, output: str, *flags: str) -> 
         "--model", str(model_folder), "--data", str(here / "train.jsonl"),
         "--dev", str(here / "dev.csv"), "--template", TEMPLATE, "--answer", "capital",
         "--output", str(here / output), "--epochs", "250", "--batch-size", "2",
-        "--encoder", "lstm", "--encoder-dropout", "0.2", *flags,
+        "--encoder", "lstm", "--encoder-dropout", "0.2", "--patience", "0", *flags,
     ]  # fmt: skip
 
 

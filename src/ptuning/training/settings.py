@@ -86,12 +86,14 @@ class TrainSettings:
             at_least_one("patience", self.patience)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise InputError(f"seed is {self.seed!r}; give a whole number")
-        for name in ("learning_rate", "max_grad_norm", "model_learning_rate", "checkpoint_seconds"):
+        for name in ("learning_rate", "max_grad_norm", "model_learning_rate"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value > 0):
                 raise InputError(f"{name} is {value!r}; give a number above 0")
-        if not (_is_number(self.weight_decay) and self.weight_decay >= 0):
-            raise InputError(f"weight_decay is {self.weight_decay!r}; give a number from 0 on")
+        for name in ("weight_decay", "checkpoint_seconds"):
+            value = getattr(self, name)
+            if not (_is_number(value) and value >= 0):
+                raise InputError(f"{name} is {value!r}; give a number from 0 on")
         if not (_is_number(self.warmup) and 0 <= self.warmup < 1):
             raise InputError(f"warmup is {self.warmup!r}; give the fraction of all steps, 0 to 1")
         if self.schedule not in SCHEDULES:
