@@ -24,7 +24,7 @@ from ptuning.peft_compat import (
     get_peft_model,
     get_peft_model_state_dict,
 )
-from ptuning.peft_compat.saving import get_base_model_state_dict, set_base_model_state_dict
+from ptuning.peft_compat.state_dicts import get_base_model_state_dict, set_base_model_state_dict
 
 from .. import tiny
 

@@ -33,6 +33,7 @@ class Placement:
         columns: ``(B, T)`` the column in the result of each column of the text.
         lead: ``(B,)`` padding in front of each row of the result.
         rolled: ``(B,)`` padding that was moved from the left to the right.
+        may_roll: some may have been, which is known without a look at values.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Placement:
         none = torch.zeros_like(start)
         lead, trail = padding(mask) if mask is not None else (none, none)
         rolled = lead if pads_right else none
+        self.may_roll = pads_right and mask is not None
         if pads_right:
             lead, trail = none, lead + trail
         if not behind_padding:

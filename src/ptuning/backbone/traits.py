@@ -66,13 +66,19 @@ def kind_of(model: nn.Module) -> ModelKind:
 
 
 def reads_left_to_right(model: nn.Module) -> bool:
-    """A decoder-only architecture, whatever its head."""
+    """A decoder-only architecture, whatever its head and whatever else it reads."""
     config: Any = model.config
     if getattr(config, "is_encoder_decoder", False):
         return False
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
-        return bool(getattr(config, "is_decoder", False))
-    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    for known in (config, config.get_text_config()):  # the latter: of a model that reads images
+        if type(known) in MODEL_FOR_MASKED_LM_MAPPING:
+            return bool(getattr(known, "is_decoder", False))
+        if type(known) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return True
+    can_generate = getattr(model, "can_generate", None)
+    if can_generate is not None and can_generate():
+        return True
+    return any(getattr(module, "is_causal", False) is True for module in model.modules())
 
 
 def context_length(model: nn.Module, tokenizer: Any) -> int | None:
@@ -94,6 +100,12 @@ def forward_parameters(model: nn.Module) -> frozenset[str]:
     return frozenset(inspect.signature(uncompiled(model).forward).parameters)
 
 
+def takes_any_argument(model: nn.Module) -> bool:
+    """Its forward takes further arguments than those that it names."""
+    found = inspect.signature(uncompiled(model).forward).parameters.values()
+    return any(parameter.kind == parameter.VAR_KEYWORD for parameter in found)
+
+
 # Positions.
 
 
@@ -103,6 +115,18 @@ def padding_offset(model: nn.Module) -> int:
         if name.endswith("embeddings.position_embeddings") and isinstance(module, nn.Embedding):
             return 0 if module.padding_idx is None else module.padding_idx + 1
     return 0
+
+
+def has_positions_on_axes(model: nn.Module) -> bool:
+    """A token has several positions (Qwen2-VL: time, height, width); the model finds them itself.
+
+    They follow from the ids and the images' sizes, so that a count of tokens cannot replace them.
+    """
+    config: Any = getattr(model, "config", None)
+    given = getattr(config and config.get_text_config(), "rope_parameters", None) or {}
+    if "mrope_section" in given:
+        return True
+    return any(hasattr(module, "get_rope_index") for module in model.modules())
 
 
 def first_position(model: nn.Module) -> int:

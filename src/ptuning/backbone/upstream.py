@@ -6,12 +6,13 @@ breaks with a release of theirs is looked for here first.
 
 from __future__ import annotations
 
+import functools
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.state import AcceleratorState
-from torch import nn
+from torch import Tensor, nn
 
 
 def uncompiled(model: Any) -> Any:
@@ -56,6 +57,11 @@ def commit_of(config: Any) -> str | None:
     return getattr(config, "_commit_hash", None)
 
 
+def different_keys(missing: list[str], unexpected: list[str]) -> Any:
+    """What ``load_state_dict`` returns, for code that expects it; torch 1.2, a named tuple."""
+    return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+
 def forget_accelerate() -> None:
     """Let the next training have another precision.
 
@@ -71,3 +77,96 @@ def end_capture_pool(device: int, pool: Any) -> None:
     """
     with suppress(RuntimeError, AttributeError):
         torch._C._cuda_endAllocateToPool(device, pool)
+
+
+class ReadsOtherwise(Protocol):
+    """What a model shall read in place of what ``generate`` has (see `generating_view`).
+
+    Attributes:
+        inserted: how many tokens a row may get beside its own.
+    """
+
+    inserted: int
+
+    def step(self, text: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """The ids and further arguments of one step of a model that only decodes."""
+
+    def encoder(self, text: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any], str]:
+        """An encoder's main input, its further arguments, and the main input's name."""
+
+
+def generating_view(model: nn.Module, reads: ReadsOtherwise) -> Any:
+    """A view of a model: its weights, hooks and settings, but what it reads goes through `reads`.
+
+    The model itself is not changed, so several threads may generate from it. transformers 4.50:
+    ``generate`` prepares each step with the public ``prepare_inputs_for_generation``; how long a
+    cache has to be, and what an encoder reads (5.20 gave that another name), are private methods.
+    """
+    config: Any = model.config
+    made = _encoding_view if config.is_encoder_decoder else _decoding_view
+    model_class: Any = type(model)
+    result: Any = object.__new__(made(model_class))
+    result.__dict__.update(model.__dict__)
+    result.__dict__.update(_reads=reads)
+    return result
+
+
+_ENCODES = (
+    "_maybe_prepare_encoder_kwargs_for_generation",
+    "_prepare_encoder_decoder_kwargs_for_generation",
+)
+
+
+@functools.cache
+def _decoding_view(model_class: Any) -> type:
+    class View(model_class):
+        _reads: ReadsOtherwise
+
+        def prepare_inputs_for_generation(
+            self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
+        ) -> dict[str, Any]:
+            ids, kwargs = self._reads.step(input_ids, kwargs)
+            cache = kwargs.get("past_key_values")
+            if next_sequence_length is not None and cache is not None:
+                next_sequence_length = ids.shape[1] - int(cache.get_seq_length())
+            elif next_sequence_length == input_ids.shape[1]:  # a state, in its first step
+                next_sequence_length = ids.shape[1]
+            return super().prepare_inputs_for_generation(
+                ids, next_sequence_length=next_sequence_length, **kwargs
+            )
+
+        def _prepare_cache_for_generation(self, *args: Any) -> Any:
+            *others, length = args  # a static cache must have room for what is inserted too
+            return super()._prepare_cache_for_generation(*others, length + self._reads.inserted)
+
+    return _as(model_class, View)
+
+
+@functools.cache
+def _encoding_view(model_class: Any) -> type:
+    class View(model_class):
+        _reads: ReadsOtherwise
+
+    name = next(name for name in _ENCODES if hasattr(model_class, name))
+
+    def encode(
+        self: Any,
+        inputs_tensor: Tensor,
+        model_kwargs: dict[str, Any],
+        model_input_name: str | None,
+        generation_config: Any,
+    ) -> Any:
+        if model_kwargs.get("encoder_outputs") is None:
+            found = self._reads.encoder(inputs_tensor, model_kwargs)
+            inputs_tensor, model_kwargs, model_input_name = found
+        run = getattr(super(View, self), name)
+        return run(inputs_tensor, model_kwargs, model_input_name, generation_config)
+
+    setattr(View, name, encode)
+    return _as(model_class, View)
+
+
+def _as(model_class: Any, view: Any) -> Any:
+    view.__name__, view.__qualname__ = model_class.__name__, model_class.__qualname__
+    view.__module__ = model_class.__module__
+    return view

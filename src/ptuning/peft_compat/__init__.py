@@ -23,7 +23,7 @@ from .auto import (
 )
 from .model import PeftModel
 from .modules_to_save import ModulesToSaveWrapper
-from .saving import (
+from .state_dicts import (
     get_base_model_state_dict,
     get_peft_model_state_dict,
     set_base_model_state_dict,

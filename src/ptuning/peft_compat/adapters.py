@@ -1,4 +1,4 @@
-"""What one adapter is: its configuration made complete by the model, its frame, its table."""
+"""One adapter: its configuration made complete by the model, what it inserts, its vectors."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ..backbone.injection import Injector, Span, input_embedding
 from ..errors import InputError
 from ..prompts.encoder import PromptEncoder
 from ..prompts.encoder_config import PeftType, PromptEncoderConfig, TaskType
-from .frame import Frame
+from .insertion import Insertion
 
-HEADS = {
+CLASSIFIERS = {
     TaskType.SEQ_CLS: ("classifier", "score"),
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
@@ -26,18 +26,18 @@ _SIZES = {
 }
 
 
-@dataclass
+@dataclass(eq=False)
 class Adapter:
     """One adapter on a model.
 
     Attributes:
         config: complete.
-        frame: what it puts around a row's text.
+        insertion: what it inserts around a row's text.
         span: its virtual ids.
     """
 
     config: PromptEncoderConfig
-    frame: Frame
+    insertion: Insertion
     span: Span
 
     def vectors(self, encoder: PromptEncoder) -> Tensor:
@@ -73,20 +73,22 @@ def checked(config: Any) -> PromptEncoderConfig:
     return PromptEncoderConfig.from_dict(to_dict())
 
 
-def completed(config: PromptEncoderConfig, model: nn.Module, frame: Frame | None) -> dict[str, Any]:
+def completed(
+    config: PromptEncoderConfig, model: nn.Module, insertion: Insertion | None
+) -> dict[str, Any]:
     """The values that the model and the template give a configuration.
 
     Raises:
         InputError: no number of virtual tokens, one that is not the template's, or a width that is
             not the model's.
     """
-    count = config.num_virtual_tokens or (frame.count if frame else None)
+    count = config.num_virtual_tokens or (insertion.count if insertion else None)
     if count is None:
         raise InputError("num_virtual_tokens is missing; give the number of virtual tokens")
-    if frame is not None and frame.count != count:
+    if insertion is not None and insertion.count != count:
         raise InputError(
-            f"num_virtual_tokens is {count}, and the template has {frame.count} virtual tokens: "
-            f"{frame.template}; make them agree"
+            f"num_virtual_tokens is {count}, and the template has {insertion.count} virtual "
+            f"tokens: {insertion.template}; make them agree"
         )
     width = input_embedding(model).embedding_dim
     if config.token_dim not in (None, width):
@@ -94,7 +96,7 @@ def completed(config: PromptEncoderConfig, model: nn.Module, frame: Frame | None
             f"token_dim is {config.token_dim}, and the model's input embedding is {width} wide; "
             "leave token_dim out, or give the model that the configuration was made for"
         )
-    doubled = config.task_type == TaskType.SEQ_2_SEQ_LM and frame is None
+    doubled = config.task_type == TaskType.SEQ_2_SEQ_LM and insertion is None
     values: dict[str, Any] = {
         "num_virtual_tokens": count,
         "token_dim": width,
@@ -108,6 +110,6 @@ def completed(config: PromptEncoderConfig, model: nn.Module, frame: Frame | None
         values[name] = getattr(config, name) or next((v for v in known if v is not None), None)
     trained = [*(config.modules_to_save or ())]
     if config.task_type is not None:
-        trained += HEADS.get(TaskType(config.task_type), ())
+        trained += CLASSIFIERS.get(TaskType(config.task_type), ())
     values["modules_to_save"] = list(dict.fromkeys(trained)) or None
     return values

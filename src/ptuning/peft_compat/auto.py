@@ -151,7 +151,7 @@ class AutoPeftModelForQuestionAnswering(AutoPeftModel):
 
 
 class AutoPeftModelForFeatureExtraction(AutoPeftModel):
-    """A model without a head, with its adapter."""
+    """A model that ends with its hidden states, with its adapter."""
 
     task_type = TaskType.FEATURE_EXTRACTION
     base_class = transformers.AutoModel

@@ -12,111 +12,136 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backbone.upstream import generating_view
 from ..errors import InputError
-from . import generation
-from .inputs import place
+from . import arguments, continuing, generation
+from .adapters import Adapter
 from .modules_to_save import remember, wrappers
 from .outputs import restored
-from .seats import Base, Seat, placed_ids
+from .placing import Base, Rows, drop_token_types, place
 
 BASE = "__base__"
 """In ``adapter_names`` a row without a prompt, as in the reference; None means the same."""
 
 
-def forward(model: Any, arguments: dict[str, Any]) -> Any:
-    """The base model's output for inputs with prompts in them.
+def forward(model: Any, given: dict[str, Any]) -> Any:
+    """The base model's output for inputs with the active adapter's prompt in them.
 
     Args:
         model: a ``PeftModel``.
-        arguments: of the call; ``adapter_names`` gives each row its adapter,
-            ``drop_virtual_positions`` overrides the model's own setting.
+        given: the base model's arguments. ``adapter_names`` gives each row its own adapter (None or
+            ``"__base__"`` for none), ``drop_virtual_positions`` overrides the model's setting.
+            ``past_key_values`` of an earlier call have the prompt in them, and get no second one.
+
+    Returns:
+        The base model's output; parts per token are ``(B, virtual tokens + T, …)``, and
+        ``(B, T, …)`` without virtual positions.
+
+    Raises:
+        InputError: an argument that has no room for a prompt, or rows that do not fit.
     """
-    arguments = {k: v for k, v in arguments.items() if v is not None}
-    arguments.pop("task_ids", None)
-    drop = arguments.pop("drop_virtual_positions", model.drop_virtual_positions)
-    names = arguments.pop("adapter_names", None)
+    inputs = {k: v for k, v in given.items() if v is not None}
+    inputs.pop("task_ids", None)
+    drop = inputs.pop("drop_virtual_positions", model.drop_virtual_positions)
+    names = inputs.pop("adapter_names", None)
     base = model.base()
+    if not (base.traits.any_keyword or base.accepts("num_items_in_batch")):
+        inputs.pop("num_items_in_batch", None)  # transformers.Trainer gives it
     if model._adapters_disabled:
         with _modules_of(model, [None]):
-            return model.base_model(**arguments)
-    rows = _rows(model, names, arguments)
-    with _written(model, rows) as seats, ExitStack() as stack:
-        inputs, where = place(base, seats, arguments, stack, of_text=drop)
-        as_tuple = inputs.pop("return_dict", base.model.config.return_dict) is False
-        output = model.base_model(**inputs, return_dict=True)
+            return model.base_model(**inputs)
+    rows = _rows(model, names, inputs)
+    if not base.encodes_and_decodes and continuing.tokens_in(inputs.get("past_key_values")):
+        return _go_on(model, base, rows, inputs)
+    with _written(model, rows) as adapters, ExitStack() as stack:
+        placed, where = place(base, adapters, inputs, stack, of_text=drop)
+        as_tuple = placed.pop("return_dict", base.model.config.return_dict) is False
+        output = model.base_model(**placed, return_dict=True)
+        if not base.encodes_and_decodes:
+            size = len(where.columns)
+            held = continuing.Held(
+                placed.get("attention_mask"),
+                where.length + where.inserted,
+                where.length,
+                _lengths(adapters) * (size if len(adapters) == 1 else 1),
+            )
+            continuing.note(output.get("past_key_values"), held)
         output = restored(output, where, decoder=base.logits_of_decoder, text_only=drop)
         return output.to_tuple() if as_tuple else output
 
 
-def generate(model: Any, arguments: dict[str, Any]) -> Any:
+def _go_on(model: Any, base: Base, rows: Sequence[str | None], inputs: dict[str, Any]) -> Any:
+    """A call behind a cache that has the prompt already."""
+    arguments.check(inputs)
+    cache = inputs["past_key_values"]
+    told = base.accepts("position_ids") and not (base.traits.several_axes or base.reference_layout)
+    held = continuing.held_by(cache)
+    placed, after = continuing.continued(held, inputs, base.traits.first_position, positions=told)
+    with _modules_of(model, rows):
+        output = model.base_model(**placed)
+    continuing.note(cache, after)
+    return output
+
+
+def generate(model: Any, given: dict[str, Any]) -> Any:
     """``generate`` of the base model.
 
     Args:
         model: a ``PeftModel``.
-        arguments: of the call; ``adapter_names`` gives each row its adapter.
+        given: the call's arguments; ``adapter_names`` gives each row its adapter.
 
     Raises:
-        InputError: no ``input_ids``, or an option that does not go with prompts.
+        InputError: no ``input_ids``, or an argument that does not go with prompts.
     """
-    arguments.pop("task_ids", None)
-    names = arguments.pop("adapter_names", None)
+    given.pop("task_ids", None)
+    names = given.pop("adapter_names", None)
     base = model.base()
     if model._adapters_disabled:
         with _modules_of(model, [None]):
-            return model.base_model.generate(**arguments)
-    ids = arguments.pop("input_ids", None)
-    ids = arguments.pop("inputs", None) if ids is None else ids
+            return model.base_model.generate(**given)
+    ids = given.pop("input_ids", None)
+    ids = given.pop("inputs", None) if ids is None else ids
     if ids is None:
         raise InputError("input_ids must be provided for Peft model generation")
-    generation.check_options(model.generation_config, arguments)
-    rows = _rows(model, names, {"input_ids": ids})
-    with _written(model, rows, grad=False) as seats:
-        how = _from_encoder if base.encodes_and_decodes else _from_text
-        return how(base, model, seats, ids, arguments)
-
-
-def _from_text(
-    base: Base, model: Any, seats: Sequence[Seat], ids: Tensor, arguments: dict[str, Any]
-) -> Any:
-    if arguments.get("inputs_embeds") is not None:
+    if given.get("inputs_embeds") is not None:
         raise InputError("generate takes input_ids; leave inputs_embeds out")
-
-    def begin(text: Tensor, mask: Tensor | None) -> generation.Start:
-        own = [seat for seat in seats for _ in range(len(text) // len(seats))]
-        placed, placed_mask, where = placed_ids(base, own, text, mask)
-        return generation.Start(placed, placed_mask, where, not base.reference_layout)
-
-    inserted = max(0 if seat is None else seat[0].length for seat in seats)
-    view = generation.view(model.base_model, begin, ids.shape[1], inserted)
-    view.generation_config = model.generation_config
-    return view.generate(input_ids=ids, **arguments)
-
-
-def _from_encoder(
-    base: Base, model: Any, seats: Sequence[Seat], ids: Tensor, arguments: dict[str, Any]
-) -> Any:
-    """The encoder reads the prompts; the generation loop gets its output, and the text's ids."""
-    if arguments.pop("encoder_outputs", None) is not None:
+    generation.check_options(model.generation_config, given)
+    arguments.check(given)
+    _check_cache(base, ids, given)
+    drop_token_types(base, given)
+    rows = _rows(model, names, {"input_ids": ids})
+    with _written(model, rows, grad=False) as adapters, ExitStack() as stack:
+        prompts = generation.Prompts(base, adapters, ids, given, stack)
+        view = generating_view(model.base_model, prompts)
+        view.generation_config = model.generation_config
+        result = view.generate(input_ids=ids, **given)
+    if not prompts.read:
         raise InputError(
-            "encoder_outputs were made without the prompt; give input_ids and leave them out"
+            f"{type(model.base_model).__name__}.generate goes a way of its own, on which the prompt "
+            "was left out: generate with its language model, or attach prompts with ptuning.attach"
         )
-    given = {name: arguments.pop(name, None) for name in ("attention_mask", "token_type_ids")} | {
-        "input_ids": ids
-    }
-    with ExitStack() as stack, torch.no_grad():
-        inputs, _ = place(base, seats, given, stack)
-        config = arguments.get("generation_config") or model.generation_config
-        for name in ("output_attentions", "output_hidden_states"):
-            inputs[name] = bool(arguments.get(name, getattr(config, name, False)))
-        encoded = model.base_model.get_encoder()(**inputs, return_dict=True)
-    mask = inputs.get("attention_mask")
-    if mask is not None:
-        arguments["attention_mask"] = mask
-    return model.base_model.generate(input_ids=ids, encoder_outputs=encoded, **arguments)
+    return result
+
+
+def _check_cache(base: Base, ids: Tensor, given: dict[str, Any]) -> None:
+    """A cache that generation goes on from has the prompt; the ids are those of all the text."""
+    cache, mask = given.get("past_key_values"), given.get("attention_mask")
+    if base.encodes_and_decodes or not continuing.tokens_in(cache):
+        return
+    text = continuing.held_by(cache).text
+    if ids.shape[1] <= text or (mask is not None and mask.shape != ids.shape):
+        raise InputError(
+            f"past_key_values hold {text} tokens of the text, and input_ids have {ids.shape[1]}: "
+            "give the ids and the mask of the whole text, those in the cache too"
+        )
+
+
+def _lengths(rows: Rows) -> tuple[int, ...]:
+    return tuple(0 if row is None else row.insertion.length for row in rows)
 
 
 def _rows(model: Any, names: Sequence[str | None] | None, inputs: dict[str, Any]) -> list[Any]:
-    """Each row's adapter, or one for all alike."""
+    """The name of each row's adapter, or one for all alike."""
     if names is None:
         if not model.active_adapters:
             raise InputError("no adapter is left on this model; add one, or call base_model")
@@ -132,23 +157,25 @@ def _rows(model: Any, names: Sequence[str | None] | None, inputs: dict[str, Any]
 
 
 @contextmanager
-def _written(model: Any, rows: Sequence[str | None], grad: bool = True) -> Iterator[list[Seat]]:
-    """Let the rows' virtual ids stand for what their encoders give now, in this thread alone;
-    yields the rows' seats."""
+def _written(
+    model: Any, rows: Sequence[str | None], grad: bool = True
+) -> Iterator[list[Adapter | None]]:
+    """Let virtual ids stand for what their encoders give now, in this thread alone; yields each
+    row's adapter."""
     used = {name: model.adapter(name) for name in dict.fromkeys(rows) if name is not None}
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
         tables = {a.span: a.vectors(model.prompt_encoder[name]) for name, a in used.items()}
     with model._injector.serving(tables), _modules_of(model, rows):
-        yield [None if n is None else (used[n].frame, used[n].span) for n in rows]
+        yield [None if name is None else used[name] for name in rows]
 
 
 @contextmanager
 def _modules_of(model: Any, rows: Sequence[str | None]) -> Iterator[None]:
     """Let each row meet the modules that were trained with its adapter."""
     with ExitStack() as stack:
-        found = wrappers(model.base_model)
-        if found and torch.is_grad_enabled():
+        trained = wrappers(model.base_model)
+        if trained and torch.is_grad_enabled():
             remember(model.base_model)
-        for wrapper in found.values():
+        for wrapper in trained.values():
             stack.enter_context(wrapper.using(rows))
         yield

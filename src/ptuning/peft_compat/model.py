@@ -17,21 +17,23 @@ from torch import nn
 from transformers.utils.hub import PushToHubMixin
 
 from ..backbone.injection import Injector, input_embedding
-from ..backbone.traits import padding_offset, reads_left_to_right
+from ..backbone.traits import reads_left_to_right
 from ..errors import InputError
 from ..prompts.encoder import PromptEncoder
 from ..prompts.encoder_config import PeftType, PromptEncoderConfig, TaskType
+from ..prompts.recognised import Recognised
 from ..threads import CHANGING
 from . import calls, modules_to_save
 from .adapter_names import AdapterDict, check_name
 from .adapters import Adapter, checked, completed
-from .frame import Frame, from_template
-from .seats import Base
-from .stored import Stored, expect_no_base
-from .surface import Surface
+from .insertion import Insertion, from_template
+from .placing import Base, Traits
+from .saving import Saving, expect_no_base
+from .signature import Forward
+from .summary import Summary
 
 
-class PeftModel(Surface, Stored, PushToHubMixin, nn.Module):  # type: ignore[misc]
+class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type: ignore[misc]
     """A base model with adapters.
 
     Args:
@@ -57,15 +59,21 @@ class PeftModel(Surface, Stored, PushToHubMixin, nn.Module):  # type: ignore[mis
         InputError: configuration, template or model do not fit; the model is left as it was.
     """
 
+    by_task: ClassVar[dict[Any, Any]] = {}
+    """The class of each task."""
     task_type: ClassVar[TaskType | None] = None
+    peft_names: ClassVar[tuple[str, ...]] = ("PeftModel",)
     arguments: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "inputs_embeds")
     """The order of a call's positional arguments."""
     _hf_peft_config_loaded = True  # transformers.Trainer asks it before it trains a quantized model
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        PeftModel.by_task.setdefault(cls.task_type, cls)
-        cls.forward = _with_signature(PeftModel._call, cls.arguments)
+        if "task_type" in cls.__dict__:
+            PeftModel.by_task.setdefault(cls.task_type, cls)
+            cls.peft_names = (cls.__name__, "PeftModel")
+            if "forward" not in cls.__dict__:
+                cls.forward = Forward(calls.forward, cls.arguments)
 
     def __init__(
         self,
@@ -91,6 +99,8 @@ class PeftModel(Surface, Stored, PushToHubMixin, nn.Module):  # type: ignore[mis
         self._adapters: dict[str, Adapter] = {}
         self._adapters_disabled = False
         self._injector = Injector.on(model)
+        self._traits = Traits.of(model)
+        _ = self.forward  # now it knows the base model's arguments
         self.add_adapter(adapter_name, peft_config, template=template, tokenizer=tokenizer)
         for name, parameter in model.named_parameters():
             if ".modules_to_save." not in name:
@@ -162,25 +172,27 @@ class PeftModel(Surface, Stored, PushToHubMixin, nn.Module):  # type: ignore[mis
             raise InputError(
                 f"Adapter with name '{adapter_name}' already exists; delete it, or give another"
             )
-        config, frame = checked(peft_config), None
+        config, insertion = checked(peft_config), None
         if template is not None:
             causal = reads_left_to_right(self.base_model)
-            frame = from_template(template, tokenizer, causal=causal)
-        values = completed(config, self.base_model, frame)
+            insertion = from_template(template, tokenizer, causal=causal)
+        values = completed(config, self.base_model, insertion)
         trained = config.replace(**values)
         encoder = PromptEncoder(trained).to(self._device())
         names = trained.modules_to_save or ()
-        found = modules_to_save.find(self.base_model, names, input_embedding(self.base_model))
+        embedding = input_embedding(self.base_model)
+        modules = modules_to_save.find(self.base_model, names, embedding)
         for name, value in values.items():
             setattr(config, name, value)
-        for wrapper in modules_to_save.wrap(self.base_model, list(found)).values():
+        for wrapper in modules_to_save.wrap(self.base_model, list(modules)).values():
             wrapper.add(adapter_name)
         count = trained.num_virtual_tokens or 0
         with CHANGING:
             if not self._adapters:  # the hooks may have left, and others come
                 self._injector = Injector.on(self.base_model)
             span = self._injector.add(torch.zeros(count, encoder.token_dim, device=self._device()))
-        self._adapters[adapter_name] = Adapter(config, frame or Frame.in_front(count), span)
+        insertion = insertion or Insertion.in_front(count)
+        self._adapters[adapter_name] = Adapter(config, insertion, span)
         self.prompt_encoder[adapter_name] = encoder.requires_grad_(not config.inference_mode)
         encoder.train(self.training)
 
@@ -223,13 +235,13 @@ class PeftModel(Surface, Stored, PushToHubMixin, nn.Module):  # type: ignore[mis
         for wrapper in modules_to_save.wrappers(self.base_model).values():
             wrapper.activate(active, trainable=not inference_mode)
 
-    def _call(self, arguments: dict[str, Any]) -> Any:
-        """The base model's output for inputs with the active adapter's prompt in them.
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """transformers' Trainer may give ``num_items_in_batch``: the base model takes it."""
+        own = getattr(self.base_model, "accepts_loss_kwargs", None)
+        return self._traits.any_keyword if own is None else bool(own)
 
-        Takes the base model's arguments; ``adapter_names`` gives each row its own adapter (None or
-        ``"__base__"`` for none), ``drop_virtual_positions`` overrides the model's setting.
-        """
-        return calls.forward(self, arguments)
+    forward = Forward(calls.forward, arguments)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's ``generate`` with the prompts in front of what is generated.
@@ -249,8 +261,7 @@ class PeftModel(Surface, Stored, PushToHubMixin, nn.Module):  # type: ignore[mis
             model=self.base_model,
             injector=self._injector,
             task=self.task_type,
-            causal=reads_left_to_right(self.base_model),
-            position_offset=padding_offset(self.base_model),
+            traits=self._traits,
             reference_layout=self.reference_layout,
         )
 
@@ -274,23 +285,3 @@ class PeftModel(Surface, Stored, PushToHubMixin, nn.Module):  # type: ignore[mis
     def _device(self) -> torch.device:
         device = input_embedding(self.base_model).weight.device
         return torch.device("cpu") if device.type == "meta" else device
-
-
-def _with_signature(call: Any, names: tuple[str, ...]) -> Any:
-    """A ``forward`` whose named arguments can be seen: ``transformers.Trainer`` looks at them."""
-
-    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-        if len(args) > len(names):
-            raise TypeError(f"forward takes at most {len(names)} positional arguments: {names}")
-        twice = sorted(set(names[: len(args)]) & set(kwargs))
-        if twice:
-            raise TypeError(f"forward got {twice[0]} twice, by position and by name")
-        return call(self, {**dict(zip(names, args, strict=False)), **kwargs})
-
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    own = [inspect.Parameter(name, kind, default=None) for name in names]
-    first = inspect.Parameter("self", kind)
-    rest = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
-    forward.__signature__ = inspect.Signature([first, *own, rest])  # type: ignore[attr-defined]
-    forward.__doc__ = PeftModel._call.__doc__
-    return forward

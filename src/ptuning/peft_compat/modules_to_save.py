@@ -1,4 +1,4 @@
-"""Modules that are trained with a prompt, such as a classifier's head: a copy for each adapter.
+"""Modules that are trained with a prompt, such as a classifier: a copy for each adapter.
 
 The wrapper takes the module's place in the model. Names of parameters are the reference's, so code
 that looks for ``modules_to_save`` in them goes on working.
@@ -168,13 +168,13 @@ def find(model: nn.Module, names: Sequence[str], embedding: nn.Module) -> dict[s
         InputError: one of them holds the input embedding, or is never called.
     """
     wrapped = wrappers(model)
-    found = {
+    named = {
         path: module
         for path, module in model.named_modules()
         if path.endswith(tuple(names))
         and not any(path.startswith(f"{outer}.") for outer in wrapped)
     }
-    outer = {p: m for p, m in found.items() if not any(p.startswith(f"{o}.") for o in found)}
+    outer = {p: m for p, m in named.items() if not any(p.startswith(f"{o}.") for o in named)}
     for path, module in outer.items():
         inner = getattr(module, "original_module", module)
         if any(part is embedding for part in inner.modules()):

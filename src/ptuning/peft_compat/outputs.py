@@ -7,41 +7,50 @@ from typing import Any
 from torch import Tensor
 
 from ..backbone.placement import Placement
+from .placing import may_look
+
+# Two-axis outputs that have a value per token; all others with two axes have one per row.
+_PER_TOKEN = ("start_logits", "end_logits")
+# What belongs to another input than the text, or to what a decoder reads.
+_OTHERS = ("decoder_", "past_", "image_", "vision_", "audio_", "video_", "rope_deltas")
 
 
 def restored(output: Any, where: Placement, *, decoder: bool, text_only: bool) -> Any:
     """A model's output with its positions as the caller knows them.
 
     Args:
-        output: a ``ModelOutput``; changed in place.
+        output: a ``ModelOutput``, of P tokens; changed in place.
         where: the batch's placement. Padding that it moved to the right comes back to the left.
         decoder: logits and hidden states are the decoder's, which has no virtual tokens.
-        text_only: leave the virtual positions out; attentions keep them.
+        text_only: leave the virtual positions out, so that T are left; attentions keep them.
     """
-    if not text_only and not bool(where.rolled.any()):
+    if not text_only and not _rolled(where):
         return output
     width = where.length + where.inserted
-    names = ["start_logits", "end_logits", "encoder_last_hidden_state", "encoder_hidden_states"]
-    if not decoder:
-        names += ["logits", "last_hidden_state", "hidden_states"]
-    attentions = ["encoder_attentions", "cross_attentions", *([] if decoder else ["attentions"])]
 
-    def of(name: str, value: Tensor) -> Tensor:
-        per_token = value.dim() > 2 or name in ("start_logits", "end_logits")
-        if not per_token or value.shape[1] != width:
+    def of(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[1] != width:
+            return value
+        if value.dim() == 2 and name not in _PER_TOKEN:
             return value
         return where.text_of(value) if text_only else where.unrolled(value)
 
-    for name in names:
-        value = output.get(name)
-        if isinstance(value, Tensor):
-            output[name] = of(name, value)
+    for name, value in list(output.items()):
+        ours = name.startswith("encoder_") or name in _PER_TOKEN or not decoder
+        if name.startswith(_OTHERS) or (not ours and name != "cross_attentions"):
+            continue
+        if name.endswith("attentions"):
+            output[name] = tuple(_attention(where, part, width) for part in value)
         elif isinstance(value, tuple):
             output[name] = tuple(of(name, part) for part in value)
-    for name in attentions:
-        if output.get(name) is not None:
-            output[name] = tuple(_attention(where, part, width) for part in output[name])
+        else:
+            output[name] = of(name, value)
     return output
+
+
+def _rolled(where: Placement) -> bool:
+    """Some padding was moved; where values may not be seen, it may have been."""
+    return where.may_roll and (not may_look(where.rolled) or bool(where.rolled.any()))
 
 
 def _attention(where: Placement, weights: Tensor, width: int) -> Tensor:

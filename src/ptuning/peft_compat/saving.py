@@ -1,4 +1,4 @@
-"""Adapters as state dicts and as folders, through the package's one writer and one reader.
+"""Adapters as folders, through the package's one writer and one reader.
 
 A folder holds the reference's two files, which the reference reads without a warning, and beside
 them this package's own (`prompt`): with the encoder's weights, so that training can go on. An
@@ -9,25 +9,27 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import places, storage
 from ..backbone.identity import check_same, describe
-from ..backbone.upstream import uncompiled
 from ..errors import InputError, PromptFileError
 from ..prompts import peft_files, prompt_files
-from ..prompts.encoder import PromptEncoder, initialise
 from ..prompts.encoder_config import CONFIG_NAME, PromptEncoderConfig
 from ..prompts.prompt import Prompt
-from .modules_to_save import wrappers
-
-_VECTORS = "prompt_embeddings"
-_PREFIX = "base_model."
+from .adapter_names import folder_of
+from .adapters import checked
+from .state_dicts import (
+    PREFIX,
+    VECTORS,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,131 +47,6 @@ class Saved:
     prompt: Prompt | None
 
 
-def get_peft_model_state_dict(
-    model: Any,
-    state_dict: Mapping[str, Tensor] | None = None,
-    adapter_name: str = "default",
-    unwrap_compiled: bool = False,
-    save_embedding_layers: bool | str = "auto",
-) -> dict[str, Tensor]:
-    """An adapter's tensors under the reference's names.
-
-    Args:
-        model: a ``PeftModel``.
-        state_dict: of the whole model, to take the trained modules from, as distributed training
-            gathers it; by default the model's own.
-        adapter_name: which adapter.
-        unwrap_compiled: look through ``torch.compile``.
-        save_embedding_layers: without effect; P-tuning never changes the embedding.
-
-    Returns:
-        ``prompt_embeddings`` ``(virtual tokens x submodules, width)`` and the trained modules'.
-    """
-    if unwrap_compiled:
-        model = uncompiled(model)
-    model.adapter(adapter_name)
-    result = {_VECTORS: model.get_prompt_embedding_to_save(adapter_name)}
-    for path, wrapper in wrappers(model.base_model).items():
-        if adapter_name in wrapper.modules_to_save:
-            module = wrapper.modules_to_save[adapter_name]
-            for key, tensor in module.state_dict().items():
-                whole = f"{_PREFIX}{path}.modules_to_save.{adapter_name}.{key}"
-                given = (state_dict or {}).get(whole, tensor)
-                result[f"{_PREFIX}{path}.{key}"] = given.detach()
-    return result
-
-
-def set_peft_model_state_dict(
-    model: Any,
-    peft_model_state_dict: Mapping[str, Tensor],
-    adapter_name: str = "default",
-    ignore_mismatched_sizes: bool = False,
-    low_cpu_mem_usage: bool = False,
-) -> torch.nn.modules.module._IncompatibleKeys:
-    """Give an adapter the tensors of a state dict.
-
-    An encoder with a head is changed so that it gives the vectors of the state dict; the reference
-    would take them for the head's input.
-
-    Args:
-        model: a ``PeftModel``.
-        peft_model_state_dict: as `get_peft_model_state_dict` gives it.
-        adapter_name: which adapter.
-        ignore_mismatched_sizes: leave out trained modules of another shape.
-        low_cpu_mem_usage: without effect.
-
-    Raises:
-        PromptFileError: missing, extra or mis-shaped tensors; nothing is changed.
-    """
-    adapter = model.adapter(adapter_name)
-    state = dict(peft_model_state_dict)
-    encoder = model.prompt_encoder[adapter_name]
-    rows = state.pop(_VECTORS, None)
-    expected = tuple(encoder.embedding.weight.shape)
-    if rows is None or tuple(rows.shape) != expected:
-        came = "none" if rows is None else f"{_VECTORS} of shape {tuple(rows.shape)}"
-        raise PromptFileError(
-            f"adapter {adapter_name!r} needs {_VECTORS} of shape {expected}; there is {came}"
-        )
-    targets = _module_tensors(model, adapter_name)
-    extra = sorted(set(state) - set(targets))
-    wrong = [k for k in targets if k in state and state[k].shape != targets[k].shape]
-    if extra or (wrong and not ignore_mismatched_sizes):
-        shapes = [f"{k} {tuple(state[k].shape)} for {tuple(targets[k].shape)}" for k in wrong]
-        raise PromptFileError(
-            f"adapter {adapter_name!r} has no place for {extra + shapes}; the modules that it "
-            f"trains are {adapter.config.modules_to_save}: give the model and configuration that "
-            "it was saved with"
-        )
-    with torch.no_grad():
-        initialise_all(encoder, rows)
-        for key in set(state) - set(wrong):
-            targets[key].copy_(state[key])
-    missing = sorted(set(targets) - set(state))
-    return torch.nn.modules.module._IncompatibleKeys(missing, wrong)
-
-
-def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
-    """The base model's own tensors under its own names, without adapters."""
-    state = model.get_base_model().state_dict()
-    return {
-        key.replace(".original_module.", "."): tensor
-        for key, tensor in state.items()
-        if ".modules_to_save." not in key
-    }
-
-
-def set_base_model_state_dict(
-    model: Any, state_dict: Mapping[str, Tensor], strict: bool = True
-) -> torch.nn.modules.module._IncompatibleKeys:
-    """Load the base model's own tensors, as `get_base_model_state_dict` gives them."""
-    base = model.get_base_model()
-    names = {
-        key.replace(".original_module.", "."): key
-        for key in base.state_dict()
-        if ".modules_to_save." not in key
-    }
-    inner = {names.get(key, key): tensor for key, tensor in state_dict.items()}
-    trained = {k: v for k, v in base.state_dict().items() if ".modules_to_save." in k}
-    return base.load_state_dict({**trained, **inner}, strict=strict)
-
-
-def _module_tensors(model: Any, name: str) -> dict[str, Tensor]:
-    """The tensors of an adapter's trained modules, under the names that are saved."""
-    return {
-        f"{_PREFIX}{path}.{key}": tensor
-        for path, wrapper in wrappers(model.base_model).items()
-        if name in wrapper.modules_to_save
-        for key, tensor in wrapper.modules_to_save[name].state_dict(keep_vars=True).items()
-    }
-
-
-def initialise_all(encoder: PromptEncoder, rows: Tensor) -> None:
-    """Let an encoder give `rows`, one for each of its virtual tokens."""
-    weight = encoder.embedding.weight
-    initialise(encoder, rows.to(weight.device), torch.arange(len(weight), device=weight.device))
-
-
 def save(
     model: Any,
     name: str,
@@ -181,8 +58,8 @@ def save(
     adapter = model.adapter(name)
     encoder = model.prompt_encoder[name]
     state = get_peft_model_state_dict(model, state_dict, name)
-    rows = state.pop(_VECTORS).float().cpu()
-    modules = {key.removeprefix(_PREFIX): tensor for key, tensor in state.items()}
+    rows = state.pop(VECTORS).float().cpu()
+    modules = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
     config = adapter.config.replace(inference_mode=True)
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model.base_model, "name_or_path", None) or None
@@ -192,7 +69,7 @@ def save(
             "base_model_class": kind.__name__,
             "parent_library": kind.__module__,
         }
-    prompt = Prompt.of_config(config, adapter.frame.template)
+    prompt = Prompt.of_config(config, adapter.insertion.template)
     prompt.vectors = rows[: config.num_virtual_tokens]
     if not adapter.config.inference_mode:
         prompt.encoder_weights = {k: v.detach() for k, v in encoder.state_dict().items()}
@@ -200,7 +77,7 @@ def save(
     prompt.base_model = describe(model.base_model, None)
     prompt.peft_config = config.to_dict()
     content = prompt.contents(keep_encoder=keep_encoder)
-    if adapter.frame.template is None:
+    if adapter.insertion.template is None:
         content |= peft_files.pack(rows, config, None, modules)
     storage.write_folder(folder, content, peft_files.NAMES)
 
@@ -228,7 +105,7 @@ def _read(folder: Path) -> Saved:
                 "another program has written it since, or it is damaged; its vectors are used",
                 stacklevel=4,
             )
-        elif prompt:  # the reference knows no encoder without a head
+        elif prompt:  # the reference knows no encoder of an embedding alone
             config.encoder_reparameterization_type = prompt.encoder.upper()
     else:
         if not prompt.peft_config:
@@ -238,7 +115,7 @@ def _read(folder: Path) -> Saved:
             )
         config = PromptEncoderConfig.from_dict(prompt.peft_config)
         rows, modules = prompt.trained_vectors(), prompt.modules
-    state = {_VECTORS: rows, **{_PREFIX + name: tensor for name, tensor in modules.items()}}
+    state = {VECTORS: rows, **{PREFIX + name: tensor for name, tensor in modules.items()}}
     return Saved(config, state, prompt)
 
 
@@ -267,8 +144,174 @@ def fill(model: Any, name: str, saved: Saved, ignore_mismatched_sizes: bool = Fa
         encoder.load_state_dict(weights)
     if saved.prompt:
         check_same(saved.prompt.base_model, model.base_model, None)
-    if model.adapter(name).frame.template != (saved.prompt.template if saved.prompt else None):
+    if model.adapter(name).insertion.template != (saved.prompt.template if saved.prompt else None):
         raise InputError(
             f"adapter {name!r} has another template than the saved one; load it under another name"
         )
     return result
+
+
+class Saving:
+    """The part of ``PeftModel`` that reads and writes adapters."""
+
+    def save_pretrained(
+        self: Any,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        *,
+        keep_encoder: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Save adapters: ``default`` in the folder itself, others in folders of their names.
+
+        Args:
+            save_directory: made if need be.
+            safe_serialization: False is refused; prompts are never pickled.
+            selected_adapters: their names; all by default.
+            save_embedding_layers: without effect.
+            is_main_process: only that process writes.
+            path_initial_model_for_weight_conversion: refused; it is another method's.
+            keep_encoder: also save the encoder's weights, so that training can continue.
+            kwargs: ``state_dict`` of the whole model, as distributed training gathers it.
+
+        Raises:
+            InputError: an unknown name, or something refused; nothing is written.
+        """
+        if not safe_serialization or path_initial_model_for_weight_conversion is not None:
+            raise InputError(
+                "prompts are saved as safetensors, never pickled or converted; leave "
+                "safe_serialization and path_initial_model_for_weight_conversion out"
+            )
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise InputError(
+                f"You passed an invalid `selected_adapters` arguments: {unknown} are not among "
+                f"{list(self.peft_config)}"
+            )
+        if Path(save_directory).is_file():
+            raise InputError(f"{save_directory} is a file; give a directory")
+        if is_main_process:
+            for name in names:
+                folder, state = folder_of(save_directory, name), kwargs.get("state_dict")
+                save(self, name, folder, state, keep_encoder)
+
+    def load_adapter(
+        self: Any,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        *,
+        tokenizer: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a saved adapter beside the others, or into the one of that name.
+
+        Args:
+            model_id: a folder or a hub repository.
+            adapter_name: its name here. It is not made active.
+            is_trainable: go on training: from the saved encoder, or from the vectors alone.
+            tokenizer: needed if the adapter has a template.
+            kwargs: ``revision``, ``subfolder`` and so on for the hub; ``config`` to use instead of
+                the saved one; ``ignore_mismatched_sizes``.
+            torch_device, autocast_adapter_dtype, ephemeral_gpu_offload, low_cpu_mem_usage,
+            key_mapping: the reference's, without effect.
+
+        Returns:
+            ``missing_keys`` and ``unexpected_keys``.
+
+        Raises:
+            PromptFileError, InputError: it cannot be read or does not fit; nothing is changed.
+        """
+        saved = read(model_id, **kwargs)
+        new = adapter_name not in self.peft_config
+        if new:
+            config = checked(kwargs.get("config") or saved.config)
+            config.inference_mode = not is_trainable
+            template = saved.prompt.template if saved.prompt else None
+            self.add_adapter(adapter_name, config, template=template, tokenizer=tokenizer)
+        try:
+            result = fill(self, adapter_name, saved, bool(kwargs.get("ignore_mismatched_sizes")))
+        except BaseException:
+            if new:
+                self.delete_adapter(adapter_name)
+            raise
+        self._activate_modules()
+        if not is_trainable:
+            self.eval()
+        return result
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: Any = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Put a saved adapter on a base model.
+
+        Args:
+            model: the base model.
+            model_id: a folder or a hub repository.
+            adapter_name: the adapter's name here.
+            is_trainable: go on training, which the reference refuses.
+            config: instead of the saved one; changed in place.
+            kwargs: as for `load_adapter`, and ``tokenizer``, ``reference_layout``,
+                ``drop_virtual_positions``.
+            autocast_adapter_dtype, ephemeral_gpu_offload, low_cpu_mem_usage, key_mapping: the
+                reference's, without effect.
+
+        Raises:
+            PromptFileError, InputError: it cannot be read or does not fit the model.
+        """
+        saved = read(model_id, **kwargs)
+        config = checked(saved.config if config is None else config)
+        config.inference_mode = not is_trainable
+        own = ("tokenizer", "reference_layout", "drop_virtual_positions")
+        options = {name: kwargs[name] for name in own if name in kwargs}
+        template = saved.prompt.template if saved.prompt else None
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        task = config.task_type or getattr(cls, "task_type", None)
+        kind = cls.by_task[task]  # type: ignore[attr-defined]
+        result: Any = kind(model, config, adapter_name, template=template, **options)
+        try:
+            load = fill(result, adapter_name, saved, bool(kwargs.get("ignore_mismatched_sizes")))
+        except BaseException:
+            result.delete_adapter(adapter_name)
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            raise
+        warn_of_missing(load)
+        return result if is_trainable else result.eval()
+
+    def state_dict(self: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """What is trained: encoders and trained modules. The base model is its owner's to save."""
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        state = nn.Module.state_dict(self, *args, **kwargs)
+        mine = f"{prefix}base_model."
+        for key in [k for k in state if k.startswith(mine) and ".modules_to_save." not in k]:
+            del state[key]
+        return state
+
+
+def expect_no_base(module: nn.Module, keys: Any) -> None:
+    """A state dict without the base model's tensors is whole (`Saving.state_dict`)."""
+    keys.missing_keys[:] = [
+        key for key in keys.missing_keys if "base_model." not in key or ".modules_to_save." in key
+    ]

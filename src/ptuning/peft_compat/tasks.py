@@ -46,7 +46,7 @@ class PeftModelForSeq2SeqLM(PeftModel):
 
 
 class PeftModelForSequenceClassification(PeftModel):
-    """A sequence classifier; its head is trained with the prompt."""
+    """A sequence classifier, whose last layer is trained too; ``logits`` are ``(B, labels)``."""
 
     task_type = TaskType.SEQ_CLS
     arguments = _LABELLED
@@ -84,7 +84,7 @@ class PeftModelForQuestionAnswering(PeftModel):
 
 
 class PeftModelForFeatureExtraction(PeftModel):
-    """A model without a head; ``last_hidden_state`` is ``(B, virtual tokens + T, width)``."""
+    """A model of hidden states; ``last_hidden_state`` is ``(B, virtual tokens + T, width)``."""
 
     task_type = TaskType.FEATURE_EXTRACTION
     arguments = ("input_ids", "attention_mask", "inputs_embeds", *_OUTPUTS, *_MORE)

@@ -13,9 +13,10 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from ..errors import InputError, PromptFileError
+from .recognised import Recognised
 
 CONFIG_NAME = "adapter_config.json"
 REFERENCE_VERSION = "0.21.2"
@@ -59,7 +60,7 @@ class PromptEncoderReparameterizationType(enum.StrEnum):
 
 
 @dataclass
-class PromptEncoderConfig:
+class PromptEncoderConfig(Recognised):
     """Configuration of a `PromptEncoder` (fields and JSON of the reference).
 
     Args:
@@ -84,6 +85,8 @@ class PromptEncoderConfig:
     Raises:
         InputError: a field has a value that no encoder can be built from.
     """
+
+    peft_names: ClassVar[tuple[str, ...]] = ("PromptEncoderConfig",)
 
     task_type: TaskType | str | None = None
     peft_type: PeftType | str | None = None
@@ -182,7 +185,8 @@ class PromptEncoderConfig:
 
     def replace(self, **changes: Any) -> Self:
         """A copy with other values."""
-        return dataclasses.replace(self, **changes)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return type(self)(**{**values, **changes})
 
     @classmethod
     def from_pretrained(

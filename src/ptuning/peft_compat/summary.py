@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..backbone.injection import input_embedding
 
 
-class Surface:
+class Summary:
     """The part of ``PeftModel`` that tells about it."""
 
     @property

@@ -1,4 +1,4 @@
-"""What an adapter puts around a row's text: virtual tokens, and anchors if it has a template.
+"""What an adapter inserts around a row's text: virtual tokens, and anchors if it has a template.
 
 Without a template it is the reference's placement: the virtual tokens in front of the whole input,
 special tokens included. A template has one field, which stands for the row's text, and its virtual
@@ -20,27 +20,27 @@ from ..rendering.virtual_ids import SLOT, Names
 
 
 @dataclass(frozen=True)
-class Frame:
+class Insertion:
     """Token ids around a row's text; virtual token i is ``-1 - i``.
 
     Attributes:
         before: in front of the text.
         after: behind it.
-        head: special tokens with which a row may begin and which stay in front of `before`.
-        tail: special tokens with which a row may end and which stay behind `after`.
+        opening: special tokens with which a row may begin and which stay in front of `before`.
+        closing: special tokens with which a row may end and which stay behind `after`.
         template: the template that it was made from, or None.
     """
 
     before: tuple[int, ...]
     after: tuple[int, ...] = ()
-    head: tuple[int, ...] = ()
-    tail: tuple[int, ...] = ()
+    opening: tuple[int, ...] = ()
+    closing: tuple[int, ...] = ()
     template: str | None = None
 
     @staticmethod
-    def in_front(count: int) -> Frame:
+    def in_front(count: int) -> Insertion:
         """The reference's placement of `count` virtual tokens."""
-        return Frame(tuple(-1 - i for i in range(count)))
+        return Insertion(tuple(-1 - i for i in range(count)))
 
     @property
     def count(self) -> int:
@@ -49,21 +49,29 @@ class Frame:
 
     @property
     def length(self) -> int:
-        """The number of tokens that it puts in."""
+        """The number of tokens that it inserts."""
         return len(self.before) + len(self.after)
 
     def special(
         self, input_ids: Tensor, mask: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """How many tokens of `head` and `tail` each row of `input_ids` ``(B, T)`` has: ``(B,)``."""
-        if not self.head and not self.tail:
+        """How many tokens of `opening` and `closing` each row has.
+
+        Args:
+            input_ids: ``(B, T)``.
+            mask: ``(B, T)``, or None where there is no padding.
+
+        Returns:
+            Two of ``(B,)``, each `len` of the tokens or 0; None where it has neither.
+        """
+        if not self.opening and not self.closing:
             return None, None
         mask = torch.ones_like(input_ids) if mask is None else mask
         lead, trail = padding(mask)
         length = input_ids.shape[1]
-        head = _matches(input_ids, self.head, lead)
-        tail = _matches(input_ids, self.tail, length - trail - len(self.tail))
-        return head, tail
+        opening = _matches(input_ids, self.opening, lead)
+        closing = _matches(input_ids, self.closing, length - trail - len(self.closing))
+        return opening, closing
 
 
 def _matches(input_ids: Tensor, expected: tuple[int, ...], start: Tensor) -> Tensor:
@@ -75,8 +83,8 @@ def _matches(input_ids: Tensor, expected: tuple[int, ...], start: Tensor) -> Ten
     return ((found == wanted) & inside).all(1) * len(expected)
 
 
-def from_template(template: str, tokenizer: Any, *, causal: bool) -> Frame:
-    """The frame of a template with one field.
+def from_template(template: str, tokenizer: Any, *, causal: bool) -> Insertion:
+    """What a template with one field inserts around it.
 
     Args:
         template: in the template language.
@@ -105,7 +113,7 @@ def from_template(template: str, tokenizer: Any, *, causal: bool) -> Frame:
     return _tokenized(parsed, tokenizer, causal)
 
 
-def _tokenized(parsed: Template, tokenizer: Any, causal: bool) -> Frame:
+def _tokenized(parsed: Template, tokenizer: Any, causal: bool) -> Insertion:
     count = sum(group.count or 0 for group in parsed.virtual)
     names = Names(tokenizer, count + 1)  # the last one stands for the text
     spelled = "".join(p.text for p in parsed.pieces if not isinstance(p, Field | Slot | Virtual))
@@ -126,7 +134,7 @@ def _tokenized(parsed: Template, tokenizer: Any, causal: bool) -> Frame:
     ids = named.rename(named.tokenizer("".join(parts))["input_ids"])
     inner = named.ids("".join(parts))
     start = next(i for i in range(len(ids)) if ids[i : i + len(inner)] == inner)
-    head, tail = tuple(ids[:start]), tuple(ids[start + len(inner) :])
+    opening, closing = tuple(ids[:start]), tuple(ids[start + len(inner) :])
     if SLOT in inner and causal:
         inner = inner[: inner.index(SLOT)]
         if sum(i < 0 for i in inner) != count + 1:
@@ -139,4 +147,4 @@ def _tokenized(parsed: Template, tokenizer: Any, causal: bool) -> Frame:
             raise InputError(f"this tokenizer has no mask token for [MASK] in: {parsed.text}")
         inner = [tokenizer.mask_token_id if i == SLOT else i for i in inner]
     text = inner.index(-1 - count)
-    return Frame(tuple(inner[:text]), tuple(inner[text + 1 :]), head, tail, parsed.text)
+    return Insertion(tuple(inner[:text]), tuple(inner[text + 1 :]), opening, closing, parsed.text)

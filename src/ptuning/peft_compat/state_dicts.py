@@ -1,0 +1,146 @@
+"""Adapters as state dicts, under the reference's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backbone.upstream import different_keys, uncompiled
+from ..errors import PromptFileError
+from ..prompts.encoder import PromptEncoder, initialise
+from .modules_to_save import wrappers
+
+VECTORS = "prompt_embeddings"
+"""The name of an adapter's vectors; trained modules follow under `PREFIX`."""
+PREFIX = "base_model."
+
+
+def get_peft_model_state_dict(
+    model: Any,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """An adapter's tensors under the reference's names.
+
+    Args:
+        model: a ``PeftModel``.
+        state_dict: of the whole model, to take the trained modules from, as distributed training
+            gathers it; by default the model's own.
+        adapter_name: which adapter.
+        unwrap_compiled: look through ``torch.compile``.
+        save_embedding_layers: without effect; P-tuning never changes the embedding.
+
+    Returns:
+        ``prompt_embeddings`` ``(virtual tokens x submodules, width)`` and the trained modules'.
+    """
+    if unwrap_compiled:
+        model = uncompiled(model)
+    model.adapter(adapter_name)
+    result = {VECTORS: model.get_prompt_embedding_to_save(adapter_name)}
+    for path, wrapper in wrappers(model.base_model).items():
+        if adapter_name in wrapper.modules_to_save:
+            module = wrapper.modules_to_save[adapter_name]
+            for key, tensor in module.state_dict().items():
+                whole = f"{PREFIX}{path}.modules_to_save.{adapter_name}.{key}"
+                given = (state_dict or {}).get(whole, tensor)
+                result[f"{PREFIX}{path}.{key}"] = given.detach()
+    return result
+
+
+def set_peft_model_state_dict(
+    model: Any,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> Any:
+    """Give an adapter the tensors of a state dict.
+
+    An encoder with an MLP or LSTM is changed so that it gives the vectors of the state dict; the
+    reference would take them for the network's input.
+
+    Args:
+        model: a ``PeftModel``.
+        peft_model_state_dict: as `get_peft_model_state_dict` gives it.
+        adapter_name: which adapter.
+        ignore_mismatched_sizes: leave out trained modules of another shape.
+        low_cpu_mem_usage: without effect.
+
+    Returns:
+        ``missing_keys`` and ``unexpected_keys``, as ``load_state_dict`` gives them.
+
+    Raises:
+        PromptFileError: missing, extra or mis-shaped tensors; nothing is changed.
+    """
+    adapter = model.adapter(adapter_name)
+    state = dict(peft_model_state_dict)
+    encoder = model.prompt_encoder[adapter_name]
+    rows = state.pop(VECTORS, None)
+    expected = tuple(encoder.embedding.weight.shape)
+    if rows is None or tuple(rows.shape) != expected:
+        came = "none" if rows is None else f"{VECTORS} of shape {tuple(rows.shape)}"
+        raise PromptFileError(
+            f"adapter {adapter_name!r} needs {VECTORS} of shape {expected}; there is {came}"
+        )
+    targets = _module_tensors(model, adapter_name)
+    extra = sorted(set(state) - set(targets))
+    wrong = [k for k in targets if k in state and state[k].shape != targets[k].shape]
+    if extra or (wrong and not ignore_mismatched_sizes):
+        shapes = [f"{k} {tuple(state[k].shape)} for {tuple(targets[k].shape)}" for k in wrong]
+        raise PromptFileError(
+            f"adapter {adapter_name!r} has no place for {extra + shapes}; the modules that it "
+            f"trains are {adapter.config.modules_to_save}: give the model and configuration that "
+            "it was saved with"
+        )
+    with torch.no_grad():
+        initialise_all(encoder, rows)
+        for key in set(state) - set(wrong):
+            targets[key].copy_(state[key])
+    missing = sorted(set(targets) - set(state))
+    return different_keys(missing, wrong)
+
+
+def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
+    """The base model's own tensors under its own names, without adapters."""
+    state = model.get_base_model().state_dict()
+    return {
+        key.replace(".original_module.", "."): tensor
+        for key, tensor in state.items()
+        if ".modules_to_save." not in key
+    }
+
+
+def set_base_model_state_dict(
+    model: Any, state_dict: Mapping[str, Tensor], strict: bool = True
+) -> Any:
+    """Load the base model's own tensors, as `get_base_model_state_dict` gives them."""
+    base = model.get_base_model()
+    names = {
+        key.replace(".original_module.", "."): key
+        for key in base.state_dict()
+        if ".modules_to_save." not in key
+    }
+    inner = {names.get(key, key): tensor for key, tensor in state_dict.items()}
+    trained = {k: v for k, v in base.state_dict().items() if ".modules_to_save." in k}
+    return base.load_state_dict({**trained, **inner}, strict=strict)
+
+
+def _module_tensors(model: Any, name: str) -> dict[str, Tensor]:
+    """The tensors of an adapter's trained modules, under the names that are saved."""
+    return {
+        f"{PREFIX}{path}.{key}": tensor
+        for path, wrapper in wrappers(model.base_model).items()
+        if name in wrapper.modules_to_save
+        for key, tensor in wrapper.modules_to_save[name].state_dict(keep_vars=True).items()
+    }
+
+
+def initialise_all(encoder: PromptEncoder, rows: Tensor) -> None:
+    """Let an encoder give `rows`, one for each of its virtual tokens."""
+    weight = encoder.embedding.weight
+    initialise(encoder, rows.to(weight.device), torch.arange(len(weight), device=weight.device))
