@@ -117,8 +117,8 @@ def generate(model: Any, given: dict[str, Any]) -> Any:
         result = view.generate(input_ids=ids, **given)
     if not prompts.read:
         raise InputError(
-            f"{type(model.base_model).__name__}.generate goes a way of its own, on which the prompt "
-            "was left out: generate with its language model, or attach prompts with ptuning.attach"
+            f"{type(model.base_model).__name__}.generate goes a way of its own and left the prompt "
+            "out: put the prompt on its language model, or attach it with ptuning.attach"
         )
     return result
 

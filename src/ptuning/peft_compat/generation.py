@@ -100,6 +100,8 @@ class Prompts:
 
     def _spread(self, where: Placement, name: str, value: Tensor) -> Tensor:
         """Values of the text's tokens with room for the prompt, and then those of new tokens."""
+        if value.shape[1] < self.length:  # the model keeps those of the last token alone
+            return value
         fill = arguments.FILLERS.get(name, 0)
         placed = where(value[:, : self.length], fill, pad=fill)
         new = value[:, self.length :]
