@@ -10,6 +10,7 @@ import datetime
 import io
 import os
 import platform
+from collections.abc import Mapping
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -72,8 +73,18 @@ def shares(names: list[str], bars: dict[str, list[float | None]], title: str) ->
     return _png(figure)
 
 
-def training_curve(history: list[dict[str, float]], title: str = "P-tuning") -> bytes:
-    """Loss and, where there is a dev set, dev accuracy over the epochs."""
+def training_curve(
+    history: list[dict[str, float]],
+    title: str = "P-tuning",
+    beside: Mapping[str, float] | None = None,
+) -> bytes:
+    """Loss and, where there is a dev set, dev accuracy over the epochs.
+
+    Args:
+        history: one record per epoch.
+        title: of the picture.
+        beside: name -> dev accuracy of what the prompt is compared with, drawn as lines.
+    """
     from matplotlib.ticker import MaxNLocator
 
     epochs = [record["epoch"] for record in history]
@@ -85,8 +96,12 @@ def training_curve(history: list[dict[str, float]], title: str = "P-tuning") -> 
         dev_loss = [record["dev_loss"] for record in history]
         panels[0].plot(epochs, dev_loss, marker="o", markersize=3, label="dev")
         accuracy = [100 * record["dev_accuracy"] for record in history]
-        panels[1].plot(epochs, accuracy, marker="o", markersize=3, color="C2")
+        panels[1].plot(epochs, accuracy, marker="o", markersize=3, color="C2", label="P-tuned")
+        for number, (name, share) in enumerate((beside or {}).items()):
+            panels[1].axhline(100 * share, linestyle="--", color=f"C{3 + number}", label=name)
         panels[1].set(xlabel="epoch", ylabel="right on dev (%)", ylim=(0, 100))
+        if beside:
+            panels[1].legend()
     panels[0].set(xlabel="epoch", ylabel="loss per answer token", ylim=(0, None))
     panels[0].legend()
     for panel in panels:

@@ -572,6 +572,7 @@ def test_the_demo_writes_prompt_picture_and_figures(
     code, out, err = run("demo", "--model", model_folder)
     assert code == 0, err
     assert "P-tuned prompt" in out and "majority answer" in out and "[P] 5" in out
+    assert "the training takes about" in err and "shows how loudly it speaks" in out
     metrics = json.loads((here / "demo_output/metrics.json").read_text())
     assert metrics["test_examples"] >= 40 and metrics["seconds"] > 0
     assert all(0 <= metrics[f"{name}_p1"] <= 1 for name in ("manual", "majority", "ptuned"))

@@ -18,7 +18,7 @@ def demo(
     model: Annotated[str, typer.Option(help="Base model; fetched if it is not here.")] = "smollm2",
     json_output: Json = False,
 ) -> None:
-    """See a frozen model learn a task: two to three minutes on two CPU cores.
+    """See a frozen model learn a task: two to three minutes on two free CPU cores.
 
     Compares the best of several hand-written templates, the majority answer, and a P-tuned prompt
     on facts that ship with the package. All choices are made on dev, all figures are from test.
@@ -51,6 +51,11 @@ def demo(
             [f"[P] {i}", f"{n.norm:.2f}", ", ".join(word for word, _ in n.words)]
             for i, n in enumerate(result.neighbours)
         ],
+    )
+    console.tell(
+        "A virtual token is a vector that no word has: the words whose vectors point most nearly "
+        "its way (and still far away) seldom tell what it does. Its norm beside the vocabulary's "
+        f"mean, {result.mean_norm:.2f}, shows how loudly it speaks."
     )
     console.tell(
         f"prompt, curve.png and metrics.json are in {output} ({result.metrics['seconds']:.0f} s); "
