@@ -27,6 +27,31 @@ from .threads import CHANGING
 T = TypeVar("T")
 
 
+def chosen_device() -> torch.device | None:
+    """The device that ``PTUNING_DEVICE`` (``--device``) names; None where it is to be found.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    name = os.environ.get("PTUNING_DEVICE")
+    if not name:
+        return None
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device is {name!r}; give cpu, cuda, cuda:1, mps or xpu") from None
+    if device.type == "cpu":
+        return device
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = torch.accelerator.device_count() if found else 0
+    if found is None or found.type != device.type or (device.index or 0) >= count:
+        here = ", ".join(["cpu", *(f"{found}:{n}" for n in range(count))])
+        raise InputError(f"the device {name} is not here; there is {here}")
+    if device.index is not None:
+        torch.accelerator.set_device_index(device.index)  # accelerate takes the current one
+    return device
+
+
 def state() -> PartialState:
     """Accelerate's state of this process; the first call joins the others."""
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
@@ -35,7 +60,9 @@ def state() -> PartialState:
     with CHANGING:  # threads may be the first at the same time
         if not alone and not distributed.is_initialized():
             atexit.register(_leave)
-        return PartialState(cpu=cpu and not alone)
+        chosen = chosen_device()
+        on_cpu = chosen is not None and chosen.type == "cpu"
+        return PartialState(cpu=on_cpu or (cpu and not alone))
 
 
 def _leave() -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import ptuning
-from ptuning.cli import console
+from ptuning import distributed
+from ptuning.backbone.load import best_device
+from ptuning.cli import console, main
 
 EVIL = "\x1b]0;TITLE\x07\x9b31m\x7f\n\u202egpj.exe\u2028\ud800[red]"
 SHOWN = r"\x1b]0;TITLE\x07\x9b31m\x7f\n\u202egpj.exe\u2028\ud800[red]"
@@ -47,3 +52,69 @@ def test_only_the_console_prints() -> None:
                 called = ast.unparse(node.func)
                 assert called not in ("print", "typer.echo", "typer.secho"), path.name
                 assert not called.startswith(("console.out.", "console.err.")), path.name
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
+    monkeypatch.setattr(sys, "argv", ["ptuning", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return end.value.code
+
+
+def test_quiet_leaves_results_warnings_and_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    console.be_quiet(True)
+    try:
+        console.say("a note")
+        console.warn("look out")
+        console.complain("it failed")
+        console.tell("42")
+    finally:
+        console.be_quiet(False)
+    assert capsys.readouterr() == ("42\n", "warning: look out\nerror: it failed\n")
+
+
+def test_a_device_that_is_not_here_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PTUNING_DEVICE", "")  # what the option sets is undone
+    assert _run(monkeypatch, "inspect", "nowhere", "--device", "gpu") == 2
+    assert "--device is 'gpu'; give cpu, cuda" in capsys.readouterr().err
+    monkeypatch.setenv("PTUNING_DEVICE", "xpu:7")
+    with pytest.raises(ptuning.InputError, match="the device xpu:7 is not here; there is cpu"):
+        best_device()
+    monkeypatch.setenv("PTUNING_DEVICE", "cpu")
+    assert best_device().type == "cpu" and distributed.state().device.type == "cpu"
+
+
+@pytest.mark.parametrize("moment", ["import ptuning.cli.app", "app("])
+def test_ctrl_c_while_it_starts_shows_no_traceback(moment: str) -> None:
+    breaks = {
+        "import ptuning.cli.app": "import sys; sys.modules['typer'] = Stop()",
+        "app(": "import ptuning.cli.app as a; a.console.quiet_libraries = stop",
+    }[moment]
+    script = f"""
+def stop(*_):
+    raise KeyboardInterrupt
+class Stop:
+    def __getattr__(self, name):
+        stop()
+import sys
+sys.argv = ["ptuning", "inspect", "nowhere"]
+from ptuning.cli import main
+{breaks}
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "stopped\n")
+
+
+def test_a_shell_can_complete_commands() -> None:
+    environment = {**os.environ, "_PTUNING_COMPLETE": "complete_bash", "COMP_WORDS": "ptuning tra"}
+    script = "import sys; sys.argv = ['ptuning']; from ptuning.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**environment, "COMP_CWORD": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["train"] and done.stderr == ""

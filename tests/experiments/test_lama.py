@@ -397,4 +397,4 @@ def test_ctrl_c_is_one_line(
 
     monkeypatch.setattr("ptuning.experiments.lama.relations.read_relations", interrupted)
     code, _, err = lama("--relations", "P36")
-    assert code == 130 and "stopped; what was saved stays" in err.splitlines()[-1]
+    assert code == 130 and "stopped; the same command goes on" in err.splitlines()[-1]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from ..distributed import chosen_device
 from ..errors import InputError, PtuningError
 
 DTYPES = {
@@ -36,7 +37,7 @@ def load_model(name: str, *, dtype: str = "float32", device: str | None = None) 
     Args:
         name: hub name, local folder, local ``.gguf`` file, or a model that ``ptuning fetch`` knows.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own.
-        device: such as ``cuda``; by default a GPU where there is one.
+        device: such as ``cuda``; by default a GPU where there is one (`best_device`).
 
     Returns:
         The model in eval mode, and the tokenizer.
@@ -78,8 +79,10 @@ def check_dtype(dtype: str) -> None:
 def best_device() -> torch.device:
     """The accelerator (CUDA, MPS, XPU) where there is one, else the CPU.
 
-    Of several processes on a machine each has an accelerator of its own.
+    ``PTUNING_DEVICE`` names another. Of several processes on a machine each has one of its own.
     """
+    if chosen := chosen_device():
+        return chosen
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     own = int(os.environ.get("LOCAL_RANK", 0))
     if found is not None and 0 < own < torch.accelerator.device_count():

@@ -21,7 +21,6 @@ UsageError: type[Any] = typer.BadParameter.__mro__[1]
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""Train a few virtual tokens for a frozen language model (P-tuning, arXiv 2103.10385).
@@ -55,6 +54,9 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error.")
+    ] = False,  # `main` takes it out, wherever it stands
 ) -> None:
     pass
 
@@ -67,7 +69,7 @@ app.command("inspect")(filled()(use.inspect))
 app.command("lama")(lama.lama)
 app.command("superglue")(superglue.superglue)
 app.command("demo")(filled()(run_demo.demo))
-app.command("fetch")(filled()(use.fetch))
+app.command("fetch")(filled(loads_model=False)(use.fetch))
 
 
 def main() -> None:
@@ -76,6 +78,7 @@ def main() -> None:
     debug = "--debug" in arguments
     console.quiet_libraries()
     console.speak_if(os.environ.get("RANK", "0") == "0")
+    console.on_stop(lambda: "stopped")
     try:
         code = app(
             [a for a in arguments if a != "--debug"], standalone_mode=False, prog_name="ptuning"
@@ -99,10 +102,7 @@ def main() -> None:
         _complain(error, f"{reason} (run again with --debug for the traceback)")
         code = 1
     if code == _INTERRUPTED:
-        console.say(
-            "stopped; what was saved stays: train goes on with --resume, lama and superglue with "
-            "the same command"
-        )
+        console.say(console.stopped())
     sys.exit(code if isinstance(code, int) else 0)
 
 

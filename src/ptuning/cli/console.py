@@ -77,6 +77,21 @@ def be_quiet(wanted: bool) -> None:
 _quiet = False
 
 
+def on_stop(say_how: Callable[[], str]) -> None:
+    """What is said from here on where Ctrl-C ends the command: what is kept, how to go on."""
+    global _say_how
+    _say_how = say_how
+
+
+def stopped() -> str:
+    """What to say now that the command was stopped."""
+    return _say_how()
+
+
+def _say_how() -> str:
+    return "stopped"
+
+
 def say(text: str) -> None:
     """A note on stderr."""
     if not _quiet:

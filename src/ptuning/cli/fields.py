@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import re
 from collections.abc import Callable, Mapping
 from copy import copy
@@ -19,6 +20,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from ..errors import InputError
 from . import console
 
 Quiet = Annotated[
@@ -29,6 +31,25 @@ Quiet = Annotated[
         help="Say nothing but results, warnings and errors.",
         callback=console.be_quiet,
         is_eager=True,
+        expose_value=False,
+    ),
+]
+
+
+def _choose_device(name: str | None) -> None:
+    if name is None:
+        return
+    if not re.fullmatch(r"cpu|(cuda|mps|xpu)(:\d+)?", name):
+        raise InputError(f"--device is {name!r}; give cpu, cuda, cuda:1, mps or xpu")
+    os.environ["PTUNING_DEVICE"] = name
+
+
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="cpu, cuda, cuda:1, mps or xpu. [default: a GPU where there is one]",
+        callback=_choose_device,
         expose_value=False,
     ),
 ]
@@ -88,12 +109,15 @@ class Fields:
 
 
 def filled(
-    panels: Mapping[str, tuple[str, ...]] | None = None, **groups: Fields
+    panels: Mapping[str, tuple[str, ...]] | None = None,
+    loads_model: bool = True,
+    **groups: Fields,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of dataclasses, and ``--quiet``.
+    """Give a command the options of dataclasses, ``--quiet``, and ``--device``.
 
     Args:
         panels: heading in ``--help`` -> the options that stand under it, in this order.
+        loads_model: False for a command that needs no device.
         groups: parameter of the command -> the fields whose options stand in its place.
     """
 
@@ -103,12 +127,14 @@ def filled(
         for parameter in own:
             made = groups[parameter.name].parameters() if parameter.name in groups else [parameter]
             parameters += [p.replace(kind=p.KEYWORD_ONLY) for p in made]
+        if loads_model:
+            parameters.append(_parameter("device", Device, None))
         parameters.append(_parameter("quiet", Quiet, False))
         if panels:
             parameters = _in_panels(parameters, panels)
 
         @wraps(command)
-        def run(quiet: bool = False, **values: Any) -> None:
+        def run(quiet: bool = False, device: str | None = None, **values: Any) -> None:
             chosen = {name: fields.taken(values) for name, fields in groups.items()}
             command(**values, **chosen)
 

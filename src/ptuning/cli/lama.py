@@ -106,6 +106,7 @@ def lama(
         if not facts:
             raise DataError(f"no relation of {data} can be asked of {model}")
         asked = [relation for relation in chosen if relation.name in facts]
+        console.on_stop(lambda: "stopped; the same command goes on where it stopped")
         found = _probe_all(base, tokenizer, asked, facts, options, words, ledger)
         report = {
             "relations": found,

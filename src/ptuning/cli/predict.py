@@ -67,6 +67,9 @@ def predict(
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other; give one")
     place = None if str(output) == "-" else Output(output)
+    if place is not None and not place.special:
+        kept = "stopped; what was answered is kept: the same command with --resume goes on"
+        console.on_stop(lambda: kept)
     if resume and (place is None or place.special):
         raise InputError("--resume needs an --output file, beside which the interrupted run stands")
     if batch_size < 1:

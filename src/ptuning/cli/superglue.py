@@ -105,6 +105,7 @@ def superglue(
         ledger = Ledger(output, decisive, overwrite)
         console.say(f"loading {model}")
         base, tokenizer = load_model(model, dtype=dtype)
+        console.on_stop(lambda: "stopped; the same command goes on where it stopped")
         found: dict[str, Any] = {}
         with console.PartsBar(len(tasks) * (2 + seeds)) as bar:
             for chosen in tasks:
