@@ -6,7 +6,25 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from torch import nn
+
+Run = Callable[..., tuple[int, str, str]]
+"""A command: from its arguments to exit code, stdout and stderr."""
+
+
+def saved(model: Any, tokenizer: Any, folder: Path) -> Path:
+    """The folder, with a model and its tokenizer in it."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def hooks_of(model: nn.Module) -> int:
+    """How many forward hooks are on a model's modules."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 @contextmanager

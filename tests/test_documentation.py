@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ptuning.cli import main
+from .scaffold import Run
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
@@ -44,9 +43,7 @@ def test_python_blocks_run_in_order(page: str, workplace: Path) -> None:
         exec(compile(block, page, "exec"), namespace)
 
 
-def test_command_lines_of_the_readme_run_in_order(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_lines_of_the_readme_run_in_order(workplace: Path, run: Run) -> None:
     lines = "\n".join(_blocks("README.md", "bash")).replace("\\\n", " ").splitlines()
     commands = [shlex.split(line) for line in lines if line.startswith("ptuning ")]
     assert [command[1] for command in commands] == [
@@ -60,10 +57,8 @@ def test_command_lines_of_the_readme_run_in_order(
     for command in commands:
         if command[1] in ("train", "lama"):
             command += ["--epochs", "1"]
-        monkeypatch.setattr(sys, "argv", command)
-        with pytest.raises(SystemExit) as end:
-            main()
-        assert end.value.code == 0, capsys.readouterr().err
+        code, _, err = run(*command[1:])
+        assert code == 0, err
     assert len((workplace / "answers.jsonl").read_text().splitlines()) == len(FACTS)
 
 

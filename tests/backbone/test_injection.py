@@ -19,15 +19,11 @@ from ptuning.backbone.injection import Injector, input_embedding
 from ptuning.errors import InputError
 
 from .. import tiny
-from ..scaffold import together
+from ..scaffold import hooks_of, together
 
 VOCABULARY = 400
 COUNT = 3
 MASK = torch.tensor([[1] * 9, [1] * 7 + [0] * 2])
-
-
-def hooks_of(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 def rows_for(model: nn.Module, *, seed: int = 1, count: int = COUNT) -> Tensor:

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,10 @@ from ptuning.cli import main
 from ptuning.training import checkpoint
 
 from .. import tiny
+from ..scaffold import Run
 
 ROWS = [("France", "Paris"), ("Italy", "Rome"), ("Spain", "Madrid"), ("Austria", "Vienna")] * 2
 TEMPLATE = "[P*3] {country} [P] [MASK]"
-Run = Callable[..., Any]
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    tokenizer = tiny.tokenizer()
-    tiny.model("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -50,23 +40,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run(
-    here: Path,
-    model_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Run:
-    """Run a command; gives exit code, stdout and stderr."""
-
-    def call(command: str, *arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ptuning", command, *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = capsys.readouterr()
-        assert isinstance(end.value.code, int)
-        return end.value.code, captured.out, captured.err
-
-    return call
+def run(here: Path, run: Run) -> Run:
+    """Commands run in that folder."""
+    return run
 
 
 @pytest.fixture

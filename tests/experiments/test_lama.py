@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 
 import ptuning
 from ptuning import Prompt, Task, TrainSettings
-from ptuning.cli import main
 from ptuning.errors import DataError, InputError
 from ptuning.experiments.lama import templates as templates
 from ptuning.experiments.lama.options import LamaOptions
@@ -32,6 +30,7 @@ from ptuning.experiments.lama.relations import (
 from ptuning.rendering.render import Renderer
 
 from .. import tiny
+from ..scaffold import Run
 
 BORN = Relation("P19", "[X] was born in [Y] .", "place of birth")
 
@@ -65,32 +64,11 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer = tiny.tokenizer()
-    tiny.model("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def lama(
-    data: Path,
-    tmp_path: Path,
-    model_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Callable[..., tuple[int, str, str]]:
+def lama(data: Path, tmp_path: Path, model_folder: Path, run: Run) -> Run:
     def call(*options: str) -> tuple[int, str, str]:
-        given = ["--model", str(model_folder), "--data", str(data), "--epochs", "2"]
-        given += ["--output", str(tmp_path / "out"), *options]
-        monkeypatch.setattr(sys, "argv", ["ptuning", "lama", *given])
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = capsys.readouterr()
-        assert isinstance(end.value.code, int)
-        return end.value.code, captured.out, captured.err
+        given = ["--model", model_folder, "--data", data, "--epochs", 2]
+        return run("lama", *given, "--output", tmp_path / "out", *options)
 
     return call
 
@@ -204,7 +182,7 @@ def test_the_mean_counts_each_relation_once_and_leaves_out_what_is_missing() -> 
 
 
 def test_the_command_probes_relations_and_goes_on_where_it_stopped(
-    lama: Callable[..., tuple[int, str, str]], tmp_path: Path
+    lama: Run, tmp_path: Path
 ) -> None:
     code, out, err = lama("--relations", "P36")
     assert code == 0, err
@@ -229,7 +207,7 @@ def test_the_command_probes_relations_and_goes_on_where_it_stopped(
 
 
 def test_a_training_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
-    lama: Callable[..., tuple[int, str, str]],
+    lama: Run,
     tmp_path: Path,
     ctrl_c_after: Callable[[int | None], None],
 ) -> None:
@@ -271,16 +249,14 @@ def test_a_training_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(
-    lama: Callable[..., tuple[int, str, str]], options: list[str], parts: list[str]
+    lama: Run, options: list[str], parts: list[str]
 ) -> None:
     code, _, err = lama(*options)
     assert code == 2 and "Traceback" not in err
     assert all(part in err.splitlines()[-1] for part in parts), err
 
 
-def test_the_command_probes_a_masked_model(
-    lama: Callable[..., tuple[int, str, str]], tmp_path: Path
-) -> None:
+def test_the_command_probes_a_masked_model(lama: Run, tmp_path: Path) -> None:
     tokenizer = tiny.tokenizer(around=True)
     tiny.model("bert", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "masked")
     tokenizer.save_pretrained(tmp_path / "masked")
@@ -295,7 +271,7 @@ def test_the_command_probes_a_masked_model(
 
 
 def test_candidates_compete_alone(
-    lama: Callable[..., tuple[int, str, str]], data: Path, model_folder: Path, tmp_path: Path
+    lama: Run, data: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     words = one_token_words(tiny.tokenizer())
     (tmp_path / "words.txt").write_text("\n".join(words[:4]))
@@ -318,7 +294,7 @@ def test_candidates_compete_alone(
 
 
 def test_a_relation_that_cannot_be_asked_does_not_end_the_others(
-    lama: Callable[..., tuple[int, str, str]], data: Path, tmp_path: Path
+    lama: Run, data: Path, tmp_path: Path
 ) -> None:
     _write(data / "P99.jsonl", [{"sub_label": "far", "obj_label": "Antananarivo and more"}] * 9)
     code, _, err = lama()
@@ -334,9 +310,7 @@ def test_a_relation_that_cannot_be_asked_does_not_end_the_others(
     assert not (tmp_path / "out/done/P36.json").exists()  # refused before anything was trained
 
 
-def test_finished_parts_of_other_facts_are_not_taken(
-    lama: Callable[..., tuple[int, str, str]], data: Path
-) -> None:
+def test_finished_parts_of_other_facts_are_not_taken(lama: Run, data: Path) -> None:
     code, _, err = lama("--relations", "P36")
     assert code == 0, err
     with (data / "P36.jsonl").open("a") as file:
@@ -345,9 +319,7 @@ def test_finished_parts_of_other_facts_are_not_taken(
     assert code == 2 and "part P36 was made of other data" in err and "--overwrite" in err
 
 
-def test_a_run_that_was_refused_leaves_the_folder_free(
-    lama: Callable[..., tuple[int, str, str]], tmp_path: Path
-) -> None:
+def test_a_run_that_was_refused_leaves_the_folder_free(lama: Run, tmp_path: Path) -> None:
     code, _, _ = lama("--relations", "P36", "--model", str(tmp_path / "nowhere"))
     assert code == 2
     code, _, err = lama("--relations", "P36")
@@ -362,9 +334,7 @@ def test_a_run_that_was_refused_leaves_the_folder_free(
     assert code == 0, err
 
 
-def test_relations_in_a_run_file_may_be_a_list(
-    lama: Callable[..., tuple[int, str, str]], tmp_path: Path
-) -> None:
+def test_relations_in_a_run_file_may_be_a_list(lama: Run, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("relations: [P36, P7]\n")
     code, _, err = lama("--config", str(tmp_path / "run.yaml"))
     assert code == 2 and "unknown relation 'P7'" in err
@@ -389,9 +359,7 @@ def test_scores_that_are_no_numbers_rank_last() -> None:
     assert ranks(model, tokenizer, task, rows) == [len(tokenizer)]
 
 
-def test_ctrl_c_is_one_line(
-    lama: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_is_one_line(lama: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ptuning.cli import main
 from ptuning.errors import DataError
 from ptuning.experiments.superglue import few_shot as experiment
 from ptuning.experiments.superglue import metrics as metrics
@@ -22,8 +20,8 @@ from ptuning.prompts.task import Task
 from ptuning.rendering.render import Renderer
 
 from .. import tiny
+from ..scaffold import Run, saved
 
-Command = Callable[..., tuple[int, str, str]]
 PASSAGE = {
     "text": "Ann has a dog. Bob has a cat.",
     "questions": [
@@ -85,27 +83,16 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def superglue(
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Command:
+def superglue(data: Path, tmp_path: Path, run: Run) -> Run:
     tokenizer = tiny.tokenizer()
     model = tiny.model("llama", vocab_size=len(tokenizer), max_position_embeddings=512)
-    model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    saved(model, tokenizer, tmp_path / "base")
 
     def call(*options: str, **changes: str) -> tuple[int, str, str]:
         given = {"model": tmp_path / "base", "output": tmp_path / "out", "epochs": 2, "seeds": 2}
         given |= {"data": data} | changes
-        named = [str(part) for k, v in given.items() if v for part in (f"--{k}", v)]
-        monkeypatch.setattr(sys, "argv", ["ptuning", "superglue", *named, *options])
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = capsys.readouterr()
-        assert isinstance(end.value.code, int)
-        return end.value.code, captured.out, captured.err
+        named = [part for k, v in given.items() if v for part in (f"--{k}", v)]
+        return run("superglue", *named, *options)
 
     return call
 
@@ -275,7 +262,7 @@ def test_a_noun_is_the_same_without_articles_and_case(said: str, noun: str, same
 
 
 def test_the_command_measures_tasks_and_goes_on_where_it_stopped(
-    superglue: Command, tmp_path: Path
+    superglue: Run, tmp_path: Path
 ) -> None:
     code, out, err = superglue(task="copa")
     assert code == 0, err
@@ -301,7 +288,7 @@ def test_the_command_measures_tasks_and_goes_on_where_it_stopped(
 
 
 def test_a_training_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
-    superglue: Command, tmp_path: Path, ctrl_c_after: Callable[[int | None], None]
+    superglue: Run, tmp_path: Path, ctrl_c_after: Callable[[int | None], None]
 ) -> None:
     given = {"task": "copa", "epochs": "3", "seeds": "1"}
     code, _, err = superglue("--output", str(tmp_path / "whole"), **given)
@@ -347,7 +334,7 @@ def test_a_masked_model_has_a_mask_for_each_token_of_the_candidate(
     assert figures == {"accuracy": 1.0} and sorted(seen) == sorted(set(size.values()))
 
 
-def test_the_command_asks_a_masked_model(superglue: Command, tmp_path: Path) -> None:
+def test_the_command_asks_a_masked_model(superglue: Run, tmp_path: Path) -> None:
     tokenizer = tiny.tokenizer(around=True)
     changes = {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
     tiny.model("bert", **changes).save_pretrained(tmp_path / "masked")
@@ -363,7 +350,7 @@ def test_the_command_asks_a_masked_model(superglue: Command, tmp_path: Path) -> 
 
 
 def test_where_training_examples_have_one_label_the_majority_is_devs(
-    superglue: Command, data: Path, tmp_path: Path
+    superglue: Run, data: Path, tmp_path: Path
 ) -> None:
     _write(data / "WSC/dev32.jsonl", [{**WSC, "label": label} for label in (True, False, False)])
     code, _, err = superglue(task="wsc", seeds="1")
@@ -396,7 +383,7 @@ def test_manual_templates_are_ordered_by_score_and_then_by_loss(name: str, data:
 
 
 def test_the_folder_has_a_name_of_its_own(
-    superglue: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    superglue: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, err = superglue(task="copa", output="", seeds="1")
@@ -405,7 +392,7 @@ def test_the_folder_has_a_name_of_its_own(
 
 
 def test_a_test_file_that_comes_later_is_measured_with_the_prompts_there_are(
-    superglue: Command, data: Path, tmp_path: Path
+    superglue: Run, data: Path, tmp_path: Path
 ) -> None:
     code, out, err = superglue(task="wic")
     assert code == 0 and "(dev" in out, err
@@ -425,7 +412,7 @@ def test_a_test_file_that_comes_later_is_measured_with_the_prompts_there_are(
     assert code == 0 and (tmp_path / "out/prompts/wic-0/prompt.json").is_file(), err
 
 
-def test_fully_supervised_from_one_file(superglue: Command, tmp_path: Path) -> None:
+def test_fully_supervised_from_one_file(superglue: Run, tmp_path: Path) -> None:
     rows = "".join(
         json.dumps({"question": f"is it {n}", "passage": "It is.", "label": n % 2 == 0}) + "\n"
         for n in range(20)
@@ -456,7 +443,7 @@ def test_fully_supervised_from_one_file(superglue: Command, tmp_path: Path) -> N
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(
-    superglue: Command, options: list[str], changes: dict[str, str], part: str
+    superglue: Run, options: list[str], changes: dict[str, str], part: str
 ) -> None:
     code, _, err = superglue(*options, **changes)
     assert code == 2 and "Traceback" not in err

@@ -23,7 +23,7 @@ from ptuning.inference.attachment import placed
 from ptuning.prompts.task import Task
 
 from .. import tiny
-from ..scaffold import together
+from ..scaffold import hooks_of, together
 
 TOKENIZER = tiny.tokenizer()
 
@@ -34,10 +34,6 @@ def prompt_for(model: nn.Module, *, count: int = 3, seed: int = 1) -> ptuning.Pr
     generator = torch.Generator().manual_seed(seed)
     prompt.vectors = torch.randn(count, width, generator=generator)
     return prompt
-
-
-def hooks_of(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 def test_a_context_manager_attaches_and_restores_exactly() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from ptuning.training.loop import Loop
 from ptuning.training.population import Member, Population
 
 from .. import tiny
+from ..scaffold import Run
 
 TEMPLATE = "[P*2] {country} [P*2] [MASK]"
 ROWS = [
@@ -270,34 +270,22 @@ def test_wrong_populations_are_refused(population: int, grid: Any, message: str)
             parse_grid([wrong])
 
 
-def test_the_command_line_trains_a_population(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from ptuning.cli import main
-
-    tiny.model("llama").save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
-    lines = "\n".join(json.dumps(row) for row in ROWS)
-    (tmp_path / "rows.jsonl").write_text(lines)
-    command = [
-        "ptuning", "train", "--model", f"{tmp_path}/model", "--data", f"{tmp_path}/rows.jsonl",
-        "--dev", f"{tmp_path}/rows.jsonl", "--answer", "capital", "--template", TEMPLATE,
-        "--epochs", "2", "--population", "2", "--output", f"{tmp_path}/out",
+def test_the_command_line_trains_a_population(tmp_path: Path, model_folder: Path, run: Run) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps(row) for row in ROWS))
+    code, out, err = run(
+        "train", "--model", model_folder, "--data", rows, "--dev", rows, "--answer", "capital",
+        "--template", TEMPLATE, "--epochs", "2", "--population", "2", "--output", tmp_path / "out",
         "--population-grid", "learning_rate=1e-3,3e-2", "encoder=mlp,none",
-    ]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit) as end:
-        main()
-    heard = capsys.readouterr()
-    assert end.value.code == 0, heard.err
-    assert "Members" in heard.out and "deviation" in heard.out
+    )  # fmt: skip
+    assert code == 0, err
+    assert "Members" in out and "deviation" in out
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert len(result["members"]) == 8
     assert "learning_rate=1e-3,3e-2 encoder=mlp,none" in (tmp_path / "out/run.yaml").read_text()
-    again = ["ptuning", "train", "--config", f"{tmp_path}/out/run.yaml", "--output"]
-    monkeypatch.setattr(sys, "argv", [*again, f"{tmp_path}/again"])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 0, capsys.readouterr().err
+    code, _, err = run(
+        "train", "--config", tmp_path / "out/run.yaml", "--output", tmp_path / "again"
+    )
+    assert code == 0, err
     repeated = json.loads((tmp_path / "again" / "result.json").read_text())
     assert repeated["members"] == result["members"]

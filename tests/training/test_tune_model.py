@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from ptuning.errors import InputError
 from ptuning.inference.evaluation import teacher_forced
 
 from .. import tiny
+from ..scaffold import Run
 
 ROWS = [
     {"country": country, "capital": capital}
@@ -103,32 +103,18 @@ def test_populations_and_quantized_models_are_refused() -> None:
 
 
 def test_the_command_line_saves_prompt_and_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, model_folder: Path, run: Run
 ) -> None:
-    from ptuning.cli import main
-
-    tokenizer = tiny.tokenizer()
-    tiny.model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
     lines = ["country,capital", *(f"{row['country']},{row['capital']}" for row in ROWS)]
     (tmp_path / "rows.csv").write_text("\n".join(lines))
-    out = str(tmp_path / "out")
-
-    def call(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["ptuning", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        assert isinstance(end.value.code, int)
-        return end.value.code, "".join(capsys.readouterr())
-
-    rows = str(tmp_path / "rows.csv")
-    code, said = call(
-        "train", "--model", str(tmp_path / "base"), "--data", rows, "--output", out,
+    out, rows = tmp_path / "out", tmp_path / "rows.csv"
+    code, _, err = run(
+        "train", "--model", model_folder, "--data", rows, "--output", out,
         "--template", "[P*2] {country} [P] [MASK]", "--answer", "capital", "--tune-model",
         "--epochs", "40", "--batch-size", "2", "--model-learning-rate", "3e-3",
     )  # fmt: skip
-    assert code == 0, said
-    code, said = call("evaluate", out, "--data", rows, "--json")
-    assert code == 0 and '"accuracy": 1.0' in said, said
-    code, said = call("evaluate", out, "--data", rows, "--model", str(tmp_path / "base"), "--json")
-    assert '"accuracy": 1.0' not in said
+    assert code == 0, err
+    code, said, err = run("evaluate", out, "--data", rows, "--json")
+    assert code == 0 and '"accuracy": 1.0' in said, err
+    code, said, err = run("evaluate", out, "--data", rows, "--model", model_folder, "--json")
+    assert code == 0 and '"accuracy": 1.0' not in said, err
