@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# Tests run in this many processes.
-JOBS ?= auto
+# Tests run in this many processes, at most 8: one for each core.
+JOBS ?= logical
 # Made anew whenever what it is made from changes.
 STAMP = $(VENV)/.installed
 
@@ -14,10 +14,10 @@ demo: $(STAMP) ## fetch a small real model and watch a prompt learn
 	$(BIN)/ptuning demo
 
 test: $(STAMP) models ## the test suite without what is marked slow
-	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 -m "not slow" $(PYTEST)
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal -m "not slow" $(PYTEST)
 
 test-all: $(STAMP) models ## with the slow tests
-	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 $(PYTEST)
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal $(PYTEST)
 
 lint: $(STAMP) ## style and types
 	$(BIN)/ruff check .

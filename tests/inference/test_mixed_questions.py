@@ -10,7 +10,8 @@ import torch
 
 import ptuning
 from ptuning import Prompt, Task
-from ptuning.backbone.base_model import BaseModel, eval_mode
+from ptuning.backbone.base_model import BaseModel
+from ptuning.backbone.modes import eval_mode
 from ptuning.errors import InputError
 from ptuning.forward.engine import Engine
 from ptuning.inference.attachment import placed
