@@ -13,7 +13,8 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from accelerate.state import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, distributed
 
+from . import storage
 from .errors import InputError, PtuningError
 from .threads import CHANGING
 
@@ -127,6 +129,19 @@ def from_main(work: Callable[[], T]) -> T:
             result = [work()]
     distributed.broadcast_object_list(result, src=0, device=state().device)
     return result[0]  # type: ignore[return-value]
+
+
+@contextmanager
+def locked(folder: Path | None) -> Iterator[None]:
+    """A block in which only this run uses `folder`; the main process holds it (`storage.locked`).
+
+    Raises:
+        InputError: another run has it.
+    """
+    with ExitStack() as held:
+        if folder is not None:
+            from_main(lambda: held.enter_context(storage.locked(folder)))
+        yield
 
 
 @contextmanager

@@ -27,9 +27,19 @@ class TemplateError(InputError):
     """
 
     def __init__(self, message: str, template: str, column: int):
-        super().__init__(f"template column {column}: {message}, in: {template}")
+        shown = excerpt(template, column - 1)
+        super().__init__(f"template column {column}: {message}, in: {shown}")
         self.template = template
         self.column = column
+
+
+def excerpt(text: str, at: int = 0, most: int = 300) -> str:
+    """A long text's part around a place, for a message."""
+    if len(text) <= most:
+        return text
+    start = max(0, min(at - most // 2, len(text) - most))
+    end = start + most
+    return f"{'…' if start else ''}{text[start:end]}{'…' if end < len(text) else ''}"
 
 
 class DataError(InputError):

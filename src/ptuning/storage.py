@@ -46,17 +46,23 @@ def write_folder(
     Args:
         folder: made if need be; a symbolic link is followed.
         files: those of these names are replaced and keep their modes, others stay.
-        remove: names that go with this save. One that is among `files` too is away meanwhile, so
-            that a reader who knows nothing of saves finds it with its fellows or not at all.
+        remove: names of files and folders that go with this save. One that is among `files` too is
+            away meanwhile, so that a reader who knows nothing of saves finds it with its fellows or
+            not at all.
 
     Raises:
         PtuningError: the disk is full, the place is read-only, or `folder` is a file; what stood
             there before still loads.
     """
     with one_save(folder, remove) as staged:
-        for name, content in files.items():
-            with open(staged / name, "wb") as file:
-                file.write(content)
+        write_all(staged, files)
+
+
+def write_all(staged: Path, files: Mapping[str, bytes]) -> None:
+    """Put files into a save's new folder."""
+    for name, content in files.items():
+        with open(staged / name, "wb") as file:
+            file.write(content)
 
 
 @contextmanager
@@ -99,6 +105,19 @@ def write_file(path: str | Path, content: bytes) -> None:
             _sync_folder(path.parent)
     except OSError as error:
         raise _cannot_write(path, error) from error
+
+
+def remove_own(folder: Path, names: Sequence[str] = ()) -> None:
+    """Remove the files of these names from a folder, in this order, and half-done saves; and the
+    folder itself where nothing else is in it. What this package did not make stays."""
+    if not folder.is_dir():
+        return
+    with suppress(OSError):
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        _remove_dead(folder)
+        shutil.rmtree(folder / _SAVED, ignore_errors=True)
+        folder.rmdir()
 
 
 def settle(folder: Path) -> None:
@@ -266,16 +285,23 @@ def _move_in(folder: Path) -> None:
     names, remove = ([n for n in manifest.get(k, []) if _plain(n)] for k in ("files", "remove"))
     for name in remove:
         if name not in names or (saved / name).exists():
-            (folder / name).unlink(missing_ok=True)
+            _take_away(folder / name, saved)
     for name in names:
         if (saved / name).exists():
-            if (folder / name).is_dir() and not (folder / name).is_symlink():
-                os.replace(folder / name, saved / f"{_OWN}before-{secrets.token_hex(4)}")
+            if (folder / name).is_dir():
+                _take_away(folder / name, saved)
             os.replace(saved / name, folder / name)
     _sync_folder(folder)
     done = folder / f"{_OWN}{secrets.token_hex(4)}"
     os.replace(saved, done)
     shutil.rmtree(done, ignore_errors=True)
+
+
+def _take_away(path: Path, saved: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        os.replace(path, saved / f"{_OWN}{secrets.token_hex(4)}")
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _plain(name: Any) -> bool:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from filelock import FileLock
 
 from ..distributed import chosen_device
 from ..errors import InputError, PtuningError
+from ..storage import one_save, settle
 
 DTYPES = {
     "float32": torch.float32,
@@ -50,13 +49,22 @@ def load_model(name: str, *, dtype: str = "float32", device: str | None = None) 
     check_dtype(dtype)
     source = _resolve(name)
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
+        # The model's own code never runs, whatever a prompt names as its base model.
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         loader = _auto_class(config)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        model = loader.from_pretrained(source, config=config, dtype=DTYPES[dtype])
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model = loader.from_pretrained(
+            source, config=config, dtype=DTYPES[dtype], trust_remote_code=False
+        )
     except InputError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers, its tokenizers and torch have many kinds
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"the model {name!r} needs code of its own, which is never run here; if you trust "
+                "it, load it in Python with from_pretrained(..., trust_remote_code=True) and give "
+                "model and tokenizer to ptuning.train or ptuning.predict"
+            ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"cannot load the model {name!r} ({reason}); give smollm2 or minilm (ptuning fetch), a "
@@ -92,6 +100,7 @@ def best_device() -> torch.device:
 
 def _resolve(name: str) -> str:
     path = Path(name).expanduser()
+    settle(path.parent)  # a model that was trained with a prompt is part of its save
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"{name} does not exist; give the path of a GGUF file")
@@ -139,7 +148,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     """Write a GGUF file's weights and tokenizer as a transformers model into `folder`."""
     import transformers
 
-    where: dict[str, Any] = {"gguf_file": path.name}
+    where: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
     try:
         loaded = transformers.AutoModelForCausalLM.from_pretrained(
             path.parent, dtype=torch.float32, **where
@@ -171,21 +180,11 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{folder.name}.lock"):
             if not (folder / "config.json").is_file():
-                _make(folder, make)
+                with one_save(folder) as staged:
+                    make(staged)
     except OSError as error:
         raise PtuningError(
             f"cannot write to the cache {folder.parent}: {error.strerror or error}; set "
             "PTUNING_CACHE to a folder with room"
         ) from error
     return folder
-
-
-def _make(folder: Path, make: Callable[[Path], None]) -> None:
-    staged = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
-    try:
-        make(staged)
-        staged.chmod(0o755)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(staged, folder)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)

@@ -36,6 +36,10 @@ _UNSAFE = re.compile(
 """What a terminal may take for a title, a clipboard's content, a line of its own, another name."""
 
 
+_LONGEST = 1200
+"""Letters of an error: what a file holds may be quoted in it."""
+
+
 def safe(text: object) -> str:
     """Text on one line, its control characters written as escapes such as ``\\x1b``."""
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
@@ -104,7 +108,9 @@ def warn(text: str) -> None:
 
 
 def complain(text: str) -> None:
-    """An error on stderr."""
+    """An error on stderr; of a long one the beginning and the end."""
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
     err.print(f"error: {safe(text)}", style="red", markup=False)
 
 

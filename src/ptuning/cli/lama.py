@@ -82,7 +82,7 @@ def lama(
     given = run_files.settings_of(context)
     elsewhere = ("output", "data", "relations", *CHANGE_NO_RESULT)
     decisive = {name: value for name, value in given.items() if name not in elsewhere}
-    with distributed.together():
+    with distributed.together(), distributed.locked(output):
         console.speak_if(distributed.state().is_main_process)
         named = () if relations is None else parts(relations, ",", "--relations")
         chosen = read_relations(data, named)
@@ -149,7 +149,7 @@ def _probe_all(
                 figures, prompt = probe(
                     model, tokenizer, relation, own, options, candidates, bar.listener, running
                 )
-                folder = ledger.prompts / relation.name
+                folder = ledger.prompt(relation.name)
                 distributed.from_main(partial(prompt.save, folder, keep_encoder=False))
                 ledger.put(relation.name, made_of, figures)
             found[relation.name] = figures

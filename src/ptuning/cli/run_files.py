@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import typer
 import yaml
+from yaml.constructor import BaseConstructor, SafeConstructor
 
-from ..errors import InputError
+from ..errors import InputError, PromptFileError
 
 _BETWEEN = {"template": "|", "population_grid": " "}
+_MOST_BYTES, _MOST_LEVELS, _MOST_VALUES = 10**6, 20, 10**5
+"""Of a run file; the template in it has a limit of its own."""
 _NOT_SAVED = ("config", "resume", "overwrite", "json_output")
 
 
@@ -23,15 +27,7 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
     """
     if path is None:
         return None
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"run file {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"run file {path} is no valid YAML: {reason}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"run file {path} must be a list of 'option: value' lines")
+    values = _read(path)
     names = {p.name: p for p in context.command.params if p.name not in _NOT_SAVED}
     defaults: dict[str, Any] = {}
     for key, value in values.items():
@@ -43,6 +39,82 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
             defaults[name] = _as_option(name, value)
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
+
+
+_PLAIN_TAGS = [f"tag:yaml.org,2002:{kind}" for kind in ("null", "int", "float")]
+
+
+class _Scalars(yaml.SafeLoader):
+    """YAML 1.2's true and false; no dates, and ``yes`` is a word."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, form) for tag, form in kinds if tag in _PLAIN_TAGS]
+        for first, kinds in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Scalars.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF")
+)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Option -> value; labels are text as it stands there.
+
+    Raises:
+        InputError: missing, no mapping, a key twice, or larger than any run file.
+    """
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise InputError(f"run file {path} has more than {_MOST_BYTES:,} bytes; is it another?")
+        text = path.read_bytes().decode("utf-8-sig")
+        _check_size(text)
+        root = yaml.compose(text, Loader=_Scalars)
+        if not isinstance(root, yaml.MappingNode):
+            raise InputError(f"run file {path} must be a list of 'option: value' lines")
+        _check_keys(root)
+        values: dict[str, Any] = {}
+        for key, value in root.value:
+            kind = BaseConstructor if key.value == "labels" else SafeConstructor
+            values[str(key.value)] = kind().construct_document(value)
+    except OSError as error:
+        raise InputError(f"run file {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = " ".join(str(error).split())
+        raise InputError(f"run file {path} is no valid YAML: {reason}") from None
+    return values
+
+
+def _check_size(text: str) -> None:
+    """Refuse what unfolds to far more than is written, before it is built."""
+    level = 0
+    for count, event in enumerate(yaml.parse(text)):
+        level += isinstance(event, yaml.CollectionStartEvent)
+        level -= isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("an alias (*name); write the value itself")
+        if level > _MOST_LEVELS or count > _MOST_VALUES:
+            raise ValueError(f"more than {_MOST_LEVELS} levels or {_MOST_VALUES:,} values")
+        if isinstance(event, yaml.ScalarEvent):
+            event.value.encode()  # raises for half a surrogate pair
+
+
+def _check_keys(node: yaml.Node) -> None:
+    """Refuse a key that stands twice: the last would win."""
+    if not isinstance(node, yaml.CollectionNode):
+        return
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(keys) < len(node.value):
+            raise ValueError("a key that is a list or a mapping")
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"the key {twice!r} stands there twice; keep one of them")
+    pairs = isinstance(node, yaml.MappingNode)
+    for inner in (value for _, value in node.value) if pairs else node.value:
+        _check_keys(inner)
 
 
 def _as_option(name: str, value: Any) -> Any:
@@ -76,17 +148,24 @@ def parse_labels(text: str | None) -> dict[str, list[str]] | None:
     if text is None:
         return None
     if text.lstrip().startswith("{"):
+        from ..formats import parse_json
+
         try:
-            values = json.loads(text)
-        except ValueError as error:
+            values = parse_json(text, "--labels")
+        except PromptFileError as error:
             raise InputError(f"--labels is no valid JSON: {error}") from None
-        return {str(k): [v] if isinstance(v, str) else list(v) for k, v in values.items()}
-    labels = {}
+        return {label: v if isinstance(v, list) else [v] for label, v in values.items()}
+    labels: dict[str, list[str]] = {}
     for part in text.split(","):
         label, separator, words = part.partition("=")
         if not separator or not label.strip():
             raise InputError(
                 f"--labels: {part!r} is not LABEL=WORD; write for example yes=Yes,no=No"
+            )
+        if label.strip() in labels:
+            raise InputError(
+                f"--labels: {label.strip()!r} stands there twice; several words of one label are "
+                "separated by '|'"
             )
         labels[label.strip()] = [word.strip() for word in words.split("|")]
     return labels

@@ -95,7 +95,7 @@ def superglue(
     seed = options.settings.seed
     given = run_files.settings_of(context)
     decisive = {k: v for k, v in given.items() if k not in (*_ELSEWHERE, *CHANGE_NO_RESULT)}
-    with distributed.together():
+    with distributed.together(), distributed.locked(output):
         console.speak_if(distributed.state().is_main_process)
         tasks = _tasks(task)
         read = partial(_splits, data=data, files=(train, dev, test), most=max_examples)

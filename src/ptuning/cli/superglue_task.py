@@ -135,4 +135,4 @@ class TaskRun:
         return [figures for figures in found.values() if figures is not None], bool(missing)
 
     def _folder(self, seed: int) -> Path:
-        return self.ledger.prompts / f"{self.task.name}-{seed}"
+        return self.ledger.prompt(f"{self.task.name}-{seed}")

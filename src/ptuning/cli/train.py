@@ -74,21 +74,19 @@ def train(
     from .. import distributed
     from ..backbone.load import load_model
     from ..data import read_examples
-    from ..storage import check_writable
     from ..training.settings import TrainSettings
     from ..training.train import train as train_prompt
 
-    with distributed.together():
+    with distributed.together(), distributed.locked(output):
         console.speak_if(distributed.state().is_main_process)
-        if not distributed.from_main(lambda: _is_open(output, resume, overwrite)):
+        how = TrainSettings(**settings)
+        if not distributed.from_main(lambda: _is_open(output, resume, overwrite, how.tune_model)):
             console.say(f"{output} holds a finished run; there is nothing to resume")
             return
         trained = _prompt(context, prompt, init_from)
-        how = TrainSettings(**settings)
         grid = _grid(population_grid, context.args)
         rows = read_examples(data)
         dev_rows = read_examples(dev) if dev else []
-        distributed.from_main(lambda: check_writable(output))
         console.say(f"loading {model}")
         base, tokenizer = load_model(model, dtype=dtype)
         run_file = run_files.as_yaml(run_files.settings_of(context))
@@ -113,11 +111,22 @@ def train(
         )
 
 
-def _is_open(output: Path, resume: bool, overwrite: bool) -> bool:
+def _is_open(output: Path, resume: bool, overwrite: bool, tune_model: bool) -> bool:
     """There is a run to begin or to go on with; raises where --output is not for this one."""
+    from ..storage import settle
+    from ..training import checkpoint
+
+    settle(output)
     if resume and (output / "result.json").is_file() and (output / "prompt.safetensors").is_file():
+        checkpoint.delete_all(output)  # a kill may have left them
         return False
     _check_output(output, resume, overwrite)
+    model = output / training_report.MODEL
+    if tune_model and model.exists() and not training_report.made_model(output):
+        raise InputError(
+            f"{model} was made by no run, and --tune-model saves the model there; choose another "
+            "--output"
+        )
     return True
 
 
@@ -141,9 +150,7 @@ def _end(
 ) -> None:
     from ..training import checkpoint
 
-    if tuned is not None:
-        training_report.save_model(output, prompt, *tuned)
-    report = training_report.save(output, prompt, result, keep_encoder)
+    report = training_report.save(output, prompt, result, keep_encoder, tuned)
     checkpoint.delete_all(output)
     if as_json:
         console.print_json(report)

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import console
+
+MODEL = "model"
+"""The folder of a model that was trained with the prompt."""
 
 if TYPE_CHECKING:
     from ..prompts.prompt import Prompt
     from ..training.train import TrainResult
 
 
-def save(output: Path, prompt: Prompt, result: TrainResult, keep_encoder: bool) -> dict[str, Any]:
-    """Write the prompt, ``result.json`` and ``curve.png``; gives what ``--json`` prints."""
-    from ..formats import pack_json
-    from ..reporting import training_curve, versions
-    from ..storage import write_folder
+def save(
+    output: Path,
+    prompt: Prompt,
+    result: TrainResult,
+    keep_encoder: bool,
+    tuned: tuple[Any, Any] | None = None,
+) -> dict[str, Any]:
+    """Write the prompt, ``result.json`` and ``curve.png``, as one save; gives what ``--json`` says.
 
-    prompt.save(output, keep_encoder=keep_encoder)
+    Args:
+        output: the folder.
+        prompt: trained.
+        result: of the training.
+        keep_encoder: with the encoder's weights.
+        tuned: model and tokenizer, where they were trained too: they are in the same save.
+    """
+    from ..formats import pack_json
+    from ..places import real
+    from ..prompts.peft_files import NAMES
+    from ..reporting import training_curve, versions
+    from ..storage import one_save, write_all
+
     report = {
         "best": result.best,
         "history": result.history,
@@ -29,21 +46,30 @@ def save(output: Path, prompt: Prompt, result: TrainResult, keep_encoder: bool) 
         "seconds": round(result.seconds, 2),
         "versions": versions(),
     }
-    write_folder(
-        output, {"curve.png": training_curve(result.history), "result.json": pack_json(report)}
-    )
+    before = [MODEL] if made_model(output) else []
+    with one_save(output, remove=[*NAMES, *before]) as staged:
+        if tuned is not None:
+            for part in tuned:
+                part.save_pretrained(staged / MODEL)
+            name, path = prompt.base_model["name"], str(real(output / MODEL))
+            prompt.base_model = {**prompt.base_model, "name": path, "tuned_from": name}
+        files = prompt.files(output, keep_encoder=keep_encoder)
+        files["curve.png"] = training_curve(result.history)
+        write_all(staged, {**files, "result.json": pack_json(report)})
     return report
 
 
-def save_model(output: Path, prompt: Prompt, model: Any, tokenizer: Any) -> None:
-    """Write a model that was trained with the prompt, and say in the prompt where it is."""
-    folder, staged = output / "model", output / ".model"
-    shutil.rmtree(staged, ignore_errors=True)
-    model.save_pretrained(staged)
-    tokenizer.save_pretrained(staged)
-    shutil.rmtree(folder, ignore_errors=True)
-    staged.rename(folder)
-    prompt.base_model["name"] = str(folder.resolve())
+def made_model(output: Path) -> bool:
+    """A run has made the model in `output`, so that the next run may replace it."""
+    from ..errors import PromptFileError
+    from ..formats import read_json
+
+    try:
+        about = read_json(output / "prompt.json").get("base_model", {})
+    except PromptFileError:
+        return False
+    # Older releases name the whole path.
+    return about.get("folder") == MODEL or about.get("name") == str((output / MODEL).resolve())
 
 
 def tell(output: Path, prompt: Prompt, result: TrainResult) -> None:

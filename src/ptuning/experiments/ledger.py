@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from .. import distributed
-from ..errors import InputError
-from ..formats import pack_json
-from ..storage import check_writable, write_file
+from ..errors import InputError, PromptFileError
+from ..formats import pack_json, read_json
+from ..places import entry
+from ..prompts import peft_files, prompt_files
+from ..storage import check_writable, remove_own, write_file
+from ..training import checkpoint
 
 
 def digest(*data: Any) -> str:
@@ -36,16 +38,13 @@ class Ledger:
         settings: plain values that every result depends on.
         overwrite: forget the parts of another run that the folder holds.
 
-    Attributes:
-        prompts: folder for the prompts of finished parts.
-
     Raises:
         InputError: the folder holds finished parts of a run with other settings.
         PtuningError: it cannot be written.
     """
 
     def __init__(self, output: Path, settings: dict[str, Any], overwrite: bool = False):
-        self.output, self._done, self.prompts = output, output / "done", output / "prompts"
+        self.output, self._done, self._prompts = output, output / "done", output / "prompts"
         self._running = output / "running"
         settings = json.loads(json.dumps(settings))
         distributed.from_main(lambda: self._open(settings, overwrite))
@@ -56,11 +55,26 @@ class Ledger:
             raise InputError(f"--output {output} is a file; give a folder")
         check_writable(output)
         if overwrite:
-            for folder in (self._done, self.prompts, self._running):
-                shutil.rmtree(folder, ignore_errors=True)
+            self._forget()
         elif any(self._done.glob("*.json")):
             self._check(_read(output / "run.json"), settings)
         write_file(output / "run.json", pack_json(settings))
+
+    def _forget(self) -> None:
+        """Remove the parts of an earlier run, and nothing that no run has made."""
+        parts = {path.stem for path in self._done.glob("*.json")}
+        parts |= {path.parent.name for path in self._running.glob(f"*/{checkpoint.FOLDER}")}
+        for part in parts:
+            remove_own(self.prompt(part), (*prompt_files.NAMES, *peft_files.NAMES))
+            self._stop(part)
+        remove_own(self._prompts)
+        remove_own(self._running)
+        remove_own(self._done, [f"{part}.json" for part in parts])
+
+    def _stop(self, part: str) -> None:
+        """Remove a part's checkpoints."""
+        checkpoint.delete_all(self.running(part))
+        remove_own(self.running(part))
 
     def _check(self, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
         if before is None:
@@ -89,7 +103,7 @@ class Ledger:
         """
 
         def read() -> dict[str, Any] | None:
-            found = _read(self._done / f"{part}.json")
+            found = _read(entry(self._done, f"{part}.json"))
             if found is None or not isinstance(found.get("result"), dict):
                 return None
             if found.get("data") != data:
@@ -103,20 +117,24 @@ class Ledger:
         content = pack_json({"data": data, "result": result})
 
         def write() -> None:
-            write_file(self._done / f"{part}.json", content)
-            shutil.rmtree(self.running(part), ignore_errors=True)
+            write_file(entry(self._done, f"{part}.json"), content)
+            self._stop(part)
+            remove_own(self._running)
 
         distributed.from_main(write)
 
     def running(self, part: str) -> Path:
         """Folder for a part's checkpoints."""
-        return self._running / part
+        return entry(self._running, part)
+
+    def prompt(self, part: str) -> Path:
+        """Folder for a finished part's prompt."""
+        return entry(self._prompts, part)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None where there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path)
+    except PromptFileError:
         return None
-    return found if isinstance(found, dict) else None

@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from .. import formats, storage
 from ..errors import InputError, PromptFileError
+from .prompt_settings import MOST
 from .recognised import Recognised
+from .task import at_least_one, check_type
 
 CONFIG_NAME = "adapter_config.json"
 REFERENCE_VERSION = "0.21.2"
@@ -32,6 +35,18 @@ _HUB_OPTIONS = (
     "proxies",
     "repo_type",
 )
+
+
+_COUNTS = (
+    "num_virtual_tokens",
+    "token_dim",
+    "num_transformer_submodules",
+    "num_attention_heads",
+    "num_layers",
+    "encoder_hidden_size",
+    "encoder_num_layers",
+)
+_TEXTS = ("peft_version", "base_model_name_or_path", "revision")
 
 
 class PeftType(enum.StrEnum):
@@ -125,10 +140,19 @@ class PromptEncoderConfig(Recognised):
         )
         if self.peft_version is None:
             self.peft_version = REFERENCE_VERSION
-        for name in ("num_virtual_tokens", "token_dim", "encoder_hidden_size"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise InputError(f"{name} is {value}; give a whole number of at least 1")
+        for name in _COUNTS:
+            at_least_one(name, getattr(self, name), MOST.get(name, 10**6))
+        check_type(self, str, *_TEXTS, optional=True)
+        check_type(self, bool, "inference_mode")
+        check_type(self, dict, "auto_mapping", optional=True)
+        dropout = self.encoder_dropout
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float):
+            raise InputError(f"encoder_dropout is {dropout!r}; expected a number")
+        modules = self.modules_to_save or []
+        if not isinstance(modules, list | tuple | set) or not all(
+            isinstance(name, str) for name in modules
+        ):
+            raise InputError(f"modules_to_save is {modules!r}; expected a list of modules' names")
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -176,12 +200,8 @@ class PromptEncoderConfig(Recognised):
             auto_mapping_dict: written as ``auto_mapping`` if given.
             options: the reference's further arguments, without effect.
         """
-        folder = Path(save_directory)
-        if folder.is_file():
-            raise InputError(f"{folder} is a file; give a folder to save the configuration in")
-        folder.mkdir(parents=True, exist_ok=True)
         saved = self if auto_mapping_dict is None else self.replace(auto_mapping=auto_mapping_dict)
-        (folder / CONFIG_NAME).write_text(saved.to_json(), encoding="utf-8")
+        storage.write_folder(save_directory, {CONFIG_NAME: saved.to_json().encode()})
 
     def replace(self, **changes: Any) -> Self:
         """A copy with other values."""
@@ -204,6 +224,7 @@ class PromptEncoderConfig(Recognised):
             PromptFileError: there is no such file, or it is not a configuration of this method.
         """
         file = Path(path) / (subfolder or "") / CONFIG_NAME
+        storage.settle(file.parent)
         if not file.is_file():
             hub = {k: v for k, v in options.items() if k in _HUB_OPTIONS}
             file = _download(str(path), subfolder, hub)
@@ -218,12 +239,7 @@ class PromptEncoderConfig(Recognised):
         Raises:
             PromptFileError: it is not readable, or holds no JSON object.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise PromptFileError(f"{path} is not valid JSON ({error}); save it again") from error
-        if not isinstance(values, dict):
-            raise PromptFileError(f"{path} holds no JSON object; a configuration is expected")
+        values = formats.read_json(Path(path))
         values.pop("runtime_config", None)  # never belongs in a file, says the reference
         return values
 

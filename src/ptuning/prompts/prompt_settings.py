@@ -9,11 +9,18 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, excerpt
 from .task import Task, at_least_one, check_type, one_of
+from .template import MOST_VIRTUAL
 
 ENCODERS = ("mlp", "lstm", "none")
 _SMALL = re.compile(r"\[p((?:\*\d+)?|:[^\[\]]+)\]")
+MOST = {
+    "num_virtual_tokens": MOST_VIRTUAL,
+    "encoder_hidden_size": 32_768,
+    "encoder_num_layers": 100,
+}
+"""Refused above this, before any work is done."""
 _ENCODER = ("encoder", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout")
 
 
@@ -49,8 +56,8 @@ class PromptSettings(Task):
         check_type(self, float, "encoder_dropout")
         if not 0 <= self.encoder_dropout < 1:
             raise InputError(f"encoder_dropout is {self.encoder_dropout}; give a share, 0 to 1")
-        for name in ("num_virtual_tokens", "encoder_hidden_size", "encoder_num_layers"):
-            at_least_one(name, getattr(self, name))
+        for name, most in MOST.items():
+            at_least_one(name, getattr(self, name), most)
         if self.template is None:
             if self.num_virtual_tokens is None:
                 raise InputError(
@@ -65,7 +72,7 @@ class PromptSettings(Task):
     def _count_virtual_tokens(self) -> None:
         groups = self.parsed.virtual
         if not groups:
-            raise InputError(_without_virtual(self.parsed.text))
+            raise InputError(_without_virtual(excerpt(self.parsed.text)))
         if all(group.count for group in groups):  # the words of [P:…] await a tokenizer
             self.set_count(sum(group.count for group in groups))
 
@@ -78,7 +85,8 @@ class PromptSettings(Task):
         if self.num_virtual_tokens not in (None, count):
             raise InputError(
                 f"num_virtual_tokens is {self.num_virtual_tokens}, and the template has {count} "
-                f"virtual tokens: {self.template}; give one of the two, or make them agree"
+                f"virtual tokens: {excerpt(self.template or '')}; give one of the two, or make "
+                "them agree"
             )
         self.num_virtual_tokens = count
 

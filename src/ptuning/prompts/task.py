@@ -14,9 +14,10 @@ from functools import cached_property
 from typing import Any
 
 from ..data.values import plain, text_of
-from ..errors import InputError
+from ..errors import InputError, excerpt
 from .template import Template, Virtual, parse
 
+MOST_ANSWER_TOKENS = 10_000
 _IN_WORD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
 
@@ -58,14 +59,14 @@ class Task:
         check_type(self, bool, "chat", "answer_end")
         one_of("label_mode", self.label_mode, ("labels", "vocabulary"))
         one_of("special_tokens", self.special_tokens, ("around", "after"))
-        for name in ("max_length", "answer_tokens"):
-            at_least_one(name, getattr(self, name))
+        at_least_one("max_length", self.max_length)
+        at_least_one("answer_tokens", self.answer_tokens, MOST_ANSWER_TOKENS)
         if self.verbalizer is not None:
             self.verbalizer = _words_by_label(self.verbalizer)
         if self.template is not None and self.special_tokens == "after" and not self.prompt_leads:
             raise InputError(
                 'special_tokens="after" puts the virtual tokens before everything, so the template '
-                f"must begin with all of them; it is: {self.template}"
+                f"must begin with all of them; it is: {excerpt(self.template)}"
             )
 
     @cached_property
@@ -157,12 +158,14 @@ def check_type(owner: object, kind: type, *names: str, optional: bool = False) -
 _KINDS = {str: "text", bool: "true or false", dict: "an object", float: "a number"}
 
 
-def at_least_one(name: str, value: int | None) -> None:
-    """Refuse a count that is no whole number of at least 1."""
+def at_least_one(name: str, value: int | None, most: int = 10**9) -> None:
+    """Refuse a count that is no whole number of at least 1, or beyond all use."""
     if value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name} is {value}; give a whole number of at least 1")
+        raise InputError(f"{name} is {excerpt(repr(value))}; give a whole number of at least 1")
+    if value > most:
+        raise InputError(f"{name} is beyond all use; give at most {most:,}")
 
 
 def _words_by_label(verbalizer: Mapping[str, str | Sequence[str]]) -> dict[str, tuple[str, ...]]:

@@ -53,6 +53,8 @@ class Slot:
     space: bool
 
 
+MOST_CHARACTERS, MOST_VIRTUAL = 100_000, 10_000
+"""Of a template: refused before work is done for it."""
 Piece = Text | Field | Virtual | Slot
 
 _BRACKET = r"\[(?:P(?:\*[^\[\]]*|:[^\[\]]*)?|MASK)\]"
@@ -123,9 +125,11 @@ def parse(text: str) -> Template:
         >>> [type(piece).__name__ for piece in parse("[P*2] {country} [P] [MASK]").pieces]
         ['Virtual', 'Text', 'Field', 'Virtual', 'Slot']
     """
+    _check_size(text)
     pieces: list[Piece] = []
     literal: list[str] = []
     slot_column = None
+    virtual = 0
     at = 0
 
     def flush() -> None:
@@ -156,6 +160,14 @@ def parse(text: str) -> Template:
                         at + 1,
                     )
                 slot_column = at + 1
+            elif isinstance(piece, Virtual):
+                virtual += piece.count
+                if virtual > MOST_VIRTUAL:
+                    raise TemplateError(
+                        f"more than {MOST_VIRTUAL:,} virtual tokens; a few are enough, as in [P*3]",
+                        text,
+                        at + 1,
+                    )
             at = end
         else:
             literal.append(text[at])
@@ -165,6 +177,24 @@ def parse(text: str) -> Template:
             pieces.append(piece)
     flush()
     return Template(text, _give_spaces(pieces))
+
+
+def _check_size(text: str) -> None:
+    if len(text) > MOST_CHARACTERS:
+        raise TemplateError(
+            f"a template has at most {MOST_CHARACTERS:,} characters, and this one has "
+            f"{len(text):,}; long texts belong in a column",
+            text,
+            MOST_CHARACTERS + 1,
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TemplateError(
+            f"{text[error.start]!r} is no character (half a surrogate pair); is the text UTF-8?",
+            text.encode("utf-8", "backslashreplace").decode(),
+            error.start + 1,
+        ) from None
 
 
 def _field(text: str, start: int) -> tuple[Field, int]:

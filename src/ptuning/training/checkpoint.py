@@ -1,8 +1,10 @@
 """Checkpoints of a running training: what is needed to go on with the same numbers.
 
 ``checkpoints/step-00000120/`` holds ``state.pt`` (tensors and plain values, read with
-``weights_only=True``) and ``DONE``, written last. A folder without ``DONE``, or one that cannot be
-read, is skipped for the one before.
+``weights_only=True``) and ``DONE``, which has the state's SHA-256 and counts the saves: the newest
+is the one with the highest number, whatever the clock says. A folder without ``DONE``, or one that
+cannot be read, is skipped for the one before. (In older releases ``DONE`` is empty; among those the
+highest step is the newest.)
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import shutil
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -19,38 +20,57 @@ from typing import Any
 
 import torch
 
-from .. import distributed, storage
+from .. import distributed, formats, storage
 from ..backbone.base_model import BaseModel
-from ..errors import InputError
+from ..errors import InputError, PromptFileError
 from .grid import Variant
 from .settings import CHANGE_NO_RESULT
 
 FOLDER = "checkpoints"
 _KEPT = 2
+_STATE, _DONE = "state.pt", "DONE"
 
 
 def save(output: Path, step: int, state: dict[str, Any]) -> None:
     """Write a checkpoint atomically and delete all but the newest two."""
     content = io.BytesIO()
     torch.save(state, content)
+    packed = content.getvalue()
+    number = 1 + max((_number(folder) for folder in _folders(output)), default=0)
+    done = {"number": number, "sha256": {_STATE: formats.sha256(packed)}}
     folder = output / FOLDER / f"step-{step:08d}"
-    if folder.exists():  # left by an interrupted run; this state is the same or newer
-        shutil.rmtree(folder)
-    storage.write_folder(folder, {"state.pt": content.getvalue(), "DONE": b""})
+    storage.write_folder(folder, {_STATE: packed, _DONE: formats.pack_json(done)})
     for old in _folders(output)[:-_KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+        storage.remove_own(old, (_DONE, _STATE))
 
 
 def load_newest(output: Path) -> dict[str, Any] | None:
     """The newest whole checkpoint's state, or None where there is none."""
     for folder in reversed(_folders(output)):
-        if not (folder / "DONE").exists():
+        if not (folder / _DONE).exists():
             continue
         try:
-            return torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+            with storage.reading(folder):
+                return _read(folder)
         except Exception as error:  # torch raises several kinds for a damaged file
             warnings.warn(f"{folder} cannot be read and is skipped: {error}", stacklevel=2)
     return None
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    known = _done(folder).get("sha256", {}).get(_STATE)
+    if known is not None and known != formats.sha256(folder / _STATE):
+        raise PromptFileError(f"the SHA-256 of {_STATE} is not the one in {_DONE}: it is damaged")
+    state = torch.load(folder / _STATE, weights_only=True, map_location="cpu")
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        raise PromptFileError(f"{_STATE} is no state of a training")
+    return state
+
+
+def _done(folder: Path) -> dict[str, Any]:
+    """What the marker says; nothing in older releases."""
+    path = folder / _DONE
+    return formats.read_json(path) if path.exists() and path.stat().st_size else {}
 
 
 def load_for_all(output: Path | None, identity: dict[str, str]) -> dict[str, Any] | None:
@@ -67,7 +87,13 @@ def load_for_all(output: Path | None, identity: dict[str, str]) -> dict[str, Any
     def read() -> tuple[dict[str, str], dict[str, Any] | None]:
         state = load_newest(output) if output is not None else None
         if state is not None:
-            check_same_run(state["identity"], identity)
+            saved = state.get("identity")
+            if not isinstance(saved, dict):
+                raise PromptFileError(
+                    f"the newest checkpoint in {output} does not say what run it is of; remove it, "
+                    "or start anew with --overwrite"
+                )
+            check_same_run(saved, identity)
         return identity, state
 
     main, state = distributed.from_main(read)
@@ -82,13 +108,22 @@ def load_for_all(output: Path | None, identity: dict[str, str]) -> dict[str, Any
 
 def delete_all(output: Path) -> None:
     """Remove the checkpoints of a run that is over or starts anew."""
-    shutil.rmtree(output / FOLDER, ignore_errors=True)
+    for folder in _folders(output):
+        storage.remove_own(folder, (_DONE, _STATE))
+    storage.remove_own(output / FOLDER)
 
 
 def _folders(output: Path) -> list[Path]:
-    """From the oldest to the newest; an earlier run may have come further."""
+    """From the oldest to the newest."""
     found = (output / FOLDER).glob("step-*")
-    return sorted(found, key=lambda folder: (folder.stat().st_mtime_ns, folder.name))
+    return sorted(found, key=lambda folder: (_number(folder), folder.name))
+
+
+def _number(folder: Path) -> int:
+    try:
+        return int(_done(folder).get("number", 0))
+    except (PromptFileError, TypeError, ValueError):
+        return 0
 
 
 def identity_of(variants: Sequence[Variant], base: BaseModel) -> dict[str, str]:

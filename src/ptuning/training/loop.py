@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..backbone.base_model import BaseModel
-from ..errors import TrainingError
+from ..errors import PromptFileError, TrainingError
 from ..forward.engine import Engine
 from ..forward.scoring import sums
 from ..rendering.collate import Batch
@@ -274,11 +274,18 @@ class Loop:
         state = checkpoint.load_for_all(folder, self.identity)
         if state is None:
             return
-        self.step, self.epoch_loss = state["step"], state["epoch_loss"]
-        for learner, saved in zip(self.learners, state["learners"], strict=True):
-            learner.load(saved)
-        if state.get("scaler") and self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        try:
+            self.step, self.epoch_loss = state["step"], state["epoch_loss"]
+            for learner, saved in zip(self.learners, state["learners"], strict=True):
+                learner.load(saved)
+            if state.get("scaler") and self.accelerator.scaler:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise PromptFileError(
+                f"cannot resume: the newest checkpoint in {self.output} is not of such a training "
+                f"({reason}); remove it, or start anew with --overwrite"
+            ) from error
 
     def _not_finite(self, number: int, fault: str, step: int) -> str:
         best = self.learners[number].best

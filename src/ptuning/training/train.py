@@ -22,7 +22,7 @@ from ..errors import DataError, InputError
 from ..prompts.prompt import Prompt
 from ..rendering.render import Example, Rendered, Renderer, answer_column, render_all
 from ..reporting import html_picture, html_table, percent, training_curve
-from . import guidance
+from . import checkpoint, guidance
 from .checks import check_run
 from .grid import Variant, choices
 from .learner import Learner, best_of
@@ -154,6 +154,9 @@ def train(
                 variants=variants,
                 output=Path(output) if output is not None else None,
                 listener=listener or (lambda progress: None),
+            )
+            showing.enter_context(
+                distributed.locked(loop.output and loop.output / checkpoint.FOLDER)
             )
             learners = loop.train(resume)
         winner = best_of(learners)

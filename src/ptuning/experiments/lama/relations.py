@@ -14,6 +14,7 @@ from typing import Any
 
 from ...data import Row, read_examples
 from ...errors import DataError, InputError
+from ...places import entry
 
 SUBJECT, OBJECT = "sub_label", "obj_label"
 
@@ -120,4 +121,4 @@ def one_token(tokenizer: Any, word: str) -> int:
 
 
 def _path(folder: Path, relation: str) -> Path:
-    return folder / f"{relation}.jsonl"
+    return entry(folder, f"{relation}.jsonl")
