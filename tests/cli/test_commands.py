@@ -412,12 +412,10 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_saved(
 
 
 def test_a_read_only_output_is_one_line(train: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    import tempfile
-
     def refuse(*args: Any, **options: Any) -> Any:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(tempfile, "NamedTemporaryFile", refuse)  # root may write anywhere
+    monkeypatch.setattr(os, "fsync", refuse)  # root may write anywhere
     code, _, err = train()
     assert code == 1
     assert_one_line(err, "cannot write to", "Permission denied")

@@ -213,9 +213,9 @@ def test_keys_of_a_newer_version_are_ignored_with_a_warning(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        (b'{"peft_type": "P_TUNING",', "not valid JSON"),
-        (b"", "not valid JSON"),
-        (b"\xff\xfe", "not valid JSON"),
+        (b'{"peft_type": "P_TUNING",', "cannot be read as JSON"),
+        (b"", "cannot be read as JSON"),
+        (b"\xff\xfe", "cannot be read as JSON"),
         (b"[]", "no JSON object"),
         (b'"P_TUNING"', "no JSON object"),
     ],

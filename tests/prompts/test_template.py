@@ -16,7 +16,7 @@ VALID: list[tuple[str, list[Piece]]] = [
     ("[P]", [Virtual(1)]),
     ("[P*3]", [Virtual(3)]),
     ("[P*007]", [Virtual(7)]),
-    ("[P*999999]", [Virtual(999_999)]),
+    ("[P*10000]", [Virtual(10_000)]),
     ("[P:capital]", [Virtual(0, "capital")]),
     ("[P:capital city]", [Virtual(0, "capital city")]),
     ("[P: capital ]", [Virtual(0, "capital")]),
