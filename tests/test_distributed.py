@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 import ptuning
 from ptuning import distributed
 from ptuning.cli import main
+from ptuning.forward.engine import Engine
 from ptuning.training.loop import Loop
 from ptuning.training.progress import Progress
 
@@ -149,18 +151,19 @@ def fail_in_one_process(at: int) -> Outcome:
     """Process 1 fails while it trains, or the main process where it reports."""
     if at == 0:
         return trained(listener=lambda progress: 1 // 0)
-    original = Loop._batch
+    original = Engine.batches
+    steps = count(1)
 
-    def batch(self: Loop, rows: Any) -> Any:
-        if rank() == 1 and self.step == 4:
+    def batches(self: Engine, *rows: Any) -> Any:
+        if rank() == 1 and next(steps) == 5:
             raise MemoryError("no room")
-        return original(self, rows)
+        return original(self, *rows)
 
-    Loop._batch = batch  # type: ignore[method-assign]
+    Engine.batches = batches  # type: ignore[method-assign]
     try:
         return trained()
     finally:
-        Loop._batch = original  # type: ignore[method-assign]
+        Engine.batches = original  # type: ignore[method-assign]
 
 
 def everything(folder: Path) -> dict[str, Any]:
