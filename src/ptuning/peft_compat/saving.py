@@ -2,7 +2,7 @@
 
 A folder holds the reference's two files, which the reference reads without a warning, and beside
 them this package's own (`prompt`): with the encoder's weights, so that training can go on. An
-adapter with a template has only the latter, since the reference would put its tokens in front.
+adapter with a template has no configuration for the reference, which would put its tokens in front.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .. import places, storage
+from .. import formats, places, storage
 from ..backbone.identity import check_same, describe
 from ..errors import InputError, PromptFileError
 from ..prompts import peft_files, prompt_files
@@ -79,6 +79,11 @@ def save(
     content = prompt.contents(keep_encoder=keep_encoder)
     if adapter.insertion.template is None:
         content |= peft_files.pack(rows, config, None, modules)
+    else:
+        # transformers' Trainer resumes from a checkpoint that has a file of this name. PEFT reads
+        # none of it: no configuration stands beside it, and no tensor has a name that PEFT knows.
+        tensors = {"vectors_of_template": prompt.vectors}
+        content[peft_files.WEIGHTS_NAME] = formats.pack_tensors(tensors, {"format": "pt"})
     storage.write_folder(folder, content, peft_files.NAMES)
 
 
