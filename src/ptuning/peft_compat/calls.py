@@ -77,6 +77,8 @@ def _go_on(model: Any, base: Base, rows: Sequence[str | None], inputs: dict[str,
     told = base.accepts("position_ids") and not (base.traits.several_axes or base.reference_layout)
     held = continuing.held_by(cache)
     placed, after = continuing.continued(held, inputs, base.traits.first_position, positions=told)
+    if base.traits.several_axes:
+        continuing.leave_positions_to_the_model(placed)
     with _modules_of(model, rows):
         output = model.base_model(**placed)
     continuing.note(cache, after)

@@ -103,6 +103,25 @@ def continued(
     return result, after
 
 
+def leave_positions_to_the_model(inputs: dict[str, Any]) -> None:
+    """Let a model count on by itself that has positions on several axes.
+
+    It counts from what its cache holds, but beside a mask over all of the mask.
+
+    Raises:
+        InputError: there is padding, and no positions are given.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None or inputs.get("position_ids") is not None:
+        return
+    if bool((mask == 0).any()):
+        raise InputError(
+            "past_key_values of padded rows need position_ids here, since this model's tokens have "
+            "positions on several axes; give them, or the whole text without past_key_values"
+        )
+    del inputs["attention_mask"]
+
+
 def _whole_mask(held: Held, mask: Tensor | None, rows: int, new: int) -> Tensor | None:
     """The mask ``(B, P + new)`` of all that is read; None where there is no padding."""
     if mask is None:
