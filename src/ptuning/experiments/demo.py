@@ -6,9 +6,7 @@ choices (the manual template, the prompt's epoch) are made on dev; all figures a
 
 from __future__ import annotations
 
-import random
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files as package_files
@@ -25,11 +23,12 @@ from ..inference.evaluation import manual_score, teacher_forced
 from ..inference.nearest_words import Neighbours, nearest_words
 from ..inference.prediction import predict
 from ..prompts.prompt import Prompt
-from ..prompts.task import Task
+from ..prompts.task import Task, majority_answer
 from ..reporting import training_curve, versions
 from ..storage import check_writable, write_folder
 from ..training.progress import Pace, Progress, in_words
 from ..training.train import train
+from .splits import cut
 
 TITLE = "Person -> profession"
 SUBJECT, ANSWER = "person", "profession"
@@ -67,10 +66,7 @@ class DemoResult:
 def facts() -> tuple[list[Row], list[Row], list[Row]]:
     """The facts that ship with the package, as train, dev and test; each person stands in one."""
     folder = package_files("ptuning.experiments") / "demo_data"
-    rows = read_examples(Path(str(folder / "professions.csv")))
-    random.Random(0).shuffle(rows)
-    first, second = int(0.6 * len(rows)), int(0.75 * len(rows))
-    return rows[:first], rows[first:second], rows[second:]
+    return cut(read_examples(Path(str(folder / "professions.csv"))))
 
 
 def run(
@@ -113,7 +109,7 @@ def run(
         listener=_with_duration(listener, tell),
     )
     share, _ = teacher_forced(model, tokenizer, prompt, test)
-    majority = Counter(row[ANSWER] for row in training).most_common(1)[0][0]
+    majority = majority_answer(row[ANSWER] for row in training)
     majority_share = sum(row[ANSWER] == majority for row in test) / len(test)
     shown = test[:3]
     answers = predict(model, tokenizer, prompt, shown)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from ..errors import DataError
 from ..forward.engine import Engine
 from ..forward.scoring import score
 from ..prompts.prompt import Prompt
-from ..prompts.task import Task
+from ..prompts.task import Task, majority_answer
 from ..rendering.render import Example, answer_column, render_all
 from ..reporting import html_picture, html_table, percent, shares
 from ..training.guidance import dev_far_above
@@ -159,7 +158,7 @@ def evaluate(
 
         confusion = confusion_matrix(gold, said, labels=labels).tolist()
         macro_f1 = float(f1_score(gold, said, labels=labels, average="macro", zero_division=0))
-    majority = prompt.training.get("majority_answer") or Counter(gold).most_common(1)[0][0]
+    majority = prompt.training.get("majority_answer") or majority_answer(gold)
     accuracy = _share(a == b for a, b in zip(gold, said, strict=True))
     if warning := dev_far_above(prompt.training, accuracy, len(rows)):
         warnings.warn(warning, stacklevel=2)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -115,6 +116,11 @@ class Task:
         text = template if template is not None else self.parsed.without_virtual().text
         settings = {**Task.settings(self), "template": text, "special_tokens": "around"}
         return Task(**settings)
+
+
+def majority_answer(answers: Iterable[str]) -> str:
+    """The commonest answer (of several the first): what to say without a look at the question."""
+    return Counter(answers).most_common(1)[0][0]
 
 
 def as_label(value: Any, labels: Container[str]) -> Any:

@@ -20,6 +20,7 @@ from ..backbone.modes import check_free
 from ..data import Rows, as_rows
 from ..errors import DataError, InputError
 from ..prompts.prompt import Prompt
+from ..prompts.task import majority_answer
 from ..rendering.render import Example, Rendered, Renderer, answer_column, render_all
 from ..reporting import html_picture, html_table, percent, training_curve
 from . import checkpoint, guidance
@@ -167,8 +168,7 @@ def train(
         prompt.encoder_weights = learner.best["weights"]
         prompt.base_model = base.describe()
         best = _figures(learner)
-        answers = Counter(prompt.label_text(row[column]) for row in rows)
-        majority = answers.most_common(1)[0][0]
+        majority = majority_answer(prompt.label_text(row[column]) for row in rows)
         prompt.training = {
             "examples": len(rows),
             "dev_examples": len(dev),

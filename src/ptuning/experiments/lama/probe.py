@@ -8,7 +8,6 @@ are from test (protocol: `lama_data`).
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from ...backbone.traits import ModelKind, kind_of
 from ...data import Row
 from ...errors import InputError
 from ...prompts.prompt import Prompt
-from ...prompts.task import Task
+from ...prompts.task import Task, majority_answer
 from ...rendering.render import Renderer
 from ...training.progress import Progress
 from ...training.train import train
@@ -87,7 +86,7 @@ def probe(
     best = max(on_dev, key=lambda text: (on_dev[text]["p1"], on_dev[text]["mrr"]))
     own = manual_template(relation, kind)
     own = own if own in by_hand else None
-    majority = Counter(str(row[OBJECT]) for row in facts.train).most_common(1)[0][0]
+    majority = majority_answer(str(row[OBJECT]) for row in facts.train)
     templates = _with_virtual_tokens(options, own or best, best, kind)
     encoder = options.grid["encoder"][0]
     prompt = Prompt(templates[0], answer=OBJECT, encoder=encoder, answer_end=False)

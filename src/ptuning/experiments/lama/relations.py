@@ -6,7 +6,6 @@ DATA/P19.jsonl          sub_label, obj_label
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from ...data import Row, read_examples
 from ...errors import DataError, InputError
 from ...places import entry
+from ..splits import cut
 
 SUBJECT, OBJECT = "sub_label", "obj_label"
 
@@ -97,9 +97,7 @@ def read_facts(folder: Path, relation: Relation, tokenizer: Any) -> Facts:
             if not row.get(key) or not isinstance(row[key], str | int | float):
                 raise DataError(f"{path}, fact {number}: {key} is {row.get(key)!r}; give text")
     usable = [row for row in rows if is_one_token(tokenizer, str(row[OBJECT]))]
-    random.Random(0).shuffle(usable)
-    first, second = int(0.6 * len(usable)), int(0.75 * len(usable))
-    facts = Facts(usable[:first], usable[first:second], usable[second:])
+    facts = Facts(*cut(usable))
     if not (facts.train and facts.dev and facts.test):
         raise UnusableRelationError(
             f"{path} has {len(usable)} facts whose object is one token of this tokenizer; 3 are "

@@ -10,7 +10,6 @@ text, and the task's.
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 
 from ...data import Row, read_examples
 from ...errors import DataError
+from ..splits import cut, shuffled
 from .tasks import SuperGlueTask
 
 TEST_FILES = ("test.jsonl", "val.jsonl")
@@ -81,15 +81,12 @@ def read_full(
     parts = {"dev": dev, "test": test}
     given = {name: _examples(path, task) for name, path in parts.items() if path is not None}
     if len(given) < 2:
-        examples = _shuffled(examples)
-        first, second = int(0.6 * len(examples)), int(0.75 * len(examples))
+        train_part, dev_part, test_part = cut(examples)
         if not given:
-            given = {"dev": examples[first:second], "test": examples[second:]}
-            examples = examples[:first]
+            examples, given = train_part, {"dev": dev_part, "test": test_part}
         else:
             (missing,) = set(parts) - set(given)
-            given[missing] = examples[second:]
-            examples = examples[:second]
+            examples, given[missing] = train_part + dev_part, test_part
     if not (examples and given["dev"] and given["test"]):
         raise DataError(f"{train} has too few examples to be cut; 3 are the least")
     return Splits(_flat(examples), _flat(given["dev"]), _flat(_first(given["test"], most)))
@@ -147,13 +144,7 @@ def _flat(examples: Examples) -> list[Row]:
 def _first(examples: Examples, most: int | None) -> Examples:
     if most is None or len(examples) <= most:
         return examples
-    return _shuffled(examples)[:most]
-
-
-def _shuffled(examples: Examples) -> Examples:
-    examples = list(examples)
-    random.Random(0).shuffle(examples)
-    return examples
+    return shuffled(examples)[:most]
 
 
 def _copa(row: Row) -> Iterator[Row]:

@@ -6,7 +6,6 @@ What is chosen (template, verbalizer, encoder, epoch) is chosen on dev; the figu
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import log
@@ -21,7 +20,7 @@ from ...data import Row
 from ...inference.evaluation import teacher_forced
 from ...inference.prediction import predict, predict_details
 from ...prompts.prompt import Prompt
-from ...prompts.task import Task
+from ...prompts.task import Task, majority_answer
 from ...training.progress import Progress
 from ...training.train import train
 from .examples import Splits
@@ -49,7 +48,7 @@ def baselines(
     several = len({row["label"] for row in splits.train}) > 1  # WSC's are all true
     known = splits.train if several else splits.dev
     return {
-        "majority_answer": Counter(row["label"] for row in known).most_common(1)[0][0],
+        "majority_answer": majority_answer(row["label"] for row in known),
         "templates": [
             {
                 "template": prompts[number].template,
