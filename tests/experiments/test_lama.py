@@ -363,6 +363,6 @@ def test_ctrl_c_is_one_line(lama: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ptuning.experiments.lama.relations.read_relations", interrupted)
+    monkeypatch.setattr("ptuning.cli.lama._probe_all", interrupted)
     code, _, err = lama("--relations", "P36")
     assert code == 130 and "stopped; the same command goes on" in err.splitlines()[-1]

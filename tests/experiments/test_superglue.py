@@ -434,7 +434,7 @@ def test_fully_supervised_from_one_file(superglue: Run, tmp_path: Path) -> None:
         (["--train", "x.jsonl"], {"task": "rte,cb"}, "--train is for one task"),
         ([], {"task": "rte", "seeds": "0"}, "Invalid value for '--seeds'"),
         (["--max-examples", "0"], {"task": "rte"}, "Invalid value for '--max-examples'"),
-        (["--best-templates", "0"], {"task": "rte"}, "Invalid value for '--best-templates'"),
+        (["--best-templates", "0"], {"task": "rte"}, "best_templates is 0"),
         (["--encoder", "gru"], {"task": "rte"}, "'gru'; expected one of mlp"),
         (["--template", "{premise} [MASK]"], {"task": "rte"}, "no virtual token"),
         (["--template", "{premise} [P] [MASK]"], {"task": "rte,copa,boolq"}, "names {premise}"),
