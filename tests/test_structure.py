@@ -33,6 +33,7 @@ ROOMS = [
     "inference",
     "experiments",
     "peft_compat",
+    "serving",
     "cli",
     "__main__",
 ]

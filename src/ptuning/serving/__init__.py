@@ -1,0 +1,1 @@
+"""Trained prompts behind HTTP: many on one base model, mixed in one batch."""

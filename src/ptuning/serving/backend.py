@@ -1,0 +1,114 @@
+"""What answers: the model here (`local`), or a server with the merged model (`remote`)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any, Protocol
+
+from ..errors import PtuningError
+from ..prompts.prompt import Prompt
+from ..prompts.task import Task
+
+PLAIN = Task("{text}", answer_tokens=64)
+"""Text that the base model goes on with, without any prompt."""
+PLAIN_CHAT = Task("{text}", chat=True, answer_tokens=64)
+"""A user's turn that the base model answers."""
+LONGEST = 64
+"""Tokens of a free answer where neither the prompt nor the request says how many."""
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How a row is to be answered.
+
+    Attributes:
+        deadline: of `time.monotonic`.
+        virtual: with the prompt's virtual tokens; else by its words alone.
+        limit: longest free answer in tokens.
+        stop: texts that end a free answer.
+    """
+
+    deadline: float
+    virtual: bool = True
+    limit: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer.
+
+    Attributes:
+        text: a label, or the free answer.
+        probability: as `Prediction.probability`.
+        probabilities: label -> probability; empty for free answers.
+        shortened: a field was cut to fit the model's context.
+        read: tokens of the input.
+        written: tokens of the answer.
+        complete: it ended by itself, and not at the limit.
+    """
+
+    text: str
+    probability: float
+    probabilities: dict[str, float] = field(default_factory=dict)
+    shortened: bool = False
+    read: int = 0
+    written: int = 0
+    complete: bool = True
+
+
+class Unreachable(PtuningError):
+    """A server behind does not answer, or not as it should."""
+
+
+class Backend(Protocol):
+    """Answers for prompts that it took on."""
+
+    name: str
+    """Of the base model."""
+    plain: Any
+    """Handle of `PLAIN`; None where the model writes no text."""
+    plain_chat: Any
+    """Handle of `PLAIN_CHAT`; None where the model has no chat template."""
+
+    def take_on(self, name: str, prompt: Prompt) -> Any:
+        """A handle for a prompt; raises `PtuningError` where it does not fit."""
+
+    def let_go(self, handle: Any) -> None:
+        """The handle is not asked any more; what was asked is answered."""
+
+    async def answer(self, handle: Any, rows: Sequence[Row], wish: Wish) -> list[Answer]:
+        """An answer for each row."""
+
+    def stream(self, handle: Any, row: Row, wish: Wish) -> AsyncIterator[str | Answer]:
+        """Parts of a free answer as they come, and at last the whole."""
+
+    def nearest(self, handle: Any, count: int) -> list[dict[str, Any]] | None:
+        """Nearest words of a prompt's virtual tokens; None where nobody here has the model."""
+
+    @property
+    def depth(self) -> int:
+        """Questions that wait."""
+
+    @property
+    def alive(self) -> bool:
+        """It can answer."""
+
+    async def close(self) -> None:
+        """Answer what waits, and end."""
+
+
+def cut_at(text: str, stop: Sequence[str]) -> str:
+    """The text in front of the first of the stops."""
+    places = [at for at in (text.find(one) for one in stop if one) if at >= 0]
+    return text[: min(places)] if places else text
+
+
+def shown_name(model: str) -> str:
+    """A model's name as clients see it: of a folder only the last part."""
+    path = PurePath(model)
+    return path.name if path.is_absolute() and path.name else model

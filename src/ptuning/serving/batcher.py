@@ -1,0 +1,184 @@
+"""One thread that owns the model, and the queue before it.
+
+Questions wait in the order in which they come. Whenever the model is free, all that wait, up to
+`most`, go as one batch, so batches grow with the load and a lone question waits for nothing. Jobs
+(attach a prompt, take it off) stand in the same queue: what was asked before is answered before.
+
+Knows nothing of HTTP, prompts or models.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import PtuningError
+
+
+class Overloaded(PtuningError):
+    """More waits than is allowed."""
+
+
+class Stopping(PtuningError):
+    """The server takes no more questions."""
+
+
+class TooLate(PtuningError):
+    """A question's time is over."""
+
+
+@dataclass(eq=False)
+class Item:
+    """A question that waits.
+
+    Attributes:
+        question: for the function that answers.
+        deadline: of `time.monotonic`.
+        answer: comes here.
+        abandoned: nobody wants the answer any more.
+    """
+
+    question: Any
+    deadline: float
+    answer: Future[Any] = field(default_factory=Future)
+    abandoned: bool = False
+
+    @property
+    def over(self) -> bool:
+        """It need not be answered."""
+        return self.abandoned or self.answer.cancelled() or time.monotonic() > self.deadline
+
+
+Answer = Callable[[Sequence[Item]], Iterator[tuple[Item, Any]]]
+
+
+class Batcher:
+    """Answers questions in batches, in a thread of its own.
+
+    Args:
+        answer: gives items with their results, as they are known; an exception as a result is that
+            item's. Called in the thread only.
+        most: questions of a batch.
+        waiting: questions that may wait.
+    """
+
+    def __init__(self, answer: Answer, most: int = 32, waiting: int = 1024):
+        self._answer, self._most, self._waiting = answer, most, waiting
+        self._queue: deque[Item | Callable[[], None]] = deque()
+        self._changed = threading.Condition()
+        self._closing = self._ended = False
+        self.sizes: Callable[[int], None] = lambda size: None
+        """Hears the size of each batch."""
+        self._thread = threading.Thread(target=self._work, name="ptuning model", daemon=True)
+        self._thread.start()
+
+    def ask(self, items: Sequence[Item]) -> None:
+        """Queue questions, all or none.
+
+        Raises:
+            Overloaded: too many wait.
+            Stopping: `close` was called.
+        """
+        with self._changed:
+            if self._closing:
+                raise Stopping("the server is stopping; ask another, or again later")
+            if len(self._queue) + len(items) > self._waiting:
+                raise Overloaded(
+                    f"{len(self._queue)} questions wait, and {self._waiting} may; ask again in a "
+                    "moment"
+                )
+            self._queue.extend(items)
+            self._changed.notify()
+
+    def run(self, job: Callable[[], Any]) -> Any:
+        """Run a job in the thread, behind what waits now; gives its result or raises its error."""
+        done: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(job())
+            except BaseException as error:
+                done.set_exception(error)
+
+        with self._changed:
+            if self._ended:
+                raise Stopping("the server has stopped")
+            self._queue.append(run)
+            self._changed.notify()
+        return done.result()
+
+    @property
+    def depth(self) -> int:
+        """How much waits."""
+        return len(self._queue)
+
+    @property
+    def alive(self) -> bool:
+        """The thread works."""
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        """Answer what waits, take nothing more, end the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queue and not self._closing:
+                    self._changed.wait()
+                if not self._queue:
+                    self._ended = True
+                    return
+                work = self._take()
+            if callable(work):
+                work()
+            else:
+                self._serve(work)
+
+    def _take(self) -> Callable[[], None] | list[Item]:
+        """The job at the queue's head, or the questions in front of the next job."""
+        if callable(self._queue[0]):
+            return self._queue.popleft()  # type: ignore[return-value]
+        taken: list[Item] = []
+        while self._queue and len(taken) < self._most and isinstance(self._queue[0], Item):
+            taken.append(self._queue.popleft())  # type: ignore[arg-type]
+        return taken
+
+    def _serve(self, items: list[Item]) -> None:
+        for item in items:
+            if item.over:
+                _settle(item, TooLate("the answer's time was over before its turn came"))
+        self._attempt([item for item in items if not item.answer.done()])
+        for item in items:  # a batch that failed: each alone, so that one fault stays alone
+            if not item.answer.done():
+                self._attempt([item], last=True)
+
+    def _attempt(self, items: list[Item], last: bool = False) -> None:
+        if not items:
+            return
+        self.sizes(len(items))
+        try:
+            for item, result in self._answer(items):
+                late = item.over and not isinstance(result, BaseException)
+                _settle(item, TooLate("the answer took too long") if late else result)
+        except BaseException as error:
+            if last or len(items) == 1:
+                for item in items:
+                    _settle(item, error)
+
+
+def _settle(item: Item, result: Any) -> None:
+    with suppress(InvalidStateError):  # its asker may have cancelled it
+        if isinstance(result, BaseException):
+            item.answer.set_exception(result)
+        else:
+            item.answer.set_result(result)

@@ -1,0 +1,247 @@
+"""What stands in front of every request: the key, and a body that is whole, small and JSON.
+
+An ASGI middleware. Bodies are read here, with limits of size and time, and handed on whole, so that
+nothing behind it waits for a client. Refusals have OpenAI's form of an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import sys
+import time
+import traceback
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Message, Receive, Send], Awaitable[None]]
+
+OPEN = ("/", "/health", "/docs")
+"""Paths without a key: two pages without data, and whether the server lives."""
+_LEVELS = 64
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a client may ask of the server.
+
+    Attributes:
+        body: bytes of a request's body.
+        body_seconds: in which it must have come.
+        seconds: in which a request is answered.
+        rows: of a request.
+        waiting: rows that may wait.
+        batch: rows of a batch.
+        tokens: of a free answer.
+        requests: that are worked on at once.
+    """
+
+    body: int = 2**20
+    body_seconds: float = 10.0
+    seconds: float = 60.0
+    rows: int = 256
+    waiting: int = 1024
+    batch: int = 32
+    tokens: int = 1024
+    requests: int = 512
+
+
+class Refused(Exception):
+    """A request that is not let in.
+
+    Args:
+        status: of HTTP.
+        message: what came, what was expected.
+        headers: of the answer.
+    """
+
+    def __init__(self, status: int, message: str, **headers: str):
+        super().__init__(message)
+        self.status, self.headers = status, {k.replace("_", "-"): v for k, v in headers.items()}
+
+
+def error_body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's clients read it."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    if status in (401, 403):
+        kind = "authentication_error"
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+class Gate:
+    """Lets requests in.
+
+    Args:
+        app: the application behind.
+        key: that requests must bring as ``Authorization: Bearer KEY``; None lets all in.
+        limits: of size and time.
+        ended: hears path, status and seconds of each request; the path is its route's, so that no
+            client makes up names.
+    """
+
+    def __init__(
+        self,
+        app: Application,
+        key: str | None,
+        limits: Limits,
+        ended: Callable[[str, int, float], None] = lambda path, status, seconds: None,
+    ):
+        self._app, self._limits, self._ended = app, limits, ended
+        self._key = None if key is None else key.encode()
+        self._inside = 0
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, status = time.monotonic(), 0
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._let_in(scope, receive, noted)
+        except Refused as error:
+            await _refuse(noted, error)
+        except Exception as error:  # nobody has a word for it: the log has the whole
+            traceback.print_exception(error, file=sys.stderr)
+            if not status:
+                await _refuse(noted, Refused(500, f"the server failed ({type(error).__name__})"))
+        finally:
+            path = getattr(scope.get("route"), "path", "(none)")
+            self._ended(path, status, time.monotonic() - started)
+
+    async def _let_in(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["path"] not in OPEN:
+            self._check_key(scope)
+        if self._inside >= self._limits.requests:
+            raise Refused(429, f"{self._inside} requests are worked on; ask again", retry_after="1")
+        self._inside += 1
+        try:
+            body = await self._body(scope, receive)
+            await self._app(scope, _handed_on(body, receive), send)
+        finally:
+            self._inside -= 1
+
+    def _check_key(self, scope: Message) -> None:
+        if self._key is None:
+            return
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        scheme, _, value = given.partition(b" ")
+        # Both are looked at always, so that the time tells nothing.
+        fits = hmac.compare_digest(value.strip(), self._key)
+        if scheme.lower() != b"bearer" or not fits:
+            what = "another API key than the server's" if given else "no API key"
+            raise Refused(
+                401,
+                f"{what} came; send 'Authorization: Bearer KEY'",
+                www_authenticate="Bearer",
+            )
+
+    async def _body(self, scope: Message, receive: Receive) -> bytes:
+        most, parts, size = self._limits.body, list[bytes](), 0
+        headers = dict(scope["headers"])
+        length = headers.get(b"content-length", b"0")
+        too_large = f"the body is larger than {most} bytes; send fewer or shorter rows"
+        if length.isdigit() and int(length[:20]) > most:
+            raise Refused(413, too_large)
+        try:
+            async with asyncio.timeout(self._limits.body_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise Refused(400, "the body ended before it was whole")
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if size > most:
+                        raise Refused(413, too_large)
+                    if not message.get("more_body"):
+                        break
+        except TimeoutError:
+            raise Refused(
+                408, f"the body was not whole after {self._limits.body_seconds:g} seconds"
+            ) from None
+        body = b"".join(parts)
+        if scope["method"] in ("POST", "PUT", "PATCH") and body:
+            check_json(body, headers.get(b"content-type", b""))
+        return body
+
+
+async def _refuse(send: Send, error: Refused) -> None:
+    content = json.dumps(error_body(error.status, str(error))).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(content))}
+    headers |= {"connection": "close", **error.headers}
+    raw = [(k.encode(), v.encode()) for k, v in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    await send({"type": "http.response.body", "body": content})
+
+
+def check_json(body: bytes, content_type: bytes) -> None:
+    """Refuse a body that is no JSON.
+
+    Raises:
+        Refused: with the place of the fault.
+    """
+    kind = content_type.split(b";")[0].strip().lower()
+    if kind != b"application/json":
+        shown = kind.decode("ascii", "backslashreplace")[:100] or "nothing"
+        raise Refused(415, f"content-type is {shown}; send application/json")
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Refused(
+            400, f"the body is no UTF-8: byte {error.start} is 0x{body[error.start]:02x}"
+        ) from None
+    try:
+        value = json.loads(text, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise Refused(
+            400, f"the body is no JSON: line {error.lineno} column {error.colno}: {error.msg}"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise Refused(400, f"the body is no JSON that can be read: {reason}") from None
+    if not isinstance(value, dict):
+        raise Refused(422, f"the body is a JSON {type(value).__name__}; send an object")
+    if _depth(value) > _LEVELS:
+        raise Refused(400, f"the body is nested deeper than {_LEVELS} levels")
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _depth(value: Any) -> int:
+    level, depth = [value], 0
+    while level and depth <= _LEVELS:
+        depth += 1
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return depth
+
+
+def _handed_on(body: bytes, receive: Receive) -> Receive:
+    """The body as one message; then what the server says, such as that the client has gone."""
+    given = False
+
+    async def whole() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return whole

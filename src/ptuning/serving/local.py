@@ -1,0 +1,261 @@
+"""Prompts attached to a model in this process; questions of all of them share batches."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..backbone.base_model import BaseModel, eval_mode
+from ..backbone.identity import name_of
+from ..backbone.traits import ModelKind
+from ..errors import PtuningError
+from ..forward.engine import Engine
+from ..inference.attachment import Attachment, attach
+from ..inference.nearest_words import nearest_words
+from ..inference.prediction import Question, answers
+from ..prompts.prompt import Prompt
+from ..prompts.task import Task
+from ..rendering.render import Rendered, Renderer
+from .backend import LONGEST, PLAIN, PLAIN_CHAT, Answer, Row, Wish, cut_at, shown_name
+from .batcher import Batcher, Item
+
+_KEPT = 64 * 2**20
+"""Bytes that the engine keeps of what rows have in common."""
+
+
+@dataclass(eq=False)
+class Handle:
+    """A task on the model.
+
+    Attributes:
+        task: a prompt or a manual template.
+        renderer: the task's.
+        attachment: of a prompt.
+        by_hand: the task without virtual tokens; made when it is first asked.
+        nearest: what `nearest_words` said, once it was asked.
+    """
+
+    task: Task
+    renderer: Renderer
+    attachment: Attachment | None = None
+    by_hand: Handle | None = None
+    nearest: list[dict[str, Any]] | None = None
+
+    @property
+    def first_id(self) -> int:
+        """The id of the first virtual token; 0 without a prompt."""
+        if self.attachment is None or not isinstance(self.task, Prompt):
+            return 0
+        return self.attachment.first_id(self.task)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    handle: Handle
+    row: Row
+    wish: Wish
+    heard: Callable[[str], None] | None = None
+
+
+class Local:
+    """The backend that has the model: one thread runs it (`Batcher`).
+
+    Args:
+        base: the frozen model; nobody else may use it meanwhile.
+        most: rows of a batch.
+        waiting: rows that may wait.
+    """
+
+    def __init__(self, base: BaseModel, most: int = 32, waiting: int = 1024):
+        self.base, self.name = base, shown_name(name_of(base.model))
+        self._most = most
+        self._engine = Engine(base, _KEPT)
+        self.batcher = Batcher(self._answer, most, waiting)
+        self.plain, self.plain_chat = (self._if_it_fits(task) for task in (PLAIN, PLAIN_CHAT))
+
+    def take_on(self, name: str, prompt: Prompt) -> Handle:
+        """Attach a prompt, behind the questions that wait."""
+        return self.batcher.run(lambda: self._handle(prompt))
+
+    def let_go(self, handle: Handle) -> None:
+        """Take a prompt off, behind the questions that wait."""
+
+        def detach() -> None:
+            if handle.attachment is not None:
+                handle.attachment.detach()
+            self._renew()
+
+        self.batcher.run(detach)
+
+    async def answer(self, handle: Handle, rows: Sequence[Row], wish: Wish) -> list[Answer]:
+        """An answer for each row."""
+        items = [Item(_Asked(handle, row, wish), wish.deadline) for row in rows]
+        self.batcher.ask(items)
+        try:
+            return list(await asyncio.gather(*(asyncio.wrap_future(i.answer) for i in items)))
+        finally:
+            for item in items:
+                item.abandoned = True
+
+    async def stream(self, handle: Handle, row: Row, wish: Wish) -> AsyncIterator[str | Answer]:
+        """Parts of a free answer as they come, and at last the whole."""
+        loop = asyncio.get_running_loop()
+        parts: asyncio.Queue[str | None] = asyncio.Queue()
+
+        def heard(text: str | None) -> None:
+            loop.call_soon_threadsafe(parts.put_nowait, text)
+
+        item = Item(_Asked(handle, row, wish, heard), wish.deadline)
+        item.answer.add_done_callback(lambda _: heard(None))
+        self.batcher.ask([item])
+        said = ""
+        try:
+            while (part := await parts.get()) is not None:
+                said += part
+                yield part
+            answer = item.answer.result()
+            if answer.text.startswith(said) and len(answer.text) > len(said):
+                yield answer.text[len(said) :]
+            yield answer
+        finally:
+            item.abandoned = True
+
+    def nearest(self, handle: Handle, count: int) -> list[dict[str, Any]] | None:
+        """Nearest words of a prompt's virtual tokens."""
+
+        def look() -> list[dict[str, Any]]:
+            prompt = handle.task
+            if not isinstance(prompt, Prompt):
+                return []
+            found, mean = nearest_words(self.base.model, self.base.tokenizer, prompt, count)
+            return [
+                {"norm": n.norm, "mean_norm": mean, "nearest": [list(w) for w in n.words]}
+                for n in found
+            ]
+
+        if handle.nearest is None:
+            handle.nearest = self.batcher.run(look)
+        return handle.nearest
+
+    @property
+    def depth(self) -> int:
+        """Questions that wait."""
+        return self.batcher.depth
+
+    @property
+    def alive(self) -> bool:
+        """The model's thread works."""
+        return self.batcher.alive
+
+    async def close(self) -> None:
+        """Answer what waits, and end the thread."""
+        await asyncio.to_thread(self.batcher.close)
+
+    def _if_it_fits(self, task: Task) -> Handle | None:
+        """A task that not every model can do: a masked one writes no text."""
+        try:
+            return self.batcher.run(lambda: self._handle(task))
+        except PtuningError:
+            return None
+
+    # In the model's thread.
+
+    def _handle(self, task: Task) -> Handle:
+        attachment = None
+        if isinstance(task, Prompt):
+            attachment = attach(self.base.model, self.base.tokenizer, task)
+            self._renew()
+        try:
+            return Handle(task, self._engine.renderer(task), attachment)
+        except PtuningError:
+            if attachment is not None:
+                attachment.detach()
+            raise
+
+    def _renew(self) -> None:
+        """What was kept may belong to ids that now are another prompt's."""
+        self._engine = Engine(self.base, _KEPT)
+
+    def _answer(self, items: Sequence[Item]) -> Iterator[tuple[Item, Any]]:
+        """The batcher's function: items with their answers."""
+        store = self._engine.store
+        if store is not None and store.bytes > _KEPT // 2:
+            self._renew()
+        masked = self.base.kind is ModelKind.MASKED
+        asked: list[tuple[Item, Rendered, _Listener, Question]] = []
+        for item in items:
+            try:
+                handle = self._wanted(item.question)
+                example = handle.renderer(item.question.row, answered=False)
+            except PtuningError as error:
+                yield item, error
+                continue
+            wish: Wish = item.question.wish
+            limit = wish.limit or handle.task.answer_tokens or (1 if masked else LONGEST)
+            listener = _Listener(item, self.base.tokenizer)
+            question = Question(handle.renderer, example, handle.first_id, limit, listener)
+            asked.append((item, example, listener, question))
+        with eval_mode(self.base.model):
+            found = answers(self._engine, [question for *_, question in asked], self._most)
+            for number, prediction in found:
+                item, example, listener, question = asked[number]
+                text = cut_at(prediction.answer, item.question.wish.stop).strip()
+                at_once = masked or question.renderer.compares
+                yield (
+                    item,
+                    Answer(
+                        text,
+                        prediction.probability,
+                        prediction.probabilities,
+                        example.shortened,
+                        len(example.sequences[0].ids),
+                        1 if at_once else len(listener.tokens),
+                        at_once or listener.complete,
+                    ),
+                )
+
+    def _wanted(self, asked: _Asked) -> Handle:
+        handle = asked.handle
+        if asked.wish.virtual:
+            return handle
+        if handle.by_hand is None:
+            handle.by_hand = self._handle(handle.task.manual())
+        return handle.by_hand
+
+
+class _Listener:
+    """Hears the tokens of one free answer: passes its text on, and ends it at a stop or in time."""
+
+    def __init__(self, item: Item, tokenizer: Any):
+        self._item, self._tokenizer = item, tokenizer
+        self._stop: tuple[str, ...] = item.question.wish.stop
+        self._heard: Callable[[str], None] | None = item.question.heard
+        self._said = ""
+        self.tokens: list[int] = []
+        self.complete = False
+
+    def __call__(self, token: int) -> bool:
+        """A token; says whether it is enough."""
+        self.tokens.append(token)
+        if token == self._tokenizer.eos_token_id:
+            self.complete = True
+        if self.complete or not (self._stop or self._heard):
+            return self.complete or self._item.over
+        text = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
+        whole = cut_at(text, self._stop)
+        self.complete = len(whole) < len(text)
+        if self._heard is not None:
+            self._pass_on(whole)
+        return self.complete or self._item.over
+
+    def _pass_on(self, text: str) -> None:
+        """What is certain of the text: not its last spaces, half a character or half a stop."""
+        certain = text.strip().rstrip("\ufffd")
+        if not self.complete and self._stop:
+            certain = certain[: len(certain) - max(map(len, self._stop)) + 1]
+        if certain.startswith(self._said) and len(certain) > len(self._said):
+            assert self._heard is not None
+            self._heard(certain[len(self._said) :])
+            self._said = certain

@@ -1,0 +1,309 @@
+"""In front of a running vLLM (or what speaks like it) that has the merged model.
+
+Rows are rendered here and go there as token ids, virtual ones by the ids that ``prompts.json`` of
+the merged folder gives them, so that no text of a user can be taken for a virtual token. Labels are
+compared by the log-probabilities of their words' tokens (``prompt_logprobs``). Batching, caching
+and devices are the other server's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import transformers
+
+from .. import formats
+from ..backbone.traits import ModelKind
+from ..errors import InputError, PtuningError
+from ..prompts.prompt import Prompt
+from ..prompts.task import Task
+from ..rendering.layout import Sequence as Tokens
+from ..rendering.render import Renderer
+from .backend import LONGEST, PLAIN, PLAIN_CHAT, Answer, Row, Unreachable, Wish, cut_at
+from .batcher import Overloaded, Stopping, TooLate
+
+
+@dataclass(eq=False)
+class Handle:
+    """A task, and the ids of its virtual tokens in the merged model."""
+
+    task: Task
+    renderer: Renderer
+    ids: tuple[int, ...] = ()
+    by_hand: Handle | None = None
+
+
+class Remote:
+    """The backend that asks a server.
+
+    Args:
+        url: of its OpenAI-compatible API, such as ``http://127.0.0.1:8001/v1``.
+        folder: the merged model that it serves.
+        waiting: rows that may be under way.
+        key: that it wants.
+
+    Raises:
+        InputError, Unreachable: the folder holds no merged model; the server does not answer.
+    """
+
+    def __init__(self, url: str, folder: str, waiting: int = 1024, key: str | None = None):
+        self._url, self._waiting = url.rstrip("/"), waiting
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        try:
+            self._merged = formats.read_json(Path(folder) / "prompts.json")
+        except PtuningError as error:
+            raise InputError(
+                f"{error}; --model is the folder that ptuning merge wrote and vLLM serves"
+            ) from None
+        self._virtual = {i for entry in self._merged.values() for i in entry["virtual_ids"]}
+        bias = Path(folder) / "logit_bias.json"
+        self._bias = formats.read_json(bias) if bias.is_file() else None
+        self.name, self._context = self._model_there()
+        self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self._rendering = threading.Lock()
+        self._client: httpx.AsyncClient | None = None
+        self._under_way, self._closing = 0, False
+        self.plain = self._handle(PLAIN)
+        chats = getattr(self._tokenizer, "chat_template", None)
+        self.plain_chat = self._handle(PLAIN_CHAT) if chats else None
+
+    def _model_there(self) -> tuple[str, int | None]:
+        try:
+            response = httpx.get(f"{self._url}/models", headers=self._headers, timeout=10)
+            response.raise_for_status()
+            first = response.json()["data"][0]
+            return str(first["id"]), first.get("max_model_len")
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
+            raise Unreachable(f"no model at {self._url}/models: {error}; is vLLM up?") from None
+
+    def take_on(self, name: str, prompt: Prompt) -> Handle:
+        """A handle for a prompt that is merged into the model there."""
+        entry = self._merged.get(name)
+        if entry is None:
+            raise InputError(
+                f"{name!r} is not merged into this model; it has "
+                f"{', '.join(map(repr, self._merged)) or 'none'}. Merge it, or give its name: "
+                "NAME=DIR"
+            )
+        ids = tuple(entry["virtual_ids"])
+        if len(ids) != len(prompt.trained_vectors()):
+            raise InputError(
+                f"{name!r} has {len(prompt.trained_vectors())} virtual tokens, and the prompt of "
+                f"this name in the merged model {len(ids)}; merge it again"
+            )
+        return self._handle(prompt, ids)
+
+    def let_go(self, handle: Handle) -> None:
+        """Nothing is held."""
+
+    async def answer(self, handle: Handle, rows: Sequence[Row], wish: Wish) -> list[Answer]:
+        """An answer for each row."""
+        with self._room(len(rows)):
+            asked = [self._one(handle, row, wish) for row in rows]
+            return list(await asyncio.gather(*asked))
+
+    async def stream(self, handle: Handle, row: Row, wish: Wish) -> AsyncIterator[str | Answer]:
+        """Parts of a free answer as they come, and at last the whole."""
+        handle, example = await asyncio.to_thread(self._rendered, handle, row, wish)
+        if handle.renderer.compares:
+            yield await self._compared(handle, example, wish)
+            return
+        ids = self._ids(handle, example.sequences[0])
+        said, tokens, likelihood, complete = "", 0, 0.0, False
+        body = {**self._free(handle, ids, wish), "stream": True}
+        with self._room(1):
+            async for choice in self._chunks(body, wish):
+                known = (choice.get("logprobs") or {}).get("token_logprobs") or []
+                tokens, likelihood = tokens + len(known), likelihood + sum(known)
+                complete = complete or choice.get("finish_reason") == "stop"
+                part = choice["text"] if said else choice["text"].lstrip()
+                said += part
+                if part:
+                    yield part
+        likelihood, shortened = math.exp(likelihood), example.shortened
+        yield Answer(said.strip(), likelihood, {}, shortened, len(ids), tokens, complete)
+
+    def nearest(self, handle: Handle, count: int) -> None:
+        """Nobody here has the vocabulary's vectors."""
+
+    @property
+    def depth(self) -> int:
+        """Rows under way."""
+        return self._under_way
+
+    @property
+    def alive(self) -> bool:
+        """It takes questions."""
+        return not self._closing
+
+    async def close(self) -> None:
+        """Take nothing more."""
+        self._closing = True
+        if self._client is not None:
+            await self._client.aclose()
+
+    # Rendering.
+
+    def _handle(self, task: Task, ids: tuple[int, ...] = ()) -> Handle:
+        renderer = Renderer(self._tokenizer, task, ModelKind.CAUSAL, self._context)
+        return Handle(task, renderer, ids)
+
+    def _rendered(self, handle: Handle, row: Row, wish: Wish) -> tuple[Handle, Any]:
+        with self._rendering:
+            if not wish.virtual:
+                handle.by_hand = handle.by_hand or self._handle(handle.task.manual())
+                handle = handle.by_hand
+            return handle, handle.renderer(row, answered=False)
+
+    def _ids(self, handle: Handle, tokens: Tokens) -> list[int]:
+        """The ids of a rendered row in the merged model.
+
+        Raises:
+            InputError: its text spells a virtual token.
+        """
+        if spelled := self._virtual.intersection(tokens.ids):
+            token = self._tokenizer.convert_ids_to_tokens(min(spelled))
+            raise InputError(f"a field spells the virtual token {token}; write it otherwise")
+        return [handle.ids[-1 - i] if i < 0 else i for i in tokens.ids]
+
+    # Asking.
+
+    async def _one(self, handle: Handle, row: Row, wish: Wish) -> Answer:
+        handle, example = await asyncio.to_thread(self._rendered, handle, row, wish)
+        if handle.renderer.compares:
+            return await self._compared(handle, example, wish)
+        ids = self._ids(handle, example.sequences[0])
+        (choice,) = (await self._post(self._free(handle, ids, wish), wish))["choices"]
+        known = (choice.get("logprobs") or {}).get("token_logprobs") or []
+        text = cut_at(choice["text"], wish.stop).strip()
+        complete = choice["finish_reason"] == "stop"
+        likelihood = math.exp(sum(known))
+        return Answer(text, likelihood, {}, example.shortened, len(ids), len(known), complete)
+
+    def _free(self, handle: Handle, ids: list[int], wish: Wish) -> dict[str, Any]:
+        """The body that asks for a free answer, greedily."""
+        body = {
+            **self._body([ids], wish.limit or handle.task.answer_tokens or LONGEST),
+            "logprobs": 0,
+        }
+        if wish.stop:
+            body["stop"] = list(wish.stop)
+        return body
+
+    def _body(self, prompts: list[list[int]], limit: int) -> dict[str, Any]:
+        bias = {} if self._bias is None else {"logit_bias": self._bias}
+        return {
+            "model": self.name,
+            "prompt": prompts,
+            "max_tokens": limit,
+            "temperature": 0,
+            "repetition_penalty": 1.0,
+            **bias,
+        }
+
+    async def _compared(self, handle: Handle, example: Any, wish: Wish) -> Answer:
+        """The most likely label, as `prediction` compares them."""
+        renderer = handle.renderer
+        context = self._ids(handle, example.sequences[0])
+        if example.label_ids:
+            words = [(context, [token]) for token in example.label_ids]
+        else:
+            words = [(self._ids(handle, s), list(s.answer)) for s in example.sequences]
+        body = {**self._body([c + w for c, w in words], 1), "prompt_logprobs": 0}
+        choices = (await self._post(body, wish))["choices"]
+        by_index = sorted(choices, key=lambda choice: choice["index"])
+        scores = [
+            _likelihood(choice["prompt_logprobs"], c + w, len(w))
+            for choice, (c, w) in zip(by_index, words, strict=True)
+        ]
+        best = max(scores)
+        shares = [0.0] * len(renderer.labels)
+        for label, score in zip(renderer.owner, scores, strict=True):
+            shares[label] += math.exp(score - best)
+        named = {k: v / sum(shares) for k, v in zip(renderer.labels, shares, strict=True)}
+        said = max(named, key=named.__getitem__)
+        return Answer(said, named[said], named, example.shortened, len(context), 1)
+
+    async def _post(self, body: dict[str, Any], wish: Wish) -> Any:
+        left = wish.deadline - time.monotonic()
+        if left <= 0:
+            raise TooLate("the answer's time was over before its turn came")
+        try:
+            response = await self._there().post("/completions", json=body, timeout=left)
+        except httpx.TimeoutException:
+            raise TooLate("the answer took too long") from None
+        except httpx.HTTPError as error:
+            raise Unreachable(f"vLLM does not answer: {error}") from None
+        _check(response.status_code, response.content)
+        return response.json()
+
+    async def _chunks(self, body: dict[str, Any], wish: Wish) -> AsyncIterator[dict[str, Any]]:
+        """The choices of a stream, as they come."""
+        try:
+            async with (
+                asyncio.timeout(max(0.0, wish.deadline - time.monotonic())),
+                self._there().stream("POST", "/completions", json=body, timeout=None) as response,
+            ):
+                if response.status_code >= 400:
+                    _check(response.status_code, await response.aread())
+                async for line in response.aiter_lines():
+                    data = line.removeprefix("data:").strip()
+                    if line.startswith("data:") and data != "[DONE]":
+                        chunk = json.loads(data)
+                        if "error" in chunk:
+                            raise Unreachable(f"vLLM says: {chunk['error']}")
+                        if chunk["choices"]:
+                            yield chunk["choices"][0]
+        except TimeoutError:
+            raise TooLate("the answer took too long") from None
+        except httpx.HTTPError as error:
+            raise Unreachable(f"vLLM does not answer: {error}") from None
+
+    @contextmanager
+    def _room(self, rows: int) -> Iterator[None]:
+        if self._closing:
+            raise Stopping("the server is stopping; ask another, or again later")
+        if self._under_way + rows > self._waiting:
+            raise Overloaded(
+                f"{self._under_way} rows are under way, and {self._waiting} may; ask again in a "
+                "moment"
+            )
+        self._under_way += rows
+        try:
+            yield
+        finally:
+            self._under_way -= rows
+
+    def _there(self) -> httpx.AsyncClient:
+        if self._client is None:
+            limits = httpx.Limits(max_connections=512, max_keepalive_connections=64)
+            self._client = httpx.AsyncClient(
+                base_url=self._url, headers=self._headers, limits=limits
+            )
+        return self._client
+
+
+def _likelihood(prompt_logprobs: Any, ids: list[int], count: int) -> float:
+    """The log-probability of the last `count` of the ids, as vLLM tells it."""
+    found = zip(prompt_logprobs[-count:], ids[-count:], strict=True)
+    return float(sum(at[str(token)]["logprob"] for at, token in found))
+
+
+def _check(status: int, content: bytes) -> None:
+    if status >= 400:
+        text = content.decode("utf-8", "replace")
+        try:
+            text = json.loads(text)["error"]["message"]
+        except (ValueError, LookupError, TypeError):
+            text = text[:200]
+        raise Unreachable(f"vLLM says {status}: {text}")
