@@ -1,0 +1,138 @@
+"""The queue before the model: order, limits, faults, the end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from ptuning.serving.batcher import Batcher, Item, Overloaded, Stopping, TooLate
+
+
+def _items(*questions: Any, seconds: float = 60) -> list[Item]:
+    return [Item(question, time.monotonic() + seconds) for question in questions]
+
+
+class Model:
+    """Doubles numbers; waits at `gate`, and fails where it is told to."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.batches: list[list[Any]] = []
+
+    def __call__(self, items: Sequence[Item]) -> Iterator[tuple[Item, Any]]:
+        self.batches.append([item.question for item in items])
+        assert self.gate.wait(30)
+        for item in items:
+            if item.question == "poison":
+                raise RuntimeError("poisoned")
+            yield item, item.question * 2
+
+
+def test_what_waits_while_the_model_works_becomes_one_batch() -> None:
+    model = Model()
+    model.gate.clear()
+    batcher = Batcher(model, most=4)
+    items = _items(*range(10))
+    batcher.ask(items[:1])
+    while not model.batches:
+        time.sleep(0.001)
+    for item in items[1:]:
+        batcher.ask([item])
+    model.gate.set()
+    assert [item.answer.result(30) for item in items] == [2 * n for n in range(10)]
+    assert model.batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8], [9]]
+    batcher.close()
+
+
+def test_a_fault_of_one_question_stays_with_it() -> None:
+    model = Model()
+    batcher = Batcher(model)
+    items = _items(1, "poison", 3)
+    batcher.ask(items)
+    assert items[0].answer.result(30) == 2 and items[2].answer.result(30) == 6
+    with pytest.raises(RuntimeError, match="poisoned"):
+        items[1].answer.result(30)
+    assert batcher.alive
+    batcher.close()
+
+
+def test_a_job_runs_behind_what_was_asked_before_it() -> None:
+    model = Model()
+    model.gate.clear()
+    batcher = Batcher(model)
+    order: list[Any] = []
+    before, after = _items(1, 2)
+    for item in (before, after):
+        item.answer.add_done_callback(lambda done: order.append(done.result()))
+    batcher.ask([before])
+    jobs = threading.Thread(target=batcher.run, args=[lambda: order.append("job")])
+    jobs.start()
+    while batcher.depth < 1:
+        time.sleep(0.001)
+    batcher.ask([after])
+    model.gate.set()
+    after.answer.result(30)
+    jobs.join(30)
+    assert order == [2, "job", 4]
+    with pytest.raises(ZeroDivisionError):
+        batcher.run(lambda: 1 / 0)
+    batcher.close()
+
+
+def test_more_than_may_wait_is_refused_whole() -> None:
+    model = Model()
+    model.gate.clear()
+    batcher = Batcher(model, most=1, waiting=3)
+    taken = _items(0, 1, 2)
+    batcher.ask(taken)
+    with pytest.raises(Overloaded, match="and 3 may"):
+        batcher.ask(_items(3, 4, 5))
+    model.gate.set()
+    assert [item.answer.result(30) for item in taken] == [0, 2, 4]
+    assert [3] not in model.batches
+    batcher.close()
+
+
+def test_the_end_answers_what_was_taken_and_takes_no_more() -> None:
+    model = Model()
+    model.gate.clear()
+    batcher = Batcher(model, most=2)
+    items = _items(*range(9))
+    batcher.ask(items)
+    closing = threading.Thread(target=batcher.close)
+    closing.start()
+    while True:
+        try:
+            batcher.ask([])
+        except Stopping:
+            break
+    model.gate.set()
+    closing.join(30)
+    assert [item.answer.result(0) for item in items] == [2 * n for n in range(9)]
+    assert not batcher.alive
+    with pytest.raises(Stopping):
+        batcher.run(lambda: None)
+
+
+def test_questions_that_nobody_waits_for_are_not_answered() -> None:
+    model = Model()
+    model.gate.clear()
+    batcher = Batcher(model, most=1)
+    first, late, left, gone, last = [
+        *_items(0), *_items(1, seconds=-1), *_items(2), *_items(3), *_items(4)
+    ]  # fmt: skip
+    left.abandoned = True
+    batcher.ask([first, late, left, gone, last])
+    assert gone.answer.cancel()
+    model.gate.set()
+    assert last.answer.result(30) == 8
+    for item in (late, left):
+        with pytest.raises(TooLate):
+            item.answer.result(30)
+    assert model.batches == [[0], [4]]
+    batcher.close()
