@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..backbone.base_model import BaseModel, eval_mode
+from ..backbone.base_model import BaseModel
 from ..backbone.identity import name_of
+from ..backbone.modes import eval_mode
 from ..backbone.traits import ModelKind
 from ..errors import PtuningError
 from ..forward.engine import Engine
