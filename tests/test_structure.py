@@ -162,7 +162,7 @@ def _private_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
 def _own_names(tree: ast.Module) -> Iterator[str]:
     """Names that a module gives to something of its own."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
