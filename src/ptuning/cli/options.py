@@ -52,7 +52,7 @@ Overwrite = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")]
 
 PANELS = {
-    "Model and data": ("model", "data", "dev", "dtype", "device"),
+    "Model and data": ("model", "data", "dev", "separator", "dtype", "device"),
     "Prompt": ("template", "answer", "labels", "init_from"),
     "Training": ("epochs", "learning_rate", "batch_size"),
     "Population": ("population", "population_grid", "halving"),

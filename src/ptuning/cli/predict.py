@@ -18,7 +18,6 @@ from .options import Dtype, Separator
 from .saved_prompt import AnswerTokens, BatchSize, Candidates, Model, PromptFolder
 
 if TYPE_CHECKING:
-    from ..data.partial import Partial
     from ..inference.prediction import Prediction
     from ..prompts.prompt import Prompt
 
@@ -91,7 +90,8 @@ def predict(
         done = partial.take_up(rows)
         if done < count:
             base = saved_prompt.base_model(name, dtype)
-            _gather(partial, _answered(base, prompt, rows, options, done, count), done, count)
+            for block in _answered(base, prompt, rows, options, done, count):
+                partial.add(block)
         partial.finish(
             lambda path: convert(
                 path, place.kind, data, separator, partial.path, added, (*columns, *added)
@@ -156,18 +156,6 @@ def _answered(
 def _columns(made: Prediction) -> dict[str, Any]:
     values = (made.answer, made.probability, made.probabilities)
     return dict(islice(zip(_ADDED, values, strict=True), 3 if made.probabilities else 2))
-
-
-def _gather(
-    partial: Partial, blocks: Iterator[list[dict[str, Any]]], done: int, count: int
-) -> None:
-    try:
-        for block in blocks:
-            partial.add(block)
-            done += len(block)
-    except KeyboardInterrupt:
-        console.say(f"{done} of {count} rows are done; the same command with --resume goes on")
-        raise
 
 
 def _print(device: Path | None, blocks: Iterator[list[dict[str, Any]]]) -> None:

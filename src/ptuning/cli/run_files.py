@@ -11,6 +11,7 @@ import typer
 import yaml
 from yaml.constructor import BaseConstructor, SafeConstructor
 
+from ..data.text import read_text
 from ..errors import InputError, PromptFileError
 
 _BETWEEN = {"template": "|", "population_grid": " "}
@@ -67,7 +68,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise InputError(f"run file {path} has more than {_MOST_BYTES:,} bytes; is it another?")
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_text(path, _MOST_BYTES)
         _check_size(text)
         root = yaml.compose(text, Loader=_Scalars)
         if not isinstance(root, yaml.MappingNode):

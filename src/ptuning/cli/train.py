@@ -10,7 +10,17 @@ import typer
 from ..errors import InputError
 from . import console, run_files, training_report
 from .fields import filled
-from .options import OF_PROMPT, OF_TRAINING, PANELS, Config, Dtype, Json, Model, Overwrite
+from .options import (
+    OF_PROMPT,
+    OF_TRAINING,
+    PANELS,
+    Config,
+    Dtype,
+    Json,
+    Model,
+    Overwrite,
+    Separator,
+)
 
 if TYPE_CHECKING:
     from ..prompts.prompt import Prompt
@@ -32,6 +42,7 @@ def train(
     dev: Annotated[
         str | None, typer.Option(help="Examples that choose the best epoch; strongly advised.")
     ] = None,
+    separator: Separator = None,
     init_from: Annotated[
         Path | None, typer.Option(help="Continue from the vectors of this saved prompt.")
     ] = None,
@@ -85,8 +96,8 @@ def train(
             return
         trained = _prompt(context, prompt, init_from)
         grid = _grid(population_grid, context.args)
-        rows = read_examples(data)
-        dev_rows = read_examples(dev) if dev else []
+        rows = read_examples(data, separator)
+        dev_rows = read_examples(dev, separator) if dev else []
         console.say(f"loading {model}")
         base, tokenizer = load_model(model, dtype=dtype)
         run_file = run_files.as_yaml(run_files.settings_of(context))
