@@ -53,7 +53,7 @@ def _open(path: Path) -> Any:
     swelling = Swelling(path)
     small: dict[str, bool] = {}
     for group in groups:
-        swelling.add(max(group.total_byte_size, group.num_rows))
+        swelling.add(max(group.total_byte_size, 16 * group.num_rows * group.num_columns))
         for number in range(group.num_columns):
             column = group.column(number)
             if column.physical_type == "BYTE_ARRAY":

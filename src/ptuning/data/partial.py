@@ -45,12 +45,14 @@ class Output:
     def __init__(self, path: Path):
         self.asked, self.path = path, real(path)
         with refused(path):
-            mode = self.path.stat().st_mode if self.path.exists() else stat.S_IFREG
+            mode = path.stat().st_mode if path.exists() else stat.S_IFREG
         if stat.S_ISDIR(mode):
             raise InputError(
                 f"--output {path} is a folder; give a file in it, such as {path / 'answers.jsonl'}"
             )
         self.special = not stat.S_ISREG(mode)
+        if self.special:
+            self.path = path  # a pipe's real path is no file's
         self.kind = JSON_LINES[0] if self.special else self.path.suffix.lower()
         if self.kind not in KINDS:
             raise InputError(

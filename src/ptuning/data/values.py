@@ -21,13 +21,13 @@ def plain(value: Any) -> Any:
 
 def is_missing(value: Any) -> bool:
     """None, NaN, and what pandas puts where nothing is."""
-    if isinstance(value, str):
+    if isinstance(value, Iterable):  # text, and what is not one thing
         return False
     if value is None or type(value).__name__ == "NAType":  # pandas.NA equals nothing
         return True
     try:
         return bool(value != value)
-    except (TypeError, ValueError):  # such as an array, which is not one answer
+    except (TypeError, ValueError, ArithmeticError):
         return False
 
 

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import contextlib
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from ptuning.data import read_examples, text
+from ptuning.errors import DataError
+
+
+def written(folder: Path, table: Any, **options: Any) -> Path:
+    pyarrow.parquet.write_table(table, folder / "a.parquet", **options)
+    return folder / "a.parquet"
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "repeated", "packed"])
+def test_a_few_bytes_that_stand_for_very_much_are_refused(tmp_path: Path, kind: str) -> None:
+    column = pyarrow.array(["A" * 1_000_000] * 300)
+    if kind == "dictionary":
+        column = column.dictionary_encode()
+    options = {"compression": "zstd", "use_dictionary": kind != "packed"}
+    path = written(tmp_path, pyarrow.table({"a": column}), **options)
+    assert path.stat().st_size < 20_000
+    before = pyarrow.total_allocated_bytes()
+    with pytest.raises(DataError, match="small and holds more than"):
+        read_examples(path)
+    assert pyarrow.default_memory_pool().max_memory() - before < 2**30
+
+
+def test_very_many_rows_of_nothing_are_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, pyarrow.table({"a": pyarrow.nulls(10_000_000, pyarrow.int8())}))
+    with pytest.raises(DataError, match="small and holds more than"):
+        read_examples(path)
+
+
+def test_a_cell_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    long = "".join(random.Random(0).choices("abcd", k=text.LONGEST_CELL + 1))
+    path = written(tmp_path, pyarrow.table({"a": ["x", long]}))
+    with pytest.raises(DataError, match="longer than 4,194,304"):
+        read_examples(path)
+
+
+def test_a_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, pyarrow.table([["a"], ["b"]], names=["country", "country"]))
+    with pytest.raises(DataError, match="column 'country' twice"):
+        read_examples(path)
+
+
+def test_nested_and_repeated_values_come_back(tmp_path: Path) -> None:
+    rows = [{"l": ["a", "b"], "d": {"k": "v"}, "n": n, "w": "ab"[n % 2]} for n in range(300)]
+    assert read_examples(written(tmp_path, pyarrow.Table.from_pylist(rows))) == rows
+
+
+def test_bytes_that_are_no_text_are_a_data_error(tmp_path: Path) -> None:
+    column = pyarrow.array([b"caf\xe9"]).cast(pyarrow.string(), safe=False)
+    with pytest.raises(DataError, match="Parquet"):
+        read_examples(written(tmp_path, pyarrow.table({"a": column})))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_damaged_parquet_is_rows_or_a_data_error(tmp_path: Path, seed: int) -> None:
+    numbers = random.Random(seed)
+    table = pyarrow.table({"a": ["x", "y"] * 50, "b": list(range(100)), "c": [["z"]] * 100})
+    path = written(tmp_path, table, compression=numbers.choice(["none", "snappy", "zstd"]))
+    content = bytearray(path.read_bytes())
+    for _ in range(numbers.randrange(1, 5)):
+        content[numbers.randrange(4, len(content))] ^= 1 << numbers.randrange(8)
+    path.write_bytes(content)
+    with contextlib.suppress(DataError):
+        assert all(isinstance(row, dict) for row in read_examples(path))

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import csv
+import datetime
+import decimal
+import io
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import datasets
+import numpy
+import pandas
+import pyarrow
+import pytest
+import torch
+
+import ptuning
+from ptuning.data import as_rows, read_examples
+from ptuning.data.values import is_missing, text_of
+from ptuning.errors import DataError
+from tests import tiny
+
+ROWS = [{"text": "good", "label": "yes"}, {"text": "bad", "label": "no"}]
+COLUMNS = {"text": ["good", "bad"], "label": ["yes", "no"]}
+
+
+def sqlite_rows() -> Any:
+    connection = sqlite3.connect(":memory:")
+    connection.row_factory = sqlite3.Row
+    connection.execute("create table t (text, label)")
+    connection.executemany("insert into t values (?, ?)", [tuple(row.values()) for row in ROWS])
+    return connection.execute("select * from t")
+
+
+def class_labels() -> Any:
+    names = datasets.ClassLabel(names=["no", "yes"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": names})
+    return datasets.Dataset.from_dict({**COLUMNS, "label": [1, 0]}, features=features)
+
+
+KINDS: dict[str, Callable[[], Any]] = {
+    "rows": lambda: ROWS,
+    "a generator": lambda: (row for row in ROWS),
+    "a dict of columns": lambda: COLUMNS,
+    "a dict of arrays": lambda: {name: numpy.array(column) for name, column in COLUMNS.items()},
+    "a data frame": lambda: pandas.DataFrame(ROWS),
+    "a frame with an index": lambda: pandas.DataFrame(ROWS, index=["x", "x"]),
+    "an Arrow table": lambda: pyarrow.table(COLUMNS),
+    "a record batch": lambda: pyarrow.record_batch(COLUMNS),
+    "a data set": lambda: datasets.Dataset.from_list(ROWS),
+    "class labels": class_labels,
+    "class labels as tensors": lambda: class_labels().with_format("numpy"),
+    "a stream": lambda: datasets.Dataset.from_list(ROWS).to_iterable_dataset(),
+    "a stream of class labels": lambda: class_labels().to_iterable_dataset(),
+    "csv.DictReader": lambda: csv.DictReader(io.StringIO("text,label\ngood,yes\nbad,no\n")),
+    "a database": sqlite_rows,
+    "other mappings": lambda: [MappingProxyType(row) for row in ROWS],
+}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_whatever_holds_the_rows_they_are_the_same(kind: str) -> None:
+    assert as_rows(KINDS[kind]()) == ROWS
+
+
+def test_a_file_may_stand_for_its_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\ngood,yes\nbad,no\n")
+    assert as_rows(tmp_path / "a.csv") == ROWS == as_rows(str(tmp_path / "a.csv"))
+
+
+def test_training_predicting_and_measuring_take_every_kind() -> None:
+    def made(rows: Any) -> tuple[Any, list[str], float]:
+        model, tokenizer = tiny.model(), tiny.tokenizer()
+        labels = {"yes": "Paris", "no": "Rome"}
+        prompt = ptuning.Prompt("[P] {text} [MASK]", verbalizer=labels, encoder="none")
+        ptuning.train(model, tokenizer, prompt, rows(), rows(), epochs=1)
+        said = ptuning.predict(model, tokenizer, prompt, rows())
+        return prompt.vectors, said, ptuning.evaluate(model, tokenizer, prompt, rows()).loss
+
+    vectors, said, loss = made(KINDS["rows"])
+    for kind in ("a generator", "a dict of columns", "a data frame", "class labels"):
+        got = made(KINDS[kind])
+        assert torch.equal(got[0], vectors) and got[1:] == (said, loss), kind
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (None, "a NoneType came"),
+        (5, "an? int came"),
+        ({"text": "good"}, "put a single row into a list"),
+        ({"text": ["a"], "label": ["b", "c"]}, "text has 1, label has 2"),
+        (["good"], "row 1 is a str"),
+        ([*ROWS, ("a", "b")], "row 3 is a tuple"),
+        (csv.DictReader(io.StringIO("a\n1,2\n")), "row 1 has more cells"),
+        (pandas.DataFrame([[1, 2]], columns=["a", "a"]), "column 'a' twice"),
+        (pyarrow.table([[1], [2]], names=["a", "a"]), "column 'a' twice"),
+        (datasets.DatasetDict(train=class_labels()), r"several data sets \(train"),
+    ],
+)  # fmt: skip
+def test_what_is_no_table_is_named(source: Any, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        as_rows(source)
+
+
+def test_a_class_label_that_is_not_known_is_missing() -> None:
+    features = datasets.Features({"label": datasets.ClassLabel(names=["no", "yes"])})
+    data = datasets.Dataset.from_dict({"label": [1, -1, None]}, features=features)
+    assert [row["label"] for row in as_rows(data)] == ["yes", None, None]
+
+
+def test_columns_that_are_numbers_are_named_by_their_text() -> None:
+    assert as_rows(pandas.DataFrame([["a", "b"]])) == [{"0": "a", "1": "b"}]
+    assert as_rows([{0: "a"}]) == [{"0": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("", ""),
+        (" a ", " a "),
+        (None, ""),
+        (float("nan"), ""),
+        (numpy.float32("nan"), ""),
+        (pandas.NA, ""),
+        (pandas.NaT, ""),
+        (decimal.Decimal("NaN"), ""),
+        (True, "True"),
+        (numpy.bool_(True), "True"),
+        (numpy.int64(3), "3"),
+        (torch.tensor(3), "3"),
+        (1.5, "1.5"),
+        (10**400, "1" + "0" * 400),
+        (datetime.date(2020, 1, 2), "2020-01-02"),
+        (decimal.Decimal("1.10"), "1.10"),
+    ],
+)
+def test_the_text_of_a_value(value: Any, text: str) -> None:
+    assert text_of("a", value) == text
+    assert is_missing(value) == (text == "" and not isinstance(value, str))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        ["a"], [], ("a",), {"a": 1}, {}, {"a"}, b"a", numpy.array(["a"]), torch.zeros(2), iter("a"),
+        float("inf"), -float("inf"), numpy.float32("inf"), decimal.Decimal("Infinity"), 10**5000,
+        object(), "\ud800",
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_what_has_no_text_is_refused_by_its_columns_name(value: Any) -> None:
+    with pytest.raises(DataError, match="'the column'") as caught:
+        text_of("the column", value)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("word", ["csv", "json", "parquet", "text", "CSV", "csv:train", "json,x"])
+def test_a_word_that_names_a_kind_of_file_takes_no_file_that_lies_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for ending in ("csv", "json", "txt"):
+        Path(f"private.{ending}").write_text('{"a": 1}\n')
+    with pytest.raises(DataError, match="names a kind of file"):
+        read_examples(word)
+
+
+@pytest.mark.parametrize(
+    "name", ["\ud800.csv", "a\0b.csv", "x" * 5000, "caf\udce9", "../../x", "a b"], ids=ascii
+)
+def test_names_that_can_be_none_are_data_errors(name: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read_examples(name)
+    assert len(str(caught.value)) < 500

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from ptuning.data import read_examples
+from ptuning.data.partial import Output, begun
+from ptuning.data.writing import convert, json_line
+from ptuning.errors import DataError, InputError, PtuningError
+
+ROWS: list[dict[str, Any]] = [
+    {"text": 'one, "two"\nthree', "n": 1, "b": True, "x": None, "l": ["a"], "m": 1},
+    {"text": "é\u2028", "n": 2, "b": False, "x": 1.5, "l": [], "m": "two", "late": {"k": "v"}},
+]
+ADDED = [{"prediction": "yes", "p": 0.25}, {"prediction": "no\n", "p": 0.5}]
+COLUMNS = ["text", "n", "b", "x", "l", "m", "late", "prediction", "p"]
+
+
+def converted(folder: Path, kind: str, rows: list[dict[str, Any]] = ROWS) -> Path:
+    data, added = folder / "data.jsonl", folder / "added"
+    data.write_bytes(b"".join(map(json_line, rows)))
+    added.write_bytes(b"".join(map(json_line, ADDED)))
+    path = folder / f"out{kind}"
+    convert(path, kind, str(data), None, added, ["prediction", "p"], COLUMNS)
+    return path
+
+
+@pytest.mark.parametrize("kind", [".csv", ".tsv"])
+def test_separated_values_have_every_column_and_json_where_there_is_no_text(
+    tmp_path: Path, kind: str
+) -> None:
+    assert read_examples(converted(tmp_path, kind)) == [
+        {"text": 'one, "two"\nthree', "n": "1", "b": "true", "x": "", "l": '["a"]', "m": "1",
+         "late": "", "prediction": "yes", "p": "0.25"},
+        {"text": "é\u2028", "n": "2", "b": "false", "x": "1.5", "l": "[]", "m": "two",
+         "late": '{"k": "v"}', "prediction": "no\n", "p": "0.5"},
+    ]  # fmt: skip
+
+
+def test_parquet_keeps_types_and_writes_as_text_what_has_none_in_common(tmp_path: Path) -> None:
+    path = converted(tmp_path, ".parquet")
+    schema = pyarrow.parquet.read_schema(path)
+    assert schema.names == COLUMNS
+    types = {name: str(schema.field(name).type) for name in ("n", "b", "x", "m", "p")}
+    assert types == {"n": "int64", "b": "bool", "x": "double", "m": "string", "p": "double"}
+    first, second = read_examples(path)
+    assert first == {**ROWS[0], "m": "1", "late": None, **ADDED[0]}
+    assert second == {**ROWS[1], **ADDED[1]}
+
+
+def test_a_type_that_comes_late_is_that_of_the_column(tmp_path: Path) -> None:
+    rows = [{"a": None, "big": 1}] * 1500 + [{"a": 2.5, "big": 10**30}]
+    data, added = tmp_path / "data.jsonl", tmp_path / "added"
+    data.write_bytes(b"".join(map(json_line, rows)))
+    added.write_bytes(b"{}\n" * len(rows))
+    convert(tmp_path / "out.parquet", ".parquet", str(data), None, added, [], ["a", "big"])
+    read = read_examples(tmp_path / "out.parquet")
+    assert len(read) == 1501 and read[-1] == {"a": 2.5, "big": str(10**30)}
+    assert read[0] == {"a": None, "big": "1"}
+
+
+def test_parquet_from_parquet_keeps_every_type_of_its_own(tmp_path: Path) -> None:
+    table = pyarrow.table(
+        {
+            "day": pyarrow.array([1, 2], pyarrow.date32()),
+            "price": pyarrow.array(["1.10", "2.20"]).cast(pyarrow.decimal128(10, 2)),
+            "small": pyarrow.array([1, 2], pyarrow.int8()),
+            "word": pyarrow.array(["a", "a"]).dictionary_encode(),
+            "list": [["x"], []],
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
+    added = tmp_path / "added"
+    more = [{**row, "probabilities": {"a": 0.5, "b": 0.5}} for row in ADDED]
+    added.write_bytes(b"".join(map(json_line, more)))
+    names = ["prediction", "p", "probabilities"]
+    args = str(tmp_path / "in.parquet"), None, added, names, [*table.column_names, *names]
+    convert(tmp_path / "out.parquet", ".parquet", *args)
+    written = pyarrow.parquet.read_table(tmp_path / "out.parquet")
+    assert written.select(table.column_names).equals(table)
+    assert written.select(names).to_pylist() == more
+
+
+def test_what_no_encoding_has_is_escaped(tmp_path: Path) -> None:
+    line = json_line({"a": "x\ud800", "n": float("nan"), "i": float("inf")})
+    assert line == b'{"a": "x\\ud800", "n": null, "i": Infinity}\n'
+    assert json.loads(line)["a"] == "x\ud800"
+    odd = [{"text": "half \ud800 é"}, {"text": "", "l": ["\udfff"]}]
+    for kind in (".csv", ".parquet"):
+        assert read_examples(converted(tmp_path, kind, odd))[0]["text"] == "half \\ud800 é"
+
+
+@pytest.mark.parametrize("name", ["out", "out.txt", "out.jsonl.gz", "folder", "folder.csv"])
+def test_an_output_of_no_known_kind_is_refused(tmp_path: Path, name: str) -> None:
+    if "folder" in name:
+        (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=r"is a folder; give a file|unknown ending"):
+        Output(tmp_path / name)
+
+
+def test_a_run_that_never_wrote_a_row_leaves_nothing(tmp_path: Path) -> None:
+    output = Output(tmp_path / "new" / "out.csv")
+    with pytest.raises(ZeroDivisionError), begun(output, {}, resume=False, anew=False):
+        raise ZeroDivisionError
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def interrupted(output: Output, settings: dict[str, Any], rows: list[Any] = ROWS) -> None:
+    with suppress(ZeroDivisionError), begun(output, settings, False, False) as partial:
+        partial.add(rows)
+        raise ZeroDivisionError
+
+
+def test_only_the_same_run_goes_on_and_nothing_is_replaced_unasked(tmp_path: Path) -> None:
+    output = Output(tmp_path / "out.jsonl")
+    with pytest.raises(InputError, match="nothing to resume"), begun(output, {}, True, False):
+        pass
+    interrupted(output, {"prompt": 1})
+    with pytest.raises(InputError, match="--resume"), begun(output, {"prompt": 1}, False, False):
+        pass
+    with pytest.raises(InputError, match="another prompt"), begun(output, {"p": 2}, True, False):
+        pass
+    with pytest.raises(DataError, match=r"row 2 of .* is not row 2"):  # noqa: SIM117
+        with begun(output, {"prompt": 1}, True, False) as partial:
+            partial.take_up(iter([ROWS[0], {"text": "other"}]))
+    with begun(output, {"prompt": 1}, True, False) as partial:
+        rows = iter([*ROWS, *ROWS])
+        assert partial.take_up(rows) == 2
+        partial.add(list(rows))
+        with pytest.raises(InputError, match="another run"):  # noqa: SIM117
+            with begun(output, {"prompt": 1}, True, False):
+                pass
+        partial.finish(lambda path: None)
+    assert read_examples(tmp_path / "out.jsonl") == [*ROWS, *ROWS]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+    with pytest.raises(InputError, match="exists"), begun(output, {}, False, False):
+        pass
+
+
+@pytest.mark.parametrize("cut", [1, 2, 20])
+def test_a_line_that_was_cut_off_is_answered_again(tmp_path: Path, cut: int) -> None:
+    output = Output(tmp_path / "out.jsonl")
+    interrupted(output, {})
+    (partial_file,) = output.partials()
+    partial_file.write_bytes(partial_file.read_bytes()[:-cut])
+    with begun(output, {}, True, False) as partial:
+        rows = iter(ROWS)
+        assert partial.take_up(rows) == 1
+        partial.add(list(rows))
+        partial.finish(lambda path: None)
+    assert read_examples(tmp_path / "out.jsonl") == ROWS
+
+
+def test_long_names_links_and_modes_are_kept(tmp_path: Path) -> None:
+    target = tmp_path / ("n" * 249 + ".jsonl")
+    target.write_text("before")
+    target.chmod(0o600)
+    (tmp_path / "link.jsonl").symlink_to(target)
+    output = Output(tmp_path / "link.jsonl")
+    with begun(output, {}, False, True) as partial:
+        partial.add(ROWS)
+        assert target.read_text() == "before"
+        partial.finish(lambda path: None)
+    assert (tmp_path / "link.jsonl").is_symlink() and read_examples(target) == ROWS
+    assert target.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_place_where_nothing_can_be_written_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    output = Output(tmp_path / "file" / "out.jsonl")
+    with pytest.raises(PtuningError, match="cannot write to"), begun(output, {}, False, False):
+        pass
