@@ -18,7 +18,8 @@ import torch
 from ptuning import Prompt, read_examples
 from ptuning.cli import console
 
-from .test_commands import Run, assert_one_line, here, model_folder, run  # noqa: F401
+from ..scaffold import Run
+from .test_commands import assert_one_line
 
 NAMES = ["France", "Italy", "Spain", "Austria"]
 ROWS = [{"country": NAMES[n % 4] + " and" * (n % 3), "number": n} for n in range(100)]
@@ -31,8 +32,11 @@ Predict = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def predict(run: Run, here: Path, model_folder: Path) -> Predict:  # noqa: F811
+def predict(
+    run: Run, tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Predict:
     """Predict `rows.jsonl` with a prompt of random vectors, 4 rows a batch."""
+    monkeypatch.chdir(tmp_path)
     prompt = Prompt("[P*2] {country}? [MASK]", verbalizer={"yes": "Paris", "no": "Rome"})
     prompt.vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
     prompt.save("prompt")
@@ -212,9 +216,9 @@ def test_a_separator_may_be_given_by_name(predict: Predict) -> None:
 
 
 def test_evaluate_takes_the_answers_column_and_finds_mistakes_first(
-    run: Run,  # noqa: F811
+    run: Run,
     predict: Predict,
-    model_folder: Path,  # noqa: F811
+    model_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     Path("labelled.csv").write_text("country;truth\nFrance;yes\nItaly;no\n")
