@@ -14,10 +14,10 @@ demo: $(STAMP) ## fetch a small real model and watch a prompt learn
 	$(BIN)/ptuning demo
 
 test: $(STAMP) models ## the test suite without what is marked slow
-	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal -m "not slow" $(PYTEST)
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadgroup -m "not slow" $(PYTEST)
 
 test-all: $(STAMP) models ## with the slow tests
-	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal $(PYTEST)
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadgroup $(PYTEST)
 
 lint: $(STAMP) ## style and types
 	$(BIN)/ruff check .

@@ -28,6 +28,8 @@ from ptuning.training.progress import Progress
 
 from . import tiny
 
+pytestmark = pytest.mark.xdist_group("distributed")  # the processes run once for all tests here
+
 TEMPLATE = "[P*2] {country} [P*2] [MASK]"
 CAPITALS = ["Paris", "Rome", "Berlin", "Madrid", "Lisbon", "Vienna", "Ottawa"]
 COUNTRIES = ["France", "Italy", "Germany", "Spain", "Portugal", "Austria", "Canada"]
