@@ -516,6 +516,27 @@ def test_a_compiled_model_in_one_graph_gives_the_same(family: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_rows_that_a_training_serves_anew_in_each_step_need_no_other_graph(alone: bool) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    model = tiny.model().requires_grad_(False)
+    injector = Injector(model)
+    span = injector.add(torch.zeros(COUNT, 32))
+    inputs = {"input_ids": mixed_ids(span.first), "attention_mask": MASK}
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for seed in range(3):
+        rows = rows_for(model, seed=seed)
+        with injector.serving({span: rows}, alone=alone):
+            logits, expected = compiled(**inputs).logits, model(**inputs).logits
+        grads = [gradient(weighted_loss(one, MASK), rows) for one in (logits, expected)]
+        torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-5)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rows_keep_a_float32_gradient_under_a_half_precision_model(dtype: torch.dtype) -> None:
     model = tiny.model()
