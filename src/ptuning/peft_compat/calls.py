@@ -18,7 +18,7 @@ from . import arguments, continuing, generation
 from .adapters import Adapter
 from .modules_to_save import remember, wrappers
 from .outputs import restored
-from .placing import Base, Rows, drop_token_types, place
+from .placing import Base, Rows, drop_token_types, place, twins_vector
 
 BASE = "__base__"
 """In ``adapter_names`` a row without a prompt, as in the reference; None means the same."""
@@ -53,7 +53,7 @@ def forward(model: Any, given: dict[str, Any]) -> Any:
     rows = _rows(model, names, inputs)
     if not base.encodes_and_decodes and continuing.tokens_in(inputs.get("past_key_values")):
         return _go_on(model, base, rows, inputs)
-    with _written(model, rows) as adapters, ExitStack() as stack:
+    with _written(model, base, rows) as adapters, ExitStack() as stack:
         placed, where = place(base, adapters, inputs, stack, of_text=drop)
         as_tuple = placed.pop("return_dict", base.model.config.return_dict) is False
         output = model.base_model(**placed, return_dict=True)
@@ -112,7 +112,7 @@ def generate(model: Any, given: dict[str, Any]) -> Any:
     _check_cache(base, ids, given)
     drop_token_types(base, given)
     rows = _rows(model, names, {"input_ids": ids})
-    with _written(model, rows, grad=False) as adapters, ExitStack() as stack:
+    with _written(model, base, rows, grad=False) as adapters, ExitStack() as stack:
         prompts = generation.Prompts(base, adapters, ids, given, stack)
         view = generating_view(model.base_model, prompts)
         view.generation_config = model.generation_config
@@ -160,14 +160,16 @@ def _rows(model: Any, names: Sequence[str | None] | None, inputs: dict[str, Any]
 
 @contextmanager
 def _written(
-    model: Any, rows: Sequence[str | None], grad: bool = True
+    model: Any, base: Base, rows: Sequence[str | None], grad: bool = True
 ) -> Iterator[list[Adapter | None]]:
     """Let virtual ids stand for what their encoders give now, in this thread alone; yields each
     row's adapter."""
     used = {name: model.adapter(name) for name in dict.fromkeys(rows) if name is not None}
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
         tables = {a.span: a.vectors(model.prompt_encoder[name]) for name, a in used.items()}
-    with model._injector.serving(tables), _modules_of(model, rows):
+    if base.twin is not None:
+        tables[base.twin] = twins_vector(base)
+    with base.injector.serving(tables), _modules_of(model, rows):
         yield [None if name is None else used[name] for name in rows]
 
 

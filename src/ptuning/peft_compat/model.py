@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers.utils.hub import PushToHubMixin
 
-from ..backbone.injection import Injector, input_embedding
+from ..backbone.injection import Injector, Span, input_embedding
 from ..backbone.traits import reads_left_to_right
 from ..errors import InputError
 from ..prompts.encoder import PromptEncoder
@@ -100,6 +100,7 @@ class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type
         self._adapters_disabled = False
         self._injector = Injector.on(model)
         self._traits = Traits.of(model)
+        self._twin: Span | None = None
         _ = self.forward  # now it knows the base model's arguments
         self.add_adapter(adapter_name, peft_config, template=template, tokenizer=tokenizer)
         for name, parameter in model.named_parameters():
@@ -191,6 +192,7 @@ class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type
             if not self._adapters:  # the hooks may have left, and others come
                 self._injector = Injector.on(self.base_model)
             span = self._injector.add(torch.zeros(count, encoder.token_dim, device=self._device()))
+            self._claim_twin()
         insertion = insertion or Insertion.in_front(count)
         self._adapters[adapter_name] = Adapter(config, insertion, span)
         self.prompt_encoder[adapter_name] = encoder.requires_grad_(not config.inference_mode)
@@ -209,6 +211,9 @@ class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type
                 f"Adapter {adapter_name} does not exist; there are {list(self._adapters)}"
             )
         self._injector.remove(self._adapters.pop(adapter_name).span)
+        if not self._adapters and self._twin is not None:
+            self._injector.remove(self._twin)
+            self._twin = None
         del self.prompt_encoder[adapter_name]
         if self.active_adapter == adapter_name:
             self.active_adapter = next(iter(self._adapters), [])
@@ -263,16 +268,24 @@ class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type
             task=self.task_type,
             traits=self._traits,
             reference_layout=self.reference_layout,
+            twin=self._twin,
         )
+
+    def _claim_twin(self) -> None:
+        """An id of its own for a real token that has the padding's, where that is looked at."""
+        if self._twin is None and self.task_type == TaskType.SEQ_CLS and self._traits.causal:
+            self._twin = self._injector.add(torch.zeros(1, self._injector.width))
 
     def _attach_again(self) -> None:
         """After a change of the embedding's size ids begin elsewhere."""
         with CHANGING:
-            for adapter in self._adapters.values():
-                self._injector.remove(adapter.span)
-            self._injector = Injector.on(self.base_model)
+            spans = [adapter.span for adapter in self._adapters.values()]
+            for span in [*spans, *([] if self._twin is None else [self._twin])]:
+                self._injector.remove(span)
+            self._injector, self._twin = Injector.on(self.base_model), None
             for adapter in self._adapters.values():
                 adapter.attach(self._injector)
+            self._claim_twin()
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import traits
-from ..backbone.injection import Injector
+from ..backbone.injection import Injector, Span
 from ..backbone.placement import Placement
 from ..errors import InputError
 from ..prompts.encoder_config import TaskType
@@ -72,6 +72,7 @@ class Base:
         task: what the model is used for, or None.
         traits: what is known of it.
         reference_layout: place virtual tokens in front of the padding, as the reference does.
+        twin: the id of a real token that is spelled like padding; None where nobody looks.
     """
 
     model: Any
@@ -79,6 +80,7 @@ class Base:
     task: TaskType | None
     traits: Traits
     reference_layout: bool
+    twin: Span | None = None
 
     @property
     def encodes_and_decodes(self) -> bool:
@@ -150,8 +152,8 @@ def place(
         stack.callback(base.injector.remove, span)
         text = torch.arange(span.first, span.end, device=text.device).view(size, length)
     inputs["input_ids"] = where(text, ids.clamp(min=0), pad=pad_id(base.model))
-    if base.task == TaskType.SEQ_CLS and base.traits.causal:
-        _mark_padding(base, inputs, stack)
+    if base.twin is not None:
+        _mark_padding(base, base.twin, inputs)
     return inputs, where
 
 
@@ -361,11 +363,18 @@ def _embeddings(base: Base, where: Placement, text: Tensor, ids: Tensor, embedde
     return where(rows, embed(ids.clamp(min=0)))
 
 
-def _mark_padding(base: Base, inputs: dict[str, Any], stack: ExitStack) -> None:
+def twins_vector(base: Base) -> Tensor:
+    """The vector ``(1, width)`` of the padding's id, which its twin has too."""
+    embed = base.injector.modules[0]
+    with torch.no_grad():
+        return embed(torch.tensor([pad_id(base.model)], device=embed.weight.device))
+
+
+def _mark_padding(base: Base, twin: Span, inputs: dict[str, Any]) -> None:
     """Causal classifiers pool the last token that is not the padding id: let that be the mask's.
 
-    A real token with the padding's id (often the end-of-sequence token) is written as a virtual one
-    that has the same vector.
+    A real token with the padding's id (often the end-of-sequence token) is written as its twin, a
+    virtual one that has the same vector.
     """
     pad = base.model.config.get_text_config().pad_token_id
     if pad is None:
@@ -375,10 +384,4 @@ def _mark_padding(base: Base, inputs: dict[str, Any], stack: ExitStack) -> None:
     if mask is not None:
         ids = ids.masked_fill(mask == 0, pad)
         same = same & (mask != 0)
-    if not may_look(ids) or bool(same.any()):
-        with torch.no_grad():
-            vector = base.injector.modules[0](ids.new_tensor([pad]))
-        span = base.injector.add(vector)
-        stack.callback(base.injector.remove, span)
-        ids = ids.masked_fill(same, span.first)
-    inputs["input_ids"] = ids
+    inputs["input_ids"] = ids.masked_fill(same, twin.first)
