@@ -120,6 +120,15 @@ def test_token_types_add_what_the_base_model_adds() -> None:
     assert float((got - without).abs().max()) > 0.1
 
 
+def test_the_reference_layout_drops_a_decoders_token_types_as_peft_does() -> None:
+    base, row = DECODERS["gpt2 with token types"]()
+    model = ours(base, reference_layout=True)
+    with torch.no_grad(), pytest.warns(UserWarning, match="token_type_ids are dropped"):
+        got = model(**row).logits
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(input_ids=row["input_ids"]).logits)
+
+
 @pytest.mark.parametrize("given", ["mm_token_type_ids", "position_ids"])
 def test_positions_of_several_axes_come_from_the_placed_ids(given: str) -> None:
     base, row = DECODERS["qwen2_vl"]()

@@ -209,8 +209,8 @@ def drop_token_types(base: Base, inputs: dict[str, Any]) -> None:
 
     Tokenizers give them to models that have none, and so does the reference's user.
     """
-    without = (TaskType.FEATURE_EXTRACTION, TaskType.QUESTION_ANS)
-    dropped = base.reference_layout and base.task in without
+    used = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, None)
+    dropped = base.reference_layout and base.task not in used
     if inputs.get("token_type_ids") is None or (base.accepts("token_type_ids") and not dropped):
         return
     del inputs["token_type_ids"]
