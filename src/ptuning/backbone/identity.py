@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -70,8 +71,26 @@ def check_same(saved: dict[str, Any], model: nn.Module, tokenizer: Any) -> None:
     Warns:
         UserWarning: the weights or the tokenizer differ, with both names.
     """
+    if unlike := difference(saved, model, tokenizer):
+        warnings.warn(unlike, stacklevel=3)
+
+
+def difference(
+    saved: dict[str, Any], model: nn.Module, tokenizer: Any, added: Collection[int] = ()
+) -> str | None:
+    """What a prompt's base model and the one at hand differ in, in words; None: they are the same.
+
+    Args:
+        saved: what `describe` gave; empty where nothing is known.
+        model: at hand.
+        tokenizer: its own, or None.
+        added: ids whose rows and names came later, by merging.
+
+    Raises:
+        PromptFileError: the embedding has another width.
+    """
     if not saved:
-        return
+        return None
     embedding = input_embedding(model)
     here, there = name_of(model), saved.get("name")
     known = fingerprint(saved)
@@ -82,21 +101,23 @@ def check_same(saved: dict[str, Any], model: nn.Module, tokenizer: Any) -> None:
         )
     error = torch.inf
     if int(known["rows"].max()) < embedding.num_embeddings:
-        got = _sample(embedding, known["rows"], known["columns"])
-        expected = known["values"]
+        kept = torch.tensor([row not in added for row in known["rows"].tolist()])
+        got = _sample(embedding, known["rows"], known["columns"])[kept]
+        expected = known["values"][kept]
         error = float((got - expected).norm() / expected.norm().clamp(min=1e-12))
     if not error <= _SAME_MODEL:
-        warnings.warn(
+        return (
             f"this prompt was trained on {there!r}, and {here!r} has other weights: its "
-            "answers will be poor unless one is a close relative of the other",
-            stacklevel=3,
+            "answers will be poor unless one is a close relative of the other"
         )
-    elif tokenizer is not None and saved.get("tokenizer") not in (None, tokenizer_hash(tokenizer)):
-        warnings.warn(
-            f"this prompt was trained on {there!r} with another tokenizer than that of "
-            f"{here!r}: the same text becomes other ids",
-            stacklevel=3,
-        )
+    if tokenizer is None or saved.get("tokenizer") is None:
+        return None
+    if saved["tokenizer"] in (tokenizer_hash(tokenizer), tokenizer_hash(tokenizer, added)):
+        return None
+    return (
+        f"this prompt was trained on {there!r} with another tokenizer than that of "
+        f"{here!r}: the same text becomes other ids"
+    )
 
 
 def fingerprint(saved: dict[str, Any]) -> dict[str, Any]:
@@ -126,10 +147,12 @@ def fingerprint(saved: dict[str, Any]) -> dict[str, Any]:
     return {"width": width, "rows": rows, "columns": columns, "values": values}
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: Any, without: Collection[int] = ()) -> str:
     """SHA-256 over the vocabulary with its ids, shortened to 32 hexadecimal digits."""
     digest = hashlib.sha256()
     for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
+        if index in without:
+            continue
         digest.update(f"{index}\t{token}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:32]
 

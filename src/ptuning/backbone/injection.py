@@ -102,7 +102,7 @@ class Injector:
         self.spans: list[Span] = []
         self._lookup: _Lookup
         self._local = threading.local()
-        self._guarded = [m for n, m in model.named_modules() if n.endswith(_SECOND_LOOKUPS)]
+        self.second_lookups = [m for n, m in model.named_modules() if n.endswith(_SECOND_LOOKUPS)]
 
     @property
     def _device(self) -> torch.device:
@@ -141,7 +141,7 @@ class Injector:
                 for module in self.modules:
                     module.register_forward_pre_hook(self._before)
                     module.register_forward_hook(self._after)
-                for module in self._guarded:
+                for module in self.second_lookups:
                     module.register_forward_pre_hook(self._guard)
         return span
 
@@ -196,7 +196,7 @@ class Injector:
 
     def _unhook(self) -> None:
         # Found by their owner, not by stored handles: a copied or unpickled model has its own.
-        for module in [*self.modules, *self._guarded]:
+        for module in [*self.modules, *self.second_lookups]:
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for key in [k for k, h in hooks.items() if getattr(h, "__self__", None) is self]:
                     del hooks[key]

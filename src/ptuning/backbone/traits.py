@@ -242,3 +242,26 @@ def finished_logits(model: nn.Module, logits: Tensor) -> Tensor:
 def vocabulary_bias(model: nn.Module) -> Tensor | None:
     """What is added behind the output head, ``(1, vocabulary)``: BART's family has it."""
     return getattr(model, "final_logits_bias", None)
+
+
+def output_bias(model: nn.Module) -> Tensor | None:
+    """What is added to the logits, ``(…, vocabulary)``: the head's own bias, or `vocabulary_bias`."""
+    bias = vocabulary_bias(model)
+    return bias if bias is not None else getattr(output_head(model), "bias", None)
+
+
+_ENGINES_TIE = ("gemma", "gemma2", "gemma3", "gemma3_text")
+
+
+def engines_tie_the_head(model: nn.Module) -> bool:
+    """vLLM makes the logits from the input embedding, whatever the configuration says.
+
+    Read in vLLM 0.32: ``gemma.py``, ``gemma2.py``, ``gemma3.py``.
+    """
+    return getattr(getattr(model, "config", None), "model_type", None) in _ENGINES_TIE
+
+
+def embedding_scale(embedding: nn.Module) -> float:
+    """What an embedding multiplies its rows with: Gemma's and BART's do."""
+    scale = getattr(embedding, "embed_scale", None)
+    return 1.0 if scale is None else float(scale)

@@ -56,9 +56,7 @@ class Layout:
     def __call__(self, fields: dict[str, str], word: str | None) -> Sequence:
         """Tokenize an example's fields, with `word` as the answer if there is one."""
         named = self._names.avoiding(self._spelled(fields, word or ""))
-        text, characters, space = self._layout(fields, named)
-        if self.task.chat:
-            text, space = self._as_chat(text.removesuffix(named.slot)) + named.slot, False
+        text, characters, space = self.string(fields, named)
         encoding = named.tokenizer(
             text,
             add_special_tokens=not self.task.chat,
@@ -96,11 +94,27 @@ class Layout:
         moved = [(n, a, b) if a < at else (n, a + grown, b + grown) for n, a, b in spans]
         return Sequence((*ids[:at], *filling, *ids[at + 1 :]), at, answer, tuple(moved))
 
-    def _layout(
+    def string(
         self, fields: dict[str, str], named: NamedTokenizer
     ) -> tuple[str, list[tuple[str, int, int]], bool]:
-        """The string with names for virtual tokens and slot, the fields' character ranges, and
-        whether the answer begins with a space."""
+        """The string that is tokenized, with names for virtual tokens and slot.
+
+        Returns:
+            with it the fields' character ranges (not in a chat), and whether the answer begins with
+            a space. Under ``special_tokens="after"`` the virtual tokens are not in it.
+        """
+        text, spans, space = self._of_template(fields, named)
+        if self.task.chat:
+            text, space = self._as_chat(text.removesuffix(named.slot)) + named.slot, False
+        return text, spans, space
+
+    def turn(self, fields: dict[str, str], named: NamedTokenizer) -> str:
+        """What a chat's user says: the template without the chat around it."""
+        return self._of_template(fields, named)[0].removesuffix(named.slot)
+
+    def _of_template(
+        self, fields: dict[str, str], named: NamedTokenizer
+    ) -> tuple[str, list[tuple[str, int, int]], bool]:
         parts: list[str] = []
         spans: list[tuple[str, int, int]] = []
         sizes = iter(self.sizes)

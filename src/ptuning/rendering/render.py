@@ -67,6 +67,7 @@ class Renderer:
         labels: label -> words that are compared; empty for free answers.
         owner: for each word that is compared the index of its label.
         limit: the longest input in tokens, or None.
+        layout: makes ids of one string.
 
     Raises:
         InputError: task, tokenizer and model kind do not fit together.
@@ -95,7 +96,7 @@ class Renderer:
         self.owner = [n for n, words in enumerate(self.labels.values()) for _ in words]
         self._in_words = () if candidates else _columns_in_words(task)
         self._literal = candidates is not None
-        self._layout = Layout(tokenizer, task, kind, [len(group) for group in self.groups])
+        self.layout = Layout(tokenizer, task, kind, [len(group) for group in self.groups])
         self._check_kind()
 
     def _check_kind(self) -> None:
@@ -191,7 +192,7 @@ class Renderer:
         """The sequences, or none where one of them does not fit."""
         sequences = []
         for word in words:
-            sequence = self._layout(fields, word)
+            sequence = self.layout(fields, word)
             room = self._room(sequence)
             if room is not None and len(sequence.ids) > room:
                 return ()

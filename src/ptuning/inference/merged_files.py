@@ -1,0 +1,116 @@
+"""The folder of a merged model: an ordinary model's, with ``prompts.json`` in it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+from torch import nn
+
+from .. import formats, places, storage
+from ..errors import InputError, PromptFileError, PtuningError
+from ..rendering.merged_text import names_of
+
+if TYPE_CHECKING:
+    from .merging import Merged
+
+PROMPTS, LOGIT_BIAS = "prompts.json", "logit_bias.json"
+_TOKENIZER_BYTES = 64 * 2**20
+"""What is reckoned for tokenizer and descriptions."""
+
+
+def holds_merged(folder: str | Path) -> bool:
+    """The folder is a merged model's."""
+    return (Path(folder) / PROMPTS).is_file() and (Path(folder) / "config.json").is_file()
+
+
+def save(merged: Merged, folder: str | Path) -> None:
+    """As `Merged.save`."""
+    folder = places.real(folder)
+    check_free(folder)
+    _check_room(merged.model, folder)
+    old = [path.name for path in folder.glob("model*.safetensors*")] if folder.is_dir() else []
+    try:
+        with storage.one_save(folder, remove=[*old, PROMPTS, LOGIT_BIAS]) as staged:
+            merged.model.save_pretrained(staged)
+            merged.tokenizer.save_pretrained(staged)
+            (staged / PROMPTS).write_bytes(formats.pack_json(merged.prompts))
+            if suppressed := _suppressed(merged):
+                told = {str(index): -100 for index in suppressed}
+                (staged / LOGIT_BIAS).write_bytes(formats.pack_json(told))
+    except safetensors.SafetensorError as error:
+        raise PtuningError(f"cannot write to {folder}: {error}; free space there") from error
+
+
+def load(folder: str | Path, dtype: str = "auto") -> Merged:
+    """As `Merged.load`."""
+    from ..backbone.load import load_model
+    from .merging import Merged
+
+    folder = Path(folder)
+    if not holds_merged(folder):
+        raise PromptFileError(
+            f"{folder} holds no merged model ({PROMPTS} and config.json); give a folder that "
+            "ptuning merge wrote"
+        )
+    with storage.reading(folder):
+        table = formats.read_json(folder / PROMPTS)
+        model, tokenizer = load_model(str(folder), dtype=dtype)
+    vocabulary = tokenizer.get_vocab()
+    for name, entry in table.items():
+        ids = entry.get("virtual_ids") if isinstance(entry, dict) else None
+        if (
+            not isinstance(ids, list)
+            or not isinstance(entry.get("text"), str)
+            or ids != [vocabulary.get(token) for token in names_of(name, len(ids))]
+        ):
+            raise PromptFileError(
+                f"{folder / PROMPTS}: the prompt {name!r} and the tokenizer do not belong together; "
+                "merge again"
+            )
+    return Merged(model, tokenizer, table)
+
+
+def check_free(folder: str | Path) -> None:
+    """Refuse a folder that holds something else than a merged model.
+
+    Raises:
+        InputError: it does.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; give a folder")
+    if folder.is_dir() and not holds_merged(folder) and any(
+        not path.name.startswith(".ptuning-") for path in folder.iterdir()
+    ):
+        raise InputError(
+            f"{folder} is not empty and holds no merged model; choose another folder"
+        )
+
+
+def _check_room(model: nn.Module, folder: Path) -> None:
+    """The whole folder is written beside what is there before it takes its place."""
+    tensors = {t.untyped_storage().data_ptr(): t for t in _tensors(model)}
+    needed = sum(t.numel() * t.element_size() for t in tensors.values()) + _TOKENIZER_BYTES
+    place = folder
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise PtuningError(
+            f"the merged model needs {needed / 1e9:.1f} GB, and {folder} has room for "
+            f"{free / 1e9:.1f} GB; free space there or choose another place"
+        )
+
+
+def _tensors(model: nn.Module) -> list[Any]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _suppressed(merged: Merged) -> list[int]:
+    """Virtual ids that have to be suppressed: the head is tied."""
+    config = getattr(merged.model, "generation_config", None)
+    named = set(getattr(config, "suppress_tokens", None) or [])
+    return sorted(named & {i for e in merged.prompts.values() for i in e["virtual_ids"]})

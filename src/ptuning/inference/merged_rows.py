@@ -1,0 +1,193 @@
+"""Prompts' vectors in a copy of a model, and an output head that never says a virtual token.
+
+    embedding[id] = vector / scale        of an embedding that scales its rows (Gemma, BART)
+    logit(id)     = logit + bias          where the model adds a bias to its logits: one of -10000
+                  = h . mean(real rows)   else: a mean of logits, so never the largest of them
+
+The copy shares every tensor with the model but those that grow. A head that is the embedding itself
+gets a matrix of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone.injection import SAFE_ID, Injector, input_embedding
+from ..backbone.traits import (
+    embedding_scale,
+    engines_tie_the_head,
+    output_bias,
+    output_head,
+)
+from ..backbone.upstream import is_offloaded, uncompiled
+from ..errors import InputError
+
+_NEVER = -1e4
+"""A bias that float16 can hold and whose exponential is 0."""
+
+
+@torch.no_grad()
+def with_rows(
+    model: nn.Module, ids: Sequence[int], vectors: Tensor, real: Sequence[int]
+) -> tuple[Any, bool]:
+    """A copy of a model whose embedding has `vectors` at `ids`; it shares all other weights.
+
+    Args:
+        model: stays as it is; attached prompts are not in the copy.
+        ids: of the virtual tokens.
+        vectors: ``(len(ids), embedding width)``, as a prompt has them.
+        real: ids of the tokenizer's other tokens.
+
+    Returns:
+        The copy; and whether its head stays the embedding, so that engines have to be told which
+        ids to suppress.
+
+    Raises:
+        InputError: embedding or head are quantized or offloaded.
+    """
+    _check(model)
+    twin = _twin(uncompiled(model))
+    modules = Injector(twin).modules
+    embedding, head = modules[0], output_head(twin)
+    rows = max(embedding.num_embeddings, max(ids) + 1)
+    where = torch.tensor(ids, device=embedding.weight.device)
+    _grow(embedding.weight, rows)
+    for module in modules:
+        module.num_embeddings = rows
+        values = vectors.to(embedding.weight.device) / embedding_scale(module)
+        embedding.weight[where] = values.to(embedding.weight.dtype)
+    _check_rows(modules, where, vectors)
+    _second_lookups(twin, rows, where)
+    _tell_size(twin, rows)
+    return twin, _quiet_head(twin, embedding, head, rows, where, real)
+
+
+def _check(model: nn.Module) -> None:
+    places = {"embedding": input_embedding(model), "output head": output_head(model)}
+    for what, module in places.items():
+        weight = getattr(module, "weight", None)
+        if module is None:
+            continue
+        if is_offloaded(module) or (isinstance(weight, Tensor) and weight.is_meta):
+            raise InputError("the model is offloaded; load it into memory to merge prompts into it")
+        plain = isinstance(weight, nn.Parameter) and weight.is_floating_point()
+        if not plain or type(weight) is not nn.Parameter:
+            raise InputError(
+                f"the model's {what} is quantized ({type(weight).__name__}), so that it takes no "
+                f"new rows; quantize it without its embedding and its output head"
+            )
+
+
+def _twin(model: nn.Module) -> Any:
+    """A copy of the modules around the same storages; no tensor is copied.
+
+    They are objects of their own, so that the copy's can grow.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in model.parameters():
+        own = nn.Parameter(tensor.data, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = own if type(tensor) is nn.Parameter else tensor
+    memo |= {id(buffer): buffer.detach() for buffer in model.buffers()}
+    twin = copy.deepcopy(model, memo)
+    injector = Injector.of(twin)
+    while injector is not None and injector.spans:
+        injector.remove(injector.spans[0])
+    return twin
+
+
+def _grow(tensor: Tensor, size: int, dim: int = 0) -> None:
+    """Give a tensor a storage of its own with `size` entries, wherever it is used."""
+    shape = list(tensor.shape)
+    shape[dim] = size
+    grown = tensor.new_zeros(shape)
+    grown.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+    tensor.data = grown
+
+
+def _check_rows(modules: list[nn.Embedding], ids: Tensor, vectors: Tensor) -> None:
+    for module in modules:
+        expected = vectors.to(module.weight.device)
+        error = (module(ids).float() - expected).abs().max()
+        if error > 0.02 * expected.abs().max().clamp(min=1e-6):
+            raise InputError(
+                f"{type(module).__name__} makes something of its rows that cannot be undone, so "
+                "prompts cannot be merged into this model, only attached"
+            )
+
+
+def _second_lookups(twin: Any, rows: int, ids: Tensor) -> None:
+    """Gemma 4 looks ids up again: virtual tokens get there what an attached prompt's get."""
+    for module in Injector(twin).second_lookups:
+        _grow(module.weight, rows)
+        module.weight[ids] = module.weight[SAFE_ID]
+        module.num_embeddings = rows
+        config = twin.config.get_text_config()
+        if hasattr(config, "vocab_size_per_layer_input"):
+            config.vocab_size_per_layer_input = rows
+
+
+def _tell_size(twin: Any, rows: int) -> None:
+    old = twin.config.get_text_config().vocab_size
+    twin.config.get_text_config().vocab_size = rows
+    for module in twin.modules():
+        if getattr(module, "vocab_size", None) == old:
+            module.vocab_size = rows
+
+
+def _quiet_head(
+    twin: Any, embedding: nn.Embedding, head: Any, rows: int, ids: Tensor, real: Sequence[int]
+) -> bool:
+    """See to it that no virtual token is ever said; True where the head cannot."""
+    tied, bias = head.weight is embedding.weight, output_bias(twin)
+    if not tied:
+        _grow(head.weight, rows)
+    head.out_features = rows
+    if bias is not None:
+        _grow(bias, rows, dim=bias.dim() - 1)
+        copies = getattr(_parent(twin, head), "bias", None)  # BERT's and RoBERTa's, if not tied
+        if isinstance(copies, Tensor) and copies is not bias:
+            _grow(copies, rows)
+        bias[..., ids.to(bias.device)] = _NEVER
+    elif tied and engines_tie_the_head(twin):
+        return True
+    elif tied:
+        _untie(twin, embedding, head)
+    if not (tied and bias is not None):
+        known = torch.tensor(real, device=head.weight.device)
+        known = known[known < rows]
+        head.weight[ids.to(head.weight.device)] = _mean(head.weight, known)
+    return False
+
+
+def _mean(weight: Tensor, rows: Tensor) -> Tensor:
+    total = weight.new_zeros(weight.shape[1], dtype=torch.float64)
+    for part in rows.split(8192):
+        total += weight[part].double().sum(0)
+    return (total / len(rows)).to(weight.dtype)
+
+
+def _untie(twin: Any, embedding: nn.Embedding, head: nn.Module) -> None:
+    """Give the head a matrix of its own.
+
+    Where other embeddings are tied as well (T5) the configuration goes on saying so: transformers
+    ties nothing that a file has twice and unlike, and T5 reads its scale there.
+    """
+    head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+    name = f"{_name_in(twin, head)}.weight"
+    twin.all_tied_weights_keys = {k: v for k, v in twin.all_tied_weights_keys.items() if k != name}
+    if not twin.all_tied_weights_keys:
+        for config in (twin.config, twin.config.get_text_config()):
+            config.tie_word_embeddings = False
+
+
+def _name_in(twin: nn.Module, module: nn.Module) -> str:
+    return next(name for name, other in twin.named_modules() if other is module)
+
+
+def _parent(twin: nn.Module, module: nn.Module) -> nn.Module:
+    return twin.get_submodule(_name_in(twin, module).rpartition(".")[0])

@@ -1,0 +1,136 @@
+"""Virtual tokens in a tokenizer for good: added, freed and taken again; chat templates for them.
+
+The names of a prompt that was removed become ``<|ptuning-free:ID|>``: other prompts keep their ids,
+and the next prompt takes the free ones first.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..backbone.base_model import first_free_id
+from ..errors import InputError
+from ..rendering.virtual_ids import virtual_token
+
+_FREE = re.compile(r"<\|ptuning-free:[0-9]+\|>")
+_BEGIN, _END = "{#- ptuning prompts #}", "{#- end of ptuning prompts #}"
+_BLOCK = re.compile(re.escape(_BEGIN) + r"\{%- set ptuning_turns = (.*?) %\}\n.*?" + re.escape(_END),
+                    re.DOTALL)  # fmt: skip
+
+
+def with_names(tokenizer: Any, names: list[str]) -> tuple[Any, list[int]]:
+    """A copy of a tokenizer in which `names` are tokens, and their ids.
+
+    Raises:
+        InputError: a name is a token already, or the tokenizer's ids have holes.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if known := [name for name in names if name in vocabulary]:
+        raise InputError(
+            f"{known[0]} is a token of this tokenizer already; give the prompt another name"
+        )
+    free = sorted((vocabulary[n], n) for n in free_names(tokenizer))[: len(names)]
+    taken = {free_name: name for (_, free_name), name in zip(free, names, strict=False)}
+    result = _renamed(tokenizer, taken) if taken else copy.deepcopy(tokenizer)
+    first = first_free_id(result)
+    result.add_tokens([virtual_token(name) for name in names[len(taken) :]])
+    ids = list(result.convert_tokens_to_ids(names))
+    expected = [i for i, _ in free] + list(range(first, first + len(names) - len(taken)))
+    if ids != expected:
+        raise InputError(
+            "this tokenizer's ids have holes, so that new tokens would get ids that other tokens "
+            "have; prompts cannot be merged into it, only attached"
+        )
+    return result, ids
+
+
+def without_names(tokenizer: Any, names: Iterable[str]) -> Any:
+    """A copy of a tokenizer in which the ids of `names` are free."""
+    ids = tokenizer.get_vocab()
+    return _renamed(tokenizer, {name: f"<|ptuning-free:{ids[name]}|>" for name in names})
+
+
+def free_names(tokenizer: Any) -> list[str]:
+    """Tokens of prompts that were removed."""
+    return [token for token in tokenizer.get_vocab() if _FREE.fullmatch(token)]
+
+
+def _renamed(tokenizer: Any, names: Mapping[str, str]) -> Any:
+    """The same tokenizer with other names for some added tokens, by way of its files."""
+    import transformers
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for path in Path(folder).glob("*.json"):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            path.write_text(json.dumps(_replaced(content, names)), encoding="utf-8")
+        result = transformers.AutoTokenizer.from_pretrained(folder)
+    result.name_or_path = tokenizer.name_or_path
+    return result
+
+
+def _replaced(value: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {names.get(k, k): _replaced(v, names) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_replaced(v, names) for v in value]
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+def chat_turns(tokenizer: Any) -> dict[str, list[str]]:
+    """What the user says in each merged chat prompt: text, field, text, … in turn."""
+    for template in _templates(tokenizer).values():
+        if block := _BLOCK.search(template):
+            return json.loads(block[1])
+    return {}
+
+
+def set_chat_turns(tokenizer: Any, turns: Mapping[str, list[str]]) -> None:
+    """Let the tokenizer's chat templates take ``prompt=NAME``.
+
+    The last turn of the user goes into the prompt's fields; several fields are given as
+    ``fields={"premise": …, "hypothesis": …}``. Without ``prompt`` a chat is what it was.
+    """
+    templates = {name: _BLOCK.sub("", text) for name, text in _templates(tokenizer).items()}
+    if turns:
+        told = json.dumps(turns, ensure_ascii=False)
+        block = f"{_BEGIN}{{%- set ptuning_turns = {told} %}}\n{_FILLING}{_END}"
+        templates = {name: block + text for name, text in templates.items()}
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = templates["default"]
+    elif tokenizer.chat_template:
+        tokenizer.chat_template = templates
+
+
+def _templates(tokenizer: Any) -> dict[str, str]:
+    template = getattr(tokenizer, "chat_template", None)
+    return {"default": template} if isinstance(template, str) else dict(template or {})
+
+
+_FILLING = """\
+{%- if prompt is defined and prompt %}
+{%- if prompt not in ptuning_turns %}
+{{- raise_exception("no chat prompt is called " ~ prompt ~ "; there are: " ~ ptuning_turns | join(", ")) }}
+{%- endif %}
+{%- set ptuning = namespace(said="", messages=[]) %}
+{%- for part in ptuning_turns[prompt] %}
+{%- if loop.index0 % 2 == 0 %}
+{%- set ptuning.said = ptuning.said ~ part %}
+{%- elif fields is defined and fields %}
+{%- set ptuning.said = ptuning.said ~ fields[part] %}
+{%- else %}
+{%- set ptuning.said = ptuning.said ~ messages[-1].content %}
+{%- endif %}
+{%- endfor %}
+{%- for message in messages[:-1] %}
+{%- set ptuning.messages = ptuning.messages + [message] %}
+{%- endfor %}
+{%- set messages = ptuning.messages + [{"role": "user", "content": ptuning.said}] %}
+{%- endif %}
+"""
