@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     )
     from .inference.attachment import Attachment, attach
     from .inference.evaluation import Evaluation, evaluate
+    from .inference.merged_files import Merged
+    from .inference.merging import merge
     from .inference.nearest_words import nearest_words
     from .inference.prediction import Prediction, predict, predict_details
     from .prompts.encoder import PromptEncoder
@@ -64,6 +66,8 @@ _HOME = {
     ),
     "inference.evaluation": ("Evaluation", "evaluate"),
     "backbone.load": ("load_model",),
+    "inference.merged_files": ("Merged",),
+    "inference.merging": ("merge",),
     "inference.nearest_words": ("nearest_words",),
     "inference.prediction": ("Prediction", "predict", "predict_details"),
     "prompts.prompt": ("Prompt",),
@@ -81,6 +85,7 @@ __all__ = [
     "DataError",
     "Evaluation",
     "InputError",
+    "Merged",
     "PeftType",
     "Prediction",
     "Prompt",
@@ -99,6 +104,7 @@ __all__ = [
     "attach",
     "evaluate",
     "load_model",
+    "merge",
     "nearest_words",
     "parse",
     "predict",

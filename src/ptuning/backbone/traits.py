@@ -245,18 +245,18 @@ def vocabulary_bias(model: nn.Module) -> Tensor | None:
 
 
 def output_bias(model: nn.Module) -> Tensor | None:
-    """What is added to the logits, ``(…, vocabulary)``: the head's own bias, or `vocabulary_bias`."""
+    """What is added to the logits: the head's own bias ``(vocabulary,)``, or `vocabulary_bias`."""
     bias = vocabulary_bias(model)
     return bias if bias is not None else getattr(output_head(model), "bias", None)
 
 
-_ENGINES_TIE = ("gemma", "gemma2", "gemma3", "gemma3_text")
+_ENGINES_TIE = ("cohere", "cohere2", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
 
 
 def engines_tie_the_head(model: nn.Module) -> bool:
     """vLLM makes the logits from the input embedding, whatever the configuration says.
 
-    Read in vLLM 0.32: ``gemma.py``, ``gemma2.py``, ``gemma3.py``.
+    Read in vLLM 0.32: ``commandr.py``, ``gemma2.py``, ``gemma3n.py``; ``gemma3.py`` did so before.
     """
     return getattr(getattr(model, "config", None), "model_type", None) in _ENGINES_TIE
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import PtuningError
-from . import console, evaluate, lama, predict, run_demo, serve, superglue, train, use
+from . import console, evaluate, lama, merge, predict, run_demo, serve, superglue, train, use
 from .fields import filled
 
 # Newer releases of typer bring a click of their own: take the class from what typer exports.
@@ -66,6 +66,7 @@ app.command("train", context_settings={"allow_extra_args": True})(train.train)
 app.command("evaluate")(filled()(evaluate.evaluate))
 app.command("predict")(filled()(predict.predict))
 app.command("inspect")(filled()(use.inspect))
+app.command("merge")(filled()(merge.merge))
 app.command("serve")(serve.serve)
 app.command("lama")(lama.lama)
 app.command("superglue")(superglue.superglue)

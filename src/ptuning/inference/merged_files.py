@@ -4,73 +4,94 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import safetensors
 from torch import nn
 
 from .. import formats, places, storage
+from ..backbone.load import load_model
 from ..errors import InputError, PromptFileError, PtuningError
 from ..rendering.merged_text import names_of
-
-if TYPE_CHECKING:
-    from .merging import Merged
 
 PROMPTS, LOGIT_BIAS = "prompts.json", "logit_bias.json"
 _TOKENIZER_BYTES = 64 * 2**20
 """What is reckoned for tokenizer and descriptions."""
 
 
+class Merged(NamedTuple):
+    """A model with prompts in it.
+
+    Attributes:
+        model: with the prompts' rows; it shares all other weights with the model it was made from.
+        tokenizer: with the prompts' virtual tokens, ``<|NAME:0|>`` and so on.
+        prompts: what ``prompts.json`` says: name -> ``text`` (its fields in braces),
+            ``virtual_ids`` and ``labels``.
+    """
+
+    model: Any
+    tokenizer: Any
+    prompts: dict[str, dict[str, Any]]
+
+    def save(self, folder: str | Path) -> None:
+        """Write an ordinary model folder with ``prompts.json`` in it, as one save.
+
+        Raises:
+            InputError: the folder holds something else than a merged model.
+            PtuningError: there is no room, or it cannot be written.
+        """
+        folder = places.real(folder)
+        check_free(folder)
+        _check_room(self.model, folder)
+        old = [path.name for path in folder.glob("model*.safetensors*")] if folder.is_dir() else []
+        try:
+            with storage.one_save(folder, remove=[*old, PROMPTS, LOGIT_BIAS]) as staged:
+                self.model.save_pretrained(staged)
+                self.tokenizer.save_pretrained(staged)
+                (staged / PROMPTS).write_bytes(formats.pack_json(self.prompts))
+                if suppressed := _suppressed(self):
+                    told = {str(index): -100 for index in suppressed}
+                    (staged / LOGIT_BIAS).write_bytes(formats.pack_json(told))
+        except safetensors.SafetensorError as error:
+            raise PtuningError(f"cannot write to {folder}: {error}; free space there") from error
+
+    @classmethod
+    def load(cls, folder: str | Path, dtype: str = "auto") -> Merged:
+        """Read a merged model's folder, to add prompts to it or remove some.
+
+        Raises:
+            PromptFileError: it holds no merged model, or a damaged one.
+        """
+        folder = Path(folder)
+        if not holds_merged(folder):
+            raise PromptFileError(
+                f"{folder} holds no merged model ({PROMPTS} and config.json); give a folder that "
+                "ptuning merge wrote"
+            )
+        with storage.reading(folder):
+            table = formats.read_json(folder / PROMPTS)
+            model, tokenizer = load_model(str(folder), dtype=dtype)
+        vocabulary = tokenizer.get_vocab()
+        for name, entry in table.items():
+            if not _fits(name, entry, vocabulary):
+                raise PromptFileError(
+                    f"{folder / PROMPTS}: the prompt {name!r} and the tokenizer do not belong "
+                    "together; merge again"
+                )
+        return cls(model, tokenizer, table)
+
+
+def _fits(name: str, entry: Any, vocabulary: dict[str, int]) -> bool:
+    """The tokenizer has the prompt's virtual tokens where the table says."""
+    ids = entry.get("virtual_ids") if isinstance(entry, dict) else None
+    if not isinstance(ids, list) or not isinstance(entry.get("text"), str):
+        return False
+    return ids == [vocabulary.get(token) for token in names_of(name, len(ids))]
+
+
 def holds_merged(folder: str | Path) -> bool:
     """The folder is a merged model's."""
     return (Path(folder) / PROMPTS).is_file() and (Path(folder) / "config.json").is_file()
-
-
-def save(merged: Merged, folder: str | Path) -> None:
-    """As `Merged.save`."""
-    folder = places.real(folder)
-    check_free(folder)
-    _check_room(merged.model, folder)
-    old = [path.name for path in folder.glob("model*.safetensors*")] if folder.is_dir() else []
-    try:
-        with storage.one_save(folder, remove=[*old, PROMPTS, LOGIT_BIAS]) as staged:
-            merged.model.save_pretrained(staged)
-            merged.tokenizer.save_pretrained(staged)
-            (staged / PROMPTS).write_bytes(formats.pack_json(merged.prompts))
-            if suppressed := _suppressed(merged):
-                told = {str(index): -100 for index in suppressed}
-                (staged / LOGIT_BIAS).write_bytes(formats.pack_json(told))
-    except safetensors.SafetensorError as error:
-        raise PtuningError(f"cannot write to {folder}: {error}; free space there") from error
-
-
-def load(folder: str | Path, dtype: str = "auto") -> Merged:
-    """As `Merged.load`."""
-    from ..backbone.load import load_model
-    from .merging import Merged
-
-    folder = Path(folder)
-    if not holds_merged(folder):
-        raise PromptFileError(
-            f"{folder} holds no merged model ({PROMPTS} and config.json); give a folder that "
-            "ptuning merge wrote"
-        )
-    with storage.reading(folder):
-        table = formats.read_json(folder / PROMPTS)
-        model, tokenizer = load_model(str(folder), dtype=dtype)
-    vocabulary = tokenizer.get_vocab()
-    for name, entry in table.items():
-        ids = entry.get("virtual_ids") if isinstance(entry, dict) else None
-        if (
-            not isinstance(ids, list)
-            or not isinstance(entry.get("text"), str)
-            or ids != [vocabulary.get(token) for token in names_of(name, len(ids))]
-        ):
-            raise PromptFileError(
-                f"{folder / PROMPTS}: the prompt {name!r} and the tokenizer do not belong together; "
-                "merge again"
-            )
-    return Merged(model, tokenizer, table)
 
 
 def check_free(folder: str | Path) -> None:
@@ -82,12 +103,12 @@ def check_free(folder: str | Path) -> None:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder")
-    if folder.is_dir() and not holds_merged(folder) and any(
-        not path.name.startswith(".ptuning-") for path in folder.iterdir()
+    if (
+        folder.is_dir()
+        and not holds_merged(folder)
+        and any(not path.name.startswith(".ptuning-") for path in folder.iterdir())
     ):
-        raise InputError(
-            f"{folder} is not empty and holds no merged model; choose another folder"
-        )
+        raise InputError(f"{folder} is not empty and holds no merged model; choose another folder")
 
 
 def _check_room(model: nn.Module, folder: Path) -> None:

@@ -97,7 +97,19 @@ def _twin(model: nn.Module) -> Any:
     injector = Injector.of(twin)
     while injector is not None and injector.spans:
         injector.remove(injector.spans[0])
+    _forget_gguf(twin)
     return twin
+
+
+def _forget_gguf(twin: Any) -> None:
+    """A model read from a GGUF file counts as quantized, though its weights are plain: then it
+    could not be saved."""
+    quantized: Any = getattr(twin.config, "quantization_config", None) or {}
+    told = quantized if isinstance(quantized, dict) else quantized.to_dict()
+    if told.get("quant_method") == "gguf":
+        del twin.config.quantization_config
+        for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+            vars(twin).pop(name, None)
 
 
 def _grow(tensor: Tensor, size: int, dim: int = 0) -> None:

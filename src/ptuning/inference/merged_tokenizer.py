@@ -19,9 +19,9 @@ from ..errors import InputError
 from ..rendering.virtual_ids import virtual_token
 
 _FREE = re.compile(r"<\|ptuning-free:[0-9]+\|>")
-_BEGIN, _END = "{#- ptuning prompts #}", "{#- end of ptuning prompts #}"
-_BLOCK = re.compile(re.escape(_BEGIN) + r"\{%- set ptuning_turns = (.*?) %\}\n.*?" + re.escape(_END),
-                    re.DOTALL)  # fmt: skip
+_BEGIN, _END = "{#- ptuning prompts #}", "{#- end of ptuning prompts +#}"
+_TURNS = r"\{%- set ptuning_turns = (.*?) %\}\n.*?"
+_BLOCK = re.compile(re.escape(_BEGIN) + _TURNS + re.escape(_END), re.DOTALL)
 
 
 def with_names(tokenizer: Any, names: list[str]) -> tuple[Any, list[int]]:
@@ -116,7 +116,8 @@ def _templates(tokenizer: Any) -> dict[str, str]:
 _FILLING = """\
 {%- if prompt is defined and prompt %}
 {%- if prompt not in ptuning_turns %}
-{{- raise_exception("no chat prompt is called " ~ prompt ~ "; there are: " ~ ptuning_turns | join(", ")) }}
+{%- set known = ptuning_turns | join(", ") %}
+{{- raise_exception("no chat prompt is called " ~ prompt ~ "; there are: " ~ known) }}
 {%- endif %}
 {%- set ptuning = namespace(said="", messages=[]) %}
 {%- for part in ptuning_turns[prompt] %}

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,47 +19,11 @@ from ..backbone.injection import input_embedding
 from ..errors import InputError, PromptFileError
 from ..prompts.prompt import Prompt
 from ..rendering.merged_text import merged_text, names_of
+from .merged_files import Merged
 from .merged_rows import with_rows
 from .merged_tokenizer import chat_turns, free_names, set_chat_turns, with_names, without_names
 
 _NAME = re.compile(r"\w[\w.-]{0,63}")
-
-
-class Merged(NamedTuple):
-    """A model with prompts in it.
-
-    Attributes:
-        model: with the prompts' rows; it shares all other weights with the model it was made from.
-        tokenizer: with the prompts' virtual tokens, ``<|NAME:0|>`` and so on.
-        prompts: what ``prompts.json`` says: name -> ``text`` (its fields in braces), ``virtual_ids``
-            and ``labels``.
-    """
-
-    model: Any
-    tokenizer: Any
-    prompts: dict[str, dict[str, Any]]
-
-    def save(self, folder: str | Path) -> None:
-        """Write an ordinary model folder with ``prompts.json`` in it, as one save.
-
-        Raises:
-            InputError: the folder holds something else than a merged model.
-            PtuningError: there is no room, or it cannot be written.
-        """
-        from .merged_files import save
-
-        save(self, folder)
-
-    @classmethod
-    def load(cls, folder: str | Path, dtype: str = "auto") -> Merged:
-        """Read a merged model's folder, to add prompts to it or remove some.
-
-        Raises:
-            PromptFileError: it holds no merged model, or a damaged one.
-        """
-        from .merged_files import load
-
-        return load(folder, dtype)
 
 
 def merge(

@@ -78,7 +78,8 @@ def merged_text(
     for example in examples:
         rendered = renderer.layout(example, None).ids
         wanted.append([i if i >= 0 else ids[-1 - i] for i in rendered])
-    for candidate, special in _candidates(string, task, names_of(name, len(ids)), tokenizer):
+    names = names_of(name, len(ids))
+    for candidate, special in _candidates(string, task, kind, names, tokenizer):
         text = _in_braces(candidate, fields)
         filled = [fill(text, example) for example in examples]
         if wanted == [merged(t, add_special_tokens=special)["input_ids"] for t in filled]:
@@ -111,20 +112,17 @@ def _with_masks(task: Task, kind: str, tokenizer: Any) -> Task:
 
 
 def _candidates(
-    string: str, task: Task, names: list[str], tokenizer: Any
+    string: str, task: Task, kind: str, names: list[str], tokenizer: Any
 ) -> Iterator[tuple[str, bool]]:
     """Ways to write the string, with whether the tokenizer is to add its special tokens."""
     start, end = _special_tokens(tokenizer)
-    if task.special_tokens == "around":
-        yield string, True
-        if task.chat:  # whose template has its own beginning and end
-            yield string.removeprefix(start), True
-            yield string, False
-        return
-    front = "".join(names)
+    end = "" if kind == "causal" else end  # what a causal model reads ends before the answer
+    front = "".join(names) if task.special_tokens == "after" else ""
+    if task.chat:  # the chat has its own beginning and end
+        start = end = ""
+        yield string.removeprefix(_special_tokens(tokenizer)[0]), True
     for space in ("", " "):  # some tokenizers put one in front of a text's first word alone
-        if not start + end:
-            yield front + space + string, True
+        yield front + space + string, True
         yield front + start + space + string + end, False
 
 

@@ -1,0 +1,109 @@
+"""``ptuning merge``: model folders written, added to and taken from; mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ptuning import Prompt, load_model
+from ptuning.backbone.identity import describe
+from ptuning.cli import main
+
+from .. import tiny
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`ptuning merge` in a folder with a tiny model and three prompts for it."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tiny.tokenizer()
+    tiny.model("llama", vocab_size=len(tokenizer)).save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    model, tokenizer = load_model("base")
+    for name in ("one", "two", "other/one"):
+        prompt = Prompt("[P*2] {country} [P] [MASK]", answer="capital")
+        prompt.vectors = torch.randn(3, 32)
+        prompt.base_model = describe(model, tokenizer)
+        prompt.save(name)
+    capsys.readouterr()
+
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ptuning", "merge", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        captured = capsys.readouterr()
+        assert isinstance(end.value.code, int)
+        return end.value.code, captured.out, captured.err
+
+    return call
+
+
+def _table(folder: str = "merged") -> dict[str, Any]:
+    return json.loads(Path(folder, "prompts.json").read_text())
+
+
+def test_prompts_become_a_model_folder_that_says_what_to_ask(run: Run) -> None:
+    code, out, err = run("one", "two", "--output", "merged", "--model", "base")
+    assert code == 0, err
+    assert out == "2 prompts in merged: one, two\n"
+    assert _table()["one"] == {
+        "text": "<|one:0|><|one:1|> {country}<|one:2|>",
+        "virtual_ids": [400, 401, 402],
+        "labels": None,
+    }
+    model, tokenizer = load_model("merged")
+    assert tokenizer("<|two:1|>")["input_ids"] == [404] and model.config.vocab_size == 406
+
+
+def test_prompts_are_added_replaced_and_removed(run: Run) -> None:
+    assert run("one", "--output", "merged")[0] == 0  # the model is the prompt's own
+    assert run("two", "--output", "merged")[0] == 0
+    assert list(_table()) == ["one", "two"]
+    code, _, err = run("other/one", "--output", "merged")
+    assert code == 2 and "'one' is merged already" in err
+    assert run("other/one", "--output", "merged", "--overwrite")[0] == 0
+    code, out, _ = run("--output", "merged", "--remove", "two", "--json")
+    assert code == 0 and list(json.loads(out)["prompts"]) == ["one"]
+    code, _, err = run("--output", "merged", "--remove", "two")
+    assert code == 2 and "no merged prompt is called 'two'; there are one" in err
+    assert run("two", "--model", "merged", "--output", "more")[0] == 0
+    assert list(_table("more")) == ["one", "two"] and list(_table()) == ["one"]
+
+
+def test_mistakes_are_one_line_and_change_nothing(run: Run) -> None:
+    Path("full").mkdir()
+    Path("full/mine.txt").write_text("x")
+    assert run("one", "--output", "merged")[0] == 0
+    before = _table()
+    for arguments, told in [
+        (["--output", "x"], "nothing to merge"),
+        (["one", "other/one", "--output", "x"], "would both be called 'one'"),
+        (["one", "--name", "a", "--name", "b", "--output", "x"], "2 times for 1 prompts"),
+        (["one", "--name", "../a", "--output", "x"], "cannot name a merged prompt"),
+        (["one", "--output", "full"], "holds no merged model"),
+        (["one", "--output", "full/mine.txt"], "is a file"),
+        (["two", "--output", "merged", "--model", "base"], "is a merged model; leave --model"),
+        (["nowhere", "--output", "x"], "nowhere is not a folder"),
+        (["--remove", "a", "--output", "x"], "none is given"),
+        (["one", "--output", "x", "--dtype", "int3"], "dtype is 'int3'"),
+    ]:
+        code, _, err = run(*arguments)
+        assert code == 2 and told in err, (arguments, err)
+        assert err.count("error:") == 1 and "Traceback" not in err
+    assert not Path("x").exists() and _table() == before
+
+
+def test_a_prompt_of_another_model_is_refused(run: Run) -> None:
+    tokenizer = tiny.tokenizer()
+    tiny.model("llama", vocab_size=len(tokenizer), seed=5).save_pretrained("another")
+    tokenizer.save_pretrained("another")
+    code, _, err = run("one", "--output", "x", "--model", "another")
+    assert code == 2 and "has other weights" in err and not Path("x").exists()

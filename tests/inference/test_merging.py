@@ -1,0 +1,480 @@
+"""A merged model is an ordinary model that answers as the attached prompt does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import ptuning
+from ptuning import InputError, Merged, Prompt, PromptFileError, PtuningError
+from ptuning.backbone.base_model import BaseModel
+from ptuning.backbone.traits import kind_of, output_head
+from ptuning.inference import merged_files
+from ptuning.inference.merging import unmerge
+from ptuning.prompts.task import fill
+from ptuning.rendering.render import Renderer
+
+from .. import tiny
+
+AUTO = {
+    "causal": transformers.AutoModelForCausalLM,
+    "masked": transformers.AutoModelForMaskedLM,
+    "seq2seq": transformers.AutoModelForSeq2SeqLM,
+}
+ROWS = [{"country": "France"}, {"country": "Italy or Spain, 2024"}, {"country": "東京"}]
+TIED = {"tie_word_embeddings": True}
+UNTIED = {"tie_word_embeddings": False}
+SPARE = {"vocab_size": 450}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in tiny.FAMILIES},
+    "llama tied": ("llama", TIED),
+    "llama spare rows": ("llama", SPARE),
+    "llama tied spare rows": ("llama", {**TIED, **SPARE}),
+    "gpt2 untied": ("gpt2", UNTIED),
+    "gpt2 spare rows": ("gpt2", SPARE),
+    "bart scaled": ("bart", {"scale_embedding": True}),
+    "bart spare rows": ("bart", SPARE),
+    "t5 unscaled": ("t5", UNTIED),
+    "t5 spare rows": ("t5", SPARE),
+    "bert untied": ("bert", UNTIED),
+    "roberta untied": ("roberta", UNTIED),
+    "roberta spare rows": ("roberta", SPARE),
+}
+
+
+def _base(family: str, **changes: Any) -> tuple[Any, Any]:
+    masked = family in tiny.MASKED
+    tokenizer = tiny.tokenizer("wordpiece" if masked else "byte_bpe", around=masked)
+    changes = {"vocab_size": len(tokenizer), **changes}
+    return tiny.model(family, **changes), tokenizer
+
+
+def _prompt(
+    model: Any, tokenizer: Any, template: str = "[P*2] {country} is [P] [MASK]", **settings: Any
+) -> Prompt:
+    prompt = Prompt(template, **settings)
+    width = model.get_input_embeddings().embedding_dim
+    prompt.vectors = torch.randn(prompt.num_virtual_tokens or 0, width) * 3
+    prompt.base_model = BaseModel.of(model, tokenizer).describe()
+    return prompt
+
+
+def _logits(model: Any, ids: list[int]) -> torch.Tensor:
+    more = {"decoder_input_ids": torch.tensor([[0, 5, 9]])} if kind_of(model) == "seq2seq" else {}
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]), **more).logits[0]
+
+
+def _attached(model: Any, tokenizer: Any, prompt: Prompt, row: Mapping[str, Any]) -> torch.Tensor:
+    layout = Renderer(tokenizer, prompt, kind_of(model)).layout
+    with ptuning.attach(model, tokenizer, prompt) as attachment:
+        first = attachment.first_id(prompt)
+        ids = [i if i >= 0 else first - 1 - i for i in layout(dict(row), None).ids]
+        return _logits(model, ids)
+
+
+def _ids(tokenizer: Any, entry: Mapping[str, Any], row: Mapping[str, Any]) -> list[int]:
+    text = fill(entry["text"], row)
+    return tokenizer(text, add_special_tokens=entry.get("add_special_tokens", True))["input_ids"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_the_attached_models_and_no_virtual_token_wins(
+    name: str, tmp_path: Path
+) -> None:
+    family, changes = MODELS[name]
+    model, tokenizer = _base(family, **changes)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    prompt = _prompt(model, tokenizer)
+    merged = ptuning.merge(model, tokenizer, {"cap": prompt})
+    merged.save(tmp_path / "merged")
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    loaded, info = AUTO[kind_of(model)].from_pretrained(
+        tmp_path / "merged", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    reread = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    entry = merged.prompts["cap"]
+    virtual, words = entry["virtual_ids"], len(tokenizer)
+    assert virtual == list(range(words, words + 3))
+    for row in ROWS:
+        expected = _attached(model, tokenizer, prompt, row)[:, :words]
+        ids = _ids(reread, entry, row)
+        for one in (loaded, merged.model):
+            got = _logits(one, ids)
+            torch.testing.assert_close(got[:, :words], expected, rtol=1e-5, atol=1e-5)
+            if family != "gemma2":
+                assert (got[:, virtual].max(1).values < got[:, :words].max(1).values).all()
+
+
+def test_only_embedding_and_head_are_copied() -> None:
+    model, tokenizer = _base("llama", **TIED)
+    merged = ptuning.merge(model, tokenizer, {"cap": _prompt(model, tokenizer)})
+    own = {n: p.data_ptr() for n, p in model.named_parameters(remove_duplicate=False)}
+    grown = {n for n, p in merged.model.named_parameters() if p.data_ptr() != own[n]}
+    assert grown == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+def test_an_untied_head_takes_the_mean_of_the_real_rows() -> None:
+    model, tokenizer = _base("llama", **SPARE)
+    merged = ptuning.merge(model, tokenizer, {"cap": _prompt(model, tokenizer)})
+    head = output_head(merged.model).weight
+    mean = model.lm_head.weight[: len(tokenizer)].mean(0)
+    for index in merged.prompts["cap"]["virtual_ids"]:
+        torch.testing.assert_close(head[index], mean)
+
+
+def test_where_engines_tie_the_head_virtual_tokens_are_suppressed(tmp_path: Path) -> None:
+    model, tokenizer = _base("gemma2")
+    prompt = _prompt(model, tokenizer)
+    merged = ptuning.merge(model, tokenizer, {"cap": prompt})
+    merged.save(tmp_path / "merged")
+    virtual = merged.prompts["cap"]["virtual_ids"]
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert loaded.config.tie_word_embeddings
+    assert loaded.generation_config.suppress_tokens == virtual
+    bias = json.loads((tmp_path / "merged/logit_bias.json").read_text())
+    assert bias == {str(index): -100 for index in virtual}
+    ids = torch.tensor([_ids(merged.tokenizer, merged.prompts["cap"], ROWS[0])])
+    said = loaded.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
+    assert not set(said.tolist()) & set(virtual)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_equals_the_attached_model(dtype: torch.dtype) -> None:
+    model, tokenizer = _base("llama")
+    model.to(dtype)
+    prompt = _prompt(model, tokenizer)
+    merged = ptuning.merge(model, tokenizer, {"cap": prompt})
+    expected = _attached(model, tokenizer, prompt, ROWS[0])
+    got = _logits(merged.model, _ids(merged.tokenizer, merged.prompts["cap"], ROWS[0]))
+    assert got.dtype == dtype and torch.equal(got[:, : len(tokenizer)], expected)
+
+
+def test_attached_prompts_stay_on_the_model_and_are_not_in_the_copy() -> None:
+    model, tokenizer = _base("llama")
+    prompt, other = _prompt(model, tokenizer), _prompt(model, tokenizer)
+    expected = _attached(model, tokenizer, prompt, ROWS[0])
+    with ptuning.attach(model, tokenizer, other):
+        merged = ptuning.merge(model, tokenizer, {"cap": prompt})
+        torch.testing.assert_close(_attached(model, tokenizer, prompt, ROWS[0]), expected)
+    with pytest.raises(IndexError):
+        _logits(merged.model, [len(tokenizer) + 3])
+
+
+def test_many_prompts_are_added_removed_and_added_again(tmp_path: Path) -> None:
+    model, tokenizer = _base("llama", **TIED)
+    prompts = {name: _prompt(model, tokenizer) for name in ("a", "b.2", "c-3")}
+    merged = ptuning.merge(model, tokenizer, {"a": prompts["a"], "b.2": prompts["b.2"]})
+    merged.save(tmp_path / "merged")
+    again = Merged.load(tmp_path / "merged")
+    again = ptuning.merge(again.model, again.tokenizer, {"c-3": prompts["c-3"]}, again.prompts)
+    again.save(tmp_path / "merged")
+    loaded = Merged.load(tmp_path / "merged")
+    assert list(loaded.prompts) == ["a", "b.2", "c-3"]
+    assert loaded.prompts["a"] == merged.prompts["a"]
+
+    def check(one: Merged) -> None:
+        for name, entry in one.prompts.items():
+            expected = _attached(model, tokenizer, prompts[name], ROWS[1])
+            got = _logits(one.model, _ids(one.tokenizer, entry, ROWS[1]))
+            torch.testing.assert_close(got[:, : len(tokenizer)], expected, rtol=1e-5, atol=1e-5)
+
+    check(loaded)
+    without = unmerge(loaded, ["a"])
+    assert "<|a:0|>" not in without.tokenizer.get_vocab()
+    assert without.prompts["c-3"] == loaded.prompts["c-3"]
+    check(without)
+    prompts["d"] = _prompt(model, tokenizer, "[P*4] {country} [P]")
+    final = ptuning.merge(without.model, without.tokenizer, {"d": prompts["d"]}, without.prompts)
+    assert final.prompts["d"]["virtual_ids"][:3] == loaded.prompts["a"]["virtual_ids"]
+    rows = final.model.get_input_embeddings().num_embeddings
+    assert rows == len(tokenizer) + 11 == len(final.tokenizer)
+    check(final)
+    final.save(tmp_path / "merged")
+    check(Merged.load(tmp_path / "merged"))
+
+
+def test_a_prompt_keeps_fitting_where_merged_rows_fill_the_sampled_ones() -> None:
+    model, tokenizer = _base("llama", **SPARE)
+    one, two = _prompt(model, tokenizer), _prompt(model, tokenizer, "[P*50] {country}")
+    one.vectors, two.vectors = one.trained_vectors() * 100, two.trained_vectors() * 100
+    merged = ptuning.merge(model, tokenizer, {"two": two})
+    ptuning.merge(merged.model, merged.tokenizer, {"one": one}, merged.prompts)
+
+
+CHAT = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def test_the_chat_template_takes_a_prompts_name(tmp_path: Path) -> None:
+    model, tokenizer = _base("llama")
+    tokenizer.chat_template = CHAT
+    prompts = {
+        "one": _prompt(model, tokenizer, '[P*2] "{country}" {{x}} ü %}} [P]', chat=True),
+        "two": _prompt(model, tokenizer, "[P]{country} in {place}[P]", chat=True),
+        "plain": _prompt(model, tokenizer),
+    }
+    merged = ptuning.merge(model, tokenizer, prompts)
+    merged.save(tmp_path / "merged")
+    reread = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    for told, row, more in [
+        ("one", {"country": 'a "b"\n'}, {}),
+        ("two", {"country": "c", "place": "d"}, {"fields": {"country": "c", "place": "d"}}),
+    ]:
+        said = [{"role": "user", "content": row["country"]}]
+        options = {"tokenize": False, "add_generation_prompt": True}
+        chat = reread.apply_chat_template(said, prompt=told, **more, **options)
+        assert chat == fill(merged.prompts[told]["text"], row)
+    talk = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+    ]
+    plain = tokenizer.apply_chat_template(talk, tokenize=False)
+    assert reread.apply_chat_template(talk, tokenize=False) == plain
+    with_prompt = reread.apply_chat_template(talk, tokenize=False, prompt="one")
+    assert with_prompt == plain.replace("Hello", '<|one:0|><|one:1|> "Hello" {x} ü %}<|one:2|>')
+    with pytest.raises(Exception, match="no chat prompt is called plain; there are: one, two"):
+        reread.apply_chat_template(talk, tokenize=False, prompt="plain")
+    fewer = unmerge(Merged.load(tmp_path / "merged"), ["one", "two"])
+    assert fewer.tokenizer.chat_template == CHAT
+
+
+def test_a_plain_process_loads_the_folder(tmp_path: Path) -> None:
+    """transformers alone: models, tokenizer and pipelines, and nothing of ours is imported."""
+    wanted = {}
+    for family in ("llama", "bert", "t5"):
+        model, tokenizer = _base(family)
+        prompt = _prompt(model, tokenizer)
+        merged = ptuning.merge(model, tokenizer, {"cap": prompt})
+        merged.save(tmp_path / family)
+        ids = _ids(merged.tokenizer, merged.prompts["cap"], ROWS[0])
+        wanted[family] = [ids, _logits(merged.model, ids)[0].tolist()]
+    (tmp_path / "wanted.json").write_text(json.dumps(wanted))
+    script = """
+import json, sys, torch, transformers as t
+wanted = json.load(open("wanted.json"))
+for family, auto in [("llama", t.AutoModelForCausalLM), ("bert", t.AutoModelForMaskedLM),
+                     ("t5", t.AutoModelForSeq2SeqLM)]:
+    model, tokenizer = auto.from_pretrained(family), t.AutoTokenizer.from_pretrained(family)
+    text = json.load(open(family + "/prompts.json"))["cap"]["text"].replace("{country}", "France")
+    ids, logits = wanted[family]
+    assert tokenizer(text)["input_ids"] == ids
+    more = {"decoder_input_ids": torch.tensor([[0, 5, 9]])} if family == "t5" else {}
+    got = model(input_ids=torch.tensor([ids]), **more).logits[0, 0]
+    assert (got - torch.tensor(logits)).abs().max() < 1e-5
+    if family == "llama":
+        said = t.pipeline("text-generation", model=model, tokenizer=tokenizer)(
+            text, max_new_tokens=3, do_sample=False, return_full_text=False)
+        assert isinstance(said[0]["generated_text"], str)
+    if family == "bert":
+        best = t.pipeline("fill-mask", model=model, tokenizer=tokenizer)(text)
+        assert all(0 <= one["token"] < len(logits) - 3 for one in best)
+assert not any(name.startswith("ptuning") for name in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".", "..", "a b", "x" * 65, "a|>", "\n", "-a"])
+def test_a_name_that_leads_elsewhere_is_refused(name: str) -> None:
+    model, tokenizer = _base("llama")
+    with pytest.raises(InputError, match="cannot name a merged prompt"):
+        ptuning.merge(model, tokenizer, {name: _prompt(model, tokenizer)})
+
+
+def test_a_name_that_is_taken_is_refused() -> None:
+    model, tokenizer = _base("llama")
+    prompt = _prompt(model, tokenizer)
+    merged = ptuning.merge(model, tokenizer, {"cap": prompt})
+    with pytest.raises(InputError, match="'cap' is merged already"):
+        ptuning.merge(merged.model, merged.tokenizer, {"cap": prompt}, merged.prompts)
+    prompt.base_model = {}
+    with pytest.raises(InputError, match="is a token of this tokenizer already"):
+        ptuning.merge(merged.model, merged.tokenizer, {"cap": prompt})
+
+
+def test_a_prompt_of_another_model_is_refused() -> None:
+    model, tokenizer = _base("llama")
+    other = tiny.model("llama", vocab_size=len(tokenizer), seed=1)
+    with pytest.raises(PromptFileError, match=r"'cap' cannot be merged: .* has other weights"):
+        ptuning.merge(model, tokenizer, {"cap": _prompt(other, tokenizer)})
+    alike = _prompt(model, tokenizer)
+    alike.base_model["tokenizer"] = "another"
+    with pytest.raises(PromptFileError, match="another tokenizer"):
+        ptuning.merge(model, tokenizer, {"cap": alike})
+    narrow = _prompt(model, tokenizer)
+    narrow.vectors, narrow.base_model = torch.zeros(3, 7), {}
+    with pytest.raises(PromptFileError, match="takes vectors of 32 numbers"):
+        ptuning.merge(model, tokenizer, {"cap": narrow})
+    untrained = Prompt("[P] {x} [MASK]")
+    with pytest.raises(InputError, match="no vectors yet"):
+        ptuning.merge(model, tokenizer, {"cap": untrained})
+
+
+def test_a_tokenizer_whose_ids_have_holes_is_refused() -> None:
+    model, tokenizer = _base("llama", vocab_size=900)
+    text = json.loads(tokenizer.backend_tokenizer.to_str())
+    last = max(text["model"]["vocab"], key=text["model"]["vocab"].get)
+    text["model"]["vocab"][last] = 800
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(json.dumps(text))
+    )
+    with pytest.raises(InputError, match="ids have holes"):
+        ptuning.merge(model, tokenizer, {"cap": _prompt(model, tokenizer)})
+
+
+class _Packed(torch.nn.Module):
+    """A stand-in for weight-only quantization: integers and a scale."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        self.scale = linear.weight.detach().abs().max() / 127
+        self.register_buffer("packed", (linear.weight.detach() / self.scale).round().to(torch.int8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.packed * self.scale).T
+
+
+def test_quantized_linear_layers_stay_and_a_quantized_head_is_refused() -> None:
+    model, tokenizer = _base("llama")
+    prompt = _prompt(model, tokenizer)
+    for layer in model.model.layers:
+        layer.mlp.gate_proj = _Packed(layer.mlp.gate_proj)
+    expected = _attached(model, tokenizer, prompt, ROWS[0])
+    merged = ptuning.merge(model, tokenizer, {"cap": prompt})
+    got = _logits(merged.model, _ids(merged.tokenizer, merged.prompts["cap"], ROWS[0]))
+    torch.testing.assert_close(got[:, : len(tokenizer)], expected, rtol=1e-5, atol=1e-5)
+    packed = merged.model.model.layers[0].mlp.gate_proj.packed
+    assert packed.data_ptr() == model.model.layers[0].mlp.gate_proj.packed.data_ptr()
+    integers = model.lm_head.weight.detach().to(torch.int8)
+    model.lm_head.weight = torch.nn.Parameter(integers, requires_grad=False)
+    with pytest.raises(InputError, match="output head is quantized"):
+        ptuning.merge(model, tokenizer, {"cap": prompt})
+
+
+def test_a_full_disk_is_found_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = _base("llama")
+    merged = ptuning.merge(model, tokenizer, {"cap": _prompt(model, tokenizer)})
+    usage = type("Usage", (), {"free": 10**6})
+    monkeypatch.setattr(merged_files.shutil, "disk_usage", lambda place: usage)
+    with pytest.raises(PtuningError, match=r"needs 0\.1 GB, and .* has room for 0\.0 GB"):
+        merged.save(tmp_path / "deep/merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_that_fails_leaves_the_merged_model_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = _base("llama")
+    merged = ptuning.merge(model, tokenizer, {"a": _prompt(model, tokenizer)})
+    merged.save(tmp_path / "merged")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "merged").iterdir()}
+    more = ptuning.merge(
+        merged.model, merged.tokenizer, {"b": _prompt(model, tokenizer)}, merged.prompts
+    )
+
+    def fails(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(more.tokenizer, "save_pretrained", fails)
+    with pytest.raises(PtuningError, match=r"cannot write to .* free space"):
+        more.save(tmp_path / "merged")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "merged").iterdir()} == before
+
+
+def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
+    model, tokenizer = _base("llama")
+    merged = ptuning.merge(model, tokenizer, {"a": _prompt(model, tokenizer)})
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds no merged model"):
+        merged.save(tmp_path)
+    with pytest.raises(PromptFileError, match="holds no merged model"):
+        Merged.load(tmp_path)
+
+
+def test_a_sharded_model_is_replaced_by_one_of_other_shards(tmp_path: Path) -> None:
+    model, tokenizer = _base("llama")
+    prompt = _prompt(model, tokenizer)
+    merged = ptuning.merge(model, tokenizer, {"a": prompt})
+    merged.save(tmp_path / "merged")
+    (tmp_path / "merged/model.safetensors").unlink()
+    merged.model.save_pretrained(tmp_path / "merged", max_shard_size="20KB")
+    shards = list((tmp_path / "merged").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    loaded = Merged.load(tmp_path / "merged")
+    loaded.save(tmp_path / "merged")
+    assert [p.name for p in (tmp_path / "merged").glob("model*")] == ["model.safetensors"]
+
+
+def test_tables_that_do_not_fit_the_tokenizer_are_refused(tmp_path: Path) -> None:
+    model, tokenizer = _base("llama")
+    merged = ptuning.merge(model, tokenizer, {"a": _prompt(model, tokenizer)})
+    merged.save(tmp_path / "merged")
+    (tmp_path / "merged/prompts.json").write_text('{"b": {"text": "x", "virtual_ids": [1]}}')
+    with pytest.raises(PromptFileError, match="do not belong together"):
+        Merged.load(tmp_path / "merged")
+
+
+def test_a_model_read_from_gguf_is_saved_as_a_plain_one(tmp_path: Path) -> None:
+    """transformers leaves the file's quantization in the configuration, though weights are not."""
+    model, tokenizer = _base("llama")
+    model.config.quantization_config = {"quant_method": "gguf"}
+    merged = ptuning.merge(model, tokenizer, {"a": _prompt(model, tokenizer)})
+    merged.save(tmp_path / "merged")
+    assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
+    assert model.config.quantization_config == {"quant_method": "gguf"}
+
+
+@pytest.mark.slow
+def test_smollm2_merged_answers_as_with_the_prompts_attached(
+    smollm2: tuple[Any, Any], tmp_path: Path
+) -> None:
+    model, tokenizer = smollm2
+    words = model.get_input_embeddings().weight.detach()
+    generator = torch.Generator().manual_seed(0)
+    templates = {
+        "capital": "[P*3] {country} [P*3] [MASK]",
+        "chat": "[P*2] Tell me about {country}.",
+        "spaces": "The capital of {country}[P*4]",
+    }
+    prompts = {}
+    for name, template in templates.items():
+        prompt = _prompt(model, tokenizer, template, chat=name == "chat")
+        rows = torch.randint(0, len(words), (len(prompt.trained_vectors()),), generator=generator)
+        prompt.vectors = words[rows].clone()
+        prompts[name] = prompt
+    ptuning.merge(model, tokenizer, prompts).save(tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    reread = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    table = json.loads((tmp_path / "merged/prompts.json").read_text())
+    virtual = [i for entry in table.values() for i in entry["virtual_ids"]]
+    greedy = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 2}
+    for name, prompt in prompts.items():
+        layout = Renderer(tokenizer, prompt, "causal").layout
+        for row in ROWS:
+            ids = torch.tensor([_ids(reread, table[name], row)])
+            with ptuning.attach(model, tokenizer, prompt) as attachment:
+                first = attachment.first_id(prompt)
+                own = [i if i >= 0 else first - 1 - i for i in layout(row, None).ids]
+                expected = _logits(model, own)
+                said = model.generate(torch.tensor([own]), **greedy)[0, len(own) :]
+            got = _logits(merged, ids[0].tolist())
+            torch.testing.assert_close(got[:, : len(tokenizer)], expected, rtol=0, atol=1e-5)
+            assert got.softmax(1)[:, virtual].max() < 1e-6
+            assert merged.generate(ids, **greedy)[0, ids.shape[1] :].tolist() == said.tolist()
