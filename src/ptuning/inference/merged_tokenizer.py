@@ -63,14 +63,12 @@ def free_names(tokenizer: Any) -> list[str]:
 
 def _renamed(tokenizer: Any, names: Mapping[str, str]) -> Any:
     """The same tokenizer with other names for some added tokens, by way of its files."""
-    import transformers
-
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         for path in Path(folder).glob("*.json"):
             content = json.loads(path.read_text(encoding="utf-8"))
             path.write_text(json.dumps(_replaced(content, names)), encoding="utf-8")
-        result = transformers.AutoTokenizer.from_pretrained(folder)
+        result = type(tokenizer).from_pretrained(folder)
     result.name_or_path = tokenizer.name_or_path
     return result
 

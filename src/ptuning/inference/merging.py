@@ -76,7 +76,7 @@ def merge(
     real = sorted(set(tokenizer.get_vocab().values()) - before)
     twin, tied = with_rows(model, ids, torch.cat([v.cpu() for v in vectors]), real)
     if tied:
-        _suppress(twin, before, [i for entry in table.values() for i in entry["virtual_ids"]])
+        _suppress(twin, before | set(ids))
     return Merged(twin, merged_tokenizer, table)
 
 
@@ -99,7 +99,14 @@ def unmerge(merged: Merged, names: Iterable[str]) -> Merged:
     turns = chat_turns(merged.tokenizer)
     set_chat_turns(tokenizer, {k: turn for k, turn in turns.items() if k not in names})
     table = {name: entry for name, entry in merged.prompts.items() if name not in names}
-    return Merged(merged.model, tokenizer, table)
+    model = merged.model
+    if gone:  # nothing of their vectors stays in the file
+        virtual = _virtual_ids(merged.prompts, merged.tokenizer)
+        real = sorted(set(merged.tokenizer.get_vocab().values()) - virtual)
+        ids = merged.tokenizer.convert_tokens_to_ids(gone)
+        width = input_embedding(model).embedding_dim
+        model, _ = with_rows(model, ids, torch.zeros(len(ids), width), real)
+    return Merged(model, tokenizer, table)
 
 
 def _count(entry: Mapping[str, Any]) -> int:
@@ -116,6 +123,8 @@ def _virtual_ids(table: Mapping[str, Mapping[str, Any]], tokenizer: Any) -> set[
 def _check(
     base: BaseModel, prompts: Mapping[str, Prompt], table: Mapping[str, Any], before: set[int]
 ) -> None:
+    if not isinstance(prompts, Mapping):
+        raise InputError(f"prompts is a {type(prompts).__name__}; give name -> trained prompt")
     width = input_embedding(base.model).embedding_dim
     for name, prompt in prompts.items():
         check_name(name)
@@ -155,8 +164,7 @@ def check_name(name: str) -> None:
         )
 
 
-def _suppress(model: Any, before: set[int], virtual: list[int]) -> None:
+def _suppress(model: Any, virtual: set[int]) -> None:
     config = getattr(model, "generation_config", None)
     if config is not None:
-        kept = [i for i in config.suppress_tokens or [] if i not in before]
-        config.suppress_tokens = kept + virtual
+        config.suppress_tokens = sorted({*(config.suppress_tokens or []), *virtual})
