@@ -106,11 +106,12 @@ def _last_part(folder: str) -> str:
 
 def _begin(model: str | None, prompts: dict[str, Prompt], dtype: str) -> Merged:
     """What is merged into: a base model, or one with prompts."""
+    from ..backbone.load import load_model
     from ..inference.merged_files import Merged, holds_merged
 
     if model is not None and holds_merged(model):
         return Merged.load(model, dtype)
     if not prompts:
         raise InputError("--remove takes prompts out of a merged model; none is given")
-    base, tokenizer = saved_prompt.base_model(next(iter(prompts.values())), model, dtype)
-    return Merged(base, tokenizer, {})
+    name = saved_prompt.base_name(next(iter(prompts.values())), model)
+    return Merged(*load_model(name, dtype=dtype, device="cpu"), {})

@@ -71,7 +71,7 @@ class Merged(NamedTuple):
             )
         with storage.reading(folder):
             table = formats.read_json(folder / PROMPTS)
-            model, tokenizer = load_model(str(folder), dtype=dtype)
+            model, tokenizer = load_model(str(folder), dtype=dtype, device="cpu")
         vocabulary = tokenizer.get_vocab()
         for name, entry in table.items():
             if not _fits(name, entry, vocabulary):
