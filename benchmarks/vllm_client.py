@@ -98,7 +98,7 @@ def never_virtual(address: str, questions: list[dict[str, Any]]) -> None:
             extra_body={"return_token_ids": True, "ignore_eos": True},
         )  # fmt: skip
         for choice in answer.choices:
-            said = choice.model_extra["token_ids"]
+            said = (choice.model_extra or {})["token_ids"]
             if virtual & set(said):
                 raise SystemExit(f"a virtual token was said: {choice.text!r}")
             drawn += len(said)
