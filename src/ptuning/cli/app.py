@@ -12,7 +12,19 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import PtuningError
-from . import console, evaluate, lama, merge, predict, run_demo, serve, superglue, train, use
+from . import (
+    console,
+    evaluate,
+    lama,
+    merge,
+    predict,
+    report,
+    run_demo,
+    serve,
+    superglue,
+    train,
+    use,
+)
 from .fields import filled
 
 # Newer releases of typer bring a click of their own: take the class from what typer exports.
@@ -67,7 +79,8 @@ app.command("evaluate")(filled()(evaluate.evaluate))
 app.command("predict")(filled()(predict.predict))
 app.command("inspect")(filled()(use.inspect))
 app.command("merge")(filled()(merge.merge))
-app.command("serve")(serve.serve)
+app.command("report")(filled()(report.report))
+app.command("serve")(filled()(serve.serve))
 app.command("lama")(lama.lama)
 app.command("superglue")(superglue.superglue)
 app.command("demo")(filled()(run_demo.demo))

@@ -23,8 +23,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from .. import __version__, formats
+from .. import __version__
 from ..errors import InputError, PromptFileError
+from ..inference.report import training_history
 from . import openai_api
 from .asking import Desk
 from .backend import Answer, Backend, shown_name
@@ -232,18 +233,11 @@ def _summary(served: Served) -> dict[str, Any]:
 
 
 def _history(served: Served) -> list[dict[str, float]]:
-    """Epochs of the training, where its result stands beside the prompt."""
-    try:
-        history = formats.read_json(served.folder / "result.json").get("history")
-    except (PromptFileError, OSError):
-        return []
-    if not isinstance(history, list):
-        return []
+    """What the page draws of a training."""
     names = ("epoch", "loss", "dev_loss", "dev_accuracy")
     return [
         {k: record[k] for k in names if isinstance(record.get(k), int | float)}
-        for record in history[:10_000]
-        if isinstance(record, dict)
+        for record in training_history(served.folder)[:10_000]
     ]
 
 

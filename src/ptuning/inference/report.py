@@ -1,0 +1,175 @@
+"""The figures of a report on one prompt: what was measured, and how sure one may be of it.
+
+interval(right, n)  Wilson's: centre (p + z²/2n) / (1 + z²/n), ± z √(p(1-p)/n + z²/4n²) / (1 + z²/n)
+calibration         rows by their probability in tenths: mean probability against share right
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import formats
+from ..errors import PromptFileError
+from ..prompts.prompt import Prompt
+from ..rendering.render import Example
+from .evaluation import Evaluation
+from .nearest_words import Neighbours
+
+_Z = 1.959963984540054
+"""Two-sided 95 %."""
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Rows of like probability: how many, their mean probability, the share that is right."""
+
+    rows: int
+    probability: float
+    right: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a report's page shows.
+
+    Attributes:
+        name: of the prompt.
+        data: of the test rows.
+        prompt: whose settings are told.
+        result: what was measured.
+        mistakes: the surest ones: row, right answer, answer, probability.
+        bins: of the calibration.
+        calibration_error: mean distance of probability and share right, by rows.
+        f1_interval: of the macro F1, by bootstrap; None for free answers.
+        words: nearest words of each virtual token, and the mean length of the vocabulary's vectors.
+        history: of the training, where it is known.
+        versions: of packages and machine.
+    """
+
+    name: str
+    data: str
+    prompt: Prompt
+    result: Evaluation
+    mistakes: list[tuple[dict[str, Any], str, str, float]]
+    bins: list[Bin]
+    calibration_error: float
+    f1_interval: tuple[float, float] | None
+    words: tuple[list[Neighbours], float]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def shares(self) -> list[tuple[str, float, tuple[float, float]]]:
+        """Prompt, manual template and majority: share answered right, with its interval."""
+        result = self.result
+        named = [
+            ("P-tuned prompt", result.accuracy),
+            (f"manual: {result.manual_template}", result.manual_accuracy),
+            (f"majority: {result.majority_answer}", result.majority_accuracy),
+        ]
+        return [(name, share, wilson(share, result.examples)) for name, share in named]
+
+
+def report_on(
+    name: str,
+    data: str,
+    prompt: Prompt,
+    rows: Sequence[Example],
+    result: Evaluation,
+    words: tuple[list[Neighbours], float],
+    *,
+    history: Sequence[dict[str, Any]] = (),
+    versions: dict[str, str] | None = None,
+    mistakes: int = 20,
+) -> Report:
+    """Put a report together from an evaluation.
+
+    Args:
+        name: of the prompt.
+        data: of the rows, as it is told.
+        prompt: that was measured.
+        rows: on which.
+        result: of `evaluate`.
+        words: of `nearest_words`.
+        history: of the training.
+        versions: of `reporting.versions`.
+        mistakes: how many to show.
+    """
+    fields = prompt.parsed.fields
+    shown = [
+        (
+            {column: rows[number].get(column) for column in fields},
+            result.right_answers[number],
+            result.predictions[number].answer,
+            result.predictions[number].probability,
+        )
+        for number in result.confident_mistakes(mistakes)
+    ]
+    bins = calibration(result)
+    apart = sum(b.rows * abs(b.probability - b.right) for b in bins) / result.examples
+    f1 = _f1_interval(result) if result.confusion else None
+    return Report(
+        name, data, prompt, result, shown, bins, apart, f1, words, list(history), versions or {}
+    )
+
+
+def training_history(folder: Path) -> list[dict[str, Any]]:
+    """The epochs in ``result.json`` or the demo's ``metrics.json`` beside a prompt."""
+    for name in ("result.json", "metrics.json"):
+        try:
+            history = formats.read_json(folder / name).get("history")
+        except (PromptFileError, OSError):
+            continue
+        if isinstance(history, list):
+            return [record for record in history if isinstance(record, dict)]
+    return []
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `count` rows."""
+    if count < 1:
+        return 0.0, 1.0
+    square = _Z**2 / count
+    centre = (share + square / 2) / (1 + square)
+    half = _Z * math.sqrt(share * (1 - share) / count + square / (4 * count)) / (1 + square)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def calibration(result: Evaluation, count: int = 10) -> list[Bin]:
+    """Rows by the probability of their answers, in parts of equal width that are not empty."""
+    parts: list[list[tuple[float, bool]]] = [[] for _ in range(count)]
+    for prediction, right in zip(result.predictions, result.right_answers, strict=True):
+        at = min(int(prediction.probability * count), count - 1)
+        parts[at].append((prediction.probability, prediction.answer == right))
+    return [
+        Bin(len(part), sum(p for p, _ in part) / len(part), sum(r for _, r in part) / len(part))
+        for part in parts
+        if part
+    ]
+
+
+def _f1_interval(result: Evaluation) -> tuple[float, float]:
+    """The 95 % interval of the macro F1: rows drawn anew, with the same seed each time."""
+    import numpy as np
+
+    index = {label: number for number, label in enumerate(result.labels)}
+    size = len(index)
+    pairs = np.array(
+        [
+            index[right] * size + index[prediction.answer]
+            for right, prediction in zip(result.right_answers, result.predictions, strict=True)
+        ]
+    )
+    random = np.random.default_rng(0)
+    scores = []
+    for _ in range(_RESAMPLES):
+        drawn = pairs[random.integers(0, len(pairs), len(pairs))]
+        table = np.bincount(drawn, minlength=size * size).reshape(size, size)
+        sums = table.sum(0) + table.sum(1)
+        scores.append(float(np.mean(2 * np.diag(table) / np.maximum(sums, 1))))
+    low, high = np.quantile(scores, [0.025, 0.975])
+    return float(low), float(high)

@@ -1,0 +1,123 @@
+"""The report on a prompt: its figures, and that it is harmless and stands alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ptuning
+from ptuning import Prompt
+from ptuning.cli import main
+from ptuning.inference.nearest_words import nearest_words
+from ptuning.inference.report import calibration, report_on, wilson
+from ptuning.inference.report_page import page
+
+from .. import tiny
+
+EVIL = "<script>alert(1)</script>\"'&"
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"),
+    [
+        (8, 10, 0.4902, 0.9433),
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (50, 100, 0.4038, 0.5962),
+    ],
+)
+def test_intervals_are_wilsons(right: int, count: int, low: float, high: float) -> None:
+    assert wilson(right / count, count) == pytest.approx((low, high), abs=1e-4)
+
+
+def _setting(labels: bool = True) -> tuple[Any, Any, Prompt, list[dict[str, Any]]]:
+    tokenizer = tiny.tokenizer()
+    model = tiny.model("llama", vocab_size=len(tokenizer))
+    options: dict[str, Any] = {"answer": "kind"}
+    if labels:
+        options["verbalizer"] = {EVIL: "Paris", "bad": "Rome", "never": "Oslo"}
+    else:
+        options["answer_tokens"] = 3
+    prompt = Prompt(f"[P*2] {{text}} {EVIL} [P] so [MASK]", **options)
+    weight = model.get_input_embeddings().weight
+    prompt.vectors = torch.randn(3, weight.shape[1]) * weight.std().detach()
+    prompt.training = {"majority_answer": EVIL, "note": EVIL}
+    rows = [{"text": f"{EVIL} {n}", "kind": EVIL if n % 3 else "bad"} for n in range(30)]
+    return model, tokenizer, prompt, rows
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_report_has_all_figures_and_runs_nothing(labels: bool) -> None:
+    model, tokenizer, prompt, rows = _setting(labels)
+    result = ptuning.evaluate(model, tokenizer, prompt, rows)
+    history = [
+        {"epoch": 1, "loss": 2.0, "dev_accuracy": 0.5},
+        {"epoch": EVIL, "loss": float("nan")},
+    ]
+    words = nearest_words(model, tokenizer, prompt)
+    made = report_on(
+        EVIL, EVIL, prompt, rows, result, words, history=history, versions={EVIL: EVIL}
+    )
+    text = page(made)
+    assert "<script" not in text and "<img" not in text and EVIL in unescape(text)
+    assert not re.search(r"(src|href)=|url\(|@import|https?:", text)
+    assert re.findall(r"<h2>(.*?)</h2>", text) == [
+        "Answered right",
+        *(["Confusion"] if labels else []),
+        "Calibration",
+        "The surest mistakes",
+        "Training",
+        "Nearest words of each virtual token",
+        "Settings",
+        "Made with",
+    ]
+    assert f"{100 * result.accuracy:.1f} %" in text and f"{result.loss:.4f}" in text
+    wrong = [p.probability for p, g in zip(result.predictions, result.right_answers, strict=True)
+             if p.answer != g]  # fmt: skip
+    assert [m[3] for m in made.mistakes] == sorted(wrong, reverse=True)[:20]
+    if made.f1_interval is not None:
+        low, high = made.f1_interval
+        assert 0 <= low <= (result.macro_f1 or 0) <= high <= 1 and low < high
+    assert (made.f1_interval is not None) == labels
+
+
+def test_calibration_counts_every_row_once() -> None:
+    model, tokenizer, prompt, rows = _setting()
+    result = ptuning.evaluate(model, tokenizer, prompt, rows)
+    bins = calibration(result)
+    assert sum(b.rows for b in bins) == len(rows)
+    assert sum(b.rows * b.right for b in bins) / len(rows) == pytest.approx(result.accuracy)
+    mean = sum(p.probability for p in result.predictions) / len(rows)
+    assert sum(b.rows * b.probability for b in bins) / len(rows) == pytest.approx(mean)
+
+
+def test_the_command_writes_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer, prompt, rows = _setting()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    prompt.base_model = {}
+    prompt.save(tmp_path / "mine")
+    (tmp_path / "mine" / "result.json").write_text('{"history": [{"epoch": 1, "loss": 1.0}, 7]}')
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    command = ["ptuning", "report", "mine", "--data", "test.jsonl", "--model", "model"]
+
+    def run() -> int:
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as end:
+            main()
+        return int(str(end.value.code))
+
+    assert run() == 0, capsys.readouterr().err
+    assert "<title>mine</title>" in Path("report.html").read_text()
+    assert run() == 2  # what is there is not replaced unasked
+    assert "--overwrite" in capsys.readouterr().err
