@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..threads import CHANGING
+from .upstream import hook_owners, remove_hooks_of
 
 SAFE_ID = 0
 # Modules that look up the input ids again (Gemma 4); virtual positions get SAFE_ID's row there.
@@ -118,11 +119,8 @@ class Injector:
     @staticmethod
     def of(model: nn.Module) -> Injector | None:
         """The injector whose hooks are on `model`, or None."""
-        for hook in list(input_embedding(model)._forward_pre_hooks.values()):
-            owner = getattr(hook, "__self__", None)
-            if isinstance(owner, Injector):
-                return owner
-        return None
+        owners = hook_owners(input_embedding(model))
+        return next((owner for owner in owners if isinstance(owner, Injector)), None)
 
     def add(self, rows: Tensor, at_least: int = 0) -> Span:
         """Claim ids for `rows`, behind all claimed ones and not below `at_least`."""
@@ -195,11 +193,8 @@ class Injector:
                 self._unhook()
 
     def _unhook(self) -> None:
-        # Found by their owner, not by stored handles: a copied or unpickled model has its own.
         for module in [*self.modules, *self.second_lookups]:
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for key in [k for k, h in hooks.items() if getattr(h, "__self__", None) is self]:
-                    del hooks[key]
+            remove_hooks_of(self, module)
         self._local = threading.local()  # a thread may be inside the embedding, and leave nothing
 
     def _refresh(self) -> None:

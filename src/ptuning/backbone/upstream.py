@@ -36,6 +36,35 @@ def is_offloaded(module: nn.Module) -> bool:
     return hasattr(module, "_hf_hook")
 
 
+def hook_owners(module: nn.Module) -> list[Any]:
+    """The objects whose methods are hooks in front of a module's forward.
+
+    torch 1.2: ``_forward_pre_hooks``. A handle would do for one's own hooks, but a copied or
+    unpickled model has hooks of another object, and no handle of theirs.
+    """
+    return [getattr(hook, "__self__", None) for hook in list(module._forward_pre_hooks.values())]
+
+
+def remove_hooks_of(owner: Any, module: nn.Module) -> None:
+    """Take an object's methods from the hooks around a module's forward (see `hook_owners`)."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [k for k, h in hooks.items() if getattr(h, "__self__", None) is owner]:
+            del hooks[key]
+
+
+def checkpointing_of(layer: nn.Module) -> Any:
+    """What a layer with gradient checkpointing runs itself through, or None.
+
+    transformers 4.35: ``_gradient_checkpointing_func``; only switching it on is public.
+    """
+    return getattr(layer, "_gradient_checkpointing_func", None)
+
+
+def set_checkpointing(layer: Any, function: Any) -> None:
+    """Let a layer run itself through `function` (see `checkpointing_of`)."""
+    layer._gradient_checkpointing_func = function
+
+
 def attention_of(config: Any) -> str | None:
     """The name of the attention that a model's layers look up.
 

@@ -17,6 +17,7 @@ from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
+from ..backbone.upstream import checkpointing_of, set_checkpointing
 from ..errors import InputError
 from .adapter_names import AdapterDict
 
@@ -146,12 +147,12 @@ def remember(model: nn.Module) -> None:
     """Let checkpointed layers with trained modules in them remember whose modules a call used."""
     layers: Iterator[Any] = model.modules()
     for layer in layers:
-        checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+        checkpoint = checkpointing_of(layer)
         if checkpoint is None or isinstance(checkpoint, Remembering):
             continue
         wrapped = list(wrappers(layer).values())
         if wrapped:
-            layer._gradient_checkpointing_func = Remembering(checkpoint, wrapped)
+            set_checkpointing(layer, Remembering(checkpoint, wrapped))
 
 
 def wrappers(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
