@@ -46,7 +46,8 @@ def command(folder: Path, output: str) -> list[str]:
         "batch-size": 8,
     }
     pairs = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    return [*PROGRAM, "train", *pairs, "--resume"]
+    begun = any((folder / output).glob("checkpoints/step-*/DONE"))
+    return [*PROGRAM, "train", *pairs, *(["--resume"] if begun else [])]
 
 
 def run(folder: Path, output: str, longest: float | None = None) -> bool:

@@ -328,7 +328,7 @@ def test_the_command_line_writes_and_speaks_once(
     together = command(tmp_path, "--output", f"{tmp_path}/together")
     (code, out, err), (other_code, other_out, other_err) = run_in_two([*together, "--json"])
     assert (code, other_code) == (0, 0), (err, other_err)
-    assert not other_out and "epoch" not in other_err and err.count("epoch   3") == 1
+    assert not other_out and "epoch" not in other_err and err.count("epoch 3 of 3") == 1
     expected = json.loads((tmp_path / "alone" / "result.json").read_text())
     for record, other in zip(json.loads(out)["history"], expected["history"], strict=True):
         assert record == pytest.approx(other, abs=1e-4)
@@ -341,4 +341,4 @@ def test_the_command_line_writes_and_speaks_once(
     refused = run_in_two(together)
     assert [code for code, _, _ in refused] == [2, 2]
     said = "".join(err for _, _, err in refused)
-    assert said.count("error:") == 1 and "holds another run" in said
+    assert said.count("error:") == 1 and "holds a saved prompt" in said

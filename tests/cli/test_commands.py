@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -186,12 +187,64 @@ def test_a_finished_run_is_kept_and_can_be_replaced_on_request(train: Run, here:
     before = (here / "out/prompt.safetensors").read_bytes()
     code, _, err = train(seed=1)
     assert code == 2
-    assert_one_line(err, "out holds another run", "--resume", "--overwrite")
+    assert_one_line(err, "out holds a saved prompt", "--init-from out", "--overwrite")
+    assert "--resume" not in err
     assert (here / "out/prompt.safetensors").read_bytes() == before
     code, _, err = train("--resume")
     assert code == 0 and "finished run" in err
     code, _, _ = train("--overwrite", seed=1)
     assert code == 0 and (here / "out/prompt.safetensors").read_bytes() != before
+
+
+def test_resume_finds_its_settings_in_the_folder(
+    train: Run, run: Run, here: Path, ctrl_c_after: Callable[[int | None], None]
+) -> None:
+    settings = {"epochs": 4, "dev": "dev.csv", "seed": 3, "encoder": "none"}
+    train(**settings, output="whole")
+    ctrl_c_after(2)
+    code, _, err = train(**settings)
+    assert code == 130
+    assert err.splitlines()[-1] == "stopped; go on with: ptuning train --output out --resume"
+    ctrl_c_after(None)
+    code, _, err = train(**settings)
+    assert code == 2
+    assert_one_line(err, "out holds an interrupted run", "--resume", "--overwrite")
+    written = (here / "out/run.yaml").read_text()
+    code, _, err = run("train", "--resume", "--output", "out", "--seed", "4")
+    assert code == 2
+    assert_one_line(err, "cannot resume", "seed")
+    assert (here / "out/run.yaml").read_text() == written  # a refused run changes nothing
+    code, out, err = run("train", "--output", "out", "--resume")
+    assert code == 0, err
+    whole, resumed = Prompt.load("whole"), Prompt.load("out")
+    assert torch.equal(whole.trained_vectors(), resumed.trained_vectors())
+    assert "ptuning predict out --data dev.csv" in out
+    code, _, err = run("train", "--output", "out", "--resume")
+    assert code == 0 and "out holds a finished run" in err
+
+
+def test_resume_refuses_where_there_is_nothing_to_resume(
+    train: Run, run: Run, here: Path, ctrl_c_after: Callable[[int | None], None]
+) -> None:
+    code, _, err = train("--resume", output="mistyped")
+    assert code == 2
+    assert_one_line(err, "nothing to resume in --output mistyped", "does not exist")
+    assert not (here / "mistyped").exists()
+    train()
+    (here / "out/result.json").unlink()  # a prompt of another's, without its run
+    before = (here / "out/prompt.safetensors").read_bytes()
+    code, _, err = train("--resume")
+    assert code == 2
+    assert_one_line(err, "nothing to resume", "a saved prompt", "--init-from out")
+    assert (here / "out/prompt.safetensors").read_bytes() == before
+    (here / "begun").mkdir()
+    (here / "begun/run.yaml").write_text("epochs: 3\n")
+    code, _, err = run("train", "--output", "begun", "--resume")
+    assert code == 2
+    assert_one_line(err, "nothing to resume", "no checkpoint")
+    assert train(output="begun")[0] == 0
+    code, _, err = train("--resume", "--overwrite")
+    assert code == 2
 
 
 def test_a_mistake_does_not_block_the_folder_for_the_corrected_run(train: Run) -> None:
@@ -318,7 +371,10 @@ def test_a_mistake_is_found_before_the_model_is_loaded_and_leaves_no_folder(
 def test_a_missing_option_an_unknown_one_and_an_unknown_command_are_one_line(run: Run) -> None:
     code, _, err = run("train", "--data", "train.jsonl")
     assert code == 2
-    assert_one_line(err, "--model", "ptuning train --help")
+    assert_one_line(err, "--output", "ptuning train --help")
+    code, _, err = run("train", "--data", "train.jsonl", "--output", "out")
+    assert code == 2
+    assert_one_line(err, "--model")
     code, _, err = run("train", "--learning-rat", "1")
     assert code == 2
     assert_one_line(err, "--learning-rat")
@@ -482,13 +538,16 @@ def _kill_and_resume(here: Path, model_folder: Path, kills: int) -> None:
     )
     killed = 0
     for attempt in range(10 * kills):
+        before = checkpoint.load_newest(here / "killed") is not None
+        command = _train_process(here, model_folder, "killed")
+        if before:  # the settings are in the folder
+            command = [*command[:4], "--output", str(here / "killed"), "--resume"]
         process = subprocess.Popen(
-            _train_process(here, model_folder, "killed", "--resume"),
+            command,
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        before = checkpoint.load_newest(here / "killed") is not None
         deadline = time.monotonic() + 60
         if killed < kills:
             # Wait for the training to run (a new checkpoint), then a little, different each time.

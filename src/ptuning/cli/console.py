@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -65,6 +66,11 @@ def program() -> str:
     typed = sys.argv[0]
     here = Path(typed).name == "ptuning" and not shutil.which("ptuning")
     return typed if here else "ptuning"
+
+
+def command(*words: object) -> str:
+    """A command of this program as it can be typed."""
+    return shlex.join([program(), *map(str, words)])
 
 
 def speak_if(main: bool) -> None:

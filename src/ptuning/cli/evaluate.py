@@ -11,7 +11,9 @@ from .options import Dtype, Json, Separator
 from .saved_prompt import AnswerTokens, BatchSize, Candidates, Model, PromptFolder
 
 if TYPE_CHECKING:
+    from ..data.rows import Row
     from ..inference.evaluation import Evaluation
+    from ..prompts.prompt import Prompt
 
 
 def evaluate(
@@ -23,7 +25,9 @@ def evaluate(
     model: Model = None,
     manual: Annotated[
         str | None,
-        typer.Option(help="Manual template to compare with. [default: the prompt's words alone]"),
+        typer.Option(
+            help="Manual template to compare with. [default: the best of some plain ones]"
+        ),
     ] = None,
     candidates: Candidates = None,
     answer_tokens: AnswerTokens = None,
@@ -34,8 +38,8 @@ def evaluate(
 ) -> None:
     """Measure a prompt on examples with answers.
 
-    Shows accuracy beside a manual template and the majority answer; for labels also macro F1, the
-    confusion matrix and the mean probability of each label.
+    Shows accuracy beside a manual template and the majority answer, and the most confident
+    mistakes; for labels also macro F1, the confusion matrix and the mean probability of each label.
     """
     from ..data import read_examples
     from ..inference.evaluation import evaluate as measure
@@ -63,15 +67,36 @@ def evaluate(
         console.print_json(result.to_dict())
     else:
         _show(result)
+        _show_mistakes(result, rows, prompt)
+        console.tell(f"next: {console.command('predict', prompt_folder, '--data', data)}")
+
+
+def _show_mistakes(result: Evaluation, rows: list[Row], prompt: Prompt) -> None:
+    """The wrong answers that the prompt is surest of: often a label is wrong, or the data odd."""
+    mistakes = result.confident_mistakes()
+    if not mistakes:
+        return
+    shown = [
+        [
+            str(number + 1),
+            _short(", ".join(str(rows[number][name]) for name in prompt.parsed.fields)),
+            _short(result.right_answers[number]),
+            _short(result.predictions[number].answer),
+            f"{result.predictions[number].probability:.3f}",
+        ]
+        for number in mistakes
+    ]
+    header = ["example", "input", "right", "predicted", "probability"]
+    console.table("Most confident mistakes", header, shown)
+
+
+def _short(text: str, most: int = 60) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def _show(result: Evaluation) -> None:
-    rows = [
-        ["P-tuned prompt", console.percent(result.accuracy)],
-        [f"manual: {result.manual_template}", console.percent(result.manual_accuracy)],
-        [f"majority: {result.majority_answer}", console.percent(result.majority_accuracy)],
-    ]
-    console.table(f"{result.examples} examples", ["", "right (%)"], rows)
+    console.table(f"{result.examples} examples", ["", "right (%)"], result.rows())
     line = f"loss {result.loss:.4f}"
     if result.macro_f1 is not None:
         line += f", macro F1 {console.percent(result.macro_f1)}"

@@ -76,7 +76,8 @@ def _read(path: Path) -> dict[str, Any]:
         _check_keys(root)
         values: dict[str, Any] = {}
         for key, value in root.value:
-            kind = BaseConstructor if key.value == "labels" else SafeConstructor
+            as_text = key.value == "labels" and isinstance(value, yaml.MappingNode)
+            kind = BaseConstructor if as_text else SafeConstructor
             values[str(key.value)] = kind().construct_document(value)
     except OSError as error:
         raise InputError(f"run file {path} cannot be read: {error.strerror}") from None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
-from . import console, run_files, training_report
+from . import console, run_files, run_folder, training_report
 from .fields import filled
 from .options import (
     OF_PROMPT,
@@ -24,9 +24,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..prompts.prompt import Prompt
-    from ..training.train import TrainResult
-
-_RUN = ("prompt.json", "checkpoints")
+    from ..training.progress import Progress
 
 
 @filled(PANELS, prompt=OF_PROMPT, settings=OF_TRAINING)
@@ -38,7 +36,14 @@ def train(
     data: Annotated[
         str, typer.Option(help="Training examples: JSONL, CSV, Parquet, or a hub data set.")
     ],
-    output: Annotated[Path, typer.Option(help="Folder for the prompt and the run's files.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for the prompt and the run's files.",
+            callback=run_folder.find_settings,
+            is_eager=True,
+        ),
+    ],
     dev: Annotated[
         str | None, typer.Option(help="Examples that choose the best epoch; strongly advised.")
     ] = None,
@@ -67,7 +72,13 @@ def train(
     ] = True,
     config: Config = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the interrupted run in --output.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the interrupted run in --output, with its settings (run.yaml).",
+            callback=run_folder.find_settings,
+            is_eager=True,
+        ),
     ] = False,
     overwrite: Overwrite = False,
     json_output: Json = False,
@@ -81,10 +92,16 @@ def train(
 
         ptuning train --model smollm2 --data train.csv --dev dev.csv \\
             --template "[P*3] {country} [P*3] [MASK]" --answer capital --output capital/
+
+    An interrupted run goes on:
+
+        ptuning train --output capital/ --resume
     """
     from .. import distributed
-    from ..backbone.load import load_model
+    from ..backbone.load import check_dtype, load_model
     from ..data import read_examples
+    from ..training import checkpoint
+    from ..training.checks import check_run
     from ..training.settings import TrainSettings
     from ..training.train import train as train_prompt
 
@@ -98,11 +115,27 @@ def train(
         grid = _grid(population_grid, context.args)
         rows = read_examples(data, separator)
         dev_rows = read_examples(dev, separator) if dev else []
+        check_dtype(dtype)
+        check_run(trained, rows, dev_rows, how, population, grid)
         console.say(f"loading {model}")
         base, tokenizer = load_model(model, dtype=dtype)
         run_file = run_files.as_yaml(run_files.settings_of(context))
-        distributed.from_main(lambda: _begin(output, run_file, anew=overwrite and not resume))
-        with console.training_bar() as listener:
+        begun = False
+
+        def begin() -> None:
+            """The first step is done: all that could be refused was accepted."""
+            nonlocal begun
+            if not begun:
+                begun = True
+                run_folder.begin(output, run_file, anew=overwrite)
+
+        console.on_stop(lambda: run_folder.how_to_go_on(output))
+        with console.training_bar() as show:
+
+            def listener(heard: Progress) -> None:
+                begin()
+                show(heard)
+
             result = train_prompt(
                 base,
                 tokenizer,
@@ -117,9 +150,17 @@ def train(
                 listener=listener,
             )
         tuned = (base, tokenizer) if how.tune_model else None
-        distributed.from_main(
-            lambda: _end(output, trained, result, json_output, tuned, keep_encoder)
-        )
+
+        def end() -> None:
+            begin()  # where no step was left to be done
+            report = training_report.save(output, trained, result, keep_encoder, tuned)
+            checkpoint.delete_all(output)
+            if json_output:
+                console.print_json(report)
+            else:
+                training_report.tell(output, trained, result, dev or data)
+
+        distributed.from_main(end)
 
 
 def _is_open(output: Path, resume: bool, overwrite: bool, tune_model: bool) -> bool:
@@ -128,10 +169,13 @@ def _is_open(output: Path, resume: bool, overwrite: bool, tune_model: bool) -> b
     from ..training import checkpoint
 
     settle(output)
-    if resume and (output / "result.json").is_file() and (output / "prompt.safetensors").is_file():
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other; give one")
+    if resume and run_folder.is_finished(output):
         checkpoint.delete_all(output)  # a kill may have left them
         return False
-    _check_output(output, resume, overwrite)
+    if not overwrite and not resume:
+        run_folder.check_free(output)
     model = output / training_report.MODEL
     if tune_model and model.exists() and not training_report.made_model(output):
         raise InputError(
@@ -139,55 +183,6 @@ def _is_open(output: Path, resume: bool, overwrite: bool, tune_model: bool) -> b
             "--output"
         )
     return True
-
-
-def _begin(output: Path, run_file: bytes, anew: bool) -> None:
-    from ..storage import write_folder
-    from ..training import checkpoint
-
-    if anew:
-        checkpoint.delete_all(output)
-        (output / "result.json").unlink(missing_ok=True)
-    write_folder(output, {"run.yaml": run_file})
-
-
-def _end(
-    output: Path,
-    prompt: Prompt,
-    result: TrainResult,
-    as_json: bool,
-    tuned: tuple[Any, Any] | None,
-    keep_encoder: bool,
-) -> None:
-    from ..training import checkpoint
-
-    report = training_report.save(output, prompt, result, keep_encoder, tuned)
-    checkpoint.delete_all(output)
-    if as_json:
-        console.print_json(report)
-    else:
-        training_report.tell(output, prompt, result)
-
-
-def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
-    if resume and overwrite:
-        raise InputError("--resume and --overwrite exclude each other; give one")
-    if output.is_file():
-        raise InputError(f"--output {output} is a file; give a folder")
-    if resume or overwrite or not output.is_dir():
-        return
-    held = [name for name in _RUN if (output / name).exists()]
-    if held:
-        raise InputError(
-            f"--output {output} holds another run ({held[0]}); go on with it (--resume), replace "
-            "it (--overwrite), or choose another folder"
-        )
-    seen = {path.name for path in output.iterdir() if not path.name.startswith(".")}
-    if seen - {"run.yaml"}:  # left by a run that never began
-        raise InputError(
-            f"--output {output} is not empty; choose another folder, or --overwrite to write there "
-            "all the same"
-        )
 
 
 def _prompt(context: typer.Context, chosen: dict[str, Any], start_folder: Path | None) -> Prompt:

@@ -72,8 +72,8 @@ def made_model(output: Path) -> bool:
     return about.get("folder") == MODEL or about.get("name") == str((output / MODEL).resolve())
 
 
-def tell(output: Path, prompt: Prompt, result: TrainResult) -> None:
-    """Say what came of it."""
+def tell(output: Path, prompt: Prompt, result: TrainResult, data: str) -> None:
+    """Say what came of it, and what to do next with the user's own `data`."""
     best = result.best
     if len(result.members) > 1:
         _tell_members(result)
@@ -81,8 +81,10 @@ def tell(output: Path, prompt: Prompt, result: TrainResult) -> None:
     if "dev_accuracy" in best:
         line += f", dev {console.percent(best['dev_accuracy'])} %"
     console.tell(f"{line}, {result.seconds:.0f} s)")
-    next_step = f"next: {console.program()} evaluate {output} --data test.jsonl"
-    console.tell(next_step)
+    console.tell(f"next: {console.command('evaluate', output, '--data', data)}")
+    console.tell(f"      {console.command('predict', output, '--data', data)}")
+    if "dev_accuracy" in best:
+        console.tell("(dev chose this prompt: examples that neither trained nor chose tell more)")
 
 
 def _tell_members(result: TrainResult) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import formats, places, storage
 from ..backbone.identity import fingerprint
-from ..errors import InputError, PromptFileError
+from ..errors import InputError, PromptFileError, PtuningError
 from . import peft_files, prompt_files
 from .encoder_config import CONFIG_NAME, PromptEncoderConfig, PromptEncoderReparameterizationType
 from .prompt_settings import PromptSettings
@@ -220,13 +220,24 @@ class Prompt(PromptSettings):
         )
 
     def push_to_hub(self, repository: str, *, private: bool | None = None, **options: Any) -> str:
-        """Upload the saved prompt to the hub; gives the address of the commit."""
+        """Upload the saved prompt to the hub; gives the address of the commit.
+
+        Raises:
+            PtuningError: no connection, no permission, or no such name.
+        """
         import tempfile
 
         from huggingface_hub import HfApi
 
-        api = HfApi(**options)
-        name = api.create_repo(repository, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder)
-            return str(api.upload_folder(repo_id=name, folder_path=folder))
+            try:
+                api = HfApi(**options)
+                name = api.create_repo(repository, private=private, exist_ok=True).repo_id
+                return str(api.upload_folder(repo_id=name, folder_path=folder))
+            except Exception as error:  # the hub's, httpx's and the system's many kinds
+                reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+                raise PtuningError(
+                    f"cannot upload to {repository!r} ({type(error).__name__}: {reason}); check "
+                    "the connection, the name and who is logged in (hf auth whoami)"
+                ) from error

@@ -1,0 +1,116 @@
+"""What the folder of a training holds: whether a run may begin there, or go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ..errors import InputError
+from . import run_files
+
+SETTINGS = "run.yaml"
+
+
+def find_settings(context: typer.Context, param: typer.CallbackParam, value: Any) -> Any:
+    """Callback of ``--output`` and ``--resume``: where both are given, the settings of the run in
+    that folder are this command's defaults; options given here come first.
+
+    Raises:
+        InputError: there is nothing to resume.
+    """
+    given = {**context.params, param.name: value}
+    output = given.get("output")
+    if output is None or not given.get("resume"):
+        return value
+    check_resumable(output)
+    if (output / SETTINGS).is_file():
+        before = context.default_map or {}
+        run_files.use_config(context, output / SETTINGS)
+        context.default_map = {**(context.default_map or {}), **before}
+    return value
+
+
+def is_finished(output: Path) -> bool:
+    """A training came to its end there."""
+    return all((output / name).is_file() for name in ("result.json", "prompt.safetensors"))
+
+
+def is_interrupted(output: Path) -> bool:
+    """There is a checkpoint to go on from."""
+    return not is_finished(output) and any(output.glob("checkpoints/step-*/DONE"))
+
+
+def check_resumable(output: Path) -> None:
+    """Refuse ``--resume`` where there is nothing to resume.
+
+    Raises:
+        InputError: the folder is not there, or holds neither checkpoint nor result.
+    """
+    if is_finished(output) or is_interrupted(output):
+        return
+    nothing = f"there is nothing to resume in --output {output}"
+    if not output.exists():
+        raise InputError(f"{nothing}: it does not exist; correct its name, or leave --resume out")
+    if (output / "prompt.json").is_file():
+        raise InputError(
+            f"{nothing}: it holds a saved prompt and no checkpoint; train on from that prompt with "
+            f"--init-from {output} and another --output"
+        )
+    raise InputError(
+        f"{nothing}: it holds no checkpoint (a run that was stopped before its first one begins "
+        "anew); leave --resume out"
+    )
+
+
+def check_free(output: Path) -> None:
+    """Refuse a folder that a new run would spoil.
+
+    Raises:
+        InputError: it is a file, or holds a run, a prompt or other files.
+    """
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is a file; give a folder")
+    if not output.is_dir():
+        return
+    if is_interrupted(output):
+        raise InputError(
+            f"--output {output} holds an interrupted run; go on with it (--resume), replace it "
+            "(--overwrite), or choose another folder"
+        )
+    if (output / "prompt.json").exists():
+        raise InputError(
+            f"--output {output} holds a saved prompt; choose another folder, train on from it into "
+            f"another one (--init-from {output}), or replace it (--overwrite)"
+        )
+    seen = {path.name for path in output.iterdir() if not path.name.startswith(".")}
+    if seen - {SETTINGS, "checkpoints"}:  # left by a run that was stopped before a checkpoint
+        raise InputError(
+            f"--output {output} is not empty; choose another folder, or --overwrite to write there "
+            "all the same"
+        )
+
+
+def begin(output: Path, run_file: bytes, anew: bool) -> None:
+    """A run has been accepted: its settings are in the folder, and nothing of a run before.
+
+    Args:
+        output: the folder.
+        run_file: the settings.
+        anew: checkpoints and result that are there are another run's.
+    """
+    from ..storage import write_folder
+    from ..training import checkpoint
+
+    if anew:
+        checkpoint.delete_all(output)
+        (output / "result.json").unlink(missing_ok=True)
+    write_folder(output, {SETTINGS: run_file})
+
+
+def how_to_go_on(output: Path) -> str:
+    """What to say of a training that was stopped."""
+    if is_interrupted(output):
+        return f"stopped; go on with: ptuning train --output {output} --resume"
+    return "stopped before the first checkpoint; begin again"
