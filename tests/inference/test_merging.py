@@ -124,13 +124,19 @@ def test_only_embedding_and_head_are_copied() -> None:
     assert grown == {"model.embed_tokens.weight", "lm_head.weight"}
 
 
-def test_an_untied_head_takes_the_mean_of_the_real_rows() -> None:
+def test_a_virtual_token_has_the_mean_of_real_rows_and_never_wins() -> None:
     model, tokenizer = _base("llama", **SPARE)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)  # as sure of its words as a trained one
     merged = ptuning.merge(model, tokenizer, {"cap": _prompt(model, tokenizer)})
-    head = output_head(merged.model).weight
-    mean = model.lm_head.weight[: len(tokenizer)].mean(0)
-    for index in merged.prompts["cap"]["virtual_ids"]:
-        torch.testing.assert_close(head[index], mean)
+    head = output_head(merged.model).weight.detach()
+    rows = head[merged.prompts["cap"]["virtual_ids"]]
+    real = head[: len(tokenizer)]
+    assert torch.equal(rows, rows[:1].expand_as(rows))
+    assert rows[0].norm() < real.norm(dim=1).min()  # a mean of many is shorter than each
+    for seed in range(20):
+        hidden = torch.randn(500, 32, generator=torch.Generator().manual_seed(seed))
+        assert ((hidden @ rows[0]) < (hidden @ real.T).max(1).values).all()
 
 
 def test_where_engines_tie_the_head_virtual_tokens_are_suppressed(tmp_path: Path) -> None:

@@ -2,10 +2,10 @@
 
     embedding[id] = vector / scale        of an embedding that scales its rows (Gemma, BART)
     logit(id)     = logit + bias          where the model adds a bias to its logits: one of -10000
-                  = h . mean(real rows)   else: a mean of logits, so never the largest of them
+                  = h . mean(some rows)   else: a mean of logits, so never the largest of them
 
-The copy shares every tensor with the model but those that grow. A head that is the embedding itself
-gets a matrix of its own.
+The rows are those of tokens that the model hardly ever says. The copy shares every tensor with the
+model but those that grow. A head that is the embedding itself gets a matrix of its own.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backbone.base_model import device_of
 from ..backbone.injection import SAFE_ID, Injector, input_embedding
+from ..backbone.modes import eval_mode
 from ..backbone.traits import (
+    ModelKind,
     embedding_scale,
     engines_tie_the_head,
+    kind_of,
     output_bias,
     output_head,
 )
@@ -29,6 +33,8 @@ from ..errors import InputError
 
 _NEVER = -1e4
 """A bias that float16 can hold and whose exponential is 0."""
+_FEW, _ASKED = 64, 256
+"""Tokens whose rows are averaged, and tokens behind which they are the least likely."""
 
 
 @torch.no_grad()
@@ -51,6 +57,7 @@ def with_rows(
         InputError: embedding or head are quantized or offloaded.
     """
     _check(model)
+    unlikely = [] if output_bias(model) is not None and _is_tied(model) else _unlikely(model, real)
     twin = _twin(uncompiled(model))
     modules = Injector(twin).modules
     embedding, head = modules[0], output_head(twin)
@@ -64,7 +71,7 @@ def with_rows(
     _check_rows(modules, where, vectors)
     _second_lookups(twin, rows, where)
     _tell_size(twin, rows)
-    return twin, _quiet_head(twin, embedding, head, rows, where, real)
+    return twin, _quiet_head(twin, embedding, head, rows, where, unlikely)
 
 
 def _check(model: nn.Module) -> None:
@@ -152,10 +159,10 @@ def _tell_size(twin: Any, rows: int) -> None:
 
 
 def _quiet_head(
-    twin: Any, embedding: nn.Embedding, head: Any, rows: int, ids: Tensor, real: Sequence[int]
+    twin: Any, embedding: nn.Embedding, head: Any, rows: int, ids: Tensor, unlikely: list[int]
 ) -> bool:
     """See to it that no virtual token is ever said; True where the head cannot."""
-    tied, bias = head.weight is embedding.weight, output_bias(twin)
+    tied, bias = _is_tied(twin), output_bias(twin)
     if not tied:
         _grow(head.weight, rows)
     head.out_features = rows
@@ -170,17 +177,28 @@ def _quiet_head(
     elif tied:
         _untie(twin, embedding, head)
     if not (tied and bias is not None):
-        known = torch.tensor(real, device=head.weight.device)
-        known = known[known < rows]
-        head.weight[ids.to(head.weight.device)] = _mean(head.weight, known)
+        head.weight[ids.to(head.weight.device)] = (
+            head.weight[unlikely].float().mean(0).to(head.weight)
+        )
     return False
 
 
-def _mean(weight: Tensor, rows: Tensor) -> Tensor:
-    total = torch.zeros(weight.shape[1], dtype=torch.float64)
-    for part in rows.split(8192):
-        total += weight[part].cpu().double().sum(0)
-    return (total / len(rows)).to(weight)
+def _unlikely(model: Any, real: Sequence[int]) -> list[int]:
+    """The tokens that a model thinks least likely wherever they are asked for.
+
+    It is asked behind each of a few hundred of its own tokens, which stand evenly in its
+    vocabulary; what is low behind these stays low in real text, and a mean can never win anyway.
+    """
+    head = output_head(model)
+    known = torch.tensor([i for i in real if i < head.weight.shape[0]])
+    asked = known[torch.linspace(0, len(known) - 1, _ASKED).long()].view(-1, 32)
+    inputs = {"input_ids": asked.to(device_of(model))}
+    if kind_of(model) is ModelKind.SEQ2SEQ:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    with eval_mode(model):
+        shares = model(**inputs).logits.float().log_softmax(-1)
+    most = shares.flatten(0, 1).max(0).values.cpu()[known]
+    return known[most.topk(min(_FEW, len(known)), largest=False).indices].tolist()
 
 
 def _untie(twin: Any, embedding: nn.Embedding, head: nn.Module) -> None:
@@ -195,6 +213,10 @@ def _untie(twin: Any, embedding: nn.Embedding, head: nn.Module) -> None:
     if not twin.all_tied_weights_keys:
         for config in (twin.config, twin.config.get_text_config()):
             config.tie_word_embeddings = False
+
+
+def _is_tied(model: nn.Module) -> bool:
+    return output_head(model).weight is input_embedding(model).weight  # type: ignore[union-attr]
 
 
 def _name_in(twin: nn.Module, module: nn.Module) -> str:
