@@ -189,7 +189,7 @@ def _unlikely(model: Any, real: Sequence[int]) -> list[int]:
     It is asked behind each of a few hundred of its own tokens, which stand evenly in its
     vocabulary; what is low behind these stays low in real text, and a mean can never win anyway.
     """
-    head = output_head(model)
+    head: Any = output_head(model)
     known = torch.tensor([i for i in real if i < head.weight.shape[0]])
     asked = known[torch.linspace(0, len(known) - 1, _ASKED).long()].view(-1, 32)
     inputs = {"input_ids": asked.to(device_of(model))}
