@@ -47,7 +47,9 @@ def _open(path: Path) -> Any:
     """
     from pyarrow.parquet import ParquetFile
 
-    file = ParquetFile(path)
+    # A buffer, since without one a row group's column is read as a whole.
+    options: Any = {"buffer_size": 2**20}
+    file = ParquetFile(path, **options)
     data = file.metadata
     groups = [data.row_group(number) for number in range(data.num_row_groups)]
     swelling = Swelling(path)
@@ -60,7 +62,7 @@ def _open(path: Path) -> Any:
                 name = column.path_in_schema
                 small[name] = small.get(name, True) and column.total_compressed_size < _SMALL
     names = [name for name, is_small in small.items() if is_small]
-    return ParquetFile(path, read_dictionary=names) if names else file
+    return ParquetFile(path, read_dictionary=names, **options) if names else file
 
 
 def _size(path: Path, column: Any) -> int:

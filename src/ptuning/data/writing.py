@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from .parquet import batches
-from .rows import Row
+from .rows import Row, in_blocks
 from .sources import is_parquet, stream_examples
 from .values import is_missing, plain
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-_TOGETHER = 1000
-"""Rows whose types are looked at in one go, and at least so many make a Parquet row group."""
+_ROWS, _BYTES = 10_000, 16 * 2**20
+"""Of a Parquet row group, whichever is reached first."""
 Rereadable = Callable[[], Iterator[Row]]
 
 
@@ -90,7 +90,7 @@ def write_parquet(path: Path, rows: Rereadable, columns: Sequence[str]) -> None:
     import pyarrow as pa
 
     kinds: dict[str, Any] = dict.fromkeys(columns, pa.null())
-    for some in _groups(rows()):
+    for some in in_blocks(rows(), _ROWS):
         for name in columns:
             kinds[name] = _common(kinds[name], [row.get(name) for row in some])
     schema = pa.schema([(name, kind or pa.string()) for name, kind in kinds.items()])
@@ -102,7 +102,7 @@ def write_parquet(path: Path, rows: Rereadable, columns: Sequence[str]) -> None:
             ],
             schema=schema,
         )
-        for some in _groups(rows())
+        for some in in_blocks(rows(), _ROWS)
     )
     write_tables(path, schema, tables)
 
@@ -116,16 +116,12 @@ def write_tables(path: Path, schema: Any, tables: Iterable[Any]) -> None:
         waiting: list[Any] = []
         for table in tables:
             waiting.append(table)
-            if sum(t.num_rows for t in waiting) >= _TOGETHER:
+            rows, size = sum(t.num_rows for t in waiting), sum(t.nbytes for t in waiting)
+            if rows >= _ROWS or size >= _BYTES:
                 writer.write_table(pa.concat_tables(waiting))
                 waiting = []
         if waiting:
             writer.write_table(pa.concat_tables(waiting))
-
-
-def _groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    while some := list(islice(rows, _TOGETHER)):
-        yield some
 
 
 def _common(kind: Any, values: list[Any]) -> Any:
