@@ -25,9 +25,11 @@ import transformers
 from .. import formats
 from ..backbone.traits import ModelKind
 from ..errors import InputError, PtuningError
+from ..inference.merged_tokenizer import without_names
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
 from ..rendering.layout import Sequence as Tokens
+from ..rendering.merged_text import names_of
 from ..rendering.render import Renderer
 from .backend import LONGEST, PLAIN, PLAIN_CHAT, Answer, Row, Unreachable, Wish, cut_at
 from .batcher import Overloaded, Stopping, TooLate
@@ -69,7 +71,9 @@ class Remote:
         bias = Path(folder) / "logit_bias.json"
         self._bias = formats.read_json(bias) if bias.is_file() else None
         self.name, self._context = self._model_there()
-        self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        named = transformers.AutoTokenizer.from_pretrained(folder)
+        tokens = [t for n, e in self._merged.items() for t in names_of(n, len(e["virtual_ids"]))]
+        self._tokenizer = without_names(named, tokens)  # there what looks like one is text
         self._rendering = threading.Lock()
         self._client: httpx.AsyncClient | None = None
         self._under_way, self._closing = 0, False

@@ -1,0 +1,223 @@
+"""In front of a server with the merged model: the answers of `predict`.
+
+The server here speaks as vLLM does (token ids in, `prompt_logprobs` out), run by transformers. The
+virtual tokens have no probability in it: a real model gives them 1e-6, a tiny random one a percent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import ptuning
+from ptuning.errors import InputError
+from ptuning.serving.backend import Answer, Unreachable, Wish
+from ptuning.serving.batcher import Overloaded, TooLate
+
+from . import servers
+
+fastapi = pytest.importorskip("fastapi")
+
+from fastapi.responses import JSONResponse, StreamingResponse  # noqa: E402
+
+from ptuning.serving.remote import Remote  # noqa: E402
+
+
+def _table(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "prompts.json").read_text()))
+
+
+def _vllm(folder: Path) -> Any:
+    """What vLLM says to the questions that `Remote` asks, by an ordinary transformers model."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    app = fastapi.FastAPI()
+    app.state.asked = []
+
+    @app.get("/v1/models")
+    def models() -> Any:
+        return {"data": [{"id": "served", "max_model_len": 128}]}
+
+    virtual = [i for e in _table(folder).values() for i in e["virtual_ids"]]
+
+    def likely(ids: list[int]) -> torch.Tensor:
+        logits = model(torch.tensor([ids])).logits[0]
+        logits[:, virtual] = -torch.inf
+        return logits.log_softmax(-1)
+
+    @torch.no_grad()
+    def choice(index: int, ids: list[int], body: dict[str, Any]) -> dict[str, Any]:
+        scores = likely(ids)
+        asked: list[Any] = [None]
+        for at, token in enumerate(ids[1:]):
+            asked.append({str(token): {"logprob": max(float(scores[at, token]), -1e4)}})
+        new: list[int] = []
+        likelihoods: list[float] = []
+        while len(new) < body["max_tokens"] and tokenizer.eos_token_id not in new:
+            last = likely(ids + new)[-1]
+            likelihoods.append(float(last.max()))
+            new.append(int(last.argmax()))
+        ended = tokenizer.eos_token_id in new
+        made: dict[str, Any] = {
+            "index": index,
+            "text": tokenizer.decode(new, skip_special_tokens=True),
+            "finish_reason": "stop" if ended else "length",
+            "logprobs": {"token_logprobs": likelihoods} if "logprobs" in body else None,
+        }
+        return {**made, "prompt_logprobs": asked} if "prompt_logprobs" in body else made
+
+    @app.post("/v1/completions")
+    def completions(body: dict[str, Any]) -> Any:
+        app.state.asked.append(body)
+        assert body["model"] == "served" and body["temperature"] == 0
+        if body["max_tokens"] == 99:
+            time.sleep(2)
+        made = [choice(n, ids, body) for n, ids in enumerate(body["prompt"])]
+        if not body.get("stream"):
+            return JSONResponse({"choices": made[::-1]})
+
+        async def parts() -> AsyncIterator[str]:
+            (whole,) = made
+            text, known = whole["text"], whole["logprobs"]["token_logprobs"]
+            for part, end, logs in ((text[:3], None, known), (text[3:], "length", [])):
+                said = {"text": part, "finish_reason": end, "logprobs": {"token_logprobs": logs}}
+                yield f"data: {json.dumps({'choices': [said]})}\n\n"
+            yield "data: [DONE]\n\n"
+
+        return StreamingResponse(parts(), media_type="text/event-stream")
+
+    return app
+
+
+@pytest.fixture(scope="module")
+def merged(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("merged") / "model"
+    prompts = {name: servers.prompt(place, name) for name in servers.PROMPTS}
+    ptuning.merge(*servers.model(place), prompts).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def there(merged: Path) -> Iterator[tuple[str, Any]]:
+    import uvicorn
+
+    app = _vllm(merged)
+    with socket.create_server(("127.0.0.1", 0)) as at:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [at]}, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{at.getsockname()[1]}/v1", app
+        server.should_exit = True
+        thread.join(30)
+
+
+def _wish(seconds: float = 60, **options: Any) -> Wish:
+    return Wish(time.monotonic() + seconds, **options)
+
+
+@pytest.mark.parametrize("virtual", [True, False])
+@pytest.mark.parametrize("name", list(servers.PROMPTS))
+def test_answers_are_those_of_predict(
+    place: Path, merged: Path, there: tuple[str, Any], name: str, virtual: bool
+) -> None:
+    remote = Remote(there[0], str(merged))
+    prompt: Any = servers.prompt(place, name)
+    handle = remote.take_on(name, prompt)
+    row = servers.ROWS[name]
+    rows = [row, {**row, next(iter(row)): "Italy and all of its many islands"}]
+
+    async def ask() -> list[Answer]:
+        try:
+            return await remote.answer(handle, rows, _wish(virtual=virtual))
+        finally:
+            await remote.close()
+
+    task = prompt if virtual else prompt.manual()
+    alone = ptuning.predict_details(*servers.model(place), task, rows)
+    for answer, right in zip(asyncio.run(ask()), alone, strict=True):
+        assert answer.text == right.answer
+        assert answer.probability == pytest.approx(right.probability, abs=1e-5)
+        assert answer.probabilities == pytest.approx(right.probabilities, abs=1e-5)
+
+
+def test_a_stream_is_passed_on(place: Path, merged: Path, there: tuple[str, Any]) -> None:
+    remote = Remote(there[0], str(merged))
+    handle = remote.take_on("capital", servers.prompt(place, "capital"))
+
+    async def ask() -> tuple[list[Any], list[Answer]]:
+        row, wish = servers.ROWS["capital"], _wish()
+        parts = [part async for part in remote.stream(handle, row, wish)]
+        return parts, await remote.answer(handle, [row], wish)
+
+    (*parts, last), (whole,) = asyncio.run(ask())
+    assert "".join(parts).strip() == last.text == whole.text and len(parts) == 2
+    assert last.probability == pytest.approx(whole.probability)
+
+
+def test_text_that_spells_a_virtual_token_never_becomes_one(
+    place: Path, merged: Path, there: tuple[str, Any]
+) -> None:
+    remote = Remote(there[0], str(merged))
+    handle = remote.take_on("capital", servers.prompt(place, "capital"))
+    row = {"country": "France<|capital:0|>"}
+    virtual = {i for e in _table(merged).values() for i in e["virtual_ids"]}
+    there[1].state.asked.clear()
+    (answer,) = asyncio.run(remote.answer(handle, [row], _wish()))
+    (body,) = there[1].state.asked
+    assert len([i for i in body["prompt"][0] if i in virtual]) == 4  # those of the template
+    (right,) = ptuning.predict_details(
+        *servers.model(place), servers.prompt(place, "capital"), [row]
+    )
+    assert answer.text == right.answer
+
+
+def test_faults_of_the_server_behind_are_told(
+    place: Path, merged: Path, there: tuple[str, Any], tmp_path: Path
+) -> None:
+    url = there[0]
+    with pytest.raises(Unreachable, match="is vLLM up"):
+        Remote("http://127.0.0.1:9/v1", str(merged))
+    with pytest.raises(InputError, match="ptuning merge"):
+        Remote(url, str(place / "model"))
+    remote = Remote(url, str(merged), waiting=2)
+    with pytest.raises(InputError, match="'rome' is not merged into this model; it has 'capital'"):
+        remote.take_on("rome", servers.prompt(place, "capital"))
+    with pytest.raises(InputError, match="merge it again"):
+        remote.take_on("mood", servers.prompt(place, "capital"))
+    handle = remote.take_on("capital", servers.prompt(place, "capital"))
+    row = servers.ROWS["capital"]
+    with pytest.raises(TooLate):
+        asyncio.run(Remote(url, str(merged)).answer(handle, [row], _wish(0.5, limit=99)))
+    with pytest.raises(Overloaded):
+        asyncio.run(remote.answer(handle, [row] * 3, _wish()))
+
+
+def test_the_command_stands_in_front_of_it(
+    place: Path, merged: Path, there: tuple[str, Any]
+) -> None:
+    import httpx
+
+    options = ["--backend", "vllm", "--url", there[0], "--model", str(merged)]
+    with servers.serving(str(place / "prompts"), *options) as server:
+        path = f"{server.url}/v1/prompts/mood/predict"
+        (said,) = httpx.post(path, json={"fields": servers.ROWS["mood"]}).json()["predictions"]
+        about = httpx.get(f"{server.url}/v1/prompts/mood").json()
+        assert server.end() == 0
+    (right,) = ptuning.predict_details(
+        *servers.model(place), servers.prompt(place, "mood"), [servers.ROWS["mood"]]
+    )
+    assert said["answer"] == right.answer
+    assert said["probabilities"] == pytest.approx(right.probabilities, abs=1e-5)
+    assert about["virtual_tokens"] is None
