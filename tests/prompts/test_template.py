@@ -336,3 +336,18 @@ def test_without_virtual_keeps_words_fields_and_slot(text: str) -> None:
     assert (manual.slot is None) == (template.slot is None)
     assert flat(manual, virtual=False).strip(" ") == flat(template, virtual=True).strip(" ")
     assert manual.without_virtual() == manual
+
+
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        ("[P*10001] {a}", "more than 10,000 virtual tokens"),
+        ("[P*999999]" * 300, "more than 10,000 virtual tokens"),
+        ("[P]" + "a" * 100_000, "at most 100,000 characters"),
+        ("[P] \ud800", "no character"),
+    ],
+)
+def test_what_no_model_can_use_is_refused_before_it_is_built(template: str, fault: str) -> None:
+    with pytest.raises(TemplateError, match=fault) as caught:
+        parse(template)
+    assert len(str(caught.value)) < 600

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 import ptuning
-from ptuning import InputError, Prompt, TrainingError, TrainSettings, train
+from ptuning import InputError, Prompt, TrainingError, TrainSettings, storage, train
 from ptuning.inference.evaluation import teacher_forced
 from ptuning.training import checkpoint, loop
 from ptuning.training.population import Member
@@ -221,6 +222,74 @@ def test_checkpoints_of_a_new_run_stay_where_an_earlier_one_came_further(tmp_pat
     assert checkpoint.load_newest(tmp_path) == {"step": 20}
     names = {folder.name for folder in (tmp_path / "checkpoints").iterdir()}
     assert names == {"step-00000010", "step-00000020"}
+
+
+def test_the_clock_does_not_say_which_checkpoint_is_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, {"step": step})
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        os.utime(folder, (2e9 - step, 2e9 - step))
+    assert checkpoint.load_newest(tmp_path) == {"step": 3}
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, {"step": step, "value": torch.ones(2000)})
+    path = tmp_path / "checkpoints" / "step-00000002" / "state.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match="SHA-256 of state.pt is not the one in DONE"):
+        state = checkpoint.load_newest(tmp_path)
+    assert state is not None and state["step"] == 1
+
+
+def test_checkpoints_of_older_releases_load_and_are_older_than_new_ones(tmp_path: Path) -> None:
+    for step in (900, 1000):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        torch.save({"step": step}, folder / "state.pt")
+        (folder / "DONE").touch()
+    assert checkpoint.load_newest(tmp_path) == {"step": 1000}
+    checkpoint.save(tmp_path, 10, {"step": 10})
+    assert checkpoint.load_newest(tmp_path) == {"step": 10}
+
+
+@pytest.mark.parametrize("state", [[1], {"step": "x"}, {"identity": {}}, torch.ones(2)])
+def test_a_state_that_is_none_is_skipped(state: Any, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, {"step": 1})
+    checkpoint.save(tmp_path, 2, state)
+    with pytest.warns(UserWarning, match="is no state of a training"):
+        assert checkpoint.load_newest(tmp_path) == {"step": 1}
+
+
+def test_a_state_of_another_training_is_one_error(
+    model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    options: Any = {"output": tmp_path, "epochs": 1, "checkpoint_seconds": 0}
+    train(model, tokenizer, prompt_for(), ROWS, **options)
+    state = checkpoint.load_newest(tmp_path)
+    assert state is not None
+    checkpoint.save(tmp_path, 99, {**state, "learners": [{"encoder": {}}]})
+    with pytest.raises(InputError, match="cannot resume: the newest checkpoint"):
+        train(model, tokenizer, prompt_for(), ROWS, resume=True, **options)
+
+
+def test_removing_checkpoints_leaves_what_no_run_made(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, {"step": 1})
+    (tmp_path / "checkpoints" / "mine").touch()
+    checkpoint.delete_all(tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["mine"]
+
+
+def test_two_trainings_cannot_share_their_checkpoints(
+    model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    with (
+        storage.locked(tmp_path / "checkpoints"),
+        pytest.raises(InputError, match="another run is using"),
+    ):
+        train(model, tokenizer, prompt_for(), ROWS, output=tmp_path)
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path: Path) -> None:

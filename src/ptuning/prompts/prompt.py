@@ -121,8 +121,8 @@ class Prompt(PromptSettings):
     ) -> dict[str, bytes]:
         """What `save` writes into `folder`: name -> content. PEFT's files of an earlier save, where
         they are not among them, have to go."""
-        vectors = self.trained_vectors().float()
         content = self.contents(keep_encoder=keep_encoder, folder=folder)
+        vectors = self.trained_vectors().float()
         kind = self.base_model.get("kind", "causal")
         fits_peft = self.special_tokens == "after" and kind in peft_files.TASK_TYPES
         if fits_peft if peft is None else peft:

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ptuning import InputError
+from ptuning.cli import run_files
+
+
+def read(path: Path, text: str | bytes) -> dict[str, Any]:
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    names = ("model", "template", "labels", "chat", "epochs")
+    command = SimpleNamespace(params=[SimpleNamespace(name=name) for name in names])
+    context: Any = SimpleNamespace(command=command, default_map=None)
+    run_files.use_config(context, path)
+    return context.default_map
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("labels: {yes: Yes, no: No}", {"yes": ["Yes"], "no": ["No"]}),
+        ("labels:\n  true: True\n  false: False", {"true": ["True"], "false": ["False"]}),
+        ("labels: {1: good, 0: [bad, poor]}", {"1": ["good"], "0": ["bad", "poor"]}),
+        ("labels: yes=Yes,no=No|Nope", {"yes": ["Yes"], "no": ["No", "Nope"]}),
+    ],
+)
+def test_labels_are_text_as_it_stands_there(
+    text: str, labels: dict[str, list[str]], tmp_path: Path
+) -> None:
+    assert run_files.parse_labels(read(tmp_path / "run.yaml", text)["labels"]) == labels
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_option(tmp_path: Path) -> None:
+    text = b"\xef\xbb\xbfmodel: 2020-01-01\nchat: true\nepochs: 3"
+    expected = {"model": "2020-01-01", "chat": True, "epochs": 3}
+    assert read(tmp_path / "run.yaml", text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("model: &a x\ntemplate: *a", "an alias"),
+        ("model: " + "[" * 20_000 + "]" * 20_000, "more than 20 levels"),
+        ("model: [" + "a," * 110_000 + "]", "100,000 values"),
+        ("model: a\nmodel: b", "'model' stands there twice"),
+        ("labels: {a: b, a: c}", "'a' stands there twice"),
+        ("? [a]\n: b", "a key that is a list"),
+        ("- a", "must be a list of 'option: value' lines"),
+        ("", "must be a list of 'option: value' lines"),
+        ('model: "\\uD800"', "surrogates not allowed"),
+        ("model: !!python/object/apply:os.system [id]", "could not determine a constructor"),
+        (b"\xff\xfe", "no valid YAML"),
+        (b"template: '" + b"a" * 4_000_000 + b"'", "more than 1,000,000 bytes"),
+        ("depth: 3", "unknown option 'depth'"),
+    ],
+)
+def test_a_run_file_that_is_none_is_one_error(
+    text: str | bytes, fault: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=fault):
+        read(tmp_path / "run.yaml", text)
+
+
+def test_a_label_given_twice_is_an_error() -> None:
+    with pytest.raises(InputError, match=r"'yes' stands there twice; .* separated by"):
+        run_files.parse_labels("yes=Yes,yes=Sure")

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ptuning import InputError, Prompt
+from ptuning.experiments.ledger import Ledger
+from ptuning.training import checkpoint
+
+
+def entries(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_overwriting_removes_what_the_run_made_and_nothing_else(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, {"a": 1})
+    prompt = Prompt("[P] {x} [MASK]", vectors=torch.ones(1, 4))
+    prompt.save(ledger.prompt("P1"))
+    ledger.put("P1", "data", {"figure": 1})
+    checkpoint.save(ledger.running("P2"), 1, {"step": 1})
+    for place in ("prompts", "running", "done"):
+        (tmp_path / place / "mine").mkdir()
+        (tmp_path / place / "mine" / "x").touch()
+    with pytest.raises(InputError, match="holds a run with a=1, and now it is 2"):
+        Ledger(tmp_path, {"a": 2})
+    again = Ledger(tmp_path, {"a": 2}, overwrite=True)
+    assert again.get("P1", "data") is None
+    mine = {f"{place}/mine/x" for place in ("prompts", "running", "done")}
+    assert entries(tmp_path) == {"run.json", *mine}
+
+
+@pytest.mark.parametrize("part", ["../../precious", "/tmp/x", "..", ""])
+def test_a_parts_name_never_leads_out_of_the_folder(part: str, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "out", {})
+    for place in (ledger.running, ledger.prompt, lambda name: ledger.put(name, "", {})):
+        with pytest.raises(InputError, match="cannot be the name of a file"):
+            place(part)
+
+
+def test_a_finished_parts_checkpoints_go(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, {})
+    checkpoint.save(ledger.running("P1"), 1, {"step": 1})
+    ledger.put("P1", "data", {"figure": 1})
+    assert ledger.get("P1", "data") == {"figure": 1}
+    assert not (tmp_path / "running").exists()
