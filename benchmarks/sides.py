@@ -24,6 +24,7 @@ from ptuning.rendering.render import Rendered
 from ptuning.training.cuda_graphs import graphs_or_plain
 from ptuning.training.learner import Learner
 from ptuning.training.population import Member, Population
+from ptuning.training.steps import Later, steps_of
 
 VIRTUAL = 20
 RATE = 1e-3
@@ -135,17 +136,18 @@ class Ours:
             self.accelerator,
             self.notes.append,
         )
-        divisor = torch.full((len(self.learners),), float(len(examples)), device=self.device)
+        take = steps_of(self.population, self.learners, step, self.accelerator)
+        divisor = [float(len(examples))] * len(self.learners)
+        pending: list[Later] = []
 
         def run() -> None:
             self.population.train()
             self.keep_in(store())
-            parts = self.engine.batches(self.rows(examples), self.population.first_ids())
-            with self.population.one_table(parts if step is plain else ()):
-                for part in parts:
-                    step(part, divisor)
-            for learner in self.learners:
-                learner.update()
+            first_ids = self.population.first_ids()
+            parts = self.engine.batches(self.rows(examples), first_ids, take.device)
+            pending.append(take([parts], divisor))
+            if len(pending) > 1:  # as the loop does: its numbers are read one step late
+                pending.pop(0)()
 
         return run
 

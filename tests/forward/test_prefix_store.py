@@ -79,12 +79,13 @@ def test_each_prefix_is_computed_once_and_never_changed() -> None:
     prompt = ptuning.Prompt(TEMPLATE, answer="capital", answer_end=False)
     store = PrefixStore(model)
     losses_and_gradient(model, prompt, ROWS, store)
-    before = {k: [v.clone() for v in values] for k, values in store._kept.items()}
+    assert store.pool is not None
+    kept = store.pool.read(torch.arange(store.pool.capacity))
     losses_and_gradient(model, prompt, ROWS, store)
-    assert store.computed == len(ROWS) == len(before)
-    assert store.bytes == sum(v.numel() * 4 for values in before.values() for v in values)
-    for key, values in before.items():
-        assert all(map(torch.equal, store._kept[key], values))
+    assert store.computed == len(ROWS)
+    assert store.bytes == sum(4 * half[1:].numel() for layer in kept for half in layer)
+    for before, after in zip(kept, store.pool.read(torch.arange(store.pool.capacity)), strict=True):
+        assert all(map(torch.equal, before, after))
 
 
 def test_what_was_admitted_first_stays_within_the_size() -> None:

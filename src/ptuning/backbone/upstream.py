@@ -199,3 +199,13 @@ def _as(model_class: Any, view: Any) -> Any:
     view.__name__, view.__qualname__ = model_class.__name__, model_class.__qualname__
     view.__module__ = model_class.__module__
     return view
+
+
+def skip_failed_steps(optimizer: torch.optim.Optimizer, failed: torch.Tensor) -> None:
+    """A fused optimizer's steps change nothing while `failed`, a number on its device, is 1.
+
+    torch 2.0: fused optimizers look at ``found_inf``, by which ``GradScaler`` tells them. The other
+    name keeps one that may be captured from warning where it is not.
+    """
+    optimizer.found_inf = failed  # type: ignore[attr-defined]
+    optimizer._warned_capturable_if_run_uncaptured = True

@@ -11,7 +11,7 @@ what the batch's rows have in common.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
@@ -24,7 +24,7 @@ from ..backbone.base_model import BaseModel
 from ..backbone.traits import ModelKind, first_position, packs_rows
 from ..backbone.upstream import uncompiled
 from ..prompts.task import Task
-from ..rendering.collate import Batch
+from ..rendering.collate import Batch, plain_prefix
 from ..rendering.render import Rendered, Renderer
 from . import chunked, plain
 from .batching import Row, batch_for, by_length, chunks_by_length
@@ -66,11 +66,13 @@ class Engine:
         """As `batching.batch_for`, on the model's device."""
         return batch_for(self.base, rows, first_ids).to(self.base.device)
 
-    def batches(self, rows: Sequence[Row], first_ids: Sequence[int]) -> list[Batch]:
-        """Rows of a training step in parts that keep the device busy (`batching.by_length`)."""
-        packs = packs_rows(self.base.model)
-        parts = by_length(rows, self.base.device, self.shares, packs)
-        return [self.batch(part, first_ids) for part in parts]
+    def batches(
+        self, rows: Sequence[Row], first_ids: Sequence[int], device: torch.device
+    ) -> list[Batch]:
+        """Rows of a training step in parts that keep a device busy (`batching.by_length`), still on
+        the CPU."""
+        parts = by_length(rows, device, self.shares, packs_rows(self.base.model))
+        return [batch_for(self.base, part, first_ids) for part in parts]
 
     def prediction_batch(self, rows: Sequence[Row], first_ids: Sequence[int]) -> Batch:
         """A batch whose rows share all that they can, since nothing in it is trained."""
@@ -85,6 +87,12 @@ class Engine:
         return chunks_by_length(examples, size)
 
     # What serves several batches.
+
+    def expect(self, examples: Iterable[Rendered]) -> None:
+        """Room for the frozen prefixes of these, at once and no more than they need."""
+        if self.store is not None:
+            prefixes = {s.ids[: plain_prefix(s)] for one in examples for s in one.sequences}
+            self.store.expected = sum(map(len, prefixes))
 
     @contextmanager
     def sharing(

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from .grouped_queries import grouped_queries
+from .kv_pool import KeyValuePool
 from .plain import positions
 
 
@@ -29,6 +32,42 @@ class _KeptLayer(DynamicLayer):
 def cache_of(layers: Iterable[tuple[Tensor, Tensor]]) -> Cache:
     """A new cache around keys and values ``(R, heads, tokens, head width)`` of each layer."""
     return Cache(layers=[_KeptLayer(keys, values) for keys, values in layers])
+
+
+def pooled_cache(pool: KeyValuePool, slots: Tensor) -> Cache:
+    """A new cache around slots ``(R, kept)`` of a pool, each layer's read when the layer runs."""
+    return Cache(layers=[PooledLayer(pool, layer, slots) for layer in range(pool.layers)])
+
+
+class PooledLayer(DynamicLayer):
+    """A cache layer that reads a pool's slots when its turn comes, and keeps nothing of it.
+
+    Args:
+        pool: of keys and values.
+        layer: its number.
+        slots: ``(R, kept)``.
+    """
+
+    def __init__(self, pool: KeyValuePool, layer: int, slots: Tensor):
+        super().__init__()
+        self.planes, self.slots = pool.planes_of(layer), slots
+        self.heads = pool.form_of(layer).heads
+        size = (len(slots), self.heads, slots.shape[1], 1)
+        # What the base class asks is a shape: no number of these is ever read.
+        keys, values = (plane[:1, :1, None, None].expand(size) for plane in self.planes)
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What is kept and, behind it, what is new."""
+        kept = (
+            F.embedding(self.slots, plane).unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for plane in self.planes
+        )
+        keys, values = kept
+        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
 
 def keys_and_values(model: nn.Module, ids: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -16,7 +16,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from transformers import Cache
@@ -25,12 +27,12 @@ from ..backbone.traits import reads_caches
 from ..rendering.collate import IGNORED, Batch, plain_prefix
 from ..rendering.render import Rendered
 from .kv_cache import cache_of, keys_and_values
+from .kv_pool import KeyValuePool
 from .packing import Packed, pack
 from .plain import Shortened, positions
 
-KeyValues = list[Tensor]
-"""Of each layer the keys and then the values of one prefix: ``(heads, tokens, head width)``."""
-Common = dict[tuple[int, ...], tuple[int, ...]]
+Ids = tuple[int, ...]
+Common = dict[Ids, Ids]
 """Prefix -> the part of it that other prompts on the same row begin with."""
 _SMALLEST = 8
 
@@ -40,7 +42,8 @@ class PrefixStore:
 
     What was admitted first stays: a shuffled epoch would drive everything out of a store that keeps
     what was used last. What has no room is computed again. On an accelerator the device's memory is
-    filled first, then pinned memory of the host.
+    filled first, then pinned memory of the host, from where it comes while the device still
+    computes what was asked of it before.
 
     Args:
         model: a causal model.
@@ -49,27 +52,31 @@ class PrefixStore:
     Attributes:
         bytes: what is kept.
         computed: how many prefixes were computed so far.
-        multiple: of which the columns behind the kept ones are, so that shapes repeat.
+        expected: tokens of all prefixes that will come, if that is known: room for them at once.
     """
 
     def __init__(self, model: nn.Module, most: int | None = None):
         self.model = model
-        self._kept: dict[tuple[int, ...], KeyValues] = {}
+        self.pool: KeyValuePool | None = None
+        self._kept: dict[Ids, int | list[Tensor]] = {}
+        """The first slot of what is on the device; else the tokens' own on the host."""
+        self._used = 1
         self._most = most
         self._budgets: dict[str, int] | None = None
+        self._lane: _Lane | None = None
         self.bytes = 0
         self.computed = 0
-        self.multiple = 1
+        self.expected = 0
 
     def __call__(self, batch: Batch) -> Shortened | None:
         """What is left to compute of a batch, or None where nothing can be saved."""
-        if not self._serves(batch):
+        if not self.serves(batch):
             return None
         packed = pack(self.model, batch)
         if packed is not None:
             return self._packed(packed)
         total, count = batch.input_ids.shape[1], batch.answers.shape[1]
-        columns = self._suffix(batch)
+        columns = longest_suffix(batch)
         inputs = {
             "input_ids": batch.input_ids[:, total - columns :],
             "attention_mask": batch.attention_mask,
@@ -80,17 +87,33 @@ class PrefixStore:
 
     def cache(self, batch: Batch) -> Cache | None:
         """Keys and values of a batch's first columns, to generate behind them; or None."""
-        return self._stacked(batch, self._suffix(batch)) if self._serves(batch) else None
+        return self._stacked(batch, longest_suffix(batch)) if self.serves(batch) else None
 
-    def _suffix(self, batch: Batch) -> int:
-        columns = -(-longest_suffix(batch) // self.multiple) * self.multiple
-        return min(columns, batch.input_ids.shape[1])
-
-    def _serves(self, batch: Batch) -> bool:
+    def serves(self, batch: Batch) -> bool:
         """The prefixes are long enough to be worth it, and the model reads caches."""
         total = max(batch.lengths)
         kept = total - longest_suffix(batch)
         return kept >= _SMALLEST and 4 * kept >= total and reads_caches(self.model)
+
+    def slots(
+        self, prefixes: Sequence[Ids], counts: Sequence[int], kept: int, device: torch.device
+    ) -> Any:
+        """Where a batch's first columns stand in the pool, all of them on the device now.
+
+        Args:
+            prefixes: of the rows.
+            counts: how many tokens of each are kept columns, at the right end of these.
+            kept: columns.
+            device: that computes them.
+
+        Returns:
+            numpy's ``(R, kept)``; 0, whose keys and values are zeros, where a row has none.
+        """
+        first = self._present(dict.fromkeys(prefixes), device)
+        slots = numpy.zeros((len(prefixes), kept), dtype=numpy.int64)
+        for row, (prefix, count) in enumerate(zip(prefixes, counts, strict=True)):
+            slots[row, kept - count :] = numpy.arange(first[prefix], first[prefix] + count)
+        return slots
 
     def _packed(self, packed: Packed) -> Shortened:
         counts = [len(prefix) for prefix in packed.prefixes]
@@ -103,72 +126,133 @@ class PrefixStore:
         return self._cache(batch.prefixes, counts, kept, batch.input_ids.device)
 
     def _cache(
-        self,
-        prefixes: tuple[tuple[int, ...], ...],
-        counts: list[int],
-        kept: int,
-        device: torch.device,
+        self, prefixes: tuple[Ids, ...], counts: list[int], kept: int, device: torch.device
     ) -> Cache:
         """A new cache of `kept` columns: the first `counts` of each row's prefix at its end.
 
         The store stays as it is.
         """
-        found = self._of(dict.fromkeys(prefixes), device)
-        made: list[Tensor] = []
-        for number, first in enumerate(found[prefixes[0]]):
-            if len(found) == 1 and min(counts) == kept:  # one document: a view serves all rows
-                shared = first[None, :, :kept].to(device, non_blocking=True)
-                made.append(shared.expand(len(prefixes), -1, -1, -1))
-                continue
-            heads, _, width = first.shape
-            stacked = first.new_empty(len(prefixes), heads, kept, width, device=device)
-            for row, (prefix, count) in enumerate(zip(prefixes, counts, strict=True)):
-                stacked[row, :, : kept - count] = 0
-                values = found[prefix][number].to(device, non_blocking=True)  # whole: it is pinned
-                stacked[row, :, kept - count :] = values[:, :count]
-            made.append(stacked)
-        return cache_of(zip(made[::2], made[1::2], strict=True))
+        slots = self.slots(prefixes, counts, kept, device)
+        assert self.pool is not None
+        if len(set(prefixes)) == 1 and min(counts) == kept:  # one document: a view serves all rows
+            layers = self.pool.view(int(slots[0, 0]), kept, len(prefixes))
+        else:
+            layers = self.pool.read(torch.from_numpy(slots).to(device, non_blocking=True))
+        return cache_of(layers)
 
-    def _of(
-        self, prefixes: Iterable[tuple[int, ...]], device: torch.device
-    ) -> dict[tuple[int, ...], KeyValues]:
-        known = {prefix: self._kept.get(prefix) for prefix in prefixes}
-        missing = [prefix for prefix, values in known.items() if values is None]
+    def _present(self, prefixes: Iterable[Ids], device: torch.device) -> dict[Ids, int]:
+        """The first slot of each prefix; what is not on the device comes there.
+
+        It stands behind what is kept, until the next batch's takes its place.
+        """
+        places = {prefix: self._kept.get(prefix) for prefix in prefixes}
+        first = {prefix: place for prefix, place in places.items() if isinstance(place, int)}
+        missing = [prefix for prefix, place in places.items() if place is None]
+        parked = {prefix: place for prefix, place in places.items() if isinstance(place, list)}
         if missing:
-            for prefix, values in zip(missing, self._compute(missing, device), strict=True):
-                known[prefix] = values
-                self._admit(prefix, values)
-        return {prefix: values for prefix, values in known.items() if values is not None}
+            first |= self._made(missing, device)
+        if parked:
+            behind = max([self._used, *(first[prefix] + len(prefix) for prefix in missing)])
+            first |= self._brought(parked, behind)
+        return first
+
+    def _made(self, prefixes: list[Ids], device: torch.device) -> dict[Ids, int]:
+        """Compute prefixes, and admit those that there is room for."""
+        layers = self._compute(prefixes, device)
+        if self.pool is None:
+            self.pool = KeyValuePool(layers)
+        places = {prefix: self._admit(prefix) for prefix in prefixes}
+        order = sorted(prefixes, key=lambda prefix: places[prefix] != "device")
+        self._reserve(sum(map(len, order)))
+        first: dict[Ids, int] = {}
+        columns: list[int] = []
+        slot = self._used
+        width = layers[0][0].shape[2]
+        for prefix in order:
+            end = (prefixes.index(prefix) + 1) * width
+            columns += range(end - len(prefix), end)
+            first[prefix] = slot
+            slot += len(prefix)
+        self.pool.write(layers, torch.tensor(columns, dtype=torch.long, device=device), self._used)
+        for prefix in order:
+            if places[prefix] == "device":
+                self._kept[prefix] = first[prefix]
+                self._used += len(prefix)
+            elif places[prefix] == "host":
+                lifted = self.pool.lift(first[prefix], len(prefix))
+                self._kept[prefix] = [_pinned(tensor.cpu()) for tensor in lifted]
+        return first
+
+    def _reserve(self, more: int) -> None:
+        """Room for so many tokens behind those that are kept."""
+        assert self.pool is not None and self._budgets is not None
+        needed = self._used + more
+        if needed <= self.pool.capacity:
+            return
+        fits = self._used + self._budgets["device"] // max(1, self.pool.slot_bytes)
+        wished = self.expected + 1 if self.expected else 2 * self.pool.capacity
+        # Beyond the budget stands only what passes through.
+        self.pool.reserve(max(needed, min(wished, fits)), self._used)
+
+    def _brought(self, parked: dict[Ids, list[Tensor]], start: int) -> dict[Ids, int]:
+        """Bring prefixes from the host."""
+        assert self.pool is not None
+        self._reserve(start - self._used + sum(map(len, parked)))
+        self._lane = self._lane or _Lane(self.pool.device)
+        first = {}
+        for (prefix, _), tokens in zip(
+            parked.items(), self._lane.bring(list(parked.values())), strict=True
+        ):
+            self.pool.put_back(tokens, start)
+            first[prefix] = start
+            start += len(prefix)
+        return first
 
     @torch.no_grad()
-    def _compute(self, prefixes: list[tuple[int, ...]], device: torch.device) -> list[KeyValues]:
+    def _compute(self, prefixes: list[Ids], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of prefixes, each at the right end of its row."""
         self.computed += len(prefixes)
         length = max(1, max(map(len, prefixes)))
-        ids = torch.zeros(len(prefixes), length, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prefix in enumerate(prefixes):
-            if prefix:
-                ids[row, -len(prefix) :] = torch.tensor(prefix)
-                mask[row, -len(prefix) :] = 1
-        mask[:, -1] = 1  # an empty prefix: some column must be seen; it is cut off below
-        layers = keys_and_values(self.model, ids.to(device), mask.to(device))
-        return [
-            [tensor[row, :, length - n :].clone() for layer in layers for tensor in layer]
-            for row, n in enumerate(map(len, prefixes))
-        ]
+        ids = torch.tensor([[0] * (length - len(prefix)) + list(prefix) for prefix in prefixes])
+        mask = torch.tensor(
+            [[0] * (length - len(prefix)) + [1] * len(prefix) for prefix in prefixes]
+        )
+        mask[:, -1] = 1  # an empty prefix: some column must be seen; it is never read
+        return keys_and_values(self.model, ids.to(device), mask.to(device))
 
-    def _admit(self, prefix: tuple[int, ...], values: KeyValues) -> None:
-        size = sum(value.numel() * value.element_size() for value in values)
+    def _admit(self, prefix: Ids) -> str | None:
+        """Where there is room for a prefix; it is taken."""
+        assert self.pool is not None
+        size = len(prefix) * self.pool.slot_bytes
         if self._budgets is None:
-            self._budgets = budgets(self._most, values[0].device)
+            self._budgets = budgets(self._most, self.pool.device)
         for place, room in self._budgets.items():
             if size <= room:
-                if place == "host":
-                    values = [_pinned(value.cpu()) for value in values]
-                self._kept[prefix] = values
                 self._budgets[place] -= size
                 self.bytes += size
-                return
+                return place
+        return None
+
+
+class _Lane:
+    """Copies from pinned memory beside the computation, from the moment that they are asked for."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def bring(self, parked: list[list[Tensor]]) -> list[list[Tensor]]:
+        """The tensors on the device."""
+        if self._stream is None:
+            return [[tensor.to(self.device) for tensor in tensors] for tensors in parked]
+        with torch.cuda.stream(self._stream):
+            here = [[t.to(self.device, non_blocking=True) for t in tensors] for tensors in parked]
+        now = torch.cuda.current_stream(self.device)
+        now.wait_stream(self._stream)
+        for tensors in here:
+            for tensor in tensors:
+                tensor.record_stream(now)
+        return here
 
 
 def _pinned(tensor: Tensor) -> Tensor:
@@ -199,7 +283,7 @@ def in_common(tasks: Sequence[Sequence[Rendered]]) -> Common:
     ]
     shared: Common = {}
     for prefixes in rows:
-        alike: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+        alike: dict[Ids, list[Ids]] = {}
         for prefix in prefixes:
             alike.setdefault(prefix[:_SMALLEST], []).append(prefix)
         for group in alike.values():

@@ -1,16 +1,17 @@
-"""A micro-step as one CUDA graph: where shapes repeat, no kernel waits for Python.
+"""A part of a step as one CUDA graph: where shapes repeat, no kernel waits for Python.
 
     first batch of a shape    plain step
     second                    plain step; beside it the graph is captured, replayed and compared
-    later ones                batch and table into static buffers, replay, gradient to the table
+    later ones                inputs into their static buffer, replay
 
-Keys and values of the frozen prefix go into static buffers too (`static_shapes`). Only causal
-models; what does not fit, or cannot be captured, takes the plain step.
+Losses and the table's gradient add up in buffers that stand still (`steps` takes them from there).
+Keys and values of the frozen prefix are read in the graph, by the slots of the store's pool. Only
+causal models; what does not fit, or cannot be captured, takes the plain step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -29,16 +30,17 @@ from ..backbone.traits import (
 )
 from ..backbone.upstream import end_capture_pool
 from ..forward.chunked import reads_in_chunks
-from ..forward.kv_cache import cache_of
-from ..forward.plain import Shortened
+from ..forward.kv_cache import pooled_cache
+from ..forward.packing import pack
+from ..forward.plain import Shortened, positions
 from ..rendering.collate import Batch
 from .population import Population
 from .settings import TrainSettings
-from .static_shapes import GIVEN, SUFFIXES, buffers_for, fill, shape_of, tensors_of, widened
+from .static_shapes import StaticInputs, columns_for, shape_of, suffix_for
 
 MicroStep = Callable[[Batch, Tensor], Tensor]
 """From a batch and each member's divisor to its share of the mean loss; its gradient is added to
-the table of the population's micro-batch."""
+the table that is in the population's embedding."""
 Outputs = tuple[Tensor, Tensor]
 """Losses ``(members,)`` and the table's gradient."""
 _MOST, _WARM_UPS = 32, 3
@@ -47,10 +49,10 @@ _MOST, _WARM_UPS = 32, 3
 class Graph(Protocol):
     """Records what a function does to fixed tensors, and does it again."""
 
-    def capture(self, function: Callable[[], Outputs]) -> None:
+    def capture(self, function: Callable[[], Any]) -> None:
         """Record."""
 
-    def replay(self) -> Outputs:
+    def replay(self) -> Any:
         """Do it again; the outputs are the same tensors each time."""
 
 
@@ -64,7 +66,7 @@ class CudaGraph:
         self._pool = pool
         self._graph = torch.cuda.CUDAGraph()
 
-    def capture(self, function: Callable[[], Outputs]) -> None:
+    def capture(self, function: Callable[[], Any]) -> None:
         """Record, after some runs on another stream that set libraries up."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -81,14 +83,14 @@ class CudaGraph:
             end_capture_pool(outer.device_index, self._pool)
             raise
 
-    def replay(self) -> Outputs:
+    def replay(self) -> Any:
         """Do it again."""
         self._graph.replay()
         return self._outputs
 
 
 class GraphedStep:
-    """A micro-step that replays graphs, and takes the plain step where there is none.
+    """Parts of a step by replayed graphs, or by the plain step where there is none.
 
     Args:
         population: in training.
@@ -97,6 +99,12 @@ class GraphedStep:
         new_graph: makes a `Graph`.
         tolerance: how far loss and gradient may be from the plain step's, as a share of its norm.
         say: hears once that graphs run, or why they do not.
+
+    Attributes:
+        table: what the encoders made ``(virtual tokens, width)``, read by every part.
+        gradient: of the table, and
+        losses: of the members ``(members,)``: what the parts since the last `clear` add up to.
+        replays: how many parts were replayed.
     """
 
     def __init__(
@@ -110,126 +118,158 @@ class GraphedStep:
     ):
         self.population, self.plain, self.autocast = population, plain, autocast
         self.new_graph, self.tolerance, self.say = new_graph, tolerance, say
-        self.shapes: dict[Any, tuple[dict[str, Tensor], Graph]] = {}
+        self.shapes: dict[Any, tuple[StaticInputs, Graph]] = {}
         self.replays = 0
+        self.table = population.tables().detach().clone()
+        self.device = self.table.device
+        self.gradient = torch.zeros_like(self.table)
+        self.losses = torch.zeros(len(population.members), device=self.device)
         self._seen: set[Any] = set()
         self._plain_shapes: set[Any] = set()
-        self._refused = False
-        self.store = population.engine.store
-        if self.store is not None:
-            self.store.multiple = SUFFIXES
+        self._agreed = self._refused = False
+        self._pool_version = -1
 
-    def __call__(self, batch: Batch, divisor: Tensor) -> Tensor:
-        """As `MicroStep`."""
-        wide = widened(batch)
-        seen = shape_of(wide)
-        if self._refused or seen in self._plain_shapes or seen not in self._seen:
-            self._seen.add(seen)
-            return self._plain(batch, divisor)
-        with self.autocast():
-            given = self.store(wide) if self.store is not None else None
-        shape = (given is None, *seen)
-        if shape not in self.shapes and not self._can_hold(wide, given):
-            self._plain_shapes.add(seen)
-            return self._plain(batch, divisor)
-        table = self.population.table
-        tensors = tensors_of(wide, divisor, table, given)
-        if shape not in self.shapes:
-            return self._first(batch, divisor, shape, wide, given, tensors)
-        buffers, graph = self.shapes[shape]
-        fill(buffers, tensors)
-        losses, gradient = graph.replay()
-        table.grad = gradient.clone() if table.grad is None else table.grad.add_(gradient)
+    def clear(self) -> None:
+        """Begin to add up anew."""
+        self.gradient.zero_()
+        self.losses.zero_()
+
+    def __call__(self, batch: Batch, divisor: Sequence[float]) -> None:
+        """Add a part to `losses` and `gradient`.
+
+        Args:
+            batch: on the CPU.
+            divisor: of each member's losses.
+        """
+        store = self.population.engine.store
+        kept = store is not None and store.serves(batch)
+        shape = shape_of(batch, kept)
+        if self._refused or shape in self._plain_shapes or shape not in self._seen:
+            self._seen.add(shape)
+            self._plain(batch, divisor)
+            return
+        if shape not in self.shapes and not self._can_hold(batch, kept):
+            self._plain_shapes.add(shape)
+            self._plain(batch, divisor)
+            return
+        slots = self._slots(batch) if kept and shape in self.shapes else None
+        if shape not in self.shapes:  # or not any more
+            self._first(batch, divisor, kept, shape)
+            return
+        inputs, graph = self.shapes[shape]
+        inputs.fill(batch, divisor, slots)
+        graph.replay()
         self.replays += 1
-        return losses.clone()
 
-    def _can_hold(self, wide: Batch, given: Shortened | None) -> bool:
+    def _can_hold(self, batch: Batch, kept: bool) -> bool:
         """A graph of the step is possible, and of use."""
-        packed = given is not None and given.inputs["attention_mask"].dim() > 2  # never twice
-        return (
-            not packed
-            and len(self.shapes) < _MOST
-            and not reads_in_chunks(self.population.base, wide)
-        )
+        base = self.population.base
+        packed = kept and pack(base, batch) is not None  # which are never twice the same
+        return not packed and len(self.shapes) < _MOST and not reads_in_chunks(base, batch)
 
-    def _plain(self, batch: Batch, divisor: Tensor) -> Tensor:
+    def _slots(self, batch: Batch) -> Any:
+        """Of the batch's kept columns, as the store's `slots` gives them."""
+        store = self.population.engine.store
+        assert store is not None
+        columns, suffix = columns_for(batch), suffix_for(batch)
+        counts = [max(0, length - suffix) for length in batch.lengths]
+        with self.autocast():
+            slots = store.slots(batch.prefixes, counts, columns - suffix, self.device)
+        assert store.pool is not None
+        if store.pool.version != self._pool_version:  # captured graphs read where it was
+            self._pool_version = store.pool.version
+            self._forget(kept=True)
+        return slots
+
+    def _plain(self, batch: Batch, divisor: Sequence[float]) -> Outputs:
         """The plain step; where memory is short it gets that of the graphs."""
         try:
-            return self.plain(batch, divisor)
+            return self._plainly(batch, divisor)
         except torch.OutOfMemoryError:
             if not self.shapes:
                 raise
         self._refuse("they leave too little memory")
-        return self.plain(batch, divisor)
+        return self._plainly(batch, divisor)
 
-    def _first(
-        self,
-        batch: Batch,
-        divisor: Tensor,
-        shape: Any,
-        wide: Batch,
-        given: Shortened | None,
-        tensors: dict[str, Tensor],
-    ) -> Tensor:
+    def _plainly(self, batch: Batch, divisor: Sequence[float]) -> Outputs:
+        table = self.table.detach().clone().requires_grad_()
+        with self.population.written(table):
+            losses = self.plain(batch.to(self.device), torch.tensor(divisor, device=self.device))
+        assert table.grad is not None
+        self.losses += losses
+        self.gradient += table.grad
+        return losses, table.grad
+
+    def _first(self, batch: Batch, divisor: Sequence[float], kept: bool, shape: Any) -> None:
         """The plain step, and beside it a graph that is kept if it gives the same."""
-        table = self.population.table
-        before = torch.zeros_like(table) if table.grad is None else table.grad.clone()
         expected = self._plain(batch, divisor)
         if self._refused:
-            return expected
-        assert table.grad is not None
-        gradient = table.grad - before
+            return
+        added = self.losses.clone(), self.gradient.clone()
         try:
-            buffers = buffers_for(tensors, len(wide.member))
-            buffers["table"].requires_grad_()
-            fill(buffers, tensors)
+            slots = self._slots(batch) if kept else None
+            columns = 0 if slots is None else slots.shape[1]
+            inputs = StaticInputs(batch, len(self.losses), self.device, columns)
+            inputs.fill(batch, divisor, slots)
             graph = self.new_graph()
-            graph.capture(partial(self._run, wide, given, buffers))
-            losses, got = graph.replay()
-            off = max(_distance(expected, losses, 0.1), _distance(gradient, got, 1e-12))
+            graph.capture(partial(self._run, batch, inputs.tensors))
+            off = _distances(expected, graph.replay())
         except Exception as error:  # whatever a model does that a graph cannot hold
             while error.__context__ is not None and isinstance(error.__context__, Exception):
                 error = error.__context__  # what broke the capture; its end fails too
             fault = (str(error) or type(error).__name__).splitlines()[0]
             self._refuse(f"capturing the step failed ({fault})")
-            return expected
+            return
+        finally:  # what was captured has added its own meanwhile
+            self.losses.copy_(added[0])
+            self.gradient.copy_(added[1])
         if not off <= self.tolerance:  # also where it is not a number
-            if self.shapes:  # others agree: this one rounds too differently
-                self._plain_shapes.add(shape[1:])
+            if self._agreed:  # others do: this one rounds too differently
+                self._plain_shapes.add(shape)
             else:
                 self._refuse(f"the captured step is off by {off:.1e} of the plain one")
-            return expected
-        if not self.shapes:
+            return
+        if not self._agreed:
+            self._agreed = True
             self.say("CUDA graphs: steps of repeated shapes are replayed; the first one agrees")
-        self.shapes[shape] = buffers, graph
-        return expected
+        self.shapes[shape] = inputs, graph
 
-    def _run(self, wide: Batch, given: Shortened | None, buffers: dict[str, Tensor]) -> Outputs:
-        """The micro-step on the static buffers."""
-        own: dict[str, Any] = {name: buffers[name] for name in vars(wide) if name in buffers}
-        static = replace(wide, **own)
-
-        def prefix(_: Batch) -> Shortened | None:
-            if given is None:
-                return None
-            inputs: dict[str, Any] = {
-                name.removeprefix(GIVEN): value
-                for name, value in buffers.items()
-                if name.startswith(GIVEN)
-            }
-            layers = range(len(given.inputs["past_key_values"].layers))
-            kept = [(buffers[f"keys {i}"], buffers[f"values {i}"]) for i in layers]
-            return Shortened({**inputs, "past_key_values": cache_of(kept)}, given.rows)
-
-        table = buffers["table"]
+    def _run(self, batch: Batch, inputs: dict[str, Tensor]) -> Outputs:
+        """The part on the static inputs."""
+        given: dict[str, Any] = {name: inputs[name] for name in vars(batch) if name in inputs}
+        static = replace(batch, **given)
+        table = self.table.detach().requires_grad_()
         with self.population.written(table), self.autocast():
-            losses = self.population.losses(static, prefix) / buffers["divisor"]
+            shorten = partial(self._shortened, slots=inputs.get("slots"))
+            losses = self.population.losses(static, shorten) / inputs["divisor"].float()
         (gradient,) = torch.autograd.grad(losses.sum(), table)
+        self.losses += losses.detach()
+        self.gradient += gradient
         return losses.detach(), gradient
+
+    def _shortened(self, static: Batch, slots: Tensor | None) -> Shortened | None:
+        """What is left to compute behind kept columns."""
+        store = self.population.engine.store
+        if slots is None or store is None or store.pool is None:
+            return None
+        count, columns = static.answers.shape[1], static.input_ids.shape[1] - slots.shape[1]
+        inputs = {
+            "input_ids": static.input_ids[:, -columns:],
+            "attention_mask": static.attention_mask,
+            "past_key_values": pooled_cache(store.pool, slots),
+            **positions(self.population.base, static.attention_mask, columns, count),
+        }
+        return Shortened(inputs, lambda logits: logits[:, -count:])
+
+    def _forget(self, kept: bool) -> None:
+        """Let captured graphs go; all, or those that read kept keys and values."""
+        for shape, (inputs, _) in list(self.shapes.items()):
+            if not kept or "slots" in inputs.tensors:
+                del self.shapes[shape]
 
     def _refuse(self, why: str) -> None:
         self._refused = True
-        self.shapes.clear()
+        self._forget(kept=False)
         torch.cuda.empty_cache()
         self.say(f"CUDA graphs are off: {why}; every step runs plain")
 
@@ -240,8 +280,9 @@ def graphs_or_plain(
     settings: TrainSettings,
     accelerator: Accelerator,
     say: Callable[[str], None],
-) -> MicroStep:
-    """The micro-step to train with; `say` hears why it is the plain one where that may surprise."""
+) -> MicroStep | GraphedStep:
+    """What computes the parts of a step; `say` hears why it is the plain one where that may
+    surprise."""
     if settings.graphs == "off" or accelerator.device.type != "cuda":
         return plain
     why = obstacle(population.base, accelerator)
@@ -273,8 +314,14 @@ def obstacle(model: nn.Module, accelerator: Accelerator) -> str | None:
     return None if kind_of(model) is ModelKind.CAUSAL else "the model is not a causal one"
 
 
+def _distances(expected: Outputs, got: Outputs) -> float:
+    """How far losses and gradient are from what is expected, the larger of the two."""
+    (losses, gradient), (got_losses, got_gradient) = expected, got
+    # A loss near zero is made of logits whose rounding is not near zero.
+    return max(_distance(losses, got_losses, 0.1), _distance(gradient, got_gradient, 1e-12))
+
+
 def _distance(expected: Tensor, got: Tensor, least: float) -> float:
-    """Norm of the difference over the norm of what is expected, or `least` where that is smaller:
-    a loss near zero is made of logits whose rounding is not near zero."""
+    """Norm of the difference over the norm of what is expected, or `least` where that is less."""
     wanted = expected.detach().float()
     return float((got.detach().float() - wanted).norm() / wanted.norm().clamp(min=least))

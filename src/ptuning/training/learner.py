@@ -13,8 +13,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
+from ..backbone.upstream import skip_failed_steps
 from .population import Member
 from .settings import PATIENCE, TrainSettings
 
@@ -27,7 +27,7 @@ class Learner:
         encoder_type: decides the default rate.
         settings: the member's own.
         steps: of the whole training.
-        accelerator: prepares the optimizer.
+        accelerator: has the scale of fp16's losses.
         model: the base model, if its weights are trained too.
 
     Attributes:
@@ -54,11 +54,9 @@ class Learner:
         if model is not None:
             weights = list(self._model_weights().values())
             groups.append({"params": weights, "lr": settings.model_learning_rate})
-        optimizer = AdamW(groups, lr=rate, weight_decay=settings.weight_decay)
-        warmup = round(settings.warmup * steps)
-        schedule = LambdaLR(optimizer, lambda s: _rate_factor(s, warmup, steps, settings.schedule))
-        self.optimizer = accelerator.prepare_optimizer(optimizer)
-        self.schedule = schedule
+        self.optimizer = AdamW(groups, lr=rate, weight_decay=settings.weight_decay)
+        self._highest = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.steps, self.steps_taken = steps, 0
         self.active = True
         self.dropped: int | None = None
         self.best: dict[str, Any] = {}
@@ -72,6 +70,31 @@ class Learner:
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
         return torch.randperm(count, generator=generator).tolist()
 
+    def rates(self) -> list[float]:
+        """The learning rates of the next step, of the encoder and of the model if it is trained."""
+        warmup = round(self.settings.warmup * self.steps)
+        factor = _rate_factor(self.steps_taken, warmup, self.steps, self.settings.schedule)
+        return [rate * factor for rate in self._highest]
+
+    def update_unseen(self, rate: Tensor, failed: Tensor) -> None:
+        """Let the optimizer run where nobody looks at its numbers, such as in a CUDA graph.
+
+        Args:
+            rate: a number on the device, the learning rate of each step.
+            failed: likewise; while it is 1 a step changes nothing.
+        """
+        state = self.optimizer.state_dict()
+        settings: dict[str, Any] = {"lr": rate, "weight_decay": self.settings.weight_decay}
+        self.optimizer = AdamW(self.parameters(), **settings, fused=True, capturable=True)
+        self._load_optimizer(state)
+        (group,) = self.optimizer.param_groups
+        group["lr"] = rate  # which loading has copied
+        skip_failed_steps(self.optimizer, failed)
+
+    def clip(self) -> Tensor:
+        """Clip the gradient; gives its norm before."""
+        return nn.utils.clip_grad_norm_(self.parameters(), self.settings.max_grad_norm)
+
     def update(self, finite: bool = True) -> bool:
         """Clip, take one optimizer step, and clear the gradient.
 
@@ -83,18 +106,19 @@ class Learner:
             skips such steps by itself; who drives the members updates its scale, once for all.)
         """
         if self.active and finite:
-            parameters = self.parameters()
             scaler = self.accelerator.scaler
             if scaler is not None:
-                scaler.unscale_(self.optimizer.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+                scaler.unscale_(self.optimizer)
+            norm = self.clip()
             finite = scaler is not None or bool(torch.isfinite(norm))
             if finite:
+                for group, rate in zip(self.optimizer.param_groups, self.rates(), strict=True):
+                    group["lr"] = rate
                 if scaler is None:
                     self.optimizer.step()
                 else:  # without accelerate, which would change the scale between two members
-                    scaler.step(self.optimizer.optimizer)
-                self.schedule.step()
+                    scaler.step(self.optimizer)
+                self.steps_taken += 1
         self.optimizer.zero_grad()
         return finite
 
@@ -180,7 +204,7 @@ class Learner:
             **model,
             "encoder": self.weights(),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.last_epoch,
+            "schedule": self.steps_taken,
             "random_state": self.member.random_state,
             "active": self.active,
             "dropped": self.dropped,
@@ -189,13 +213,18 @@ class Learner:
             "without_gain": self.without_gain,
         }
 
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Take over an optimizer's numbers; how it computes stays this one's."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({**state, "param_groups": groups})
+
     def load(self, state: dict[str, Any]) -> None:
         """Continue from `state`."""
         self.member.encoder.load_state_dict(state["encoder"])
         if self.model is not None:
             self.model.load_state_dict(state["model"], strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.last_epoch = state["schedule"]
+        self._load_optimizer(state["optimizer"])
+        self.steps_taken = state["schedule"]
         self.member.random_state = state["random_state"]
         self.active, self.dropped = state["active"], state["dropped"]
         self.best = state["best"]

@@ -12,11 +12,13 @@ computed in other batches then).
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +38,15 @@ from .learner import Learner, halve
 from .population import Member, Population
 from .progress import Progress
 from .settings import TrainSettings
+from .steps import Later, steps_of
+
+
+class _Pending(NamedTuple):
+    """A step that was asked for and whose numbers are not read yet."""
+
+    step: int
+    epoch: int
+    outcome: Later
 
 
 @dataclass
@@ -56,9 +67,10 @@ class Loop:
             tuned = self.settings.tune_model
             with Population(self.engine, self.members, owner, tuned) as population:
                 self.population = population
-                self.micro_step = graphs_or_plain(
-                    population, self._plain_step, self.settings, self.accelerator, self.notes.append
+                part = graphs_or_plain(
+                    population, self._plain_part, self.settings, self.accelerator, self.notes.append
                 )
+                self.take_step = steps_of(population, self.learners, part, self.accelerator)
                 self._epochs()
         return self.learners
 
@@ -81,9 +93,11 @@ class Loop:
         ]
         whole_rows = settings.prefix_cache == "off" or tuned is not None
         self.engine = Engine(self.base, settings.prefix_bytes, plain=whole_rows)
+        self.engine.expect(example for v in self.variants for example in (*v.examples, *v.dev))
         self.identity = checkpoint.identity_of(self.variants, self.base)
         self.notes: list[str] = []
         self.step = 0
+        self._pending: list[_Pending] = []
         self.epoch_loss = torch.zeros(len(self.learners))
         self._resume(resume)
 
@@ -101,44 +115,35 @@ class Loop:
             orders = [learner.order(epoch, count) for learner in self.learners]
             for position in range(done, self.steps_per_epoch):
                 self.population.train()
-                losses = self._optimizer_step(orders, position)
                 self.step += 1
-                self.epoch_loss += losses / self.steps_per_epoch
-                self._report(epoch, losses)
+                outcome = self._optimizer_step(orders, position)
+                self._pending.append(_Pending(self.step, epoch, outcome))
+                ends_epoch = position == self.steps_per_epoch - 1
+                saves = time.monotonic() - self._saved_at >= self.settings.checkpoint_seconds
+                # The numbers of a step that still runs are read when the next one waits behind it.
+                self._settle(leave=int(self.take_step.late and not (ends_epoch or saves)))
                 if not any(learner.active for learner in self.learners):
                     self._save()
                     return
-                ends_epoch = position == self.steps_per_epoch - 1
-                if not ends_epoch:
-                    self._save_if_due()
+                if saves and not ends_epoch:
+                    self._save()
             self._end_epoch(epoch)
 
-    def _optimizer_step(self, orders: list[list[int]], position: int) -> Tensor:
-        """One optimizer step of every active member; gives each one's mean loss."""
+    def _optimizer_step(self, orders: list[list[int]], position: int) -> Later:
+        """One optimizer step of every active member."""
         per_step = self.settings.batch_size * self.settings.gradient_accumulation
         chosen = [
             [variant.examples[i] for i in order[position * per_step : (position + 1) * per_step]]
             for variant, order in zip(self.variants, orders, strict=True)
         ]
-        weights = [sum(example.weight for example in examples) for examples in chosen]
-        divisor = torch.tensor(weights, dtype=torch.float32, device=self.device)
-        total = torch.zeros(len(self.learners), device=self.device)
+        weights = [float(sum(example.weight for example in examples)) for examples in chosen]
+        first_ids, micro_batches = self.population.first_ids(), []
         for start in range(0, len(chosen[0]), self.settings.batch_size):
             rows = self._rows([c[start : start + self.settings.batch_size] for c in chosen])
-            parts = self.engine.batches(rows, self.population.first_ids())
-            # A graph that is replayed computes whole rows: its inputs stand still.
-            sharing = parts if self.micro_step == self._plain_step else []
-            with self.population.one_table(sharing, self.accelerator.autocast) as table:
-                for part in parts:
-                    total += self.micro_step(part, divisor)
-                if not rows:  # all are other processes': a gradient of zeros
-                    self.accelerator.backward(0 * table.sum())
-        trained = [p for learner in self.learners if learner.active for p in learner.parameters()]
-        total = distributed.add_up_gradients(trained, total)
-        self._settle(total)
-        return total.cpu()
+            micro_batches.append(self.engine.batches(rows, first_ids, self.take_step.device))
+        return self.take_step(micro_batches, weights)
 
-    def _plain_step(self, batch: Batch, divisor: Tensor) -> Tensor:
+    def _plain_part(self, batch: Batch, divisor: Tensor) -> Tensor:
         """Each member's share of its mean loss; its gradient goes to the table. `cuda_graphs` may
         replay it instead."""
         with self.accelerator.autocast():
@@ -146,18 +151,22 @@ class Loop:
         self.accelerator.backward(losses.sum())
         return losses.detach()
 
-    def _settle(self, losses: Tensor) -> None:
-        """Optimizer steps; a member that is no longer finite leaves."""
-        finite = torch.isfinite(losses).tolist()
-        scales = any(x.active and finite[n] for n, x in enumerate(self.learners))
-        for number, learner in enumerate(self.learners):
-            stepped = learner.update(finite[number])
-            if learner.active and not (finite[number] and stepped):
-                loss = f"the loss is {float(losses[number])}"
-                fault = "the gradient is not finite" if finite[number] else loss
-                self._leave(number, fault, self.step + 1)
-        if scales and self.accelerator.scaler is not None:
-            self.accelerator.scaler.update()
+    def _settle(self, leave: int) -> None:
+        """Take in what became of all steps but the last `leave`; a member that is no longer finite
+        leaves."""
+        while len(self._pending) > leave:
+            step, epoch, outcome_of = self._pending.pop(0)
+            outcome = outcome_of()
+            for number, learner in enumerate(self.learners):
+                if learner.active and not outcome.stepped[number]:
+                    loss = float(outcome.losses[number])
+                    finite = math.isfinite(loss)
+                    fault = "the gradient is not finite" if finite else f"the loss is {loss}"
+                    self._leave(number, fault, step)
+            self.epoch_loss += outcome.losses / self.steps_per_epoch
+            self._report(step, epoch, outcome.losses)
+            if not any(learner.active for learner in self.learners):
+                self._pending.clear()
 
     def _leave(self, number: int, fault: str, step: int) -> None:
         """A member ends its training; its best result so far stays.
@@ -209,7 +218,7 @@ class Loop:
         record = max(records, key=self.learners[0].rank)
         self.accelerator.log(record, step=self.step)
         self._save()
-        self._tell(epoch, record["loss"], record)
+        self._tell(self.step, epoch, record["loss"], record)
 
     def _dev_results(self, numbers: list[int]) -> list[dict[str, float]]:
         """Dev figures of some members; each process computes its share of the examples."""
@@ -236,23 +245,21 @@ class Loop:
             for (right, loss), weight in zip(added.tolist(), weights, strict=True)
         ]
 
-    def _report(self, epoch: int, losses: Tensor) -> None:
+    def _report(self, step: int, epoch: int, losses: Tensor) -> None:
         active = [n for n, learner in enumerate(self.learners) if learner.active]
         loss = float(losses[active].mean()) if active else float("nan")
-        self.accelerator.log({"train_loss": loss}, step=self.step)
-        self._tell(epoch, loss)
+        self.accelerator.log({"train_loss": loss}, step=step)
+        self._tell(step, epoch, loss)
 
-    def _tell(self, epoch: int, loss: float, record: dict[str, float] | None = None) -> None:
+    def _tell(
+        self, step: int, epoch: int, loss: float, record: dict[str, float] | None = None
+    ) -> None:
         members, of = sum(learner.active for learner in self.learners), len(self.learners)
         note = self.notes.pop(0) if self.notes else ""
         epochs = self.settings.epochs
-        heard = Progress(self.step, self.steps, epoch + 1, loss, record, members, of, note, epochs)
+        heard = Progress(step, self.steps, epoch + 1, loss, record, members, of, note, epochs)
         if self.accelerator.is_main_process:
             self.listener(heard)
-
-    def _save_if_due(self) -> None:
-        if time.monotonic() - self._saved_at >= self.settings.checkpoint_seconds:
-            self._save()
 
     def _save(self) -> None:
         if self.output is None or not self.accelerator.is_main_process:

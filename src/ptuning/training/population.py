@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ class Member(nn.Module):
         model: gives the embedding's width and the vectors of words.
         seed: of initialisation and dropout; other members never change what it gives.
         words: for each virtual token the id of the word that initialises it, or None.
+
+    Attributes:
+        draws: its vectors in training are random: the encoder has dropout.
     """
 
     def __init__(self, prompt: Prompt, model: nn.Module, seed: int, words: Sequence[int | None]):
@@ -45,7 +49,7 @@ class Member(nn.Module):
             self.encoder = PromptEncoder(prompt.encoder_config(embedding.embedding_dim))
             self._initialise(prompt, embedding, words)
             self.random_state = torch.get_rng_state()
-        self._random = prompt.encoder == "lstm" and prompt.encoder_dropout > 0
+        self.draws = prompt.encoder == "lstm" and prompt.encoder_dropout > 0
 
     def _initialise(
         self, prompt: Prompt, embedding: nn.Embedding, words: Sequence[int | None]
@@ -71,7 +75,7 @@ class Member(nn.Module):
 
     def table(self) -> Tensor:
         """The vectors ``(virtual tokens, width)``, with the member's own dropout."""
-        if not (self._random and self.training):
+        if not (self.draws and self.training):
             return self.encoder.table()
         device = self.encoder.embedding.weight.device
         devices = [device] if device.type == "cuda" else []
@@ -119,7 +123,7 @@ class Population(nn.Module):
         for member in members:
             member.eval()  # a member's random state moves only when it trains
         with torch.no_grad():
-            rows = self._tables()
+            rows = self.tables()
         with ExitStack() as stack:
             stack.enter_context(in_training(model, tune_model))
             stack.enter_context(eval_mode(model))
@@ -131,7 +135,8 @@ class Population(nn.Module):
         self.register_state_dict_post_hook(_drop_base)
         self.register_load_state_dict_post_hook(_expect_no_base)
 
-    def _tables(self) -> Tensor:
+    def tables(self) -> Tensor:
+        """All members' vectors ``(virtual tokens, width)``, one member behind the other."""
         return torch.cat([member.table() for member in self.roster])
 
     @property
@@ -139,10 +144,15 @@ class Population(nn.Module):
         """The members, in order."""
         return [member for member in self.members if isinstance(member, Member)]
 
+    def rows_of_members(self) -> list[slice]:
+        """For each member where its vectors stand in `tables`."""
+        sizes = [member.encoder.total_virtual_tokens for member in self.roster]
+        ends = list(accumulate(sizes))
+        return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
     def first_ids(self) -> list[int]:
         """For each member the id of its first virtual token."""
-        sizes = [member.encoder.total_virtual_tokens for member in self.roster]
-        return [self._span.first + sum(sizes[:index]) for index in range(len(sizes))]
+        return [self._span.first + rows.start for rows in self.rows_of_members()]
 
     def train(self, mode: bool = True) -> Population:
         """Set the encoders' mode; the base model's dropout stays off."""
@@ -154,11 +164,11 @@ class Population(nn.Module):
     def write_tables(self) -> None:
         """Put the encoders' present output into the embedding, for evaluation."""
         with torch.no_grad():
-            self._injector.write(self._span, self._tables())
+            self._injector.write(self._span, self.tables())
 
     def step(self, batch: Batch) -> Tensor:
         """Each member's loss ``(members,)``, summed over its answer tokens (or its examples)."""
-        with self.written(self._tables()):
+        with self.written(self.tables()):
             return self.losses(batch)
 
     @contextmanager
@@ -177,7 +187,7 @@ class Population(nn.Module):
                 computed once for all of them.
             autocast: accelerate's mixed precision.
         """
-        tables = self._tables()
+        tables = self.tables()
         self.table = tables.detach().requires_grad_()
         with self.written(self.table), self.engine.sharing(sharing, autocast):
             yield self.table

@@ -1,41 +1,34 @@
-"""Static shapes for batches: what they are padded to, and the buffers that they are copied into.
+"""Static shapes for batches: what they are padded to, and the one buffer that they are put into.
 
-    columns    on the left, to a multiple of 16
+    columns    on the left, to a multiple of 8
     rows       the last one again, without an answer, to a power of two or a multiple of 8
 
-Neither changes a result. Nothing here captures or replays (`cuda_graphs`).
+Neither changes a result. All inputs of a step lie one behind the other in a buffer of pinned memory
+and go to the device in one copy. Nothing here captures or replays (`cuda_graphs`).
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
+import numpy
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from ..forward.plain import Shortened
 from ..forward.prefix_store import longest_suffix
 from ..rendering.collate import IGNORED, Batch
 
-SUFFIXES = 4
+_SUFFIXES = 4
 """Columns behind a frozen prefix are a multiple of this."""
-_LENGTHS = 16
-GIVEN = "given "
-"""Before the names of what the frozen prefix leaves to the model."""
-_HAVE_NO_ROWS = ("divisor", "table", GIVEN + "logits_to_keep")
+_LENGTHS = 8
 _WITHOUT_ANSWER = ("answers", "labels")
+_READ = ("input_ids", "attention_mask", "answers", "member", "label_ids", "labels")
+"""What a causal model's step reads of a batch."""
 
 
-def widened(batch: Batch) -> Batch:
-    """A causal batch with more padding on the left, to a multiple of 16 columns."""
-    more = -batch.input_ids.shape[1] % _LENGTHS
-    return replace(
-        batch,
-        input_ids=F.pad(batch.input_ids, (more, 0)),
-        attention_mask=F.pad(batch.attention_mask, (more, 0)),
-    )
+def columns_for(batch: Batch) -> int:
+    """Columns of the static batch that serves this one."""
+    return -(-batch.input_ids.shape[1] // _LENGTHS) * _LENGTHS
 
 
 def rows_for(count: int) -> int:
@@ -43,49 +36,94 @@ def rows_for(count: int) -> int:
     return 1 << (count - 1).bit_length() if count < 8 else -(-count // 8) * 8
 
 
-def buffers_for(tensors: dict[str, Tensor], examples: int) -> dict[str, Tensor]:
-    """Static buffers for tensors of a batch of so many examples, with room for `rows_for` them."""
-    rows = rows_for(examples)
-    return {
-        name: value.new_zeros(
-            value.shape
-            if name in _HAVE_NO_ROWS
-            else (len(value) * rows // examples, *value.shape[1:])
-        )
-        for name, value in tensors.items()
-    }
+def suffix_for(batch: Batch) -> int:
+    """Columns that are computed of it behind a frozen prefix."""
+    return min(-(-longest_suffix(batch) // _SUFFIXES) * _SUFFIXES, columns_for(batch))
 
 
-@torch.no_grad()
-def fill(buffers: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    """Copy a batch into static buffers; rows that it lacks repeat its last one, without answer."""
-    for name, buffer in buffers.items():
-        value = tensors[name]
-        buffer[: len(value)].copy_(value)
-        buffer[len(value) :] = IGNORED if name in _WITHOUT_ANSWER else value[-1:]
+def shape_of(batch: Batch, kept: bool) -> tuple[Any, ...]:
+    """What decides the shapes of all inputs.
+
+    Args:
+        batch: of a causal model.
+        kept: its frozen prefix is not computed with it.
+    """
+    examples = len(batch.member)
+    words = None if batch.label_ids is None else batch.label_ids.shape[1]
+    rows = len(batch.input_ids) // examples
+    sizes = (columns_for(batch), batch.answers.shape[1], suffix_for(batch) if kept else None)
+    return rows_for(examples), rows, words, batch.labels is not None, *sizes
 
 
-def shape_of(wide: Batch) -> tuple[Any, ...]:
-    """What decides the shapes of all buffers."""
-    examples = len(wide.member)
-    words = None if wide.label_ids is None else wide.label_ids.shape[1]
-    suffix = -(-longest_suffix(wide) // SUFFIXES)
-    compares = wide.labels is not None
-    rows = len(wide.input_ids) // examples
-    sizes = (*wide.input_ids.shape[1:], *wide.answers.shape[1:], suffix)
-    return rows_for(examples), rows, words, compares, *sizes
+class StaticInputs:
+    """The inputs of a captured step.
 
+    Args:
+        batch: one of the shape.
+        members: of the population.
+        device: where the step runs.
+        kept: columns of the frozen prefix, 0 for none.
 
-def tensors_of(
-    wide: Batch, divisor: Tensor, table: Tensor, given: Shortened | None
-) -> dict[str, Tensor]:
-    """All tensors that a step reads, by names of their own."""
-    found = {name: value for name, value in vars(wide).items() if isinstance(value, Tensor)}
-    found |= {"divisor": divisor, "table": table.detach()}
-    if given is not None:
-        for name, value in given.inputs.items():
-            if isinstance(value, Tensor):
-                found[GIVEN + name] = value
-        for number, layer in enumerate(given.inputs["past_key_values"].layers):
-            found[f"keys {number}"], found[f"values {number}"] = layer.keys, layer.values
-    return found
+    Attributes:
+        tensors: by the names of `Batch`'s fields; ``slots`` ``(R, kept)`` and ``divisor``
+            ``(members,)`` in float64 besides.
+    """
+
+    def __init__(self, batch: Batch, members: int, device: torch.device, kept: int):
+        examples = len(batch.member)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name in _READ:
+            value = getattr(batch, name)
+            if value is not None:
+                rows = len(value) * rows_for(examples) // examples
+                shapes[name] = (rows, *value.shape[1:])
+        rows = shapes["input_ids"][0]
+        shapes["input_ids"] = shapes["attention_mask"] = (rows, columns_for(batch))
+        if kept:
+            shapes["slots"] = (rows, kept)
+        shapes["divisor"] = (members,)
+        sizes = [int(numpy.prod(shape)) for shape in shapes.values()]
+        pinned = device.type == "cuda"
+        self._here = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=pinned)
+        self._there = self._here.to(device, copy=True)
+        self._copied = torch.cuda.Event() if pinned else None
+        ends = numpy.cumsum(sizes)
+        here = numpy.split(self._here.numpy(), ends[:-1])
+        there = self._there.split(sizes)
+        self._arrays = {
+            name: part.reshape(shape)
+            for part, (name, shape) in zip(here, shapes.items(), strict=True)
+        }
+        self.tensors = {
+            name: part.view(shape)
+            for part, (name, shape) in zip(there, shapes.items(), strict=True)
+        }
+        self._arrays["divisor"] = self._arrays["divisor"].view(numpy.float64)
+        self.tensors["divisor"] = self.tensors["divisor"].view(torch.float64)
+
+    def fill(self, batch: Batch, divisor: Sequence[float], slots: Any) -> None:
+        """Put a batch of the shape in; rows that it lacks repeat its last one, without answer.
+
+        Args:
+            batch: on the CPU.
+            divisor: of each member.
+            slots: numpy's ``(R, kept)``, or None.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()  # what was put in before has left
+        values = {name: getattr(batch, name).numpy() for name in _READ if name in self._arrays}
+        if slots is not None:
+            values["slots"] = slots
+        for name, value in values.items():
+            array, count = self._arrays[name], len(value)
+            if name in ("input_ids", "attention_mask"):
+                more = array.shape[1] - value.shape[1]
+                array[:count, :more] = 0
+                array[:count, more:] = value
+            else:
+                array[:count] = value
+            array[count:] = IGNORED if name in _WITHOUT_ANSWER else array[count - 1]
+        self._arrays["divisor"][:] = divisor
+        self._there.copy_(self._here, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()

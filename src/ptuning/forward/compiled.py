@@ -1,0 +1,132 @@
+"""The frozen model's repeated layer compiled, once for all of them: small kernels melt together.
+
+    plain     each layer's operations one by one, keys and values repeated for each query head
+    here      the layer as torch.compile makes it, forward and backward; on a GPU that has it,
+              cuDNN's attention, which reads groups of query heads as they are, behind a mask too
+
+A compilation takes as long as hundreds of steps save: `worth_compiling` weighs it. Only the thread
+that asks runs compiled layers, only with gradients, and only inside the block; a layer's weights
+and its class stay as they are. Who uses this holds its numbers against the plain layers' first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import Cache
+
+from ..backbone.base_model import device_of
+from ..backbone.upstream import is_compiled, is_offloaded
+from .grouped_queries import grouped_on_gpu
+
+_SECONDS = {"cuda": 25.0, "cpu": 90.0}
+"""What compiling costs: about 12 and 60 seconds, measured, and the shapes that come later."""
+_SAVES = {"cuda": 0.3, "cpu": 0.1}
+"""The part of a step that compiled layers save at least, measured: 0.3 to 0.6 and 0.12."""
+_RATE = {"cuda": 3e14, "cpu": 1e11}
+"""Floating-point operations per second to reckon a step's time with: a high guess of a slow one."""
+_LEAST = {"cuda": 0.01, "cpu": 0.0}
+"""Seconds that a step takes however small it is."""
+
+
+class CompiledLayers:
+    """A model's repeated layer, compiled when it first runs.
+
+    Args:
+        model: frozen; `repeated_layers` finds some in it.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.layers = repeated_layers(model)
+        forwards = dict.fromkeys(type(layer).forward for layer in self.layers)
+        self._compiled = {plain: torch.compile(plain, dynamic=True) for plain in forwards}
+        self._here = threading.local()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """The layers run compiled meanwhile, in this thread."""
+        for number, layer in enumerate(self.layers):
+            layer.forward = partial(self._forward, number, layer)
+        self._here.on = True
+        # In this order; the others serve what cuDNN does not.
+        backends = [
+            SDPBackend.CUDNN_ATTENTION,
+            SDPBackend.FLASH_ATTENTION,
+            SDPBackend.EFFICIENT_ATTENTION,
+            SDPBackend.MATH,
+        ]
+        try:
+            with grouped_on_gpu(self.model) as grouped:
+                if grouped:
+                    with sdpa_kernel(backends, set_priority=True):
+                        yield
+                else:
+                    yield
+        finally:
+            self._here.on = False
+            for layer in self.layers:
+                vars(layer).pop("forward", None)
+
+    def _forward(self, number: int, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        plain: Callable[..., Any] = type(layer).forward
+        if not (getattr(self._here, "on", False) and torch.is_grad_enabled()):
+            return plain(layer, *args, **kwargs)
+        args = tuple(_own(value, number) for value in args)
+        kwargs = {name: _own(value, number) for name, value in kwargs.items()}
+        return self._compiled[plain](layer, *args, **kwargs)
+
+
+class _OneLayer:
+    """The part of a cache that a layer reads, so that all layers are given the same kind of thing:
+    the layer's number would be compiled in."""
+
+    def __init__(self, layer: Any):
+        self.layer = layer
+
+    def update(
+        self, keys: Tensor, values: Tensor, *others: Any, **more: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As `Cache.update`, whichever the layer."""
+        return self.layer.update(keys, values)
+
+
+def _own(value: Any, number: int) -> Any:
+    return _OneLayer(value.layers[number]) if isinstance(value, Cache) else value
+
+
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """The longest list of layers of one class, which makes up most of a language model; or none."""
+    if is_compiled(model):
+        return []
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    alike = [list(m) for m in lists if len({type(layer) for layer in m}) == 1]
+    longest = max(alike, key=len, default=[])
+    wrapped = any("forward" in vars(layer) or is_offloaded(layer) for layer in longest)
+    return [] if wrapped else longest
+
+
+def worth_compiling(setting: str, model: nn.Module, tokens: int, steps: int) -> bool:
+    """Whether a training gains more by compiled layers than their compilation costs.
+
+    Args:
+        setting: ``on``, ``off``, or ``auto`` to weigh the two.
+        model: the base model.
+        tokens: that a step computes.
+        steps: to come.
+    """
+    if setting == "off" or not repeated_layers(model):
+        return False
+    kind = device_of(model).type
+    if setting == "on" or kind not in _RATE:
+        return setting == "on"
+    weights = sum(p.numel() for layer in repeated_layers(model) for p in layer.parameters())
+    step = max(_LEAST[kind], 4 * weights * tokens / _RATE[kind])
+    return steps * step * _SAVES[kind] > _SECONDS[kind]
