@@ -10,11 +10,14 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import gc
+import math
 import os
 import platform
 import statistics
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
@@ -27,6 +30,7 @@ import memory
 import report
 import torch
 from limits import MatmulRate, flops, synchronize
+from torch.utils._python_dispatch import TorchDispatchMode
 from workloads import CPU_ROWS, GPU_ROWS, Row, Workload
 
 from ptuning import load_model
@@ -61,7 +65,7 @@ def measured(workload: Workload, model: Any, runs: int, before: int) -> report.F
     """
     limit = _SAME[model.dtype]
     if not workload.difference <= limit:
-        raise SystemExit(
+        raise RuntimeError(
             f"{workload.equal} differ by {workload.difference:.1e}, more than {limit:.0e}: the "
             "sides do not do the same, so their times mean nothing"
         )
@@ -96,7 +100,42 @@ def measured(workload: Workload, model: Any, runs: int, before: int) -> report.F
         "difference": workload.difference,
         "equal": workload.equal,
         **({"note": "; ".join([*peaks, *workload.side.notes])} if peaks else {}),
+        **({"host_ops": host_operations(workload.ours)} if peaks else {}),
     }
+
+
+class _Count(TorchDispatchMode):
+    """Counts the operations that Python asks for; what a graph replays is not among them."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def host_operations(run: Callable[[], Any]) -> int:
+    """How many operations a run asks the host for, each at 6 to 8 microseconds on a GPU."""
+    with _Count() as counted:
+        run()
+    return counted.count
+
+
+def profile(name: str, workload: Workload) -> None:
+    """Print where the time of our side goes on the device."""
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as found:
+        workload.ours()
+        torch.cuda.synchronize()
+    kernels = [e for e in found.key_averages() if e.self_device_time_total > 0]
+    total = sum(kernel.self_device_time_total for kernel in kernels) / 1000
+    print(f"{name}: {total:.2f} ms in {sum(kernel.count for kernel in kernels)} kernels")
+    for kernel in sorted(kernels, key=lambda k: -k.self_device_time_total)[:20]:
+        print(
+            f"{kernel.self_device_time_total / 1000:9.3f} ms {kernel.count:6d} x {kernel.key[:90]}"
+        )
 
 
 def _peaks(workload: Workload, warm_up: int, before: int) -> list[str]:
@@ -119,14 +158,17 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def row(row: Row, base: Any, runs: int) -> report.Figure:
-    """One row on copies of the model."""
+def row(row: Row, base: Any, runs: int, profiled: str | None = None) -> report.Figure:
+    """One row on copies of the model; `profiled` is its name if it is to be profiled."""
     torch.manual_seed(0)
     copies = copy.deepcopy(base), copy.deepcopy(base)
     before = torch.cuda.memory_allocated()
     workload = row.make(*copies)
     try:
-        return measured(workload, base, min(runs, row.most), before)
+        figure = measured(workload, base, min(runs, row.most), before)
+        if profiled:
+            profile(profiled, workload)
+        return figure
     finally:
         workload.side.population.close()
 
@@ -152,14 +194,15 @@ def gpu_8b(runs: int) -> report.Figure:
     return {**figures, "unit": "examples/s", "spread": [ratio, ratio], "runs": runs, "note": sizes}
 
 
-def figure_of(name: str, base: Any, runs: int) -> report.Figure:
+def figure_of(name: str, base: Any, runs: int, profiled: str | None) -> report.Figure:
     """One row by its name; `base` is SmolLM2, or None where a GPU row makes its model up."""
     if name == "memory_after_cached":
         return memory_row()
     if name == "gpu_8b":
         return gpu_8b(runs)
     chosen = {**CPU_ROWS, **GPU_ROWS}[name]
-    return row(chosen, gpu.made_up(chosen.shape) if chosen.shape else base, runs)
+    model = gpu.made_up(chosen.shape) if chosen.shape else base
+    return row(chosen, model, runs, name if name == profiled else None)
 
 
 def here(device: str) -> dict[str, str]:
@@ -188,6 +231,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="timed runs of each side")
     parser.add_argument("--curves", nargs="*", choices=list(curves.CURVES), help="[default: all]")
     parser.add_argument("--no-curves", action="store_true")
+    parser.add_argument("--profile", metavar="ROW", help="a GPU's row whose kernels are printed")
+    parser.add_argument("--minutes", type=float, help="begin no row later; a GPU's 4 by default")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -197,9 +242,21 @@ def main() -> None:
         parser.error(f"rows of --device {options.device}: {', '.join(NAMES[options.device])}")
     cpu = options.device == "cpu"
     base = load_model(str(fetch("smollm2")))[0] if cpu else None
-    figures = []
+    figures, failed = [], []
+    started, minutes = time.monotonic(), options.minutes or (math.inf if cpu else 4)
     for name in names:
-        figure = figure_of(name, base, options.runs)
+        if time.monotonic() - started > 60 * minutes:
+            failed.append(f"{name}: not begun after {minutes:g} minutes")
+            continue
+        try:
+            figure = figure_of(name, base, options.runs, options.profile)
+        except Exception as error:  # the other rows are measured all the same
+            traceback.print_exc()
+            failed.append(f"{name}: {str(error).splitlines()[0]}")
+            continue
+        finally:
+            gc.collect()
+            torch.compiler.reset()
         figures.append({"name": name, "device": options.device, **figure, **here(options.device)})
         report.show(figures[-1:])
         report.merge(figures, list(WORK))  # what was measured stays if a later row fails
@@ -209,9 +266,11 @@ def main() -> None:
             points = curves.measure(base, curve, runs=1)
             curves.draw(curve, points, report.IMAGES / f"{name}.png")
     every = report.merge([], list(WORK))
-    report.show(every)
+    report.show([figure for figure in every if figure["device"] == options.device])
     described = {name: curve.work for name, curve in curves.CURVES.items()}
     report.write_page(every, WORK, described)
+    if failed:
+        sys.exit("\n".join(["not measured:", *failed]))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def made_up(shape: str, device: str = "cuda") -> Any:
 
 
 def best_batch(
-    make: Callable[[int], tuple[Step, Callable[[], None]]], runs: int, most: int = 1024
+    make: Callable[[int], tuple[Step, Callable[[], None]]], runs: int, most: int = 512
 ) -> dict[str, float]:
     """Doubles the batch size until memory is full.
 
@@ -69,7 +69,7 @@ def best_batch(
         was allocated before.
     """
     best: dict[str, float] = {"examples": 0.0, "batch": 0, "memory": 0}
-    size = 1
+    size = 8
     while size <= most:
         gc.collect()
         torch.cuda.empty_cache()

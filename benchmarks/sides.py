@@ -21,7 +21,7 @@ from ptuning.forward.prefix_store import PrefixStore
 from ptuning.rendering.collate import Batch
 from ptuning.rendering.layout import Sequence
 from ptuning.rendering.render import Rendered
-from ptuning.training.cuda_graphs import graphs_or_plain
+from ptuning.training.cuda_graphs import GraphedStep, graphs_or_plain
 from ptuning.training.learner import Learner
 from ptuning.training.population import Member, Population
 from ptuning.training.steps import Later, steps_of
@@ -136,6 +136,8 @@ class Ours:
             self.accelerator,
             self.notes.append,
         )
+        if isinstance(step, GraphedStep) and self.device.type == "cuda":  # a long training's choice
+            step.compile_layers("auto", 10**3, 10**6)
         take = steps_of(self.population, self.learners, step, self.accelerator)
         divisor = [float(len(examples))] * len(self.learners)
         pending: list[Later] = []

@@ -56,7 +56,7 @@ PANELS = {
     "Prompt": ("template", "answer", "labels", "init_from"),
     "Training": ("epochs", "learning_rate", "batch_size"),
     "Population": ("population", "population_grid", "halving"),
-    "Speed": ("mixed_precision", "prefix_cache", "graphs"),
+    "Speed": ("mixed_precision", "prefix_cache", "graphs", "compile"),
     "Output": (
         "output",
         "resume",

@@ -72,7 +72,9 @@ def by_length(
     if not rows:
         return
     busy = busy_with(device)
-    sizes = [(_computed(example, kept), _computed(example, False)) for example, _ in rows]
+    sizes = [
+        (computed_tokens(example, kept), computed_tokens(example, False)) for example, _ in rows
+    ]
     computed, whole = map(sum, zip(*sizes, strict=True))
     enough = computed / max(1, round(computed / busy), round(whole / (4 * busy)))
     groups = [n if kept and packed and _begins_virtual(e) else -1 for e, n in rows]
@@ -93,8 +95,13 @@ def busy_with(device: torch.device) -> int:
     return _BUSY.get(device.type, _BUSY["cuda"])
 
 
-def _computed(example: Rendered, kept: bool) -> int:
-    """Tokens of an example that a forward computes."""
+def computed_tokens(example: Rendered, kept: bool) -> int:
+    """Tokens of an example that a forward computes.
+
+    Args:
+        example: of a batch.
+        kept: as for `by_length`.
+    """
     return sum(len(s.ids) - (_known(s) if kept else 0) for s in example.sequences)
 
 

@@ -4,7 +4,7 @@
     here      the layer as torch.compile makes it, forward and backward; on a GPU that has it,
               cuDNN's attention, which reads groups of query heads as they are, behind a mask too
 
-A compilation takes as long as hundreds of steps save: `worth_compiling` weighs it. Only the thread
+A compilation takes as long as hundreds of steps save: `compiled_layers` weighs it. Only the thread
 that asks runs compiled layers, only with gradients, and only inside the block; a layer's weights
 and its class stay as they are. Who uses this holds its numbers against the plain layers' first.
 """
@@ -40,12 +40,12 @@ class CompiledLayers:
     """A model's repeated layer, compiled when it first runs.
 
     Args:
-        model: frozen; `repeated_layers` finds some in it.
+        model: frozen.
+        layers: its `repeated_layers`.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.layers = repeated_layers(model)
+    def __init__(self, model: nn.Module, layers: list[nn.Module]):
+        self.model, self.layers = model, layers
         forwards = dict.fromkeys(type(layer).forward for layer in self.layers)
         self._compiled = {plain: torch.compile(plain, dynamic=True) for plain in forwards}
         self._here = threading.local()
@@ -113,8 +113,10 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
     return [] if wrapped else longest
 
 
-def worth_compiling(setting: str, model: nn.Module, tokens: int, steps: int) -> bool:
-    """Whether a training gains more by compiled layers than their compilation costs.
+def compiled_layers(
+    setting: str, model: nn.Module, tokens: float, steps: int
+) -> CompiledLayers | None:
+    """The model's layers compiled, if a training gains more by them than they cost.
 
     Args:
         setting: ``on``, ``off``, or ``auto`` to weigh the two.
@@ -122,11 +124,15 @@ def worth_compiling(setting: str, model: nn.Module, tokens: int, steps: int) -> 
         tokens: that a step computes.
         steps: to come.
     """
-    if setting == "off" or not repeated_layers(model):
-        return False
+    layers = [] if setting == "off" else repeated_layers(model)
+    if not layers:
+        return None
     kind = device_of(model).type
-    if setting == "on" or kind not in _RATE:
-        return setting == "on"
-    weights = sum(p.numel() for layer in repeated_layers(model) for p in layer.parameters())
-    step = max(_LEAST[kind], 4 * weights * tokens / _RATE[kind])
-    return steps * step * _SAVES[kind] > _SECONDS[kind]
+    if setting == "auto":
+        if kind not in _RATE:
+            return None
+        weights = sum(p.numel() for layer in layers for p in layer.parameters())
+        step = max(_LEAST[kind], 4 * weights * tokens / _RATE[kind])
+        if steps * step * _SAVES[kind] < _SECONDS[kind]:
+            return None
+    return CompiledLayers(model, layers)

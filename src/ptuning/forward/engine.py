@@ -27,7 +27,7 @@ from ..prompts.task import Task
 from ..rendering.collate import Batch, plain_prefix
 from ..rendering.render import Rendered, Renderer
 from . import chunked, plain
-from .batching import Row, batch_for, by_length, chunks_by_length
+from .batching import Row, batch_for, by_length, chunks_by_length, computed_tokens
 from .grouped_queries import grouped_queries
 from .label_words import label_word_scores
 from .plain import Shortened, Shortener
@@ -87,6 +87,10 @@ class Engine:
         return chunks_by_length(examples, size)
 
     # What serves several batches.
+
+    def tokens(self, examples: Sequence[Rendered]) -> float:
+        """How many tokens an example's forward computes, on average."""
+        return sum(computed_tokens(one, self.shares) for one in examples) / len(examples)
 
     def expect(self, examples: Iterable[Rendered]) -> None:
         """Room for the frozen prefixes of these, at once and no more than they need."""

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -41,6 +42,35 @@ def grouped_queries(model: nn.Module) -> Iterator[None]:
     if is_compiled(model) or not groups_queries(model) or device_of(model).type != "cpu":
         yield
         return
+    with _in_groups():
+        yield
+
+
+@contextmanager
+def grouped_on_gpu(model: nn.Module) -> Iterator[bool]:
+    """The same on a GPU, for cuDNN's attention, if the model and the GPU are such that it serves.
+
+    It takes seconds to get ready for each new shape, so it is for shapes that come again and again.
+
+    Returns:
+        whether it is so.
+    """
+    device, config = device_of(model), getattr(model, "config", None)
+    if device.type != "cuda" or config is None or not groups_queries(model):
+        yield False
+        return
+    text = config.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    half = getattr(model, "dtype", None) in (torch.bfloat16, torch.float16)
+    if not half or width > 128 or width % 8 or torch.cuda.get_device_capability(device) < (9, 0):
+        yield False
+        return
+    with _in_groups():
+        yield True
+
+
+@contextmanager
+def _in_groups() -> Iterator[None]:
     before, _here.grouped = _grouped(), True
     _count(1)
     try:
@@ -51,7 +81,8 @@ def grouped_queries(model: nn.Module) -> Iterator[None]:
 
 
 def _grouped() -> bool:
-    return getattr(_here, "grouped", False)
+    # A layer is compiled for us alone, and compilers do not know threads.
+    return torch.compiler.is_compiling() or getattr(_here, "grouped", False)
 
 
 def _count(change: int) -> None:
@@ -76,8 +107,7 @@ def attention(
     to ``(R, S, heads, width)``."""
     asked = any(others.get(name) is not None for name in ("position_bias", "softcap", "cache"))
     alike = query.shape[1] == key.shape[1] or query.shape[2] == 1
-    plain = not _grouped() or query.device.type != "cpu"
-    if plain or attention_mask is None or asked or alike:
+    if not _grouped() or attention_mask is None or asked or alike:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )

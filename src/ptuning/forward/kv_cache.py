@@ -62,12 +62,12 @@ class PooledLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """What is kept and, behind it, what is new."""
-        kept = (
-            F.embedding(self.slots, plane).unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for plane in self.planes
-        )
-        keys, values = kept
-        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
+        keys, values = self.planes
+        return self._behind(keys, key_states), self._behind(values, value_states)
+
+    def _behind(self, plane: Tensor, states: Tensor) -> Tensor:
+        kept = F.embedding(self.slots, plane).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return torch.cat([kept, states], -2)
 
 
 def keys_and_values(model: nn.Module, ids: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:

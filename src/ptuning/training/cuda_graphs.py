@@ -12,7 +12,7 @@ causal models; what does not fit, or cannot be captured, takes the plain step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -30,6 +30,7 @@ from ..backbone.traits import (
 )
 from ..backbone.upstream import end_capture_pool
 from ..forward.chunked import reads_in_chunks
+from ..forward.compiled import CompiledLayers, compiled_layers
 from ..forward.kv_cache import pooled_cache
 from ..forward.packing import pack
 from ..forward.plain import Shortened, positions
@@ -105,6 +106,7 @@ class GraphedStep:
         gradient: of the table, and
         losses: of the members ``(members,)``: what the parts since the last `clear` add up to.
         replays: how many parts were replayed.
+        fast_layers: what captured steps run the layers by; None for the layers as they are.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class GraphedStep:
     ):
         self.population, self.plain, self.autocast = population, plain, autocast
         self.new_graph, self.tolerance, self.say = new_graph, tolerance, say
+        self.fast_layers: CompiledLayers | None = None
         self.shapes: dict[Any, tuple[StaticInputs, Graph]] = {}
         self.replays = 0
         self.table = population.tables().detach().clone()
@@ -128,6 +131,10 @@ class GraphedStep:
         self._plain_shapes: set[Any] = set()
         self._agreed = self._refused = False
         self._pool_version = -1
+
+    def compile_layers(self, setting: str, tokens: float, steps: int) -> None:
+        """Capture compiled layers, if that is worth it (`compiled.compiled_layers`)."""
+        self.fast_layers = compiled_layers(setting, self.population.base, tokens, steps)
 
     def clear(self) -> None:
         """Begin to add up anew."""
@@ -205,6 +212,32 @@ class GraphedStep:
         expected = self._plain(batch, divisor)
         if self._refused:
             return
+        off = self._capture(batch, divisor, kept, shape, expected)
+        if self.fast_layers is not None and not (isinstance(off, float) and off <= self.tolerance):
+            fault = f"they are off by {off:.1e}" if isinstance(off, float) else off
+            self.say(f"compiled layers are off: {fault}; the layers run as they are")
+            self.fast_layers = None
+            off = self._capture(batch, divisor, kept, shape, expected)
+        if isinstance(off, str):
+            self._refuse(f"capturing the step failed ({off})")
+        elif off <= self.tolerance:
+            if not self._agreed:
+                self.say(
+                    "CUDA graphs: steps of repeated shapes are replayed; the first one agrees"
+                    + (", with compiled layers" if self.fast_layers else "")
+                )
+            self._agreed = True
+        else:  # also where it is not a number
+            del self.shapes[shape]
+            if self._agreed:  # others do: this one rounds too differently
+                self._plain_shapes.add(shape)
+            else:
+                self._refuse(f"the captured step is off by {off:.1e} of the plain one")
+
+    def _capture(
+        self, batch: Batch, divisor: Sequence[float], kept: bool, shape: Any, expected: Outputs
+    ) -> float | str:
+        """A graph of a part, into `shapes`; gives how far off it is, or what went wrong."""
         added = self.losses.clone(), self.gradient.clone()
         try:
             slots = self._slots(batch) if kept else None
@@ -213,33 +246,23 @@ class GraphedStep:
             inputs.fill(batch, divisor, slots)
             graph = self.new_graph()
             graph.capture(partial(self._run, batch, inputs.tensors))
-            off = _distances(expected, graph.replay())
+            self.shapes[shape] = inputs, graph
+            return _distances(expected, graph.replay())
         except Exception as error:  # whatever a model does that a graph cannot hold
             while error.__context__ is not None and isinstance(error.__context__, Exception):
                 error = error.__context__  # what broke the capture; its end fails too
-            fault = (str(error) or type(error).__name__).splitlines()[0]
-            self._refuse(f"capturing the step failed ({fault})")
-            return
+            return (str(error) or type(error).__name__).splitlines()[0]
         finally:  # what was captured has added its own meanwhile
             self.losses.copy_(added[0])
             self.gradient.copy_(added[1])
-        if not off <= self.tolerance:  # also where it is not a number
-            if self._agreed:  # others do: this one rounds too differently
-                self._plain_shapes.add(shape)
-            else:
-                self._refuse(f"the captured step is off by {off:.1e} of the plain one")
-            return
-        if not self._agreed:
-            self._agreed = True
-            self.say("CUDA graphs: steps of repeated shapes are replayed; the first one agrees")
-        self.shapes[shape] = inputs, graph
 
     def _run(self, batch: Batch, inputs: dict[str, Tensor]) -> Outputs:
         """The part on the static inputs."""
         given: dict[str, Any] = {name: inputs[name] for name in vars(batch) if name in inputs}
         static = replace(batch, **given)
         table = self.table.detach().requires_grad_()
-        with self.population.written(table), self.autocast():
+        fast = self.fast_layers() if self.fast_layers else nullcontext()
+        with self.population.written(table), self.autocast(), fast:
             shorten = partial(self._shortened, slots=inputs.get("slots"))
             losses = self.population.losses(static, shorten) / inputs["divisor"].float()
         (gradient,) = torch.autograd.grad(losses.sum(), table)

@@ -32,7 +32,7 @@ from ..rendering.collate import Batch
 from ..rendering.render import Rendered
 from . import checkpoint
 from .accelerator import accelerated, move_model
-from .cuda_graphs import graphs_or_plain
+from .cuda_graphs import GraphedStep, graphs_or_plain
 from .grid import Variant
 from .learner import Learner, halve
 from .population import Member, Population
@@ -70,6 +70,10 @@ class Loop:
                 part = graphs_or_plain(
                     population, self._plain_part, self.settings, self.accelerator, self.notes.append
                 )
+                if isinstance(part, GraphedStep):
+                    tokens = self.engine.tokens(self.variants[0].examples) * len(self.variants)
+                    tokens *= self.settings.batch_size * self.settings.gradient_accumulation
+                    part.compile_layers(self.settings.compile, tokens, self.steps - self.step)
                 self.take_step = steps_of(population, self.learners, part, self.accelerator)
                 self._epochs()
         return self.learners

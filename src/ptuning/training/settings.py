@@ -14,7 +14,7 @@ LEARNING_RATES = {"mlp": 1e-3, "lstm": 2e-3, "none": 1e-2}
 
 SCHEDULES = ("linear", "cosine", "constant")
 CHOICES = ("accuracy", "loss")
-CHANGE_NO_RESULT = ("tracker", "checkpoint_seconds", "prefix_cache", "graphs")
+CHANGE_NO_RESULT = ("tracker", "checkpoint_seconds", "prefix_cache", "graphs", "compile")
 """Settings that a run may be resumed with others of."""
 PATIENCE = 4
 """Epochs without a gain that a training takes where the user says nothing."""
@@ -53,6 +53,8 @@ class TrainSettings:
         model_learning_rate: of the base model's weights, where they are trained.
         graphs: ``auto`` replays steps of repeated shapes as CUDA graphs on a GPU, ``off`` never
             does. Changes no result.
+        compile: run the frozen model's layers compiled on a GPU: ``auto`` where the steps to come
+            gain more than the compilation takes, ``on``, or ``off``. Changes results by rounding.
 
     Raises:
         InputError: a value that cannot be trained with.
@@ -78,6 +80,7 @@ class TrainSettings:
     tune_model: bool = False
     model_learning_rate: float = 1e-5
     graphs: str = "auto"
+    compile: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "gradient_accumulation"):
@@ -109,6 +112,8 @@ class TrainSettings:
             parse_size(self.prefix_cache)
         if self.graphs not in ("auto", "off"):
             raise InputError(f"graphs is {self.graphs!r}; expected auto or off")
+        if self.compile not in ("auto", "on", "off"):
+            raise InputError(f"compile is {self.compile!r}; expected auto, on or off")
 
     @property
     def prefix_bytes(self) -> int | None:
