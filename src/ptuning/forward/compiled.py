@@ -26,6 +26,7 @@ from ..backbone.base_model import device_of
 from ..backbone.upstream import is_compiled, is_offloaded
 from .grouped_queries import grouped_on_gpu
 
+DYNAMIC = True
 _SECONDS = {"cuda": 25.0, "cpu": 90.0}
 """What compiling costs: about 12 and 60 seconds, measured, and the shapes that come later."""
 _SAVES = {"cuda": 0.3, "cpu": 0.1}
@@ -47,7 +48,7 @@ class CompiledLayers:
     def __init__(self, model: nn.Module, layers: list[nn.Module]):
         self.model, self.layers = model, layers
         forwards = dict.fromkeys(type(layer).forward for layer in self.layers)
-        self._compiled = {plain: torch.compile(plain, dynamic=True) for plain in forwards}
+        self._compiled = {plain: torch.compile(plain, dynamic=DYNAMIC) for plain in forwards}
         self._here = threading.local()
 
     @contextmanager
