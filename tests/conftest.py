@@ -5,7 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads cost more than they give
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,15 @@ def ctrl_c_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None
 
     monkeypatch.setattr(checkpoint, "save", stop)
     return lambda count: left.__setitem__(0, count)
+
+
+@pytest.fixture
+def on_cpu() -> Iterator[None]:
+    """As `tiny.on_cpu`, for a test."""
+    from .tiny import on_cpu
+
+    with on_cpu():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from ptuning.backbone.base_model import BaseModel
@@ -147,6 +151,27 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 CAUSAL = ("llama", "gpt2", "gemma2", "opt")
 MASKED = ("bert", "roberta", "modernbert")
 SEQ2SEQ = ("t5", "bart")
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Trainings run on the CPU meanwhile though there is a GPU, here and in processes that start:
+    for what only a CPU promises, such as equal bits."""
+    before = os.environ.get("ACCELERATE_USE_CPU")
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        yield
+    finally:
+        del os.environ["ACCELERATE_USE_CPU"]
+        if before is not None:
+            os.environ["ACCELERATE_USE_CPU"] = before
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    """A copy of a model's weights on the CPU: a training may have moved the model to a GPU."""
+    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
 
 
 def model(family: str = "llama", *, vocab_size: int = 400, seed: int = 0, **changes: Any) -> Any:

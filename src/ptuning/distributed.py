@@ -58,13 +58,14 @@ def state() -> PartialState:
     """Accelerate's state of this process; the first call joins the others."""
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     # Without a GPU accelerate leaves processes alone unless it is told that the CPU is meant.
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    asked = parse_flag_from_env("ACCELERATE_USE_CPU")
+    cpu = asked or not torch.accelerator.is_available()
     with CHANGING:  # threads may be the first at the same time
         if not alone and not distributed.is_initialized():
             atexit.register(_leave)
         chosen = chosen_device()
         on_cpu = chosen is not None and chosen.type == "cpu"
-        return PartialState(cpu=on_cpu or (cpu and not alone))
+        return PartialState(cpu=on_cpu or asked or (cpu and not alone))
 
 
 def _leave() -> None:

@@ -572,6 +572,7 @@ def _kill_and_resume(here: Path, model_folder: Path, kills: int) -> None:
     assert best == expected_best
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_a_killed_training_resumes_to_the_same_result(here: Path, model_folder: Path) -> None:
     _kill_and_resume(here, model_folder, kills=3)
 

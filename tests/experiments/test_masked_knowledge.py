@@ -91,6 +91,7 @@ def test_a_prompt_brings_out_facts_with_the_slot_anywhere(family: str, template:
     assert sum(a == fact["capital"] for a, fact in zip(answers, FACTS, strict=True)) >= 5
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prompt_finds_facts_that_it_was_not_trained_on(family: str) -> None:
     """What it brings out is the model's knowledge, not what it learned itself."""

@@ -58,13 +58,13 @@ def model(tokenizer: Any) -> Any:
 def test_training_lowers_the_loss_and_changes_nothing_else(family: str, encoder: str) -> None:
     tokenizer = tiny.tokenizer(around=family not in tiny.CAUSAL)
     model = tiny.model(family, vocab_size=len(tokenizer)).train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = tiny.weights(model)
     frozen = next(iter(model.parameters()))
     frozen.requires_grad_(False)
     prompt = prompt_for(encoder=encoder)
     result = train(model, tokenizer, prompt, ROWS, epochs=8, batch_size=4, learning_rate=0.02)
     assert result.history[-1]["loss"] < result.history[0]["loss"]
-    for name, value in model.state_dict().items():
+    for name, value in tiny.weights(model).items():
         assert torch.equal(value, before[name]), name
     assert model.training and not frozen.requires_grad
     assert all(p.requires_grad for p in list(model.parameters())[1:])
@@ -148,6 +148,7 @@ def test_without_dev_the_last_epoch_is_kept(model: Any, tokenizer: Any) -> None:
     assert result.best == result.history[-1] and "dev_loss" not in result.best
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize(
     ("encoder", "dropout"), [("mlp", 0.0), ("lstm", 0.0), ("lstm", 0.4), ("none", 0.0)]
 )
@@ -411,6 +412,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
             checkpoint_seconds=0,
             output=tmp_path,
             prefix_cache="off",  # one backward through the first layer for each step
+            graphs="off",  # which would not run the hook
         )
     hook.remove()
     state = checkpoint.load_newest(tmp_path)
@@ -431,6 +433,7 @@ def test_words_initialise_their_virtual_tokens(model: Any, tokenizer: Any, encod
     torch.testing.assert_close(member.table()[2:], wanted, atol=1e-4, rtol=0)
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("encoder", ["mlp", "lstm", "none"])
 def test_a_saved_prompt_goes_on_where_it_stopped(
     model: Any, tokenizer: Any, tmp_path: Path, encoder: str
@@ -479,6 +482,7 @@ def test_random_virtual_tokens_are_no_result(model: Any, tokenizer: Any) -> None
     assert result.best["epoch"] == 1
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("labelled", [False, True])
 def test_a_plain_trainer_gives_the_same_vectors(
     model: Any, tokenizer: Any, tmp_path: Path, labelled: bool

@@ -10,7 +10,7 @@ import torch
 from ..backbone.base_model import BaseModel
 from ..backbone.traits import ModelKind, counts_columns
 from ..errors import InputError
-from ..rendering.collate import Batch, collate, opening, plain_prefix
+from ..rendering.collate import Batch, collate
 from ..rendering.layout import Sequence as Tokens
 from ..rendering.render import Rendered
 
@@ -107,8 +107,8 @@ def computed_tokens(example: Rendered, kept: bool) -> int:
 
 def _known(tokens: Tokens) -> int:
     """How many stand in front of the first virtual one, or of the first field behind that."""
-    return max(opening(tokens), plain_prefix(tokens))
+    return max(tokens.opening, tokens.plain_prefix)
 
 
 def _begins_virtual(example: Rendered) -> bool:
-    return any(opening(s) > plain_prefix(s) for s in example.sequences)
+    return any(s.opening > s.plain_prefix for s in example.sequences)

@@ -24,7 +24,7 @@ from ..backbone.base_model import BaseModel
 from ..backbone.traits import ModelKind, first_position, packs_rows
 from ..backbone.upstream import uncompiled
 from ..prompts.task import Task
-from ..rendering.collate import Batch, plain_prefix
+from ..rendering.collate import Batch
 from ..rendering.render import Rendered, Renderer
 from . import chunked, plain
 from .batching import Row, batch_for, by_length, chunks_by_length, computed_tokens
@@ -95,7 +95,7 @@ class Engine:
     def expect(self, examples: Iterable[Rendered]) -> None:
         """Room for the frozen prefixes of these, at once and no more than they need."""
         if self.store is not None:
-            prefixes = {s.ids[: plain_prefix(s)] for one in examples for s in one.sequences}
+            prefixes = {s.ids[: s.plain_prefix] for one in examples for s in one.sequences}
             self.store.expected = sum(map(len, prefixes))
 
     @contextmanager

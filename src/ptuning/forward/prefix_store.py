@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..backbone.traits import reads_caches
-from ..rendering.collate import IGNORED, Batch, plain_prefix
+from ..rendering.collate import IGNORED, Batch
 from ..rendering.render import Rendered
 from .kv_cache import cache_of, keys_and_values
 from .kv_pool import KeyValuePool
@@ -61,6 +61,7 @@ class PrefixStore:
         self._kept: dict[Ids, int | list[Tensor]] = {}
         """The first slot of what is on the device; else the tokens' own on the host."""
         self._used = 1
+        self._reads: bool | None = None
         self._most = most
         self._budgets: dict[str, int] | None = None
         self._lane: _Lane | None = None
@@ -93,7 +94,9 @@ class PrefixStore:
         """The prefixes are long enough to be worth it, and the model reads caches."""
         total = max(batch.lengths)
         kept = total - longest_suffix(batch)
-        return kept >= _SMALLEST and 4 * kept >= total and reads_caches(self.model)
+        if self._reads is None:
+            self._reads = reads_caches(self.model)
+        return self._reads and kept >= _SMALLEST and 4 * kept >= total
 
     def slots(
         self, prefixes: Sequence[Ids], counts: Sequence[int], kept: int, device: torch.device
@@ -278,7 +281,7 @@ def in_common(tasks: Sequence[Sequence[Rendered]]) -> Common:
         is saved by keeping the prefixes as they are.
     """
     rows = [
-        [tuple(s.ids[: plain_prefix(s)]) for e in of_row for s in e.sequences]
+        [s.ids[: s.plain_prefix] for e in of_row for s in e.sequences]
         for of_row in zip(*tasks, strict=True)
     ]
     shared: Common = {}

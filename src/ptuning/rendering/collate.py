@@ -10,6 +10,7 @@ from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -89,18 +90,20 @@ def collate(
     sequences = [s for s, _ in rows]
     inputs = [_input_ids(s, kind, first_ids[n]) for s, n in rows]
     left = kind == "causal"
-    answers = _pad([list(s.answer) for s in sequences], IGNORED, left)
+    answers = _pad([s.answer for s in sequences], IGNORED, left)
     batch = Batch(
         kind=kind,
         input_ids=_pad(inputs, pad_id, left),
-        attention_mask=_pad([[1] * len(ids) for ids in inputs], 0, left),
+        attention_mask=_pad([numpy.ones_like(ids) for ids in inputs], 0, left),
         slots=torch.tensor([s.slot for s in sequences]),
         answers=answers,
         example=torch.tensor([n for _, n in rows]),
         member=torch.zeros(len(examples), dtype=torch.long),
         lengths=tuple(map(len, inputs)),
-        prefixes=tuple(s.ids[: plain_prefix(s)] for s in sequences),
-        openings=tuple(tuple(ids[: opening(s)]) for s, ids in zip(sequences, inputs, strict=True)),
+        prefixes=tuple(s.ids[: s.plain_prefix] for s in sequences),
+        openings=tuple(
+            tuple(ids[: s.opening].tolist()) for s, ids in zip(sequences, inputs, strict=True)
+        ),
     )
     if kind == "seq2seq":
         start = torch.full_like(answers[:, :1], decoder_start_id)
@@ -113,17 +116,6 @@ def collate(
     return batch
 
 
-def opening(sequence: Sequence) -> int:
-    """How many tokens stand in front of the first field, without the last of all."""
-    return min(sequence.fields[0][1], len(sequence.ids) - 1) if sequence.fields else 0
-
-
-def plain_prefix(sequence: Sequence) -> int:
-    """How many tokens stand in front of the first virtual one, without the last of all."""
-    virtual = (column for column, token in enumerate(sequence.ids) if token < 0)
-    return next(virtual, max(0, len(sequence.ids) - 1))
-
-
 def _by_word(example: Rendered) -> Rendered:
     """The same example with a sequence for each label word."""
     if not example.label_ids:
@@ -133,15 +125,16 @@ def _by_word(example: Rendered) -> Rendered:
     return Rendered(words, label=example.label)
 
 
-def _input_ids(sequence: Sequence, kind: str, first_id: int) -> list[int]:
-    ids = [first_id - 1 - i if i < 0 else i for i in sequence.ids]
-    return ids + list(sequence.answer[:-1]) if kind == "causal" else ids
+def _input_ids(sequence: Sequence, kind: str, first_id: int) -> Any:
+    numbers = sequence.numbers
+    ids = numpy.where(numbers < 0, first_id - 1 - numbers, numbers)
+    more = sequence.answer[:-1] if kind == "causal" else ()
+    return numpy.concatenate([ids, numpy.array(more, dtype=numpy.int64)]) if more else ids
 
 
-def _pad(rows: list[list[int]], value: int, left: bool) -> Tensor:
+def _pad(rows: Rows[Any], value: int, left: bool) -> Tensor:
     width = max(1, max(map(len, rows)))
-    padded = [
-        [value] * (width - len(row)) + row if left else row + [value] * (width - len(row))
-        for row in rows
-    ]
-    return torch.tensor(padded)
+    padded = numpy.full((len(rows), width), value, dtype=numpy.int64)
+    for row, numbers in zip(padded, rows, strict=True):
+        row[width - len(numbers) if left else 0 :][: len(numbers)] = numbers
+    return torch.from_numpy(padded)

@@ -7,7 +7,10 @@ gives. Virtual token i of the prompt is written as id ``-1 - i``; `collate` puts
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
+
+import numpy
 
 from ..errors import DataError
 from ..prompts.task import Task
@@ -36,6 +39,22 @@ class Sequence:
     answer: tuple[int, ...] = ()
     fields: Spans = ()
     shortened: bool = False
+
+    @cached_property
+    def numbers(self) -> Any:
+        """`ids` as an array, made once for all batches that the sequence will be in."""
+        return numpy.array(self.ids, dtype=numpy.int64)
+
+    @cached_property
+    def plain_prefix(self) -> int:
+        """How many tokens stand in front of the first virtual one, without the last of all."""
+        virtual = (self.numbers < 0).nonzero()[0]
+        return int(virtual[0]) if len(virtual) else max(0, len(self.ids) - 1)
+
+    @property
+    def opening(self) -> int:
+        """How many tokens stand in front of the first field, without the last of all."""
+        return min(self.fields[0][1], len(self.ids) - 1) if self.fields else 0
 
 
 class Layout:

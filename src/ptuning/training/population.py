@@ -156,9 +156,11 @@ class Population(nn.Module):
 
     def train(self, mode: bool = True) -> Population:
         """Set the encoders' mode; the base model's dropout stays off."""
+        if self.members.training != mode:  # to go through all modules takes its time
+            self.members.train(mode)
+        if self.base.training:
+            self.base.eval()  # never in train mode, not for a moment: other threads may use it
         self.training = mode
-        self.members.train(mode)
-        self.base.eval()  # never in train mode, not for a moment: other threads may use it
         return self
 
     def write_tables(self) -> None:
