@@ -187,6 +187,7 @@ def environment_of(process: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",  # one GPU would be too few for two processes
     }
 
 
@@ -223,8 +224,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     """What one process finds."""
     folder = tmp_path_factory.mktemp("one")
-    found = {name: work(folder) for name, work in TRAININGS.items()}
-    return {**found, "resumed": interrupted_and_resumed(folder)}
+    with tiny.on_cpu():
+        found = {name: work(folder) for name, work in TRAININGS.items()}
+        return {**found, "resumed": interrupted_and_resumed(folder)}
 
 
 @pytest.mark.parametrize("name", [*TRAININGS, "resumed"])
@@ -314,6 +316,7 @@ print(distributed.from_main(lambda: "told"), joined())
         assert outcome[:2] == (0, "told True\njoined: False\n"), outcome
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_the_command_line_writes_and_speaks_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import ptuning
 from ptuning.errors import InputError
-from ptuning.forward import scoring
+from ptuning.forward import prefix_store, scoring
 from ptuning.forward.prefix_store import PrefixStore, budgets
 from ptuning.rendering.render import Rendered, Renderer, render_all
 from ptuning.training.population import Member, Population
@@ -98,6 +98,35 @@ def test_what_was_admitted_first_stays_within_the_size() -> None:
     assert 0 < len(first) < len(ROWS) and list(store._kept) == first
     assert store.bytes <= 20 * 1024
     assert store.computed == len(ROWS) + 3 * (len(ROWS) - len(first))
+
+
+def test_what_is_kept_on_the_host_is_brought_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device's memory is filled first; what the host keeps is computed once as well."""
+    model = tiny.model("llama")
+    prompt = ptuning.Prompt(TEMPLATE, answer="capital", answer_end=False)
+    plain = losses_and_gradient(model, prompt, ROWS, None)
+    room = {"device": 20 * 2**10, "host": 2**30}
+    monkeypatch.setattr(prefix_store, "budgets", lambda most, device: dict(room))
+    store = PrefixStore(model)
+    kept = losses_and_gradient(model, prompt, ROWS, store)
+    places = [type(place) for place in store._kept.values()]
+    assert places.count(int) and places.count(list) and len(places) == len(ROWS) == store.computed
+    torch.testing.assert_close(kept, plain, atol=1e-5, rtol=0)
+
+
+def test_room_for_what_is_expected_is_made_once() -> None:
+    model = tiny.model("llama")
+    prompt = ptuning.Prompt(TEMPLATE, answer="capital", answer_end=False)
+    stores = [PrefixStore(model), PrefixStore(model)]
+    examples = rendered(prompt, ROWS)[1]
+    tiny.engine(model, store=stores[1]).expect(examples)
+    for store in stores:
+        for row in ROWS:
+            losses_and_gradient(model, prompt, [row], store)
+    unexpected, expected = (store.pool for store in stores)
+    assert unexpected is not None and expected is not None
+    assert unexpected.version > expected.version == 1
+    assert expected.capacity == 1 + stores[1].expected
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +15,9 @@ from accelerate import Accelerator
 
 import ptuning
 from ptuning.errors import InputError
-from ptuning.forward import chunked, engine
+from ptuning.forward import chunked, compiled, engine
 from ptuning.rendering.collate import IGNORED, Batch
-from ptuning.training import loop
+from ptuning.training import checkpoint, loop
 from ptuning.training.cuda_graphs import GraphedStep, Outputs, obstacle
 from ptuning.training.progress import Progress
 from ptuning.training.static_shapes import StaticInputs, rows_for
@@ -102,6 +104,8 @@ class Trained:
         self.prompt = ptuning.Prompt(template, **column)
         with monkeypatch.context() as patch:
             patch.setattr(loop, "graphs_or_plain", chosen)
+            # What is compiled is what is traced; the compiler's own kernels are torch's to test.
+            patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
             # Graphs compute whole rows, and the exact comparisons want that of the plain side too.
             patch.setattr(engine, "share_openings", lambda model, batches: None)
             self.result = ptuning.train(
@@ -156,6 +160,105 @@ def test_a_training_with_replayed_steps_is_the_plain_one(
     torch.testing.assert_close(
         graphed.prompt.trained_vectors(), plain.prompt.trained_vectors(), atol=1e-5, rtol=0
     )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rows": [{"text": "France", "answer": "Paris"}, {"text": "Italy", "answer": "Rome"}] * 5},
+        {"template": AFTER},
+        {"template": AFTER, "family": "gemma2"},
+        {"family": "gpt2"},
+        {"words": WORDS, "population": 2},
+    ],
+    ids=str,
+)
+def test_compiled_layers_are_the_plain_ones(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"epochs": 4, **options}
+    plain = Trained(None, monkeypatch, **options, compile="off")
+    fast = Trained(Again, monkeypatch, **options, compile="on")
+    assert fast.replays > 3 and "with compiled layers" in fast.notes[0], fast.notes
+    torch.testing.assert_close(
+        fast.prompt.trained_vectors(), plain.prompt.trained_vectors(), atol=1e-5, rtol=0
+    )
+
+
+def test_layers_that_cannot_be_compiled_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no compiler is here\nmore")
+
+    monkeypatch.setattr(compiled.CompiledLayers, "_forward", broken)
+    graphed = Trained(Again, monkeypatch, compile="on")
+    assert graphed.replays > 3 and "are replayed" in graphed.notes[1]
+    assert graphed.notes[0] == (
+        "compiled layers are off: no compiler is here; the layers run as they are"
+    )
+
+
+def test_compiled_layers_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = compiled._own
+    monkeypatch.setattr(
+        compiled, "_own", lambda value, n: value * 1.1 if value is not None and n == 1 and
+        isinstance(value, torch.Tensor) and value.is_floating_point() else original(value, n),
+    )  # fmt: skip
+    plain = Trained(None, monkeypatch)
+    graphed = Trained(Again, monkeypatch, compile="on")
+    assert graphed.replays > 3 and "compiled layers are off: they are off by" in graphed.notes[0]
+    torch.testing.assert_close(
+        graphed.prompt.trained_vectors(), plain.prompt.trained_vectors(), atol=1e-5, rtol=0
+    )
+
+
+def test_compilation_is_weighed_against_the_steps_to_come() -> None:
+    model = tiny.model()
+    weigh = partial(compiled.compiled_layers, "auto", model, 100.0)
+    assert weigh(10) is None and weigh(10**9) is not None
+    assert compiled.compiled_layers("off", model, 100.0, 10**9) is None
+    assert compiled.compiled_layers("on", model, 100.0, 1) is not None
+    assert compiled.compiled_layers("on", torch.compile(model), 100.0, 1) is None
+    with pytest.raises(InputError, match="compile is 'always'; expected auto, on or off"):
+        replace(ptuning.TrainSettings(), compile="always")
+
+
+def test_a_member_that_is_not_finite_takes_no_step_and_is_read_of_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options: dict[str, Any] = {"grid": {"learning_rate": [1e30, 1e-2]}, "halving": False}
+    plain = Trained(None, monkeypatch, **options)
+    graphed = Trained(Again, monkeypatch, **options)
+    assert graphed.replays > 5 and graphed.result.winner == plain.result.winner == 1
+    assert graphed.result.members[0]["epochs"] == plain.result.members[0]["epochs"] < 5
+    torch.testing.assert_close(
+        graphed.prompt.trained_vectors(), plain.prompt.trained_vectors(), atol=1e-5, rtol=0
+    )
+
+
+def test_a_run_with_graphs_resumes_plainly_and_the_other_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Trained(None, monkeypatch).prompt.trained_vectors()
+    for first, second in ((Again, None), (None, Again)):
+        options: dict[str, Any] = {"output": tmp_path / str(first), "checkpoint_seconds": 0.0}
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "save", stopping_at(8))
+            with pytest.raises(KeyboardInterrupt):
+                Trained(first, monkeypatch, **options)
+        resumed = Trained(second, monkeypatch, **options, resume=True)
+        torch.testing.assert_close(resumed.prompt.trained_vectors(), whole, atol=1e-5, rtol=0)
+
+
+def stopping_at(step: int) -> Any:
+    save = checkpoint.save
+
+    def stop(output: Path, at: int, state: dict[str, Any]) -> None:
+        save(output, at, state)
+        if at == step:
+            raise KeyboardInterrupt
+
+    return stop
 
 
 def test_batches_with_and_without_a_prefix_may_have_one_shape(

@@ -2,7 +2,8 @@
 
     plain     each layer's operations one by one, keys and values repeated for each query head
     here      the layer as torch.compile makes it, forward and backward; on a GPU that has it,
-              cuDNN's attention, which reads groups of query heads as they are, behind a mask too
+              cuDNN's attention, which reads groups of query heads as they are, behind a mask too;
+              no mask where no row has padding; the last layer's answer columns alone
 
 A compilation takes as long as hundreds of steps save: `compiled_layers` weighs it. Only the thread
 that asks runs compiled layers, only with gradients, and only inside the block; a layer's weights
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -52,11 +53,15 @@ class CompiledLayers:
         self._here = threading.local()
 
     @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """The layers run compiled meanwhile, in this thread."""
+    def __call__(self, causal: bool = False) -> Iterator[None]:
+        """The layers run compiled meanwhile, in this thread.
+
+        Args:
+            causal: no row has padding in front: attention needs no mask but its own.
+        """
         for number, layer in enumerate(self.layers):
             layer.forward = partial(self._forward, number, layer)
-        self._here.on = True
+        self._here.on, self._here.causal, self._here.keep = True, causal, None
         # In this order; the others serve what cuDNN does not.
         backends = [
             SDPBackend.CUDNN_ATTENTION,
@@ -76,13 +81,74 @@ class CompiledLayers:
             for layer in self.layers:
                 vars(layer).pop("forward", None)
 
+    def give_only(self, columns: Tensor) -> None:
+        """The last layer gives these columns ``(K,)`` and no others, within the block."""
+        self._here.keep = columns
+
     def _forward(self, number: int, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         plain: Callable[..., Any] = type(layer).forward
         if not (getattr(self._here, "on", False) and torch.is_grad_enabled()):
             return plain(layer, *args, **kwargs)
         args = tuple(_own(value, number) for value in args)
         kwargs = {name: _own(value, number) for name, value in kwargs.items()}
+        if number == len(self.layers) - 1 and self._here.keep is not None and len(args) == 1:
+            return _last(partial(plain, layer), args[0], kwargs, self._here.keep)
+        if self._here.causal:
+            kwargs["attention_mask"] = None
         return self._compiled[plain](layer, *args, **kwargs)
+
+
+def _last(run: Callable[..., Any], hidden: Tensor, kwargs: dict[str, Any], keep: Tensor) -> Any:
+    """What a model's last layer makes of some columns: keys and values are needed of all, the rest
+    of the layer is not.
+
+    Args:
+        run: the layer.
+        hidden: ``(R, T, width)``.
+        kwargs: of the layer, rotary positions and a mask among them.
+        keep: ``(K,)`` the columns.
+    """
+    taken = _Taken(kwargs.get("past_key_values"))
+    with suppress(_Enough):
+        run(hidden, **{**kwargs, "past_key_values": taken, "use_cache": True})
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        known = taken.keys.shape[2] - hidden.shape[1]
+        mask = torch.arange(taken.keys.shape[2], device=keep.device) <= keep[:, None] + known
+        mask = mask[None, None]
+    else:
+        mask = mask[:, :, keep]
+    chosen = {
+        "attention_mask": mask,
+        "past_key_values": taken,
+        "position_ids": kwargs["position_ids"][:, keep],
+        "position_embeddings": tuple(part[:, keep] for part in kwargs["position_embeddings"]),
+    }
+    return run(hidden[:, keep], **{**kwargs, **chosen})
+
+
+class _Enough(Exception):
+    """The layer has made its keys and values."""
+
+
+class _Taken:
+    """The part of a cache that a layer reads, which takes its keys and values and stops it; when it
+    runs again it gives them."""
+
+    def __init__(self, behind: Any):
+        self.behind = behind
+        self.keys: Any = None
+        self.values: Any = None
+
+    def update(
+        self, keys: Tensor, values: Tensor, *others: Any, **more: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As `Cache.update`."""
+        if self.keys is None:
+            given = (keys, values) if self.behind is None else self.behind.update(keys, values)
+            self.keys, self.values = given
+            raise _Enough
+        return self.keys, self.values
 
 
 class _OneLayer:

@@ -72,7 +72,7 @@ def answer_outputs(
     shortened = shortener(batch) if shortener else None
     with grouped_queries(model):
         if shortened is not None:
-            return model(**shortened.inputs, use_cache=True).logits, shortened.rows
+            return model(**{"use_cache": True, **shortened.inputs}).logits, shortened.rows
         inputs |= positions(model, batch.attention_mask, batch.input_ids.shape[1], count)
         return model(**inputs, use_cache=False).logits, lambda logits: logits[:, -count:]
 

@@ -27,6 +27,7 @@ from ..backbone.traits import (
     is_spread,
     kind_of,
     looks_at_lengths,
+    packs_rows,
 )
 from ..backbone.upstream import end_capture_pool
 from ..forward.chunked import reads_in_chunks
@@ -121,6 +122,7 @@ class GraphedStep:
         self.population, self.plain, self.autocast = population, plain, autocast
         self.new_graph, self.tolerance, self.say = new_graph, tolerance, say
         self.fast_layers: CompiledLayers | None = None
+        self._trims = False
         self.shapes: dict[Any, tuple[StaticInputs, Graph]] = {}
         self.replays = 0
         self.table = population.tables().detach().clone()
@@ -134,7 +136,10 @@ class GraphedStep:
 
     def compile_layers(self, setting: str, tokens: float, steps: int) -> None:
         """Capture compiled layers, if that is worth it (`compiled.compiled_layers`)."""
-        self.fast_layers = compiled_layers(setting, self.population.base, tokens, steps)
+        base = self.population.base
+        self.fast_layers = compiled_layers(setting, base, tokens, steps)
+        # Rotary positions and full attention: what the last layer gives can be chosen.
+        self._trims = self.fast_layers is not None and packs_rows(base)
 
     def clear(self) -> None:
         """Begin to add up anew."""
@@ -150,7 +155,8 @@ class GraphedStep:
         """
         store = self.population.engine.store
         kept = store is not None and store.serves(batch)
-        shape = shape_of(batch, kept)
+        full = self._trims and not kept and len(set(batch.lengths)) == 1
+        shape = shape_of(batch, kept, full)
         if self._refused or shape in self._plain_shapes or shape not in self._seen:
             self._seen.add(shape)
             self._plain(batch, divisor)
@@ -161,7 +167,7 @@ class GraphedStep:
             return
         slots = self._slots(batch) if kept and shape in self.shapes else None
         if shape not in self.shapes:  # or not any more
-            self._first(batch, divisor, kept, shape)
+            self._first(batch, divisor, kept, full, shape)
             return
         inputs, graph = self.shapes[shape]
         inputs.fill(batch, divisor, slots)
@@ -207,17 +213,19 @@ class GraphedStep:
         self.gradient += table.grad
         return losses, table.grad
 
-    def _first(self, batch: Batch, divisor: Sequence[float], kept: bool, shape: Any) -> None:
+    def _first(
+        self, batch: Batch, divisor: Sequence[float], kept: bool, full: bool, shape: Any
+    ) -> None:
         """The plain step, and beside it a graph that is kept if it gives the same."""
         expected = self._plain(batch, divisor)
         if self._refused:
             return
-        off = self._capture(batch, divisor, kept, shape, expected)
+        off = self._capture(batch, divisor, kept, full, shape, expected)
         if self.fast_layers is not None and not (isinstance(off, float) and off <= self.tolerance):
             fault = f"they are off by {off:.1e}" if isinstance(off, float) else off
             self.say(f"compiled layers are off: {fault}; the layers run as they are")
             self.fast_layers = None
-            off = self._capture(batch, divisor, kept, shape, expected)
+            off = self._capture(batch, divisor, kept, full, shape, expected)
         if isinstance(off, str):
             self._refuse(f"capturing the step failed ({off})")
         elif off <= self.tolerance:
@@ -235,14 +243,20 @@ class GraphedStep:
                 self._refuse(f"the captured step is off by {off:.1e} of the plain one")
 
     def _capture(
-        self, batch: Batch, divisor: Sequence[float], kept: bool, shape: Any, expected: Outputs
+        self,
+        batch: Batch,
+        divisor: Sequence[float],
+        kept: bool,
+        full: bool,
+        shape: Any,
+        expected: Outputs,
     ) -> float | str:
         """A graph of a part, into `shapes`; gives how far off it is, or what went wrong."""
         added = self.losses.clone(), self.gradient.clone()
         try:
             slots = self._slots(batch) if kept else None
             columns = 0 if slots is None else slots.shape[1]
-            inputs = StaticInputs(batch, len(self.losses), self.device, columns)
+            inputs = StaticInputs(batch, len(self.losses), self.device, columns, full)
             inputs.fill(batch, divisor, slots)
             graph = self.new_graph()
             graph.capture(partial(self._run, batch, inputs.tensors))
@@ -261,28 +275,33 @@ class GraphedStep:
         given: dict[str, Any] = {name: inputs[name] for name in vars(batch) if name in inputs}
         static = replace(batch, **given)
         table = self.table.detach().requires_grad_()
-        fast = self.fast_layers() if self.fast_layers else nullcontext()
+        fast = self.fast_layers("keep" in inputs) if self.fast_layers else nullcontext()
         with self.population.written(table), self.autocast(), fast:
-            shorten = partial(self._shortened, slots=inputs.get("slots"))
+            shorten = partial(self._shortened, inputs=inputs)
             losses = self.population.losses(static, shorten) / inputs["divisor"].float()
         (gradient,) = torch.autograd.grad(losses.sum(), table)
         self.losses += losses.detach()
         self.gradient += gradient
         return losses.detach(), gradient
 
-    def _shortened(self, static: Batch, slots: Tensor | None) -> Shortened | None:
-        """What is left to compute behind kept columns."""
-        store = self.population.engine.store
-        if slots is None or store is None or store.pool is None:
-            return None
-        count, columns = static.answers.shape[1], static.input_ids.shape[1] - slots.shape[1]
-        inputs = {
+    def _shortened(self, static: Batch, inputs: dict[str, Tensor]) -> Shortened:
+        """What is to compute: all columns, or those behind kept ones."""
+        base, store, slots = self.population.base, self.population.engine.store, inputs.get("slots")
+        count, columns = static.answers.shape[1], static.input_ids.shape[1]
+        columns -= 0 if slots is None else slots.shape[1]
+        asked: dict[str, Any] = {
             "input_ids": static.input_ids[:, -columns:],
             "attention_mask": static.attention_mask,
-            "past_key_values": pooled_cache(store.pool, slots),
-            **positions(self.population.base, static.attention_mask, columns, count),
+            "use_cache": slots is not None,
+            **positions(base, static.attention_mask, columns, count),
         }
-        return Shortened(inputs, lambda logits: logits[:, -count:])
+        if slots is not None and store is not None and store.pool is not None:
+            asked["past_key_values"] = pooled_cache(store.pool, slots)
+        if "keep" in inputs:
+            asked["logits_to_keep"] = inputs["keep"]
+        if self.fast_layers and self._trims and "logits_to_keep" in asked:
+            self.fast_layers.give_only(asked.pop("logits_to_keep"))
+        return Shortened(asked, lambda logits: logits[:, -count:])
 
     def _forget(self, kept: bool) -> None:
         """Let captured graphs go; all, or those that read kept keys and values."""

@@ -1,6 +1,6 @@
 """Static shapes for batches: what they are padded to, and the one buffer that they are put into.
 
-    columns    on the left, to a multiple of 8
+    columns    on the left, to a multiple of 8; of rows that are equally long on the right
     rows       the last one again, without an answer, to a power of two or a multiple of 8
 
 Neither changes a result. All inputs of a step lie one behind the other in a buffer of pinned memory
@@ -41,18 +41,19 @@ def suffix_for(batch: Batch) -> int:
     return min(-(-longest_suffix(batch) // _SUFFIXES) * _SUFFIXES, columns_for(batch))
 
 
-def shape_of(batch: Batch, kept: bool) -> tuple[Any, ...]:
+def shape_of(batch: Batch, kept: bool, full: bool = False) -> tuple[Any, ...]:
     """What decides the shapes of all inputs.
 
     Args:
         batch: of a causal model.
         kept: its frozen prefix is not computed with it.
+        full: its rows are equally long, and padded on the right.
     """
     examples = len(batch.member)
     words = None if batch.label_ids is None else batch.label_ids.shape[1]
     rows = len(batch.input_ids) // examples
     sizes = (columns_for(batch), batch.answers.shape[1], suffix_for(batch) if kept else None)
-    return rows_for(examples), rows, words, batch.labels is not None, *sizes
+    return rows_for(examples), rows, words, batch.labels is not None, full, *sizes
 
 
 class StaticInputs:
@@ -63,13 +64,23 @@ class StaticInputs:
         members: of the population.
         device: where the step runs.
         kept: columns of the frozen prefix, 0 for none.
+        full: rows are equally long, and padded on the right: nothing stands in front of them.
 
     Attributes:
         tensors: by the names of `Batch`'s fields; ``slots`` ``(R, kept)`` and ``divisor``
-            ``(members,)`` in float64 besides.
+            ``(members,)`` in float64 besides, and of full rows the columns ``keep`` ``(K,)`` that
+            predict the answer.
     """
 
-    def __init__(self, batch: Batch, members: int, device: torch.device, kept: int):
+    def __init__(
+        self,
+        batch: Batch,
+        members: int,
+        device: torch.device,
+        kept: int = 0,
+        full: bool = False,
+    ):
+        self._full = full
         examples = len(batch.member)
         shapes: dict[str, tuple[int, ...]] = {}
         for name in _READ:
@@ -81,6 +92,8 @@ class StaticInputs:
         shapes["input_ids"] = shapes["attention_mask"] = (rows, columns_for(batch))
         if kept:
             shapes["slots"] = (rows, kept)
+        if full:
+            shapes["keep"] = (batch.answers.shape[1],)
         shapes["divisor"] = (members,)
         sizes = [int(numpy.prod(shape)) for shape in shapes.values()]
         pinned = device.type == "cuda"
@@ -117,12 +130,20 @@ class StaticInputs:
         for name, value in values.items():
             array, count = self._arrays[name], len(value)
             if name in ("input_ids", "attention_mask"):
-                more = array.shape[1] - value.shape[1]
-                array[:count, :more] = 0
-                array[:count, more:] = value
+                columns, more = value.shape[1], array.shape[1] - value.shape[1]
+                padding, text = (
+                    (slice(columns, None), slice(columns))
+                    if self._full
+                    else (slice(more), slice(more, None))
+                )
+                array[:count, padding] = 0
+                array[:count, text] = value
             else:
                 array[:count] = value
             array[count:] = IGNORED if name in _WITHOUT_ANSWER else array[count - 1]
+        if self._full:
+            columns, answers = values["input_ids"].shape[1], values["answers"].shape[1]
+            self._arrays["keep"][:] = numpy.arange(columns - answers, columns)
         self._arrays["divisor"][:] = divisor
         self._there.copy_(self._here, non_blocking=True)
         if self._copied is not None:
