@@ -124,7 +124,9 @@ def _last(run: Callable[..., Any], hidden: Tensor, kwargs: dict[str, Any], keep:
         "position_ids": kwargs["position_ids"][:, keep],
         "position_embeddings": tuple(part[:, keep] for part in kwargs["position_embeddings"]),
     }
-    return run(hidden[:, keep], **{**kwargs, **chosen})
+    # Few queries: cuDNN's kernels are not made for them.
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return run(hidden[:, keep], **{**kwargs, **chosen})
 
 
 class _Enough(Exception):

@@ -221,14 +221,17 @@ class GraphedStep:
         if self._refused:
             return
         off = self._capture(batch, divisor, kept, full, shape, expected)
-        if self.fast_layers is not None and not (isinstance(off, float) and off <= self.tolerance):
-            fault = f"they are off by {off:.1e}" if isinstance(off, float) else off
-            self.say(f"compiled layers are off: {fault}; the layers run as they are")
-            self.fast_layers = None
+        while self.fast_layers is not None and not self._agrees(off):
+            if self._trims:
+                self._trims = full = False
+            else:
+                fault = off if isinstance(off, str) else f"they are off by {off:.1e}"
+                self.say(f"compiled layers are off: {fault}; the layers run as they are")
+                self.fast_layers = None
             off = self._capture(batch, divisor, kept, full, shape, expected)
         if isinstance(off, str):
             self._refuse(f"capturing the step failed ({off})")
-        elif off <= self.tolerance:
+        elif self._agrees(off):
             if not self._agreed:
                 self.say(
                     "CUDA graphs: steps of repeated shapes are replayed; the first one agrees"
@@ -241,6 +244,9 @@ class GraphedStep:
                 self._plain_shapes.add(shape)
             else:
                 self._refuse(f"the captured step is off by {off:.1e} of the plain one")
+
+    def _agrees(self, off: float | str) -> bool:
+        return not isinstance(off, str) and off <= self.tolerance
 
     def _capture(
         self,

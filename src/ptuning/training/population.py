@@ -156,7 +156,7 @@ class Population(nn.Module):
 
     def train(self, mode: bool = True) -> Population:
         """Set the encoders' mode; the base model's dropout stays off."""
-        if self.members.training != mode:  # to go through all modules takes its time
+        if any(member.training != mode for member in self.roster):  # going through all takes time
             self.members.train(mode)
         if self.base.training:
             self.base.eval()  # never in train mode, not for a moment: other threads may use it
