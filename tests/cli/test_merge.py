@@ -36,7 +36,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     capsys.readouterr()
 
     def call(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ptuning", "merge", *map(str, arguments)])
+        command = [] if arguments[0] == "export" else ["merge"]
+        monkeypatch.setattr(sys, "argv", ["ptuning", *command, *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
             main()
         captured = capsys.readouterr()
@@ -107,3 +108,12 @@ def test_a_prompt_of_another_model_is_refused(run: Run) -> None:
     tokenizer.save_pretrained("another")
     code, _, err = run("one", "--output", "x", "--model", "another")
     assert code == 2 and "has other weights" in err and not Path("x").exists()
+
+
+def test_a_prompt_is_exported(run: Run) -> None:
+    code, out, err = run("export", "one", "--to", "vllm-embeds", "--output", "out")
+    assert code == 0 and out == "vllm_embeds.json in out\n", err
+    code, _, err = run("export", "one", "--to", "onnx", "--output", "x")
+    assert code == 2 and "expected one of peft, vllm-embeds, tensorrt-llm" in err
+    code, _, err = run("export", "one", "--to", "peft", "--output", "x")
+    assert code == 2 and "PEFT puts virtual tokens in front" in err and not Path("x").exists()

@@ -15,6 +15,7 @@ from ..errors import PtuningError
 from . import (
     console,
     evaluate,
+    export,
     lama,
     merge,
     predict,
@@ -78,7 +79,8 @@ app.command("train", context_settings={"allow_extra_args": True})(train.train)
 app.command("evaluate")(filled()(evaluate.evaluate))
 app.command("predict")(filled()(predict.predict))
 app.command("inspect")(filled()(use.inspect))
-app.command("merge")(filled()(merge.merge))
+app.command("merge")(filled(loads_model=False)(merge.merge))
+app.command("export")(filled(loads_model=False)(export.export))
 app.command("report")(filled()(report.report))
 app.command("serve")(filled()(serve.serve))
 app.command("lama")(lama.lama)

@@ -1,0 +1,136 @@
+"""A prompt in the formats of engines that take vectors, or prompts, beside a model.
+
+    peft          PEFT's two files: virtual tokens in front of everything, and nothing else
+    vllm-embeds   content parts of a chat: vectors (`prompt_embeds`) among texts with fields
+    tensorrt-llm  a prompt table [1, virtual tokens, width], and the ids that point into it
+
+A merged model (`merging`) needs none of these.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import formats
+from ..backbone.base_model import BaseModel
+from ..backbone.injection import input_embedding
+from ..errors import InputError
+from ..prompts import peft_files
+from ..prompts.prompt import Prompt
+from ..rendering.merged_text import merged_text, names_of
+from .merged_tokenizer import with_names
+
+_WHOLE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+"""A chat template that adds nothing."""
+
+
+def export(prompt: Prompt, base: BaseModel, to: str) -> dict[str, bytes]:
+    """The files of an exported prompt: name -> content.
+
+    Args:
+        prompt: trained.
+        base: the model that it was trained on.
+        to: one of `FORMATS`.
+
+    Raises:
+        InputError: an unknown format, or one that cannot say this prompt.
+    """
+    check_format(to)
+    base.check_same(prompt.base_model)
+    return FORMATS[to](prompt, base)
+
+
+def check_format(to: str) -> None:
+    """Refuse a format that is not in `FORMATS`."""
+    if to not in FORMATS:
+        raise InputError(f"{to!r} is no format for prompts; expected one of {', '.join(FORMATS)}")
+
+
+def _peft(prompt: Prompt, base: BaseModel) -> dict[str, bytes]:
+    in_front = prompt.template is None or prompt.prompt_leads
+    adds = (
+        base.tokenizer("a")["input_ids"]
+        != base.tokenizer("a", add_special_tokens=False)["input_ids"]
+    )
+    if not in_front or prompt.chat or (adds and prompt.special_tokens != "after"):
+        raise InputError(
+            "PEFT puts virtual tokens in front of everything, special tokens too, and this prompt "
+            f"has them elsewhere: {prompt.template}; merge it instead (ptuning merge)"
+        )
+    vectors = prompt.trained_vectors().float()
+    config = prompt.encoder_config(vectors.shape[1])
+    return peft_files.pack(vectors, config, base.kind)
+
+
+def _vllm_embeds(prompt: Prompt, base: BaseModel) -> dict[str, bytes]:
+    vectors = prompt.trained_vectors()
+    text, pieces = _pieces(prompt, base)
+    dtype = input_embedding(base.model).weight.dtype
+    content: list[dict[str, str]] = []
+    at = 0
+    for virtual, part in pieces:
+        if not virtual:
+            content.append({"type": "text", "text": part})
+            continue
+        count = int(part)
+        content.append({"type": "prompt_embeds", "data": _packed(vectors[at : at + count], dtype)})
+        at += count
+    about: dict[str, Any] = {"content": content, "labels": text.labels}
+    if not prompt.chat:
+        about["chat_template"] = _WHOLE
+    about["add_special_tokens"] = text.add_special_tokens and not prompt.chat
+    return {"vllm_embeds.json": formats.pack_json(about)}
+
+
+def _pieces(prompt: Prompt, base: BaseModel) -> tuple[Any, list[tuple[bool, str]]]:
+    """The text in parts: ``(False, text with fields)``, or ``(True, how many virtual tokens)``."""
+    names = names_of("p", len(prompt.trained_vectors()))
+    merged, ids = with_names(base.tokenizer, names)
+    text = merged_text(prompt, "p", base.kind, base.tokenizer, merged, ids)
+    if text.turn is None:
+        whole = text.text
+    else:  # the chat around it is the server's
+        doubled = [p.replace("{", "{{").replace("}", "}}") for p in text.turn]
+        whole = "".join(f"{{{p}}}" if n % 2 else doubled[n] for n, p in enumerate(text.turn))
+    for name in names:
+        whole = whole.replace(name, "\ue000V\ue000")
+    parts = [p for p in whole.split("\ue000") if p]
+    grouped = [(virtual, list(run)) for virtual, run in groupby(parts, lambda p: p == "V")]
+    return text, [(v, str(len(run)) if v else "".join(run)) for v, run in grouped]
+
+
+def _packed(vectors: Tensor, dtype: torch.dtype) -> str:
+    """A tensor as vLLM takes it: `torch.save`, in base64."""
+    file = io.BytesIO()
+    torch.save(vectors.detach().cpu().to(dtype).clone(), file)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _tensorrt_llm(prompt: Prompt, base: BaseModel) -> dict[str, bytes]:
+    vectors = prompt.trained_vectors().float()
+    first = input_embedding(base.model).num_embeddings
+    text, pieces = _pieces(prompt, base)
+    file = io.BytesIO()
+    np.save(file, vectors.detach().cpu().numpy()[None])
+    about = {
+        "task_id": 0,
+        "virtual_ids": list(range(first, first + len(vectors))),
+        "parts": [int(p) if virtual else p for virtual, p in pieces],
+        "labels": text.labels,
+    }
+    return {"prompt_table.npy": file.getvalue(), "prompt_table.json": formats.pack_json(about)}
+
+
+FORMATS: dict[str, Callable[[Prompt, BaseModel], dict[str, bytes]]] = {
+    "peft": _peft,
+    "vllm-embeds": _vllm_embeds,
+    "tensorrt-llm": _tensorrt_llm,
+}

@@ -1,0 +1,92 @@
+"""Exported prompts, read back by who reads them, or as they do."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+
+import ptuning
+from ptuning import InputError, Prompt, PromptFileError
+from ptuning.backbone.base_model import BaseModel
+from ptuning.inference.exports import export
+
+from .. import tiny
+
+
+def _base(bos: bool = False) -> BaseModel:
+    tokenizer = tiny.tokenizer(bos=bos)
+    return BaseModel.of(tiny.model("llama", vocab_size=len(tokenizer)), tokenizer)
+
+
+def _prompt(base: BaseModel, template: str, **settings: Any) -> Prompt:
+    prompt = Prompt(template, **settings)
+    prompt.vectors = torch.randn(prompt.num_virtual_tokens or 0, 32)
+    prompt.base_model = base.describe()
+    return prompt
+
+
+def test_peft_reads_its_folder_with_the_same_logits(tmp_path: Any) -> None:
+    base = _base()
+    prompt = _prompt(base, "[P*4] {country} [MASK]")
+    for name, content in export(prompt, base, "peft").items():
+        (tmp_path / name).write_bytes(content)
+    ids = torch.tensor([base.tokenizer(" France")["input_ids"]])
+    with torch.no_grad():
+        with ptuning.attach(base.model, base.tokenizer, prompt) as attached:
+            expected = base.model(**attached.prepend(prompt, ids)).logits
+        got = peft.PeftModel.from_pretrained(base.model, tmp_path)(input_ids=ids).logits
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("template", "bos"), [("{country} [P] [MASK]", False), ("[P]{x}", True)])
+def test_a_placement_that_peft_has_not_is_refused(template: str, bos: bool) -> None:
+    base = _base(bos)
+    with pytest.raises(InputError, match="PEFT puts virtual tokens in front of everything"):
+        export(_prompt(base, template), base, "peft")
+
+
+def test_vllm_gets_vectors_among_texts() -> None:
+    base = _base()
+    prompt = _prompt(
+        base, "[P*2] {{Say}} {country} [P:capital] [MASK]", verbalizer={"a": "A", "b": "B"}
+    )
+    count = ptuning.Renderer(base.tokenizer, prompt, "causal").count
+    prompt.vectors = torch.randn(count, 32)
+    about = json.loads(export(prompt, base, "vllm-embeds")["vllm_embeds.json"])
+    kinds = [part["type"] for part in about["content"]]
+    assert kinds == ["prompt_embeds", "text", "prompt_embeds"]
+    assert about["content"][1]["text"] == " {{Say}} {country}"
+    tensors = [
+        torch.load(io.BytesIO(base64.b64decode(part["data"])), weights_only=True)
+        for part in about["content"]
+        if part["type"] == "prompt_embeds"
+    ]
+    assert torch.equal(torch.cat(tensors), prompt.vectors) and len(tensors[0]) == 2
+    assert about["labels"] == {"a": " A", "b": " B"}
+
+
+def test_a_prompt_table_has_ids_behind_the_vocabulary() -> None:
+    base = _base()
+    prompt = _prompt(base, "[P*2] {country} [P] [MASK]")
+    files = export(prompt, base, "tensorrt-llm")
+    table = np.load(io.BytesIO(files["prompt_table.npy"]))
+    about = json.loads(files["prompt_table.json"])
+    assert table.shape == (1, 3, 32) and np.array_equal(table[0], prompt.trained_vectors().numpy())
+    assert about["virtual_ids"] == [400, 401, 402] and about["task_id"] == 0
+    assert about["parts"] == [2, " {country}", 1]
+
+
+def test_wrong_formats_and_models_are_refused() -> None:
+    base = _base()
+    with pytest.raises(InputError, match="expected one of peft, vllm-embeds, tensorrt-llm"):
+        export(_prompt(base, "[P]{x}"), base, "onnx")
+    narrow = BaseModel.of(tiny.model("gpt2", n_embd=16), base.tokenizer)
+    with pytest.raises(PromptFileError, match="embedding width 32"):
+        export(_prompt(base, "[P]{x}"), narrow, "peft")
