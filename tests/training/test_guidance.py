@@ -96,17 +96,26 @@ def test_a_training_that_taught_something_is_not_called_useless() -> None:
     assert guidance.nothing_learnt(history, best, ["Paris", "Rome"], "Paris") is None
 
 
-def test_by_default_a_training_stops_where_accuracy_gains_no_more(base: tuple[Any, Any]) -> None:
-    result = trained(base, ROWS[:2], epochs=60, learning_rate=0.02, verbose=False)
-    accuracies = [record["dev_accuracy"] for record in result.history]
-    last_gain = accuracies.index(max(accuracies)) + 1
-    assert len(accuracies) == last_gain + 4 < 60
-    losses = [record["dev_loss"] for record in result.history]
-    assert losses[-1] < losses[last_gain - 1]  # which alone is no reason to go on
-    assert result.best["dev_loss"] == min(losses[last_gain - 1 :])
-    for patience in (0, 4):  # never; and any better result counts
-        options: Any = {"epochs": 12, "learning_rate": 0.02, "patience": patience}
-        assert len(trained(base, ROWS[:2], **options, verbose=False).history) == 12
+def test_by_default_a_training_stops_soon_after_its_task_is_solved(base: tuple[Any, Any]) -> None:
+    words = {"Paris": "yes", "Rome": "no"}
+
+    def epochs(**options: Any) -> list[dict[str, float]]:
+        prompt = Prompt("[P*2] {country}? [MASK]", answer="capital", verbalizer=words)
+        chosen: Any = {"learning_rate": 0.01, "epochs": 20, "verbose": False, **options}
+        return train(*base, prompt, ROWS[:1], ROWS[:1], **chosen).history
+
+    history = epochs()
+    solved = [record["dev_accuracy"] for record in history].index(1.0)
+    assert len(history) == solved + 1 + 4 < 20
+    losses = [record["dev_loss"] for record in history]
+    assert losses[-1] < losses[solved]  # which alone is no reason to go on
+    assert len(epochs(patience=0)) == 20  # never
+
+
+def test_a_training_that_starts_slowly_goes_on(base: tuple[Any, Any]) -> None:
+    result = trained(base, ROWS[:2], epochs=12, learning_rate=0.02, verbose=False)
+    assert {record["dev_accuracy"] for record in result.history} == {0.0}
+    assert len(result.history) == 12  # its loss falls
 
 
 def test_results_are_tables_and_pictures_in_a_notebook(base: tuple[Any, Any]) -> None:

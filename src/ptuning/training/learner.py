@@ -146,10 +146,10 @@ class Learner:
         return None
 
     def _is_gain(self, record: dict[str, float]) -> bool:
-        """Worth training on for. A patience that the user chose counts any better result; by
-        default what decides has to be better: of a solved task the loss falls on for ever."""
-        new, old = self.rank(record), self.rank(self.best)
-        return new > old if self.settings.patience else new[0] > old[0]
+        """Worth training on for: a better result. By default that of a task that is solved is none
+        any more: its loss falls on for ever."""
+        solved = self.settings.patience is None and self.best["dev_accuracy"] == 1
+        return not solved and self.rank(record) > self.rank(self.best)
 
     def rank(self, record: dict[str, Any]) -> tuple[float, float]:
         """What a record is compared by, higher is better: dev accuracy, then loss; or the other way

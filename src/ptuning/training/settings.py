@@ -17,7 +17,11 @@ CHOICES = ("accuracy", "loss")
 CHANGE_NO_RESULT = ("tracker", "checkpoint_seconds", "prefix_cache", "graphs", "compile")
 """Settings that a run may be resumed with others of."""
 PATIENCE = 4
-"""Epochs without a gain that a training takes where the user says nothing."""
+"""Epochs without a gain that a training takes where the user says nothing.
+
+Of ten epochs (SmolLM2, float32, seed 0) the demo gains until the 7th, LAMA's P36 until the 3rd:
+with 4 both keep their result, and P36 stops after the 7th.
+"""
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -38,7 +42,7 @@ class TrainSettings:
         choose_by: which dev result is better: ``accuracy`` (of equals the lower loss) or ``loss``,
             which swings less where dev examples are few.
         patience: stop after so many epochs without a better dev result; 0 never stops. By default
-            after 4 in which dev accuracy (with choose_by loss: dev loss) was no better.
+            4, and where all dev answers are right a lower loss no longer counts as better.
         shuffle: a new order of the examples in each epoch.
         mixed_precision: ``no``, ``bf16`` or ``fp16``: accelerate's autocast for the base model.
         tracker: a tracker of accelerate, such as ``tensorboard`` or ``wandb``.
