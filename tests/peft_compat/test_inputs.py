@@ -197,6 +197,32 @@ def test_the_encoder_reads_all_that_generate_is_given(family: str) -> None:
         assert float((generated(model, **changed).logits[0] - said.logits[0]).abs().max()) > 1e-2
 
 
+def test_an_encoder_of_its_own_gets_its_token_types() -> None:
+    small = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 4, "initializer_range": 0.3}
+    encoder = transformers.BertConfig(**small)
+    decoder = transformers.BertConfig(**small, is_decoder=True, add_cross_attention=True)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 1, 0, None
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = transformers.EncoderDecoderModel(config=config).eval()
+    model = ours(base, "SEQ_2_SEQ_LM")
+    row = {"input_ids": torch.tensor([[11, 12, 13, 14]])}
+    types = {"token_type_ids": torch.tensor([[0, 0, 1, 1]])}
+    text = base.get_input_embeddings()(row["input_ids"])
+    embeds = torch.cat([model.get_prompt(1)[:, :N], text], 1)  # PEFT's table has N more, unused
+    start = {"decoder_input_ids": torch.tensor([[1]])}
+    with torch.no_grad():
+        placed = {"inputs_embeds": embeds, "token_type_ids": in_front(types["token_type_ids"])}
+        expected = base(**placed, **start).logits
+        got, without = model(**row, **types, **start).logits, model(**row, **start).logits
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert float((got - without).abs().max()) > 1e-2
+    first = generated(model, **row, **types).logits[0]
+    torch.testing.assert_close(first, expected[:, -1], atol=1e-4, rtol=1e-4)
+
+
 @encoder_decoders
 def test_beams_and_samples_have_the_same_encoder(family: str) -> None:
     base, row = ENCODER_DECODERS[family]()

@@ -40,7 +40,7 @@ class Traits:
         causal: it reads from left to right.
         first_position: what its position ids begin with (RoBERTa's family: behind the padding id).
         several_axes: its positions have several axes and follow from the ids: it finds them itself.
-        parameters: names of its forward's arguments.
+        parameters: names of the arguments that its forward takes, or hands on to its encoder.
         any_keyword: its forward takes further ones.
     """
 
@@ -57,7 +57,7 @@ class Traits:
             causal=traits.reads_left_to_right(model),
             first_position=traits.padding_offset(model),
             several_axes=traits.has_positions_on_axes(model),
-            parameters=traits.forward_parameters(model),
+            parameters=traits.forward_parameters(model) | _handed_on(model),
             any_keyword=traits.takes_any_argument(model),
         )
 
@@ -227,6 +227,13 @@ def pad_id(model: Any) -> int:
     """The model's padding id, or any id where it has none."""
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     return 0 if pad is None else int(pad)
+
+
+def _handed_on(model: Any) -> frozenset[str]:
+    """What a model of two models that were made apart hands on to the first of them."""
+    if model.config.model_type != "encoder-decoder":
+        return frozenset()
+    return traits.forward_parameters(model.get_encoder())
 
 
 def _text(base: Base, inputs: dict[str, Any]) -> tuple[Tensor, bool]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +35,8 @@ class Forward:
         base_class = type(model.base_model)
         if base_class not in self._of_base:
             self.show(base_class)
-        return self._of_base[base_class].__get__(model)
+        # No bound method: a graph that breaks would look for it here again, without end.
+        return functools.partial(self._of_base[base_class], model)
 
     def show(self, base_class: type[nn.Module]) -> None:
         """Look at the arguments of a base model's class, which no graph can do while captured."""
