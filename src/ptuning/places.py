@@ -60,6 +60,9 @@ def held(folder: Path, shared: bool, wait: bool = True) -> Iterator[bool]:
     except FileNotFoundError:
         yield False
         return
+    except OSError:  # a folder that may be entered and not listed
+        yield True
+        return
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     free = True
     try:
