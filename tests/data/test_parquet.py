@@ -65,6 +65,7 @@ def test_bytes_that_are_no_text_are_a_data_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(40))
 def test_damaged_parquet_is_rows_or_a_data_error(tmp_path: Path, seed: int) -> None:
     numbers = random.Random(seed)
+    # pyarrow ends the process where what stands about a single column is damaged and asked for.
     table = pyarrow.table({"a": ["x", "y"] * 50, "b": list(range(100)), "c": [["z"]] * 100})
     path = written(tmp_path, table, compression=numbers.choice(["none", "snappy", "zstd"]))
     content = bytearray(path.read_bytes())

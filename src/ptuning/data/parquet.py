@@ -11,7 +11,7 @@ from .rows import Row, unique_names
 from .text import LONGEST_CELL, Swelling
 
 _AT_ONCE = 64
-_SMALL = 2**18
+_SMALL = 2**20
 
 
 def parquet_rows(path: Path) -> Iterator[Row]:
@@ -40,29 +40,26 @@ def batches(path: Path) -> Iterator[Any]:
 
 
 def _open(path: Path) -> Any:
-    """The file, its small columns as dictionaries.
+    """The file; of a small one text is read as dictionaries.
 
     A few bytes may stand for a gigabyte, as a long text that is the same in every row; as a
-    dictionary it takes its true size until it is known how much it would be.
+    dictionary it takes its true size until it is known how much it would be. (What the file says
+    of its single columns is not asked: damage there ends the process, as of pyarrow 26.)
     """
     from pyarrow.parquet import ParquetFile
 
     # A buffer, since without one a row group's column is read as a whole.
     options: Any = {"buffer_size": 2**20}
     file = ParquetFile(path, **options)
-    data = file.metadata
-    groups = [data.row_group(number) for number in range(data.num_row_groups)]
-    swelling = Swelling(path)
-    small: dict[str, bool] = {}
-    for group in groups:
+    data, swelling = file.metadata, Swelling(path)
+    for number in range(data.num_row_groups):
+        group = data.row_group(number)
         swelling.add(max(group.total_byte_size, 16 * group.num_rows * group.num_columns))
-        for number in range(group.num_columns):
-            column = group.column(number)
-            if column.physical_type == "BYTE_ARRAY":
-                name = column.path_in_schema
-                small[name] = small.get(name, True) and column.total_compressed_size < _SMALL
-    names = [name for name, is_small in small.items() if is_small]
-    return ParquetFile(path, read_dictionary=names, **options) if names else file
+    if path.stat().st_size > _SMALL:
+        return file
+    columns = [file.schema.column(number) for number in range(len(file.schema))]
+    names = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+    return ParquetFile(path, read_dictionary=names, **options)
 
 
 def _size(path: Path, column: Any) -> int:
