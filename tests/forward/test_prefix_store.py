@@ -80,11 +80,12 @@ def test_each_prefix_is_computed_once_and_never_changed() -> None:
     store = PrefixStore(model)
     losses_and_gradient(model, prompt, ROWS, store)
     assert store.pool is not None
-    kept = store.pool.read(torch.arange(store.pool.capacity))
+    every = torch.arange(store.pool.capacity, device=store.pool.device)[None]
+    kept = store.pool.read(every)
     losses_and_gradient(model, prompt, ROWS, store)
     assert store.computed == len(ROWS)
-    assert store.bytes == sum(4 * half[1:].numel() for layer in kept for half in layer)
-    for before, after in zip(kept, store.pool.read(torch.arange(store.pool.capacity)), strict=True):
+    assert store.bytes == sum(4 * half[:, :, 1:].numel() for layer in kept for half in layer)
+    for before, after in zip(kept, store.pool.read(every), strict=True):
         assert all(map(torch.equal, before, after))
 
 

@@ -247,7 +247,7 @@ def test_a_run_with_graphs_resumes_plainly_and_the_other_way(
             with pytest.raises(KeyboardInterrupt):
                 Trained(first, monkeypatch, **options)
         resumed = Trained(second, monkeypatch, **options, resume=True)
-        torch.testing.assert_close(resumed.prompt.trained_vectors(), whole, atol=1e-5, rtol=0)
+        torch.testing.assert_close(resumed.prompt.trained_vectors(), whole, atol=1e-4, rtol=0)
 
 
 def stopping_at(step: int) -> Any:
