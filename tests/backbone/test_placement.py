@@ -22,8 +22,8 @@ class Batch:
     masks: list[list[int]]
     before: list[int]
     after: list[int]
-    heads: list[int]
-    tails: list[int]
+    openings: list[int]
+    closings: list[int]
     behind_padding: bool
     pads_right: bool
     fill_left: bool
@@ -39,8 +39,8 @@ class Batch:
             self.before,
             self.after,
             torch.tensor(self.masks) if self.masked else None,
-            head=torch.tensor(self.heads) if any(self.heads) else None,
-            tail=torch.tensor(self.tails) if any(self.tails) else None,
+            specials_before=torch.tensor(self.openings) if any(self.openings) else None,
+            specials_after=torch.tensor(self.closings) if any(self.closings) else None,
             behind_padding=self.behind_padding,
             pads_right=self.pads_right,
             fill_left=self.fill_left,
@@ -62,7 +62,7 @@ def batches(draw: Any, **fixed: bool) -> Batch:
         name: fixed.get(name, draw(st.booleans()))
         for name in ("behind_padding", "pads_right", "fill_left")
     }
-    masks, heads, tails = [], [], []
+    masks, openings, closings = [], [], []
     for _ in range(rows):
         left = draw(st.integers(0, length)) if masked else 0
         right = draw(st.integers(0, length - left)) if masked else 0
@@ -73,10 +73,10 @@ def batches(draw: Any, **fixed: bool) -> Batch:
         # Special tokens in front of the text have no place where virtual ones stand in front of
         # the padding.
         most = len(inner) if flags["behind_padding"] or flags["pads_right"] else 0
-        heads.append(draw(st.integers(0, min(2, most))))
-        tails.append(draw(st.integers(0, min(2, len(inner) - heads[-1]))))
+        openings.append(draw(st.integers(0, min(2, most))))
+        closings.append(draw(st.integers(0, min(2, len(inner) - openings[-1]))))
     counts = st.lists(st.integers(0, 3), min_size=rows, max_size=rows)
-    return Batch(masks, draw(counts), draw(counts), heads, tails, masked=masked, **flags)
+    return Batch(masks, draw(counts), draw(counts), openings, closings, masked=masked, **flags)
 
 
 Row = list[tuple[str, int]]
@@ -90,10 +90,14 @@ def placed_row(batch: Batch, row: int) -> Row:
     back = text[batch.length - trail :] if trail else []
     if batch.pads_right:
         front, back = [], back + front
-    head, tail = batch.heads[row], batch.tails[row]
+    opening, closing = batch.openings[row], batch.closings[row]
     new: Row = [("new", n) for n in range(batch.before[row] + batch.after[row])]
     first, second = new[: batch.before[row]], new[batch.before[row] :]
-    start, middle, end = inner[:head], inner[head : len(inner) - tail], inner[len(inner) - tail :]
+    start, middle, end = (
+        inner[:opening],
+        inner[opening : len(inner) - closing],
+        inner[len(inner) - closing :],
+    )
     if batch.behind_padding:
         result = front + start + first + middle + second + end + back
     else:
@@ -229,8 +233,8 @@ def test_a_row_is_placed_as_it_is_alone(batch: Batch) -> None:
             inner,
             [batch.before[n]],
             [batch.after[n]],
-            head=torch.tensor([batch.heads[n]]),
-            tail=torch.tensor([batch.tails[n]]),
+            specials_before=torch.tensor([batch.openings[n]]),
+            specials_after=torch.tensor([batch.closings[n]]),
         )
         new = 200 + torch.arange(alone.inserted).unsqueeze(0)
         wanted = alone(100 + lead + torch.arange(inner).unsqueeze(0), new)[0].tolist()

@@ -1,6 +1,6 @@
 """Where a prompt's tokens stand among the tokens of a padded batch.
 
-    [pad pad | head | before | text | after | tail | pad]
+    [pad pad | [CLS] | before | text | after | [SEP] | pad]
 
 One index map serves ids, masks, labels, token types and embeddings; turned around it finds the
 text's positions in a model's output. This module knows nothing of prompts or models.
@@ -22,8 +22,9 @@ class Placement:
         before: for each row the number of tokens put before its text.
         after: likewise behind it. N is the largest sum of both; rows with fewer are padded.
         mask: attention mask ``(B, T)``; None where there is no padding.
-        head: ``(B,)`` special tokens of each row that stay in front of `before`; none by default.
-        tail: likewise those that stay behind `after`.
+        specials_before: ``(B,)`` special tokens of each row that stay in front of `before`; none by
+            default.
+        specials_after: likewise those that stay behind `after`.
         behind_padding: False puts `before` in front of the left padding, as the reference does.
         pads_right: move left padding to the right, for encoders: they count positions from the
             first column, or pool it.
@@ -43,8 +44,8 @@ class Placement:
         after: Sequence[int],
         mask: Tensor | None = None,
         *,
-        head: Tensor | None = None,
-        tail: Tensor | None = None,
+        specials_before: Tensor | None = None,
+        specials_after: Tensor | None = None,
         behind_padding: bool = True,
         pads_right: bool = False,
         fill_left: bool = True,
@@ -67,8 +68,13 @@ class Placement:
         self.lead, self.rolled = (lead + missing).squeeze(1), rolled.squeeze(1)
         column = torch.arange(length + self.inserted, device=device)
         at = column - missing
-        first = lead + (none if head is None else head.unsqueeze(1))
-        last = length - trail - (none if tail is None else tail.unsqueeze(1)) + start
+        first = lead + (none if specials_before is None else specials_before.unsqueeze(1))
+        last = (
+            length
+            - trail
+            - (none if specials_after is None else specials_after.unsqueeze(1))
+            + start
+        )
         # The text's own columns first, then the inserted tokens, then one column of padding.
         text = torch.where(at < first, at, at - start)
         text = torch.where(at < last, text, at - start - end)

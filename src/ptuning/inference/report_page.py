@@ -83,9 +83,9 @@ def _percent(share: float) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of cells that are HTML already."""
-    head = "".join(f"<th>{_text(name)}</th>" for name in header)
+    header_row = "".join(f"<th>{_text(name)}</th>" for name in header)
     lines = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{head}</tr>{lines}</table></div>'
+    return f'<div class="scroll"><table><tr>{header_row}</tr>{lines}</table></div>'
 
 
 def _cell(value: Any, kind: str = "") -> str:
@@ -109,7 +109,7 @@ def _shares(report: Report) -> str:
 
 
 def _confusion(labels: list[str], counts: list[list[int]]) -> str:
-    head = "".join(f"<th>{_text(label)}</th>" for label in labels)
+    header_row = "".join(f"<th>{_text(label)}</th>" for label in labels)
     lines = []
     for label, row in zip(labels, counts, strict=True):
         most = max(1, sum(row))
@@ -120,7 +120,7 @@ def _confusion(labels: list[str], counts: list[list[int]]) -> str:
     return (
         '<p class="soft">Rows: the right label; columns: what was said.</p>'
         '<div class="scroll"><table class="confusion">'
-        f"<tr><th></th>{head}</tr>{''.join(lines)}</table></div>"
+        f"<tr><th></th>{header_row}</tr>{''.join(lines)}</table></div>"
     )
 
 

@@ -145,7 +145,7 @@ class Batcher:
                 self._serve(work)
 
     def _take(self) -> Callable[[], None] | list[Item]:
-        """The job at the queue's head, or the questions in front of the next job."""
+        """The job first in the queue, or the questions in front of the next job."""
         if callable(self._queue[0]):
             return self._queue.popleft()  # type: ignore[return-value]
         taken: list[Item] = []
