@@ -66,19 +66,22 @@ def test_a_job_runs_behind_what_was_asked_before_it() -> None:
     model.gate.clear()
     batcher = Batcher(model)
     order: list[Any] = []
-    before, after = _items(1, 2)
-    for item in (before, after):
+    running, before, after = _items(0, 1, 2)
+    for item in (running, before, after):
         item.answer.add_done_callback(lambda done: order.append(done.result()))
+    batcher.ask([running])
+    while not model.batches:
+        time.sleep(0.001)
     batcher.ask([before])
     jobs = threading.Thread(target=batcher.run, args=[lambda: order.append("job")])
     jobs.start()
-    while batcher.depth < 1:
+    while batcher.depth < 2:
         time.sleep(0.001)
     batcher.ask([after])
     model.gate.set()
     after.answer.result(30)
     jobs.join(30)
-    assert order == [2, "job", 4]
+    assert order == [0, 2, "job", 4]
     with pytest.raises(ZeroDivisionError):
         batcher.run(lambda: 1 / 0)
     batcher.close()
