@@ -59,8 +59,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         with open(path, "rb") as raw:
-            start = raw.read(2)
-        if start[:1] == b"\x80" or start == b"PK":
+            start = raw.read(3)
+        # A pickle's protocol, and its first instruction. A damaged safetensors file begins with its
+        # header's length, which may look like the protocol; its third byte is far below "(".
+        if start[:2] == b"PK" or (start[:1] == b"\x80" and start[2:] >= b"("):
             raise PromptFileError(
                 f"{path} is a pickle under a safetensors name; it is refused because reading it "
                 "can run any code"

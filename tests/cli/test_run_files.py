@@ -53,7 +53,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_option(tmp_path: Path) -> Non
         ("", "must be a list of 'option: value' lines"),
         ('model: "\\uD800"', "surrogates not allowed"),
         ("model: !!python/object/apply:os.system [id]", "could not determine a constructor"),
-        (b"\xff\xfe", "no valid YAML"),
+        (b"\xc3(", "line 1: no valid UTF-8"),
         (b"template: '" + b"a" * 4_000_000 + b"'", "more than 1,000,000 bytes"),
         ("depth: 3", "unknown option 'depth'"),
     ],

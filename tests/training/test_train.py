@@ -13,7 +13,8 @@ from accelerate.state import AcceleratorState
 import ptuning
 from ptuning import InputError, Prompt, TrainingError, TrainSettings, storage, train
 from ptuning.inference.evaluation import teacher_forced
-from ptuning.training import checkpoint, loop
+from ptuning.training import accelerator as accelerator_module
+from ptuning.training import checkpoint
 from ptuning.training.population import Member
 from ptuning.training.progress import Progress
 
@@ -366,7 +367,7 @@ def test_one_scale_serves_all_members(
 ) -> None:
     """As in fp16: the scaler is a real one, the numbers are float32 (a power of two is exact)."""
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
-    made = loop.make_accelerator
+    made = accelerator_module.make_accelerator
 
     def with_scaler(*arguments: Any) -> Any:
         accelerator = made(*arguments)
@@ -376,7 +377,7 @@ def test_one_scale_serves_all_members(
     options: Any = {"epochs": 3, "batch_size": 4, "population": 3, "halving": False}
     plain, scaled = prompt_for(), prompt_for()
     expected = train(model, tokenizer, plain, ROWS, ROWS[:3], **options)
-    monkeypatch.setattr(loop, "make_accelerator", with_scaler)
+    monkeypatch.setattr(accelerator_module, "make_accelerator", with_scaler)
     got = train(model, tokenizer, scaled, ROWS, ROWS[:3], output=tmp_path, **options)
     assert torch.equal(scaled.trained_vectors(), plain.trained_vectors())
     assert [m["best"] for m in got.members] == [m["best"] for m in expected.members]
