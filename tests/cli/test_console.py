@@ -13,8 +13,8 @@ import pytest
 
 import ptuning
 from ptuning import distributed
-from ptuning.backbone.load import best_device
 from ptuning.cli import console, main
+from ptuning.devices import best_device
 
 EVIL = "\x1b]0;TITLE\x07\x9b31m\x7f\n\u202egpj.exe\u2028\ud800[red]"
 SHOWN = r"\x1b]0;TITLE\x07\x9b31m\x7f\n\u202egpj.exe\u2028\ud800[red]"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from ..distributed import chosen_device
+from ..devices import best_device
 from ..errors import InputError, PtuningError
 from ..storage import one_save, settle
 
@@ -82,20 +82,6 @@ def check_dtype(dtype: str) -> None:
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-
-
-def best_device() -> torch.device:
-    """The accelerator (CUDA, MPS, XPU) where there is one, else the CPU.
-
-    ``PTUNING_DEVICE`` names another. Of several processes on a machine each has one of its own.
-    """
-    if chosen := chosen_device():
-        return chosen
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    own = int(os.environ.get("LOCAL_RANK", 0))
-    if found is not None and 0 < own < torch.accelerator.device_count():
-        return torch.device(found.type, own)
-    return found or torch.device("cpu")
 
 
 def _resolve(name: str) -> str:

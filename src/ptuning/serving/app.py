@@ -23,9 +23,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from .. import __version__
 from ..errors import InputError, PromptFileError
 from ..inference.report import training_history
+from ..reporting import versions
 from . import openai_api
 from .asking import Desk
 from .backend import Answer, Backend, shown_name
@@ -80,9 +80,14 @@ def application(
         done(desk)
 
     app = FastAPI(
-        title="ptuning", description=_ABOUT, version=__version__, lifespan=life, docs_url=None,
-        redoc_url=None, default_response_class=Json,
-    )  # fmt: skip
+        title="ptuning",
+        description=_ABOUT,
+        version=versions()["ptuning"],
+        lifespan=life,
+        docs_url=None,
+        redoc_url=None,
+        default_response_class=Json,
+    )
     app.state.desk = desk
     _prompts(app, desk, key)
     _around(app, desk)
