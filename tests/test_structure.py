@@ -191,7 +191,6 @@ def test_callers_know_no_fast_path() -> None:
         if other.startswith("forward.")
         and not name.startswith("forward.")
         and other.removeprefix("forward.") not in ("engine", "scoring", "plain")
-        and name not in ("training.cuda_graphs", "training.static_shapes")  # hold what paths give
     ]
     assert wrong == []
 

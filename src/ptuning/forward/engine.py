@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from ..backbone.base_model import BaseModel
 from ..backbone.traits import ModelKind, first_position, packs_rows
@@ -28,8 +29,12 @@ from ..rendering.collate import Batch
 from ..rendering.render import Rendered, Renderer
 from . import chunked, plain
 from .batching import Row, batch_for, by_length, chunks_by_length, computed_tokens
+from .compiled import CompiledLayers as CompiledLayers
+from .compiled import compiled_layers
 from .grouped_queries import grouped_queries
+from .kv_cache import pooled_cache
 from .label_words import label_word_scores
+from .packing import pack
 from .plain import Shortened, Shortener
 from .prefix_store import Common, PrefixStore, for_prediction, in_common
 from .shared_prefix import SharedPrefix, share_openings
@@ -140,6 +145,26 @@ class Engine:
             if shortened is not None:
                 return shortened
         return None
+
+    # What a captured step asks (`training.cuda_graphs`).
+
+    def serves_kept(self, batch: Batch) -> bool:
+        """The batch's frozen prefixes are read from the store."""
+        return self.store is not None and self.store.serves(batch)
+
+    def stands_still(self, batch: Batch) -> bool:
+        """A graph can hold what the batch's `losses` compute: no look at values, no new packing."""
+        packs = self.serves_kept(batch) and pack(self.base.model, batch) is not None
+        return not packs and not chunked.reads_in_chunks(self.base.model, batch)
+
+    def kept_at(self, slots: Tensor) -> Cache | None:
+        """A cache around slots ``(R, kept)`` of the store's pool; None where there is no pool."""
+        pool = None if self.store is None else self.store.pool
+        return None if pool is None else pooled_cache(pool, slots)
+
+    def compiled_layers(self, setting: str, tokens: float, steps: int) -> CompiledLayers | None:
+        """As `compiled.compiled_layers`, of the engine's model."""
+        return compiled_layers(setting, self.base.model, tokens, steps)
 
     # Batches to numbers.
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..backbone.traits import reads_caches
-from ..rendering.collate import IGNORED, Batch
+from ..rendering.collate import IGNORED, Batch, longest_suffix
 from ..rendering.render import Rendered
 from .kv_cache import cache_of, keys_and_values
 from .kv_pool import KeyValuePool
@@ -263,11 +263,6 @@ def _pinned(tensor: Tensor) -> Tensor:
         return tensor.pin_memory()
     except RuntimeError:  # the system lets no more be pinned
         return tensor
-
-
-def longest_suffix(batch: Batch) -> int:
-    """Columns from the first virtual token on, or from the last token on, of the longest row."""
-    return max(n - len(p) for n, p in zip(batch.lengths, batch.prefixes, strict=True))
 
 
 def in_common(tasks: Sequence[Sequence[Rendered]]) -> Common:

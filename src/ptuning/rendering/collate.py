@@ -116,6 +116,11 @@ def collate(
     return batch
 
 
+def longest_suffix(batch: Batch) -> int:
+    """Columns from the first virtual token on, or from the last token on, of the longest row."""
+    return max(n - len(p) for n, p in zip(batch.lengths, batch.prefixes, strict=True))
+
+
 def _by_word(example: Rendered) -> Rendered:
     """The same example with a sequence for each label word."""
     if not example.label_ids:

@@ -30,10 +30,7 @@ from ..backbone.traits import (
     packs_rows,
 )
 from ..backbone.upstream import end_capture_pool
-from ..forward.chunked import reads_in_chunks
-from ..forward.compiled import CompiledLayers, compiled_layers
-from ..forward.kv_cache import pooled_cache
-from ..forward.packing import pack
+from ..forward.engine import CompiledLayers
 from ..forward.plain import Shortened, positions
 from ..rendering.collate import Batch
 from .population import Population
@@ -136,8 +133,8 @@ class GraphedStep:
 
     def compile_layers(self, setting: str, tokens: float, steps: int) -> None:
         """Capture compiled layers, if that is worth it (`compiled.compiled_layers`)."""
-        base = self.population.base
-        self.fast_layers = compiled_layers(setting, base, tokens, steps)
+        base, engine = self.population.base, self.population.engine
+        self.fast_layers = engine.compiled_layers(setting, tokens, steps)
         # Rotary positions and full attention: what the last layer gives can be chosen.
         self._trims = self.fast_layers is not None and packs_rows(base)
 
@@ -153,15 +150,14 @@ class GraphedStep:
             batch: on the CPU.
             divisor: of each member's losses.
         """
-        store = self.population.engine.store
-        kept = store is not None and store.serves(batch)
+        kept = self.population.engine.serves_kept(batch)
         full = self._trims and not kept and len(set(batch.lengths)) == 1
         shape = shape_of(batch, kept, full)
         if self._refused or shape in self._plain_shapes or shape not in self._seen:
             self._seen.add(shape)
             self._plain(batch, divisor)
             return
-        if shape not in self.shapes and not self._can_hold(batch, kept):
+        if shape not in self.shapes and not self._can_hold(batch):
             self._plain_shapes.add(shape)
             self._plain(batch, divisor)
             return
@@ -174,11 +170,9 @@ class GraphedStep:
         graph.replay()
         self.replays += 1
 
-    def _can_hold(self, batch: Batch, kept: bool) -> bool:
-        """A graph of the step is possible, and of use."""
-        base = self.population.base
-        packed = kept and pack(base, batch) is not None  # which are never twice the same
-        return not packed and len(self.shapes) < _MOST and not reads_in_chunks(base, batch)
+    def _can_hold(self, batch: Batch) -> bool:
+        """A graph of the step is possible, and there is room for it."""
+        return len(self.shapes) < _MOST and self.population.engine.stands_still(batch)
 
     def _slots(self, batch: Batch) -> Any:
         """Of the batch's kept columns, as the store's `slots` gives them."""
@@ -292,7 +286,7 @@ class GraphedStep:
 
     def _shortened(self, static: Batch, inputs: dict[str, Tensor]) -> Shortened:
         """What is to compute: all columns, or those behind kept ones."""
-        base, store, slots = self.population.base, self.population.engine.store, inputs.get("slots")
+        base, slots = self.population.base, inputs.get("slots")
         count, columns = static.answers.shape[1], static.input_ids.shape[1]
         columns -= 0 if slots is None else slots.shape[1]
         asked: dict[str, Any] = {
@@ -301,8 +295,8 @@ class GraphedStep:
             "use_cache": slots is not None,
             **positions(base, static.attention_mask, columns, count),
         }
-        if slots is not None and store is not None and store.pool is not None:
-            asked["past_key_values"] = pooled_cache(store.pool, slots)
+        if slots is not None:
+            asked["past_key_values"] = self.population.engine.kept_at(slots)
         if "keep" in inputs:
             asked["logits_to_keep"] = inputs["keep"]
         if self.fast_layers and self._trims and "logits_to_keep" in asked:

@@ -15,8 +15,7 @@ from typing import Any
 import numpy
 import torch
 
-from ..forward.prefix_store import longest_suffix
-from ..rendering.collate import IGNORED, Batch
+from ..rendering.collate import IGNORED, Batch, longest_suffix
 
 _SUFFIXES = 4
 """Columns behind a frozen prefix are a multiple of this."""
