@@ -61,7 +61,7 @@ def share(items: Sequence[T]) -> list[T]:
 
 
 def add_up(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The sum of each tensor over the processes, bit for bit the same in all of them.
+    """The sum of each tensor ``(…)`` over the processes, bit for bit the same in all of them.
 
     Raises:
         PtuningError: another process has failed.
@@ -76,7 +76,7 @@ def add_up(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def add_up_gradients(parameters: Sequence[Tensor], losses: Tensor) -> Tensor:
-    """Every process gets the sums of the gradients, and of the losses.
+    """Every process gets the sums of the gradients, and of the losses ``(members,)``.
 
     A process without a row of its own has no gradient of some; who has none anywhere stays so.
     """

@@ -29,7 +29,7 @@ def sha256(content: bytes | Path) -> str:
 
 
 def pack_tensors(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """The content of a safetensors file."""
+    """The content of a safetensors file of tensors ``(…)`` by name."""
     return safetensors.torch.save({k: v.contiguous().cpu() for k, v in tensors.items()}, metadata)
 
 
@@ -40,7 +40,7 @@ def pack_json(value: Any) -> bytes:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
+    """Tensors ``(…)`` by name, and metadata, of a safetensors file.
 
     Raises:
         PromptFileError: the file is missing, truncated, damaged, or a pickle.
@@ -79,7 +79,7 @@ def check_numbers(tensor: Tensor, what: str, floats_only: bool = True) -> None:
     """Refuse a tensor that no vectors or weights can be.
 
     Args:
-        tensor: of a file, or to be written.
+        tensor: ``(…)`` of a file, or to be written.
         what: names it.
         floats_only: refuse whole numbers too.
 

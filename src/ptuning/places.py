@@ -39,7 +39,11 @@ def entry(folder: Path, name: str) -> Path:
 
 
 def real(path: str | Path) -> Path:
-    """Absolute, and with symbolic links followed."""
+    """Absolute, and with symbolic links followed.
+
+    Raises:
+        InputError: the system cannot have a file of that name.
+    """
     try:
         return Path(os.path.realpath(path))
     except ValueError as error:  # a zero byte, half a surrogate pair

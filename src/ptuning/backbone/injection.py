@@ -123,7 +123,11 @@ class Injector:
         return next((owner for owner in owners if isinstance(owner, Injector)), None)
 
     def add(self, rows: Tensor, at_least: int = 0) -> Span:
-        """Claim ids for `rows`, behind all claimed ones and not below `at_least`."""
+        """Claim ids for `rows` ``(count, width)``, behind all claimed ones, from `at_least` on.
+
+        Raises:
+            InputError: the rows are not as wide as the embedding.
+        """
         if rows.dim() != 2 or rows.shape[1] != self.width:
             raise InputError(
                 f"the prompt's vectors have shape {tuple(rows.shape)}, and the base model's "
@@ -144,7 +148,7 @@ class Injector:
         return span
 
     def write(self, span: Span, rows: Tensor) -> None:
-        """Give a span new rows of the same shape for all threads. They may carry a gradient: of
+        """Give a span new rows ``(count, width)`` for all threads. They may carry a gradient: of
         forwards whose ids name them, and no others."""
         with CHANGING:
             same = rows.shape == span.rows.shape and self._lookup.owner.device == self._device
@@ -159,7 +163,7 @@ class Injector:
         """In this thread spans have other rows meanwhile, which may carry a gradient.
 
         Args:
-            rows: for each span its rows of the same shape, where the embedding is.
+            rows: for each span its rows ``(count, width)``, where the embedding is.
             alone: rows of one span, and forwards have no virtual ids but its own. Nothing else is
                 read then, and no id is looked at, so that a GPU need not wait, and a graph that is
                 captured holds no tensor of others.
@@ -172,7 +176,8 @@ class Injector:
             self._local.served = before
 
     def borrow(self, rows: Tensor) -> Span | None:
-        """The span whose rows are this very tensor, held once more; release it with `remove`."""
+        """The span whose rows ``(count, width)`` are this very tensor, held once more; release it
+        with `remove`."""
         with CHANGING:
             for span in self.spans:
                 if span.rows is rows:

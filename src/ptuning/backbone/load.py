@@ -131,7 +131,11 @@ def converted_gguf(path: Path) -> Path:
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
-    """Write a GGUF file's weights and tokenizer as a transformers model into `folder`."""
+    """Write a GGUF file's weights and tokenizer as a transformers model into `folder`.
+
+    Raises:
+        InputError: gguf or transformers cannot read the file.
+    """
     import transformers
 
     where: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
@@ -159,6 +163,9 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     Args:
         folder: of a model, in the cache.
         make: fills a temporary folder.
+
+    Raises:
+        PtuningError: the cache cannot be written to.
     """
     if (folder / "config.json").is_file():
         return folder

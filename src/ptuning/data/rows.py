@@ -36,7 +36,11 @@ def _size(value: Any) -> int:
 
 
 def unique_names(names: Sequence[str], where: str) -> None:
-    """Refuse a table in which two columns have one name."""
+    """Refuse a table in which two columns have one name.
+
+    Raises:
+        DataError: names the column.
+    """
     if len(set(names)) < len(names):
         twice = next(name for name in names if list(names).count(name) > 1)
         raise DataError(f"{where} has the column {twice!r} twice; rename one of the two")

@@ -82,6 +82,9 @@ def run(
         output: replaced only by another demo's files.
         tell: hears what happens, line by line.
         listener: hears the training's steps and epochs.
+
+    Raises:
+        InputError: `output` is a file, or holds what no demo made.
     """
     started = time.monotonic()
     if output.exists() and not output.is_dir():

@@ -61,7 +61,7 @@ class PooledLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """What is kept and, behind it, what is new."""
+        """What is kept and, behind it, what is new: keys and values ``(R, heads, T, width)``."""
         keys, values = self.planes
         return self._behind(keys, key_states), self._behind(values, value_states)
 

@@ -141,7 +141,11 @@ def _masked_outputs(
 
 
 def answer_nll(logits: Tensor, answers: Tensor) -> Tensor:
-    """Negative log-likelihood ``(R, K)`` of each answer token in float32, 0 where there is none."""
+    """Negative log-likelihood ``(R, K)`` of each answer token in float32, 0 where there is none.
+
+    Raises:
+        InputError: logits and answers have not as many positions.
+    """
     if logits.shape[1] != answers.shape[1]:
         raise InputError(f"{logits.shape[1]} answer positions, {answers.shape[1]} answer tokens")
     flat = F.cross_entropy(

@@ -49,7 +49,11 @@ def export(prompt: Prompt, base: BaseModel, to: str) -> dict[str, bytes]:
 
 
 def check_format(to: str) -> None:
-    """Refuse a format that is not in `FORMATS`."""
+    """Refuse a format that is not in `FORMATS`.
+
+    Raises:
+        InputError: it is not; lists them.
+    """
     if to not in FORMATS:
         raise InputError(f"{to!r} is no format for prompts; expected one of {', '.join(FORMATS)}")
 

@@ -77,7 +77,8 @@ class Prompts:
         return ids, kwargs
 
     def encoder(self, text: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any], str]:
-        """What an encoder reads: its main input, what goes with it, and the main input's name."""
+        """What an encoder reads: its main input ``(B, T)``, what goes with it, and the main input's
+        name."""
         self.read = True
         placed, _ = place(self.base, self.rows, {**kwargs, "input_ids": text}, self.stack)
         name = "inputs_embeds" if self.base.reference_layout else "input_ids"

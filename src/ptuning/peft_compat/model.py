@@ -205,7 +205,11 @@ class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type
         self._activate_modules(inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off; another one becomes active where it was."""
+        """Take an adapter off; another one becomes active where it was.
+
+        Raises:
+            InputError: there is no such adapter.
+        """
         if adapter_name not in self._adapters:
             raise InputError(
                 f"Adapter {adapter_name} does not exist; there are {list(self._adapters)}"

@@ -160,7 +160,11 @@ def place(
 def placement(
     base: Base, rows: Rows, text: Tensor, mask: Tensor | None, embedded: bool = False
 ) -> Placement:
-    """Where what the adapters of `rows` insert stands in rows of `text` ``(B, T, …)``."""
+    """Where what the adapters of `rows` insert stands in rows of `text` ``(B, T, …)``.
+
+    Raises:
+        InputError: special tokens stay in front, and vectors do not show where they stand.
+    """
     inserted = [_NOTHING if row is None else row.insertion for row in rows]
     opening = closing = None
     if any(insertion.opening or insertion.closing for insertion in inserted):
@@ -219,7 +223,7 @@ def drop_token_types(base: Base, inputs: dict[str, Any]) -> None:
 
 
 def may_look(tensor: Tensor) -> bool:
-    """False while a graph is captured, which cannot depend on values."""
+    """False while a graph that has `tensor` ``(…)`` is captured, which cannot depend on values."""
     return not (torch.compiler.is_compiling() or torch.compiler.is_exporting() or tensor.is_meta)
 
 

@@ -140,7 +140,11 @@ def warn_of_missing(result: Any) -> None:
 
 
 def fill(model: Any, name: str, saved: Saved, ignore_mismatched_sizes: bool = False) -> Any:
-    """Give an adapter what was saved; the encoder's own weights too where they are kept."""
+    """Give an adapter what was saved; the encoder's own weights too where they are kept.
+
+    Raises:
+        InputError: the adapter has another template than the saved one.
+    """
     result = set_peft_model_state_dict(model, saved.state, name, ignore_mismatched_sizes)
     encoder = model.prompt_encoder[name]
     weights = saved.prompt.encoder_weights if saved.prompt else None
@@ -306,7 +310,8 @@ class Saving:
         return result if is_trainable else result.eval()
 
     def state_dict(self: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """What is trained: encoders and trained modules. The base model is its owner's to save."""
+        """What is trained: encoders and trained modules, ``(…)`` by name. The base model is its
+        owner's to save."""
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         state = nn.Module.state_dict(self, *args, **kwargs)
         mine = f"{prefix}base_model."

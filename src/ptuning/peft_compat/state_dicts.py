@@ -141,6 +141,6 @@ def _module_tensors(model: Any, name: str) -> dict[str, Tensor]:
 
 
 def initialise_all(encoder: PromptEncoder, rows: Tensor) -> None:
-    """Let an encoder give `rows`, one for each of its virtual tokens."""
+    """Let an encoder give `rows` ``(virtual tokens, width)``."""
     weight = encoder.embedding.weight
     initialise(encoder, rows.to(weight.device), torch.arange(len(weight), device=weight.device))

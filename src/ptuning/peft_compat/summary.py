@@ -61,20 +61,32 @@ class Summary:
             enable()
 
     def set_requires_grad(self: Any, adapter_names: Any, requires_grad: bool = True) -> None:
-        """Refused, as in the reference: load an adapter with ``is_trainable`` instead."""
+        """Refused, as in the reference: load an adapter with ``is_trainable`` instead.
+
+        Raises:
+            TypeError: always.
+        """
         raise TypeError(
             "Setting `requires_grad` is not supported for prompt learning methods like P_TUNING."
         )
 
     def get_layer_status(self: Any) -> Any:
-        """Refused, as in the reference: a prompt adds no layers."""
+        """Refused, as in the reference: a prompt adds no layers.
+
+        Raises:
+            TypeError: always.
+        """
         raise TypeError(
             "get_layer_status() got an invalid PeftModel instance; prompts add no adapter layers; "
             "see active_adapter and peft_config instead"
         )
 
     def get_model_status(self: Any) -> Any:
-        """Refused, as in the reference: a prompt adds no layers."""
+        """Refused, as in the reference: a prompt adds no layers.
+
+        Raises:
+            TypeError: always.
+        """
         raise TypeError(
             "get_model_status() got an invalid PeftModel instance; prompts add no adapter layers; "
             "see active_adapter and peft_config instead"

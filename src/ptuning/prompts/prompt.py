@@ -70,7 +70,7 @@ class Prompt(PromptSettings):
         )
 
     def trained_vectors(self) -> Tensor:
-        """The vectors.
+        """The vectors ``(virtual tokens, width)``.
 
         Raises:
             InputError: the prompt is not trained yet.

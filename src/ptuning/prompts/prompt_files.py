@@ -49,7 +49,8 @@ def are_in(folder: Path) -> bool:
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
-    """Description and tensors of a saved prompt; ``vectors`` is among them, in float32.
+    """Description and tensors of a saved prompt; ``vectors`` ``(virtual tokens, width)`` is among
+    them, in float32.
 
     Returns:
         with the two the keys in which the description differs from its copy beside the vectors.
@@ -95,7 +96,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
 
 
 def starting(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names start with `prefix`, without it."""
+    """The tensors ``(…)`` whose names start with `prefix`, without it."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 

@@ -147,14 +147,22 @@ def fill(word: str, columns: Mapping[str, str]) -> str:
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    """`value`, if it is allowed; else an InputError that lists what is."""
+    """`value`, if it is allowed.
+
+    Raises:
+        InputError: lists what is allowed.
+    """
     if not isinstance(value, str) or value not in allowed:
         raise InputError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
     return value
 
 
 def check_type(owner: object, kind: type, *names: str, optional: bool = False) -> None:
-    """Refuse a field of another type, such as a file written by hand may hold."""
+    """Refuse a field of another type, such as a file written by hand may hold.
+
+    Raises:
+        InputError: names the field, what it holds, and what it should.
+    """
     for name in names:
         value = getattr(owner, name)
         if not (isinstance(value, kind) or (optional and value is None)):
@@ -165,7 +173,11 @@ _KINDS = {str: "text", bool: "true or false", dict: "an object", float: "a numbe
 
 
 def at_least_one(name: str, value: int | None, most: int = 10**9) -> None:
-    """Refuse a count that is no whole number of at least 1, or beyond all use."""
+    """Refuse a count that is no whole number of at least 1, or beyond all use.
+
+    Raises:
+        InputError: names the field and the value.
+    """
     if value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -93,6 +93,9 @@ def resolve_words(tokenizer: Any, task: Task) -> list[list[int | None]]:
     """For each group of virtual tokens the ids that initialise them, or None where there are none.
 
     Also fixes the prompt's number of virtual tokens, which the words of ``[P:…]`` decide.
+
+    Raises:
+        InputError: words that this tokenizer has no token for.
     """
     groups: list[list[int | None]] = []
     for position, group in enumerate(task.parsed.virtual):

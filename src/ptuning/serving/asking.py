@@ -50,7 +50,11 @@ class Desk:
     def wish(
         self, virtual: bool = True, limit: int | None = None, stop: str | list[str] | None = None
     ) -> Wish:
-        """What a request wishes, within the limits."""
+        """What a request wishes, within the limits.
+
+        Raises:
+            Refused: more tokens or other stops than are served.
+        """
         if limit is not None and limit > self.limits.tokens:
             raise Refused(422, f"max_tokens is {limit}; at most {self.limits.tokens} are written")
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())

@@ -91,7 +91,11 @@ class Remote:
             raise Unreachable(f"no model at {self._url}/models: {error}; is vLLM up?") from None
 
     def take_on(self, name: str, prompt: Prompt) -> Handle:
-        """A handle for a prompt that is merged into the model there."""
+        """A handle for a prompt that is merged into the model there.
+
+        Raises:
+            InputError: it is not merged there, or has another number of virtual tokens.
+        """
         entry = self._merged.get(name)
         if entry is None:
             raise InputError(

@@ -47,7 +47,7 @@ class PromptModule(Population):
         labels: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The mean loss of a batch, from the fields of `Batch` that the collator gives."""
+        """The mean loss ``()`` of a batch, from the fields of `Batch` that the collator gives."""
         batch = Batch(
             self.engine.base.kind,
             input_ids,
@@ -91,6 +91,13 @@ def trainer_parts(
         prompt: filled by ``PromptModule.finish``.
         rows: training examples, as `train` takes them.
         seed: of the encoder's initialisation, as in `train`.
+
+    Returns:
+        the module, a list of one-example dictionaries, and what makes a batch of them: the tensors
+        of `Batch`, such as ``input_ids`` ``(R, T)``.
+
+    Raises:
+        DataError: there is no training example.
     """
     rows = as_rows(rows)
     if not rows:

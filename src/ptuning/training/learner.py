@@ -80,7 +80,7 @@ class Learner:
         """Let the optimizer run where nobody looks at its numbers, such as in a CUDA graph.
 
         Args:
-            rate: a number on the device, the learning rate of each step.
+            rate: ``()`` on the device, the learning rate of each step.
             failed: likewise; while it is 1 a step changes nothing.
         """
         state = self.optimizer.state_dict()
@@ -92,7 +92,7 @@ class Learner:
         skip_failed_steps(self.optimizer, failed)
 
     def clip(self) -> Tensor:
-        """Clip the gradient; gives its norm before."""
+        """Clip the gradient; gives its norm ``()`` before."""
         return nn.utils.clip_grad_norm_(self.parameters(), self.settings.max_grad_norm)
 
     def update(self, finite: bool = True) -> bool:
@@ -184,12 +184,13 @@ class Learner:
             self.model.load_state_dict(self.best["model"], strict=False)
 
     def weights(self) -> dict[str, Tensor]:
-        """The encoder's state dict."""
+        """The encoder's state dict, ``(…)`` by name."""
         return self.member.encoder.state_dict()
 
     @torch.no_grad()
     def vectors(self) -> Tensor:
-        """The vectors that the encoder makes now, without dropout, on the CPU."""
+        """The vectors ``(virtual tokens, width)`` that the encoder makes now, without
+        dropout, on the CPU."""
         training = self.member.training
         self.member.eval()
         try:

@@ -181,8 +181,8 @@ class Population(nn.Module):
     ) -> Iterator[Tensor]:
         """A micro-batch whose parts share one run of the encoders, and so each member's dropout.
 
-        Gives the table, a leaf. The parts' `losses` bring their gradients to it, and at the end
-        they go on into the encoders together.
+        Gives the table ``(virtual tokens of all, width)``, a leaf. The parts' `losses` bring their
+        gradients to it, and at the end they go on into the encoders together.
 
         Args:
             sharing: the parts, if what stands in front of their rows' first fields is to be
@@ -198,7 +198,8 @@ class Population(nn.Module):
 
     @contextmanager
     def written(self, table: Tensor) -> Iterator[None]:
-        """The table in the embedding, for this thread: others never meet its graph."""
+        """The table ``(virtual tokens of all, width)`` in the embedding, for this thread:
+        others never meet its graph."""
         with self._injector.serving({self._span: table}, alone=True):
             yield
 

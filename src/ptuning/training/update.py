@@ -49,7 +49,7 @@ class Encoders:
         return self._in_order([group.tables(group.leaves()) for group in self._groups])
 
     def backward(self, gradient: Tensor) -> None:
-        """From the gradient of the tables to that of every parameter."""
+        """From the tables' gradient ``(virtual tokens of all, width)`` to every parameter's."""
         leaves = [group.leaves() for group in self._groups]
         with torch.enable_grad():
             pairs = zip(self._groups, leaves, strict=True)
