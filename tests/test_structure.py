@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
+import typing
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -208,6 +211,28 @@ def test_all_public_names_can_be_imported() -> None:
         assert callable(value), f"{name} is a {type(value).__name__}"
     with pytest.raises(AttributeError, match="no_such_name"):
         ptuning.no_such_name  # noqa: B018
+
+
+def _classes_in(hint: Any) -> Iterator[type]:
+    """The classes that a type hint names, however deep."""
+    if isinstance(hint, type):
+        yield hint
+    for inner in hint if isinstance(hint, list) else typing.get_args(hint):
+        yield from _classes_in(inner)
+
+
+def test_every_type_in_a_public_signature_is_public() -> None:
+    public = {getattr(ptuning, name) for name in ptuning.__all__}
+    hidden = {
+        found.__qualname__
+        for thing in public
+        for function in [thing, *vars(thing).values()]
+        if inspect.isfunction(function) and not function.__name__.startswith("_")
+        for hint in typing.get_type_hints(function).values()
+        for found in _classes_in(hint)
+        if found.__module__.startswith("ptuning.") and found not in public
+    }
+    assert hidden == set()
 
 
 def test_importing_submodules_leaves_functions_callable() -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .inference.evaluation import Evaluation, evaluate
     from .inference.merged_files import Merged
     from .inference.merging import merge
-    from .inference.nearest_words import nearest_words
+    from .inference.nearest_words import Neighbours, nearest_words
     from .inference.prediction import Prediction, predict, predict_details
     from .prompts.encoder import PromptEncoder
     from .prompts.encoder_config import (
@@ -40,9 +40,10 @@ if TYPE_CHECKING:
     )
     from .prompts.prompt import Prompt
     from .prompts.task import Task
-    from .prompts.template import parse
-    from .rendering.render import Renderer
-    from .training.hf_trainer import trainer_parts
+    from .prompts.template import Template, parse
+    from .rendering.render import Rendered, Renderer
+    from .training.hf_trainer import PromptModule, trainer_parts
+    from .training.progress import Progress
     from .training.settings import TrainSettings
     from .training.train import TrainResult, train
 
@@ -68,15 +69,16 @@ _HOME = {
     "backbone.load": ("load_model",),
     "inference.merged_files": ("Merged",),
     "inference.merging": ("merge",),
-    "inference.nearest_words": ("nearest_words",),
+    "inference.nearest_words": ("Neighbours", "nearest_words"),
     "inference.prediction": ("Prediction", "predict", "predict_details"),
     "prompts.prompt": ("Prompt",),
-    "rendering.render": ("Renderer",),
+    "rendering.render": ("Rendered", "Renderer"),
     "training.settings": ("TrainSettings",),
+    "training.progress": ("Progress",),
     "prompts.task": ("Task",),
-    "prompts.template": ("parse",),
+    "prompts.template": ("Template", "parse"),
     "training.train": ("TrainResult", "train"),
-    "training.hf_trainer": ("trainer_parts",),
+    "training.hf_trainer": ("PromptModule", "trainer_parts"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
@@ -86,17 +88,22 @@ __all__ = [
     "Evaluation",
     "InputError",
     "Merged",
+    "Neighbours",
     "PeftType",
     "Prediction",
+    "Progress",
     "Prompt",
     "PromptEncoder",
     "PromptEncoderConfig",
     "PromptEncoderReparameterizationType",
     "PromptFileError",
+    "PromptModule",
     "PtuningError",
+    "Rendered",
     "Renderer",
     "Task",
     "TaskType",
+    "Template",
     "TemplateError",
     "TrainResult",
     "TrainSettings",
