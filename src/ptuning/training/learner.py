@@ -241,7 +241,8 @@ def halve(learners: Sequence[Learner], epoch: int, epochs: int) -> None:
     """At the rungs of a population drop the half that is behind.
 
     Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943): N members have log2(N)
-    rungs, or one for each three epochs if that is fewer, evenly spread over the epochs; behind the r-th there are N / 2^r. Without dev figures nobody is behind.
+    rungs, or one for each three epochs if that is fewer, evenly spread over the epochs; behind the
+    r-th there are N / 2^r. Without dev figures nobody is behind.
     """
     rungs = min(len(learners).bit_length() - 1, epochs // 3)
     passed = sum(epoch >= round(epochs * r / (rungs + 1)) for r in range(1, rungs + 1))
