@@ -11,12 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from . import tiny
 from .scaffold import Run, saved
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> None:
+    """Each test meets no state of accelerate's: a `Trainer` leaves its own behind, with its
+    device and precision, and which tests share a process differs from run to run."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

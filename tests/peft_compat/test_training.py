@@ -12,7 +12,6 @@ import datasets
 import pytest
 import torch
 import transformers
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from ptuning.peft_compat import PeftModel, PromptEncoderConfig, get_peft_model
@@ -31,12 +30,6 @@ CASES = {
 }
 every_kind = pytest.mark.parametrize("family", CASES)
 some_kinds = pytest.mark.parametrize("family", ["llama", "bert", "t5"])
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def base_model(family: str, **changes: Any) -> Any:

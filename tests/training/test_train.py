@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 import ptuning
 from ptuning import InputError, Prompt, TrainingError, TrainSettings, storage, train
@@ -528,7 +527,6 @@ def test_a_plain_trainer_gives_the_same_vectors(
 
 
 def test_bf16_autocast_trains_a_float32_prompt(model: Any, tokenizer: Any) -> None:
-    AcceleratorState._reset_state(True)  # a Trainer in another test leaves its own behind
     prompt = prompt_for()
     result = train(model, tokenizer, prompt, ROWS, epochs=4, mixed_precision="bf16")
     assert prompt.trained_vectors().dtype == torch.float32
