@@ -110,6 +110,17 @@ def test_a_prompt_of_another_model_is_refused(run: Run) -> None:
     assert code == 2 and "has other weights" in err and not Path("x").exists()
 
 
+def test_a_merged_model_or_a_prompt_becomes_a_gguf_file(run: Run) -> None:
+    assert run("one", "two", "--output", "merged", "--model", "base")[0] == 0
+    code, out, err = run("export", "merged", "--to", "gguf", "--output", "out")
+    assert code == 0 and out == "model.gguf and prompts.json in out\n", err
+    assert list(_table("out")) == ["one", "two"] and Path("out/model.gguf").is_file()
+    code, _, err = run("export", "other/one", "--to", "gguf", "--output", "alone")
+    assert code == 0 and list(_table("alone")) == ["one"], err
+    code, _, err = run("export", "merged", "--to", "gguf", "--output", "merged")
+    assert code == 2 and "choose another folder" in err
+
+
 def test_a_prompt_is_exported(run: Run) -> None:
     code, out, err = run("export", "one", "--to", "vllm-embeds", "--output", "out")
     assert code == 0 and out == "vllm_embeds.json in out\n", err

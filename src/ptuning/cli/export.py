@@ -3,36 +3,69 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import console, saved_prompt
 from .options import Dtype
-from .saved_prompt import Model, PromptFolder
+from .saved_prompt import Model
+
+if TYPE_CHECKING:
+    from ..inference.merged_files import Merged
+    from ..prompts.prompt import Prompt
+
+GGUF = "gguf"
 
 
 def export(
-    prompt_folder: PromptFolder,
-    to: Annotated[str, typer.Option(help="peft, vllm-embeds or tensorrt-llm.")],
+    folder: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR",
+            help="Folder (or hub name) of a saved prompt; for gguf also a merged model's.",
+        ),
+    ],
+    to: Annotated[str, typer.Option(help="gguf, peft, vllm-embeds or tensorrt-llm.")],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     model: Model = None,
     dtype: Dtype = "float32",
 ) -> None:
-    """Write a prompt for engines that take vectors beside a model; merge serves all others.
+    """Write prompts for engines that read no transformers model; merge serves all others.
 
-    peft: PEFT's adapter, for prompts in its placement. vllm-embeds: parts of a chat for vLLM with
-    --enable-prompt-embeds. tensorrt-llm: a prompt table and the ids that point into it.
+    gguf: the merged model as model.gguf, for llama.cpp. Beside a model that stays as it is: peft,
+    PEFT's adapter, for prompts in its placement; vllm-embeds, parts of a chat for vLLM with
+    --enable-prompt-embeds; tensorrt-llm, a prompt table and the ids that point into it.
     """
     from .. import storage
     from ..backbone.base_model import BaseModel
-    from ..backbone.load import load_model
-    from ..inference import exports
+    from ..inference import exports, gguf_file
 
-    prompt = saved_prompt.load(prompt_folder)
+    if to == GGUF:
+        gguf_file.save_gguf(_merged(folder, model, dtype), output)
+        console.tell(f"{gguf_file.FILE} and prompts.json in {output}")
+        return
     exports.check_format(to)
-    name = saved_prompt.base_name(prompt, model)
-    base = BaseModel.of(*load_model(name, dtype=dtype, device="cpu"))
-    files = exports.export(prompt, base, to)
+    prompt = saved_prompt.load(folder)
+    files = exports.export(prompt, BaseModel.of(*_base(prompt, model, dtype)), to)
     storage.write_folder(output, files)
     console.tell(f"{', '.join(files)} in {output}")
+
+
+def _merged(folder: str, model: str | None, dtype: str) -> Merged:
+    """The merged model of a folder, or one with the folder's prompt in it."""
+    from ..inference.merged_files import Merged, holds_merged
+    from ..inference.merging import check_name, merge
+
+    if holds_merged(folder):
+        return Merged.load(folder, dtype)
+    name = saved_prompt.last_part(folder)
+    check_name(name)
+    prompt = saved_prompt.load(folder)
+    return merge(*_base(prompt, model, dtype), {name: prompt})
+
+
+def _base(prompt: Prompt, model: str | None, dtype: str) -> tuple[Any, Any]:
+    from ..backbone.load import load_model
+
+    return load_model(saved_prompt.base_name(prompt, model), dtype=dtype, device="cpu")

@@ -89,7 +89,7 @@ def _names(folders: list[str], names: list[str]) -> dict[str, str]:
             "none"
         )
     found: dict[str, str] = {}
-    for folder, name in zip(folders, names or map(_last_part, folders), strict=True):
+    for folder, name in zip(folders, names or map(saved_prompt.last_part, folders), strict=True):
         check_name(name)
         if name in found:
             raise InputError(
@@ -97,11 +97,6 @@ def _names(folders: list[str], names: list[str]) -> dict[str, str]:
             )
         found[name] = folder
     return found
-
-
-def _last_part(folder: str) -> str:
-    path = Path(folder)
-    return path.resolve().name if path.is_dir() else path.name
 
 
 def _begin(model: str | None, prompts: dict[str, Prompt], dtype: str) -> Merged:

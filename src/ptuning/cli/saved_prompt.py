@@ -32,6 +32,12 @@ def load(folder: str) -> Prompt:
     return Prompt.load(folder)
 
 
+def last_part(folder: str) -> str:
+    """What a prompt is called if nobody names it: its folder's name."""
+    path = Path(folder)
+    return path.resolve().name if path.is_dir() else path.name
+
+
 def base_name(prompt: Prompt, name: str | None) -> str:
     """The model that is named, else the one that the prompt was trained on.
 

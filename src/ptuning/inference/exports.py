@@ -55,7 +55,10 @@ def check_format(to: str) -> None:
         InputError: it is not; lists them.
     """
     if to not in FORMATS:
-        raise InputError(f"{to!r} is no format for prompts; expected one of {', '.join(FORMATS)}")
+        raise InputError(
+            f"{to!r} is no format for prompts; expected one of {', '.join(FORMATS)}, or gguf for a "
+            "merged model"
+        )
 
 
 def _peft(prompt: Prompt, base: BaseModel) -> dict[str, bytes]:

@@ -43,7 +43,7 @@ class Merged(NamedTuple):
         """
         folder = places.real(folder)
         check_free(folder)
-        _check_room(self.model, folder)
+        check_room(self.model, folder)
         old = [path.name for path in folder.glob("model*.safetensors*")] if folder.is_dir() else []
         try:
             with storage.one_save(folder, remove=[*old, PROMPTS, LOGIT_BIAS]) as staged:
@@ -112,8 +112,13 @@ def check_free(folder: str | Path) -> None:
         raise InputError(f"{folder} is not empty and holds no merged model; choose another folder")
 
 
-def _check_room(model: nn.Module, folder: Path) -> None:
-    """The whole folder is written beside what is there before it takes its place."""
+def check_room(model: nn.Module, folder: Path) -> None:
+    """Refuse a disk that cannot hold a model: it is written beside what is there before it takes
+    its place.
+
+    Raises:
+        PtuningError: there is no room.
+    """
     tensors = {t.untyped_storage().data_ptr(): t for t in _tensors(model)}
     needed = sum(t.numel() * t.element_size() for t in tensors.values()) + _TOKENIZER_BYTES
     place = folder

@@ -1,0 +1,233 @@
+"""A merged model as GGUF: read back by transformers, and served by llama.cpp where it is here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import ptuning
+from ptuning import InputError, Merged, Prompt
+from ptuning.backbone.base_model import BaseModel
+from ptuning.inference.gguf_file import save_gguf, write_gguf
+from ptuning.prompts.task import fill
+
+from .. import tiny
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.3,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def _made(name: str, **changes: Any) -> Any:
+    config = getattr(transformers, f"{name}Config")(**SIZES, **changes)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for key, parameter in model.named_parameters():
+        if key.endswith(".bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: tiny.model("llama"),
+    "llama tied": lambda: tiny.model("llama", tie_word_embeddings=True),
+    "llama spare rows": lambda: tiny.model("llama", vocab_size=450),
+    "llama biases": lambda: _made("Llama", attention_bias=True, mlp_bias=True),
+    "llama 3": lambda: _made("Llama", rope_parameters=LLAMA3),
+    "llama linear": lambda: _made(
+        "Llama", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    ),
+    "mistral": lambda: _made("Mistral", sliding_window=None, head_dim=8),
+    "qwen2": lambda: _made("Qwen2"),
+    "qwen3": lambda: _made("Qwen3", head_dim=16),
+    "gpt2": lambda: tiny.model("gpt2", n_positions=1024),
+}
+READ_BACK = ["llama", "llama tied", "llama spare rows", "mistral", "qwen2", "gpt2"]
+"""What transformers reads from GGUF in full; llama.cpp reads the others too."""
+ROWS = [
+    {"country": text}
+    for text in ("France", "Italy or Spain, 2024", "東京  and\n\n  it's 3.14!", "<|odd|> {x}\t ")
+]
+
+
+def _merged(model: Any, **tokenizer_settings: Any) -> Merged:
+    tokenizer = tiny.tokenizer(**tokenizer_settings)
+    prompt = Prompt("[P*2] {country} is [P] [MASK]")
+    prompt.vectors = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    prompt.base_model = BaseModel.of(model, tokenizer).describe()
+    return ptuning.merge(model, tokenizer, {"cap": prompt})
+
+
+def _ids(merged: Merged, row: dict[str, str]) -> list[int]:
+    return merged.tokenizer(fill(merged.prompts["cap"]["text"], row))["input_ids"]
+
+
+def _logits(model: Any, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0]
+
+
+@pytest.mark.parametrize("name", READ_BACK)
+def test_transformers_reads_the_file_with_the_same_logits(name: str, tmp_path: Path) -> None:
+    merged = _merged(MODELS[name]())
+    write_gguf(merged, tmp_path / "model.gguf")
+    where: Any = {"gguf_file": "model.gguf"}
+    reread = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **where)
+    for row in ROWS:
+        ids = _ids(merged, row)
+        torch.testing.assert_close(
+            _logits(reread, ids), _logits(merged.model, ids), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_virtual_tokens_are_control_tokens_of_the_file(tmp_path: Path) -> None:
+    merged = _merged(tiny.model("llama", vocab_size=450), bos=True)
+    write_gguf(merged, tmp_path / "model.gguf")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+
+    def told(name: str) -> Any:
+        return fields[f"tokenizer.ggml.{name}"].contents()
+
+    vocabulary = merged.tokenizer.get_vocab()
+    assert [told("tokens")[i] for i in vocabulary.values()] == list(vocabulary)
+    types = dict(zip(told("tokens"), told("token_type"), strict=True))
+    assert {types[f"<|cap:{i}|>"] for i in range(3)} == {gguf.TokenType.CONTROL}
+    assert types["</s>"] == gguf.TokenType.CONTROL and types["a"] == gguf.TokenType.NORMAL
+    assert len(types) == 450 and types["[PAD449]"] == gguf.TokenType.UNUSED
+    assert told("add_bos_token") is True and told("add_eos_token") is False
+    assert told("pre") == "gpt-2" and told("model") == "gpt2"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_matrices_keep_their_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    merged = _merged(tiny.model("llama").to(dtype))
+    write_gguf(merged, tmp_path / "model.gguf")
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    rows = tensors["token_embd.weight"]
+    wanted = merged.model.get_input_embeddings().weight.detach().float().numpy()
+    found = gguf.quants.dequantize(rows.data, rows.tensor_type)
+    assert rows.tensor_type.name == {torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+    assert np.array_equal(found, wanted)
+    assert tensors["output_norm.weight"].tensor_type.name == "F32"
+
+
+def test_a_folder_has_the_file_and_what_to_ask(tmp_path: Path) -> None:
+    merged = _merged(tiny.model("llama"))
+    save_gguf(merged, tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["model.gguf", "prompts.json"]
+    assert json.loads((tmp_path / "out/prompts.json").read_text()) == merged.prompts
+    merged.save(tmp_path / "merged")
+    with pytest.raises(InputError, match="holds a merged model; choose another folder"):
+        save_gguf(merged, tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: tiny.model("gemma2"), "it is gemma2; expected one of llama, mistral, qwen2"),
+        (lambda: _made("Mistral", sliding_window=16), "attend to a window of the text"),
+        (lambda: _made("Llama", hidden_act="gelu"), "its hidden_act is 'gelu'; expected silu"),
+        (lambda: _made("Qwen2", rope_parameters=LLAMA3), "llama.cpp does not do for it"),
+        (
+            lambda: _made(
+                "Llama", rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+            ),
+            "its rotations are of the kind yarn",
+        ),
+        (
+            lambda: tiny.model("gpt2", scale_attn_by_inverse_layer_idx=True),
+            "its scale_attn_by_inverse_layer_idx is True",
+        ),
+    ],
+)
+def test_what_was_not_compared_with_llama_cpp_is_refused(
+    model: Callable[[], Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        save_gguf(_merged(model()), tmp_path / "out")
+    assert "convert_hf_to_gguf.py" in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("metaspace_always", "does not cut text into words as one of the byte-level BPEs"),
+        ("wordpiece", "its tokenizer is WordPiece"),
+    ],
+)
+def test_other_tokenizers_are_refused(kind: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        write_gguf(_merged(tiny.model("llama"), kind=kind), tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_answers_as_transformers(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    merged = _merged(MODELS[name](), bos=name == "qwen2")
+    write_gguf(merged, tmp_path / "model.gguf")
+    virtual = set(merged.prompts["cap"]["virtual_ids"])
+    command = [sys.executable, Path(__file__).with_name("llama_server.py"), tmp_path / "model.gguf"]
+    with subprocess.Popen(
+        [*map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdin is not None and server.stdout is not None
+        address = server.stdout.readline().strip()
+        for row in ROWS:
+            text, ids = fill(merged.prompts["cap"]["text"], row), _ids(merged, row)
+            asked = {"content": text, "add_special": True, "parse_special": True}
+            assert _asked(address, "/tokenize", asked)["tokens"] == ids
+            _said_alike(address, merged.model, ids, virtual, 5e-2 if name == "gpt2" else 1e-4)
+        server.stdin.close()
+
+
+def _said_alike(address: str, model: Any, ids: list[int], virtual: set[int], off: float) -> None:
+    """Eight tokens, one after the other: the same shares, and so the same words."""
+    for _ in range(8):
+        told = _asked(address, "/completion", {"prompt": ids, "n_predict": 1, "n_probs": 400,
+                                               "top_k": 1, "return_tokens": True})  # fmt: skip
+        expected = _logits(model, ids)[-1].log_softmax(-1)
+        for seen in told.get("completion_probabilities", []):  # none of half a character
+            for top in seen["top_logprobs"]:
+                assert abs(top["logprob"] - float(expected[top["id"]])) < off
+        said = int(expected.argmax())
+        top, second = expected.topk(2).values.tolist()
+        if told["tokens"]:  # none at the end
+            assert told["tokens"] == [said] or top - second < off
+        assert said not in virtual
+        ids = [*ids, said]
+
+
+def _asked(address: str, path: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(
+        address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
