@@ -246,6 +246,8 @@ def test_the_chat_template_takes_a_prompts_name(tmp_path: Path) -> None:
         options = {"tokenize": False, "add_generation_prompt": True}
         chat = reread.apply_chat_template(said, prompt=told, **more, **options)
         assert chat == fill(merged.prompts[told]["text"], row)
+        parts = [{"role": "user", "content": [{"type": "text", "text": row["country"]}]}]
+        assert reread.apply_chat_template(parts, prompt=told, **more, **options) == chat
     talk = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hello"},
@@ -262,14 +264,18 @@ def test_the_chat_template_takes_a_prompts_name(tmp_path: Path) -> None:
 
 def test_a_plain_process_loads_the_folder(tmp_path: Path) -> None:
     """transformers alone: models, tokenizer and pipelines, and nothing of ours is imported."""
-    wanted = {}
+    wanted: dict[str, list[Any]] = {}
     for family in ("llama", "bert", "t5"):
         model, tokenizer = _base(family)
         prompt = _prompt(model, tokenizer)
         merged = ptuning.merge(model, tokenizer, {"cap": prompt})
         merged.save(tmp_path / family)
         ids = _ids(merged.tokenizer, merged.prompts["cap"], ROWS[0])
-        wanted[family] = [ids, _logits(merged.model, ids)[0].tolist()]
+        wanted[family] = [ids, _logits(merged.model, ids)[0].tolist(), None]
+        if family == "llama":
+            wanted[family][2] = ptuning.predict(
+                model, tokenizer, prompt, [ROWS[0]], answer_tokens=3
+            )[0]
     (tmp_path / "wanted.json").write_text(json.dumps(wanted))
     script = """
 import json, sys, torch, transformers as t
@@ -278,7 +284,7 @@ for family, auto in [("llama", t.AutoModelForCausalLM), ("bert", t.AutoModelForM
                      ("t5", t.AutoModelForSeq2SeqLM)]:
     model, tokenizer = auto.from_pretrained(family), t.AutoTokenizer.from_pretrained(family)
     text = json.load(open(family + "/prompts.json"))["cap"]["text"].replace("{country}", "France")
-    ids, logits = wanted[family]
+    ids, logits, answer = wanted[family]
     assert tokenizer(text)["input_ids"] == ids
     more = {"decoder_input_ids": torch.tensor([[0, 5, 9]])} if family == "t5" else {}
     got = model(input_ids=torch.tensor([ids]), **more).logits[0, 0]
@@ -286,7 +292,7 @@ for family, auto in [("llama", t.AutoModelForCausalLM), ("bert", t.AutoModelForM
     if family == "llama":
         said = t.pipeline("text-generation", model=model, tokenizer=tokenizer)(
             text, max_new_tokens=3, do_sample=False, return_full_text=False)
-        assert isinstance(said[0]["generated_text"], str)
+        assert said[0]["generated_text"].strip() == answer
     if family == "bert":
         best = t.pipeline("fill-mask", model=model, tokenizer=tokenizer)(text)
         assert all(0 <= one["token"] < len(logits) - 3 for one in best)

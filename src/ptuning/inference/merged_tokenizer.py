@@ -118,13 +118,15 @@ _FILLING = """\
 {{- raise_exception("no chat prompt is called " ~ prompt ~ "; there are: " ~ known) }}
 {%- endif %}
 {%- set ptuning = namespace(said="", messages=[]) %}
+{%- set last = messages[-1].content %}
+{%- set last = last if last is string else last | map(attribute="text") | join %}
 {%- for part in ptuning_turns[prompt] %}
 {%- if loop.index0 % 2 == 0 %}
 {%- set ptuning.said = ptuning.said ~ part %}
 {%- elif fields is defined and fields %}
 {%- set ptuning.said = ptuning.said ~ fields[part] %}
 {%- else %}
-{%- set ptuning.said = ptuning.said ~ messages[-1].content %}
+{%- set ptuning.said = ptuning.said ~ last %}
 {%- endif %}
 {%- endfor %}
 {%- for message in messages[:-1] %}
