@@ -9,8 +9,11 @@ the first few; `make fuzz` runs as many as there is time for.
 from __future__ import annotations
 
 import argparse
+import bz2
+import gzip
 import io
 import json
+import lzma
 import random
 import shutil
 import struct
@@ -18,11 +21,15 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import torch
+from pyarrow import parquet
 
 import ptuning
 from ptuning.cli import run_files
@@ -81,6 +88,27 @@ TEXTS = {
     "jsonl": b"\n".join(json.dumps(row).encode() for row in ROWS),
     "yaml": b"model: x\ntemplate: '[P] {a} [MASK]'\nepochs: 3\nlabels: {a: b, c: d}\n",
 }
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": lambda content: pa.Codec("zstd").compress(content, asbytes=True),
+}
+COLUMNS = {
+    "country": pa.array(["France", "Italy", None]),
+    "capital": pa.array(["Paris", "Rome", "Paris"]).dictionary_encode(),
+    "bytes": pa.array([b"a", b"\xff", None]),
+    "number": pa.array([1, None, -(2**63)]),
+    "share": pa.array([0.5, float("nan"), None]),
+    "whether": pa.array([True, None, False]),
+    "day": pa.array([date(2020, 1, 1), None, date(1, 1, 1)]),
+    "moment": pa.array([datetime(2020, 1, 1), None, None], pa.timestamp("us", "UTC")),
+    "span": pa.array([1, None, 2**62], pa.duration("us")),
+    "price": pa.array([Decimal("1.50"), None, Decimal("-9.99")]),
+    "words": pa.array([["a", None], [], None]),
+    "about": pa.array([{"a": 1, "b": ["x"]}, None, {"a": None, "b": None}]),
+    "pairs": pa.array([[("a", 1)], [], None], pa.map_(pa.string(), pa.int32())),
+}
 
 
 class Fuzz:
@@ -106,7 +134,8 @@ class Fuzz:
     def case(self, number: int) -> str | None:
         """What is wrong with a case, or None."""
         numbers = random.Random(self.seed * 1_000_003 + number)
-        work = numbers.choice([self._prompt, self._prompt, self._prompt, self._state, self._text])
+        prompts, data = [self._prompt] * 3, [self._text, self._packed, self._parquet]
+        work = numbers.choice([*prompts, self._state, *data])
         name = work.__name__
         place = self.folder / "damaged"
         shutil.rmtree(place, ignore_errors=True)
@@ -181,6 +210,54 @@ class Fuzz:
         else:
             ptuning.read_examples(path)
         return path.name
+
+    def _packed(self, place: Path, numbers: random.Random) -> str:
+        """A packed file: damaged as it is, or with damage inside."""
+        place.mkdir()
+        kind, packing = (
+            numbers.choice(["csv", "tsv", "json", "jsonl"]),
+            numbers.choice(list(PACKERS)),
+        )
+        whole, inside = TEXTS[kind] * numbers.choice([1, 1, 2000]), numbers.random() < 0.4
+        packed = PACKERS[packing](_damaged(whole, numbers) if inside else whole)
+        path = place / f"damaged.{kind}.{packing}"
+        path.write_bytes(packed if inside else _damaged(packed, numbers))
+        ptuning.read_examples(path)
+        return path.name
+
+    def _parquet(self, place: Path, numbers: random.Random) -> str:
+        place.mkdir()
+        path = place / "damaged.parquet"
+        path.write_bytes(_damaged(_parquet_file(numbers), numbers))
+        ptuning.read_examples(path)
+        return path.name
+
+
+def _parquet_file(numbers: random.Random) -> bytes:
+    """A table of one to four columns of any kinds, written in any of Parquet's ways."""
+    table = pa.table({name: COLUMNS[name] for name in numbers.sample(list(COLUMNS), 4)})
+    written = io.BytesIO()
+    parquet.write_table(
+        table,
+        written,
+        compression=numbers.choice(["none", "snappy", "gzip", "zstd"]),
+        use_dictionary=numbers.random() < 0.5,
+        row_group_size=numbers.choice([1, 2, 100]),
+        data_page_version=numbers.choice(["1.0", "2.0"]),
+        write_statistics=numbers.random() < 0.5,
+    )
+    return written.getvalue()
+
+
+def _damaged(content: bytes, numbers: random.Random) -> bytes:
+    """Bytes with some bits flipped, cut off, or with a piece put in or over them."""
+    if numbers.random() < 0.4:
+        return _flipped(content, numbers)
+    at = numbers.randrange(len(content))
+    if numbers.random() < 0.3:
+        return content[:at]
+    piece = numbers.choice([*PIECES, bytes(8), b"\xff" * 8])
+    return content[:at] + piece + content[at + numbers.choice([0, len(piece)]) :]
 
 
 def _places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
