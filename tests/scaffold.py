@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -71,3 +74,52 @@ def together(*works: Callable[[], Any], beside: Callable[[], Any] | None = None)
     if errors:
         raise errors[0]
     return results[:-1]
+
+
+_CHANGES = (
+    *("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink"),
+    *("os.chmod", "os.utime", "os.truncate"),
+)
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+def killed_at(number: int, place: Path, work: Callable[[], Any]) -> bool:
+    """Do something in a child that is killed at its so-manieth change of a file in `place`; False
+    where it came to its end before."""
+    code = in_child(work, number, place)
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
+def in_child(work: Callable[[], Any], number: int = 0, place: Path | None = None) -> int | None:
+    """Do something in a child, killed as `killed_at` says; gives its exit code."""
+
+    def child() -> None:
+        seen = [0]
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            if event == "open":
+                changes = isinstance(arguments[2], int) and bool(arguments[2] & _WRITING)
+            else:
+                changes = event in _CHANGES
+            if changes and any(str(place) in path for path in _paths(arguments)):
+                seen[0] += 1
+                if seen[0] == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        if number:
+            sys.addaudithook(hook)
+        work()
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _paths(arguments: tuple[Any, ...]) -> list[str]:
+    """What an audit event names; `shutil.rmtree` names entries of a folder that it has open."""
+    named = [os.fsdecode(a) for a in arguments if isinstance(a, str | bytes | os.PathLike)]
+    opened = [a for a in arguments[1:] if type(a) is int and a > 2]
+    folders = [Path("/proc/self/fd") / str(number) for number in opened]
+    return named + [os.readlink(folder) for folder in folders if folder.is_symlink()]

@@ -18,9 +18,10 @@ from ptuning.errors import InputError, PromptFileError, PtuningError
 from ptuning.formats import parse_json
 from ptuning.places import entry
 
+from .scaffold import killed_at
+
 OLD = {"a": b"old a", "b": b"old b", "gone": b"old"}
 NEW = {"a": b"new a", "b": b"new b", "c": b"new c"}
-EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "shutil.rmtree")
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -29,30 +30,6 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def hidden(folder: Path) -> list[str]:
     return [path.name for path in folder.rglob(".*")]
-
-
-def killed_at(number: int, place: Path, work: Callable[[], Any]) -> bool:
-    """Do something in a child that is killed at its so-manieth file event in `place`; False where
-    it came to its end before."""
-
-    def child() -> None:
-        seen = [0]
-
-        def hook(event: str, arguments: tuple[Any, ...]) -> None:
-            paths = [os.fsdecode(a) for a in arguments[:2] if isinstance(a, str | bytes | Path)]
-            if event in EVENTS and any(str(place) in path for path in paths):
-                seen[0] += 1
-                if seen[0] == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(hook)
-        work()
-
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join()
-    assert process.exitcode in (0, -signal.SIGKILL)
-    return process.exitcode != 0
 
 
 # --- one save ---------------------------------------------------------------------------------

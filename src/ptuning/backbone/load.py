@@ -86,7 +86,8 @@ def check_dtype(dtype: str) -> None:
 
 def _resolve(name: str) -> str:
     path = Path(name).expanduser()
-    settle(path.parent)  # a model that was trained with a prompt is part of its save
+    for folder in (path, path.parent):  # a model trained with a prompt is part of that one's save
+        settle(folder)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"{name} does not exist; give the path of a GGUF file")

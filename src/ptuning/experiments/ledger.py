@@ -66,15 +66,15 @@ class Ledger:
         parts |= {path.parent.name for path in self._running.glob(f"*/{checkpoint.FOLDER}")}
         for part in parts:
             remove_own(self.prompt(part), (*prompt_files.NAMES, *peft_files.NAMES))
-            self._stop(part)
+            self._end(part)
         remove_own(self._prompts)
-        remove_own(self._running)
         remove_own(self._done, [f"{part}.json" for part in parts])
 
-    def _stop(self, part: str) -> None:
+    def _end(self, part: str) -> None:
         """Remove a part's checkpoints."""
         checkpoint.delete_all(self.running(part))
         remove_own(self.running(part))
+        remove_own(self._running)
 
     def _check(self, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
         if before is None:
@@ -108,6 +108,7 @@ class Ledger:
                 return None
             if found.get("data") != data:
                 raise self._other(f"whose part {part} was made of other data")
+            self._end(part)  # a kill behind the result may have left them
             return found["result"]
 
         return distributed.from_main(read)
@@ -118,8 +119,7 @@ class Ledger:
 
         def write() -> None:
             write_file(entry(self._done, f"{part}.json"), content)
-            self._stop(part)
-            remove_own(self._running)
+            self._end(part)
 
         distributed.from_main(write)
 

@@ -92,6 +92,7 @@ def _fits(name: str, entry: Any, vocabulary: dict[str, int]) -> bool:
 
 def holds_merged(folder: str | Path) -> bool:
     """The folder is a merged model's."""
+    storage.settle(Path(folder))
     return (Path(folder) / PROMPTS).is_file() and (Path(folder) / "config.json").is_file()
 
 
