@@ -5,11 +5,8 @@ import os
 import shutil
 import signal
 import stat
-import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -64,7 +61,7 @@ def test_a_kill_at_any_moment_leaves_all_old_or_all_new_and_no_trace(
         assert not exists or (folder / "mine" / "x").read_bytes() == b"mine"
         if not killed:
             break
-    assert number > 10 and seen == ({"old", "new"} if exists else {"new"})
+    assert number > 6 and seen == ({"old", "new"} if exists else {"new"})
 
 
 def test_a_folder_in_a_save_replaces_one_of_its_name_as_a_whole(tmp_path: Path) -> None:

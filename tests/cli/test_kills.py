@@ -1,4 +1,4 @@
-"""Commands that are killed at a change of any file: given again they end as if they had not been."""
+"""Commands that are killed as they change a file: given again they end as if they had not been."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,9 @@ class Place:
 
     def _command(self, arguments: tuple[Any, ...]) -> Callable[[], None]:
         def work() -> None:
-            said = os.open(self.said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            for stream in (1, 2):
-                os.dup2(said, stream)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-            sys.argv = ["ptuning", *map(str, arguments)]
-            main()
+            with open(self.said, "w") as said, redirect_stdout(said), redirect_stderr(said):
+                sys.argv = ["ptuning", *map(str, arguments)]
+                main()
 
         return work
 
