@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import dataclasses
 import errno
 import hashlib
 import json
@@ -327,6 +328,53 @@ def test_the_file_format_is_frozen(tmp_path: Path) -> None:
     assert json.loads(metadata["prompt"]) == description
 
 
+def ensemble() -> ptuning.Prompt:
+    first = with_encoder(ptuning.Prompt(TEMPLATE, answer="right"))
+    others = [trained(seed=2, answer="right"), trained("[P*5] {text} [MASK]", answer="right")]
+    others[0].training = {"seed": 4}
+    return dataclasses.replace(first, others=others)
+
+
+def test_an_ensemble_is_one_folder_of_version_two(tmp_path: Path) -> None:
+    whole = ensemble()
+    whole.save(tmp_path)
+    description = description_of(tmp_path)
+    assert set(description) == FROZEN_KEYS | {"ensemble"}
+    assert description["format_version"] == 2
+    own = FROZEN_KEYS - {"format_version", "save_id", "base_model", "sha256"}
+    assert [set(member) for member in description["ensemble"]] == [own, own]
+    tensors = safetensors.torch.load_file(tmp_path / "prompt.safetensors")
+    assert {name for name in tensors if not name.startswith("encoder.")} == {
+        "vectors",
+        "member.1.vectors",
+        "member.2.vectors",
+    }
+    assert "An ensemble: 3 such prompts" in (tmp_path / "README.md").read_text()
+    loaded = ptuning.Prompt.load(tmp_path)
+    same(loaded, whole)
+    for one, other in zip(loaded.members, whole.members, strict=True):
+        same(one, other)
+    loaded.alone().save(tmp_path)
+    assert description_of(tmp_path)["format_version"] == 1
+    same(ptuning.Prompt.load(tmp_path), whole.alone())
+
+
+def test_a_damaged_member_is_noticed(tmp_path: Path) -> None:
+    ensemble().save(tmp_path)
+    members = description_of(tmp_path)["ensemble"]
+    for damaged, message in [
+        ("many", "ensemble is no list of members' settings"),
+        ([members[0], 3], "ensemble is no list of members' settings"),
+        ([members[0], {**members[1], "num_virtual_tokens": 4}], r"names 4 virtual.* holds 5"),
+        ([*members, members[0]], r"no table of member\.3\.vectors"),
+        ([{**members[0], "verbalizer": {"a": "b", "c": "d"}}], "members of an ensemble answer the"),
+        ([{k: v for k, v in members[0].items() if k != "template"}], "has no template"),
+    ]:
+        change_json(tmp_path, ensemble=damaged)
+        with pytest.raises(PromptFileError, match=message):
+            ptuning.Prompt.load(tmp_path)
+
+
 def test_the_format_of_what_is_known_of_the_base_model_is_frozen() -> None:
     known = describe(tiny.model(), tiny.tokenizer())
     assert set(known) == {"name", "kind", "revision", "embedding", "tokenizer"}
@@ -578,11 +626,11 @@ def test_lost_tensors_are_an_error(tmp_path: Path) -> None:
         ptuning.Prompt.load(tmp_path)
 
 
-@pytest.mark.parametrize("version", [2, 99, None, "1"])
+@pytest.mark.parametrize("version", [3, 99, None, "1"])
 def test_another_format_version_is_an_error(version: Any, tmp_path: Path) -> None:
     trained().save(tmp_path)
     change_json(tmp_path, format_version=version)
-    with pytest.raises(PromptFileError, match=f"format version {version!r}.*reads up to 1"):
+    with pytest.raises(PromptFileError, match=f"format version {version!r}.*reads up to 2"):
         ptuning.Prompt.load(tmp_path)
 
 

@@ -11,11 +11,15 @@ import pytest
 import torch
 
 import ptuning
+from ptuning.backbone.base_model import BaseModel
 from ptuning.errors import InputError, TrainingError
 from ptuning.rendering.render import Renderer, render_all
+from ptuning.training.checkpoint import identity_of
 from ptuning.training.grid import KEYS, choices, parse_grid, resized
 from ptuning.training.loop import Loop
 from ptuning.training.population import Member, Population
+from ptuning.training.settings import TrainSettings
+from ptuning.training.train import _rendered
 
 from .. import tiny
 from ..scaffold import Run
@@ -292,3 +296,73 @@ def test_the_command_line_trains_a_population(tmp_path: Path, model_folder: Path
     assert code == 0, err
     repeated = json.loads((tmp_path / "again" / "result.json").read_text())
     assert repeated["members"] == result["members"]
+
+
+def test_the_command_line_trains_an_ensemble_and_takes_its_best_member(
+    tmp_path: Path, model_folder: Path, run: Run
+) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows.write_text("\n".join(json.dumps(row) for row in ROWS))
+    code, said, err = run(
+        "train", "--model", model_folder, "--data", rows, "--dev", rows, "--answer", "capital",
+        "--template", TEMPLATE, "--epochs", "2", "--population", "3", "--ensemble", "2",
+        "--output", out,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "with 1 more as an ensemble, dev" in said
+    result = json.loads((out / "result.json").read_text())
+    assert len(result["ensemble"]["members"]) == 2
+    code, said, err = run("evaluate", out, "--data", rows, "--json")
+    assert code == 0, err
+    assert json.loads(said)["loss"] == pytest.approx(result["ensemble"]["dev_loss"], abs=1e-5)
+    code, said, err = run("inspect", out)
+    assert code == 0 and "ensemble" in said and "2 members" in said, err
+    assert run("predict", out, "--data", rows)[0] == 0
+    for command in (
+        ("merge", out, "--output", tmp_path / "merged"),
+        ("export", out, "--to", "vllm-embeds", "--output", tmp_path / "parts"),
+    ):
+        code, _, err = run(*command)
+        assert code == 2 and "ensemble of 2 members" in err and "--alone" in err
+        code, _, err = run(*command, "--alone")
+        assert code == 0, err
+
+
+def test_an_ensemble_is_made_of_the_best_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = learners_of(monkeypatch)
+    prompt, grid = fresh(), {"learning_rate": [3e-2, 1e-3]}
+    result = run(prompt, population=2, grid=grid, ensemble=3, halving=False)
+    (learners,) = seen
+    ranked = sorted(range(4), key=lambda n: learners[n].rank(learners[n].best), reverse=True)
+    assert result.ensemble["members"] == ranked[:3] and result.winner == ranked[0]
+    for member, number in zip(prompt.members, ranked, strict=False):
+        assert torch.equal(member.trained_vectors(), learners[number].best["vectors"])
+    assert len(prompt.members) == 3
+    assert prompt.training["members"] == 3
+    measured = ptuning.evaluate(tiny.model("llama"), tiny.tokenizer(), prompt, ROWS[:3])
+    assert prompt.training["dev_loss"] == pytest.approx(measured.loss, abs=1e-5)
+    assert result.ensemble["dev_accuracy"] == pytest.approx(measured.accuracy)
+    assert "3 of 4 answer together" in result._repr_html_()
+    run(prompt, epochs=1)
+    assert not prompt.others
+
+
+def test_halving_keeps_those_who_answer_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = learners_of(monkeypatch)
+    run(population=4, ensemble=3, patience=0)
+    assert sum(learner.dropped is None for learner in seen.pop()) == 3
+
+
+def test_an_ensemble_needs_a_population() -> None:
+    with pytest.raises(InputError, match=r"an ensemble of 4 needs.*and 2 is trained; give a popu"):
+        run(population=2, ensemble=4)
+    with pytest.raises(InputError, match="ensemble is 0"):
+        run(ensemble=0)
+
+
+def test_checkpoints_of_releases_without_ensembles_go_on() -> None:
+    tokenizer, model = tiny.tokenizer(), tiny.model("llama")
+    base = BaseModel.of(model, tokenizer)
+    for settings in (TrainSettings(), TrainSettings(ensemble=2)):
+        variants = _rendered(base, choices(fresh(), settings, 2, None), ROWS, ROWS)
+        assert ("ensemble" in identity_of(variants, base)) == (settings.ensemble > 1)

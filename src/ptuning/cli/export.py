@@ -9,7 +9,7 @@ import typer
 
 from . import console, saved_prompt
 from .options import Dtype
-from .saved_prompt import Model
+from .saved_prompt import Alone, Model
 
 if TYPE_CHECKING:
     from ..inference.merged_files import Merged
@@ -30,6 +30,7 @@ def export(
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     model: Model = None,
     dtype: Dtype = "float32",
+    alone: Alone = False,
 ) -> None:
     """Write prompts for engines that read no transformers model; merge serves all others.
 
@@ -42,17 +43,17 @@ def export(
     from ..inference import exports, gguf_file
 
     if to == GGUF:
-        gguf_file.save_gguf(_merged(folder, model, dtype), output)
+        gguf_file.save_gguf(_merged(folder, model, dtype, alone), output)
         console.tell(f"{gguf_file.FILE} and prompts.json in {output}")
         return
     exports.check_format(to)
-    prompt = saved_prompt.load(folder)
+    prompt = saved_prompt.load_one(folder, alone, "exported")
     files = exports.export(prompt, BaseModel.of(*_base(prompt, model, dtype)), to)
     storage.write_folder(output, files)
     console.tell(f"{', '.join(files)} in {output}")
 
 
-def _merged(folder: str, model: str | None, dtype: str) -> Merged:
+def _merged(folder: str, model: str | None, dtype: str, alone: bool) -> Merged:
     """The merged model of a folder, or one with the folder's prompt in it."""
     from ..inference.merged_files import Merged, holds_merged
     from ..inference.merging import check_name, merge
@@ -61,7 +62,7 @@ def _merged(folder: str, model: str | None, dtype: str) -> Merged:
         return Merged.load(folder, dtype)
     name = saved_prompt.last_part(folder)
     check_name(name)
-    prompt = saved_prompt.load(folder)
+    prompt = saved_prompt.load_one(folder, alone, "merged into a model")
     return merge(*_base(prompt, model, dtype), {name: prompt})
 
 

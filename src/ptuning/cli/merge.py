@@ -44,6 +44,7 @@ def merge(
         bool,
         typer.Option("--overwrite", help="Replace prompts of the same names, or the whole model."),
     ] = False,
+    alone: saved_prompt.Alone = False,
     json_output: Json = False,
 ) -> None:
     """Make prompts part of an ordinary model, which vLLM and every other engine serves.
@@ -64,7 +65,10 @@ def merge(
             f"--output {output} is a merged model; leave --model away to add to it, choose another "
             "folder, or --overwrite"
         )
-    prompts = {name: saved_prompt.load(folder) for name, folder in names.items()}
+    prompts = {
+        name: saved_prompt.load_one(folder, alone, "merged into a model")
+        for name, folder in names.items()
+    }
     with ExitStack() as stack:
         if adds:
             stack.enter_context(storage.locked(output))

@@ -55,7 +55,7 @@ PANELS = {
     "Model and data": ("model", "data", "dev", "separator", "dtype", "device"),
     "Prompt": ("template", "answer", "labels", "init_from"),
     "Training": ("epochs", "learning_rate", "batch_size"),
-    "Population": ("population", "population_grid", "halving"),
+    "Population": ("population", "population_grid", "halving", "ensemble"),
     "Speed": ("mixed_precision", "prefix_cache", "graphs", "compile"),
     "Output": (
         "output",
@@ -110,6 +110,7 @@ _ELSEWHERE = {
     "patience": "the published figures were made without: it is 0 here",
     "learning_rate": "several compete: it is part of the grid",
     "tracker": "an experiment is many trainings, and a tracker follows one",
+    "ensemble": "the published figures are of single prompts",
 }
 OF_LAMA = Fields(
     LamaOptions,

@@ -179,6 +179,8 @@ def _print(device: Path | None, blocks: Iterator[list[dict[str, Any]]]) -> None:
 
 
 def _digest(prompt: Prompt) -> str:
-    vectors = prompt.trained_vectors().detach().cpu().contiguous().numpy().tobytes()
-    settings = repr(prompt.settings()).encode(errors="backslashreplace")
-    return hashlib.sha256(settings + vectors).hexdigest()
+    digest = hashlib.sha256()
+    for member in prompt.members:
+        digest.update(repr(member.settings()).encode(errors="backslashreplace"))
+        digest.update(member.trained_vectors().detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -22,6 +22,7 @@ Candidates = Annotated[
     Path | None, typer.Option(help="File of answers to choose among, one per line.")
 ]
 AnswerTokens = Annotated[int | None, typer.Option(help="Longest free answer in tokens.")]
+Alone = Annotated[bool, typer.Option("--alone", help="Of an ensemble take the best member alone.")]
 BatchSize = Annotated[int, typer.Option(help="Examples per forward.")]
 
 
@@ -36,6 +37,23 @@ def last_part(folder: str) -> str:
     """What a prompt is called if nobody names it: its folder's name."""
     path = Path(folder)
     return path.resolve().name if path.is_dir() else path.name
+
+
+def load_one(folder: str, alone: bool, what: str) -> Prompt:
+    """A prompt for what an ensemble cannot be.
+
+    Args:
+        folder: or a name on the hub.
+        alone: of an ensemble take the best member.
+        what: cannot be done with an ensemble, as for `Prompt.check_alone`.
+
+    Raises:
+        InputError: an ensemble, and not `alone`.
+    """
+    prompt = load(folder)
+    prompt = prompt.alone() if alone else prompt
+    prompt.check_alone(what)
+    return prompt
 
 
 def base_name(prompt: Prompt, name: str | None) -> str:

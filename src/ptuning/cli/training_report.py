@@ -42,6 +42,7 @@ def save(
         "history": result.history,
         "members": result.members,
         "winner": result.winner,
+        **({"ensemble": result.ensemble} if result.ensemble else {}),
         "shortened": result.shortened,
         "seconds": round(result.seconds, 2),
         "versions": versions(),
@@ -80,6 +81,10 @@ def tell(output: Path, prompt: Prompt, result: TrainResult, data: str) -> None:
     line = f"{prompt.num_virtual_tokens} virtual tokens saved in {output} (epoch {best['epoch']}"
     if "dev_accuracy" in best:
         line += f", dev {console.percent(best['dev_accuracy'])} %"
+    if prompt.others:
+        line += f"; with {len(prompt.others)} more as an ensemble"
+        if "dev_accuracy" in result.ensemble:
+            line += f", dev {console.percent(result.ensemble['dev_accuracy'])} %"
     console.tell(f"{line}, {result.seconds:.0f} s)")
     console.tell(f"next: {console.command('evaluate', output, '--data', data)}")
     console.tell(f"      {console.command('predict', output, '--data', data)}")

@@ -30,6 +30,7 @@ def inspect(
             {
                 **prompt.settings(),
                 "num_virtual_tokens": len(neighbours),
+                "members": len(prompt.members),
                 "base_model": prompt.base_model.get("name"),
                 "training": prompt.training,
                 "mean_vocabulary_norm": mean_norm,
@@ -40,6 +41,7 @@ def inspect(
     lines = [
         ("template", prompt.template or "(in front)"),
         ("base model", prompt.base_model.get("name", "unknown")),
+        *([("ensemble", f"{len(prompt.members)} members")] if prompt.others else []),
         *(("label", f"{label} = {' | '.join(words)}") for label, words in prompt.labels.items()),
         *((key.replace("_", " "), _shown(value)) for key, value in prompt.training.items()),
     ]
@@ -47,7 +49,8 @@ def inspect(
     for name, value in lines:
         console.tell(f"{name:<{width}}  {value}")
     console.table(
-        f"Virtual tokens (mean norm of the vocabulary: {mean_norm:.2f})",
+        f"Virtual tokens{' of the best member' if prompt.others else ''} (mean norm of the "
+        f"vocabulary: {mean_norm:.2f})",
         ["token", "norm", "nearest words (cosine)"],
         [
             [f"[P] {i}", f"{n.norm:.2f}", ", ".join(f"{w} ({c:.2f})" for w, c in n.words)]

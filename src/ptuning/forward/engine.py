@@ -38,6 +38,7 @@ from .packing import pack
 from .plain import Shortened, Shortener
 from .prefix_store import Common, PrefixStore, for_prediction, in_common
 from .shared_prefix import SharedPrefix, share_openings
+from .together import Together, first_rows
 
 
 class Engine:
@@ -193,7 +194,11 @@ class Engine:
         return label_word_scores(self.base.model, batch, words, self._shorten)
 
     def continue_greedily(
-        self, batch: Batch, limit: int, watch: Callable[[Tensor], Tensor] | None = None
+        self,
+        batch: Batch,
+        limit: int,
+        watch: Callable[[Tensor], Tensor] | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The most likely tokens behind each row of a causal or encoder-decoder model.
 
@@ -202,14 +207,20 @@ class Engine:
             limit: tokens at most.
             watch: is shown each new token ``(R,)`` of the rows, and says which rows ``(R,)`` have
                 enough; what a row is given after that means nothing.
+            sizes: rows that answer together (`together`); by default each answers alone. Then
+                there are as many of each as groups: R is their number here.
 
         Returns:
             ids ``(R, S)`` and their log-probabilities ``(R, S)``, 0 behind the end.
         """
-        from transformers import GenerationConfig, StoppingCriteriaList
+        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
         model, tokenizer = self.base.model, self.base.tokenizer
         pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+        alone = sizes is None or len(sizes) == len(batch.input_ids)
+        sizes = [1] * len(batch.input_ids) if sizes is None or alone else sizes
+        first = torch.tensor(first_rows(sizes), device=batch.input_ids.device)
+        counts = torch.tensor(sizes, device=first.device)
         config = GenerationConfig(
             max_new_tokens=limit,
             do_sample=False,
@@ -218,14 +229,21 @@ class Engine:
             eos_token_id=end,
             pad_token_id=end if pad is None else pad,
             return_dict_in_generate=True,
-            output_logits=True,
+            output_logits=alone,
+            output_scores=not alone,
         )
         cache = self.store.cache(batch) if self.store is not None else None
         more: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
-        if first := first_position(model):  # transformers would count from 0
-            more["position_ids"] = plain.position_ids(batch.attention_mask) + first
+        if begins := first_position(model):  # transformers would count from 0
+            more["position_ids"] = plain.position_ids(batch.attention_mask) + begins
+        if not alone:
+            more["logits_processor"] = LogitsProcessorList([Together(sizes)])
         if watch is not None:
-            more["stopping_criteria"] = StoppingCriteriaList([lambda ids, _: watch(ids[:, -1])])
+
+            def enough(ids: Tensor, _: Any) -> Tensor:
+                return watch(ids[first, -1]).repeat_interleave(counts)
+
+            more["stopping_criteria"] = StoppingCriteriaList([enough])
         with grouped_queries(model):
             output = _without_own_settings(model).generate(
                 input_ids=batch.input_ids,
@@ -233,9 +251,10 @@ class Engine:
                 generation_config=config,
                 **more,
             )
-        steps = len(output.logits)
-        chosen = output.sequences[:, -steps:]
-        logits = torch.stack(output.logits, dim=1).float().log_softmax(-1)
+        steps = len(output.logits if alone else output.scores)
+        chosen = output.sequences[first, -steps:]
+        by_step = [scores[first] for scores in (output.logits if alone else output.scores)]
+        logits = torch.stack(by_step, dim=1).float().log_softmax(-1)
         scores = logits.gather(2, chosen.unsqueeze(-1)).squeeze(-1)
         if end is not None:  # what is filled in after the end has no probability of its own
             ends = (chosen == end).long()

@@ -6,14 +6,18 @@ most likely one after those before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ..rendering.collate import IGNORED, Batch
 from ..rendering.render import Rendered, Renderer
 from .engine import Engine
+from .plain import answer_nll, by_label, losses_of_labels
+from .together import first_rows, mean_log_probabilities
 
 
 def score(
@@ -64,3 +68,48 @@ def sums(
                 losses, right = engine.losses_and_right(batch, words)
             sums += torch.stack([right.sum().double(), losses.sum().double()]).cpu()
     return float(sums[0]), float(sums[1])
+
+
+@torch.no_grad()
+def score_together(
+    engine: Engine,
+    renderers: Sequence[Renderer],
+    examples: Sequence[list[Rendered]],
+    first_ids: Sequence[int],
+    batch_size: int,
+) -> tuple[float, float]:
+    """As `score`, of the members of an ensemble, which answer together (`together`).
+
+    Args:
+        engine: its model has all members attached and is in eval mode.
+        renderers: of the members.
+        examples: of each member the same rows, rendered with their answers.
+        first_ids: of each member the id of its first virtual token.
+        batch_size: rows of a forward, all members counted.
+    """
+    members = range(len(renderers))
+    sums = torch.zeros(2, dtype=torch.float64)
+    with engine.one_document(examples):
+        for chunk in engine.chunks(examples[0], max(1, batch_size // len(members))):
+            rows = [(examples[member][i], member) for i in chunk for member in members]
+            batch = engine.prediction_batch(rows, first_ids)
+            losses, right = _together(engine, renderers[0], batch, [len(members)] * len(chunk))
+            sums += torch.stack([right.sum().double(), losses.sum().double()]).cpu()
+    weight = sum(example.weight for example in examples[0])
+    return float(sums[0]) / len(examples[0]), float(sums[1]) / weight
+
+
+def _together(
+    engine: Engine, renderer: Renderer, batch: Batch, sizes: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Loss and rightness of each group."""
+    first = first_rows(sizes)
+    if renderer.compares:
+        assert batch.labels is not None
+        words = torch.tensor(renderer.owner, device=batch.input_ids.device)
+        scores = by_label(engine.word_scores(batch, len(renderer.owner)), words)
+        means = mean_log_probabilities(scores, sizes)
+        return losses_of_labels(means, batch.labels[first], torch.arange(means.shape[1]))
+    means, answers = mean_log_probabilities(engine.logits(batch), sizes), batch.answers[first]
+    right = ((means.argmax(-1) == answers) | (answers == IGNORED)).all(1)
+    return answer_nll(means, answers).sum(1), right

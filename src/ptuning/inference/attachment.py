@@ -36,7 +36,8 @@ class Attachment:
         model = uncompiled(model)
         self._spans: list[tuple[Prompt, Span]] = []
         at_least = first_free_id(tokenizer)
-        for prompt in prompts:
+        members = [member for prompt in prompts for member in prompt.members]
+        for prompt in members:
             prompt.trained_vectors()
             if prompt.modules:
                 raise InputError(
@@ -47,7 +48,7 @@ class Attachment:
         with CHANGING:
             self._injector = Injector.on(model)
             try:
-                for prompt in prompts:
+                for prompt in members:
                     span = self._injector.add(prompt.trained_vectors(), at_least)
                     self._spans.append((prompt, span))
             except BaseException:
@@ -58,10 +59,12 @@ class Attachment:
         """The id of a prompt's first virtual token.
 
         Raises:
-            InputError: the prompt is not attached here.
+            InputError: the prompt is not attached here, or is an ensemble, of which each member
+                (`Prompt.members`) has ids of its own.
         """
+        prompt.check_alone("read as one range of ids")
         for attached, span in self._spans:
-            if attached is prompt:
+            if attached is prompt or attached.vectors is prompt.trained_vectors():
                 return span.first
         raise InputError("this prompt is not attached here; pass it to attach")
 
@@ -125,7 +128,7 @@ def attach(model: nn.Module, tokenizer: Any, *prompts: Prompt) -> Attachment:
     Args:
         model: a transformers model; only its input embedding gets two hooks.
         tokenizer: its length decides where virtual ids start; may be None.
-        prompts: trained prompts, in any number.
+        prompts: trained prompts, in any number; of an ensemble all members are attached.
 
     Raises:
         PromptFileError, InputError: a prompt's width is not the model's, or it has no vectors.
@@ -137,10 +140,15 @@ def attach(model: nn.Module, tokenizer: Any, *prompts: Prompt) -> Attachment:
 
 @contextmanager
 def placed(model: nn.Module, tokenizer: Any, task: Task) -> Iterator[int]:
-    """The first id of a prompt, which is attached meanwhile if it is not; 0 for a manual task."""
+    """The first id of a prompt, which is attached meanwhile if it is not; 0 for a manual task.
+
+    Raises:
+        InputError: an ensemble, whose members stand in places of their own.
+    """
     if not isinstance(task, Prompt):
         yield 0
         return
+    task.check_alone("read as one range of ids")
     with CHANGING:
         injector = Injector.of(model)
         span = injector.borrow(task.trained_vectors()) if injector else None

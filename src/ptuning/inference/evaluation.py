@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..backbone.modes import eval_mode
 from ..data import Rows, as_rows
 from ..errors import DataError
 from ..forward.engine import Engine
-from ..forward.scoring import score
+from ..forward.scoring import score, score_together
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task, majority_answer
 from ..rendering.render import Example, answer_column, render_all
@@ -22,7 +23,7 @@ from ..reporting import html_picture, html_table, percent, shares
 from ..training.guidance import dev_far_above
 from .attachment import placed
 from .baselines import automatic_templates
-from .prediction import Prediction, predict_details
+from .prediction import Prediction, members_of, predict_details
 
 _CHOOSING = 200
 """Rows on which the manual template is chosen."""
@@ -195,11 +196,16 @@ def teacher_forced(
     model: nn.Module, tokenizer: Any, task: Task, rows: Sequence[Example], batch_size: int = 32
 ) -> tuple[float, float]:
     """Accuracy and loss of a prompt or manual template by one forward per batch (`score`)."""
-    engine = Engine(BaseModel.of(model, tokenizer), 0)
-    renderer = engine.renderer(task)
-    examples = render_all(renderer, rows, "evaluation")
-    with eval_mode(model), placed(model, tokenizer, task) as first_id:
-        return score(engine, renderer, examples, first_id, batch_size)
+    members = members_of(task)
+    engine = Engine(BaseModel.of(model, tokenizer), 0 if len(members) == 1 else None)
+    renderers = [engine.renderer(member) for member in members]
+    examples = [render_all(renderer, rows, "evaluation") for renderer in renderers]
+    with ExitStack() as stack:
+        stack.enter_context(eval_mode(model))
+        first = [stack.enter_context(placed(model, tokenizer, member)) for member in members]
+        if len(members) == 1:
+            return score(engine, renderers[0], examples[0], first[0], batch_size)
+        return score_together(engine, renderers, examples, first, batch_size)
 
 
 def manual_score(

@@ -44,6 +44,7 @@ def export(prompt: Prompt, base: BaseModel, to: str) -> dict[str, bytes]:
         InputError: an unknown format, or one that cannot say this prompt.
     """
     check_format(to)
+    prompt.check_alone("exported")
     base.check_same(prompt.base_model)
     return FORMATS[to](prompt, base)
 

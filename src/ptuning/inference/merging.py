@@ -135,6 +135,7 @@ def _check(
             )
         if not isinstance(prompt, Prompt):
             raise InputError(f"{name!r} is a {type(prompt).__name__}; give a trained Prompt")
+        prompt.check_alone("merged into a model")
         vectors = prompt.trained_vectors()
         if prompt.modules:
             raise InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from ..data import Row, Rows, as_rows
 from ..errors import InputError
 from ..forward.engine import Engine
 from ..forward.plain import by_label
+from ..forward.together import mean_log_probabilities
+from ..prompts.prompt import Prompt
 from ..prompts.task import Task
 from ..rendering.collate import Batch
 from ..rendering.render import Rendered, Renderer, render_each, tell_shortened
@@ -141,42 +144,39 @@ def _predicted(
     first: int = 1,
 ) -> Iterator[list[list[Prediction]]]:
     """Block by block each task's predictions."""
-    engine = Engine(BaseModel.of(model, tokenizer), _KEPT if len(tasks) == 1 else None)
-    choices = list(candidates) if candidates else None
-    questions = []
-    for task in tasks:
+    members = [members_of(task) for task in tasks]
+    several = sum(map(len, members)) > 1
+    engine = Engine(BaseModel.of(model, tokenizer), None if several else _KEPT)
+
+    def reader(task: Task) -> _Asked:
         settled = task if answer_tokens is None else replace(task, answer_tokens=answer_tokens)
-        renderer = engine.renderer(settled, choices)
+        renderer = engine.renderer(settled, list(candidates) if candidates else None)
         renderer.compares = bool(renderer.labels)
-        questions.append(_Asked(renderer))
+        return _Asked(renderer)
+
+    asked = [[reader(task) for task in of_task] for of_task in members]
     number = first
     with ExitStack() as stack:
         stack.enter_context(eval_mode(model))
-        for task, question in zip(tasks, questions, strict=True):
-            question.first_id = stack.enter_context(placed(model, tokenizer, task))
+        for one in chain.from_iterable(asked):
+            one.first_id = stack.enter_context(placed(model, tokenizer, one.renderer.task))
         for rows in blocks:
-            for question in questions:
-                question.render(rows, number)
-            yield _of_block(engine, questions, batch_size)
+            for one in chain.from_iterable(asked):
+                one.render(rows, number)
+            yield _of_block(engine, asked, len(rows), batch_size)
             number += len(rows)
-    for question in questions:
-        tell_shortened(question.renderer, question.shortened, number - first, "prediction")
+    for one, *_ in asked:
+        tell_shortened(one.renderer, one.shortened, number - first, "prediction")
 
 
-def _of_block(engine: Engine, questions: list[_Asked], batch_size: int) -> list[list[Prediction]]:
-    results: list[list[Prediction]] = [[] for _ in questions]
-    with engine.one_document([question.examples for question in questions]):
-        for numbers in _in_one_batch(questions):
-            group = [questions[number] for number in numbers]
-            answers = _answers(engine, group, len(questions[0].examples), batch_size)
-            for number, of_one in zip(numbers, answers, strict=True):
-                results[number] = of_one
-    return results
+def members_of(task: Task) -> list[Task]:
+    """What answers together: an ensemble's members, else the task alone."""
+    return [*task.members] if isinstance(task, Prompt) else [task]
 
 
 @dataclass
 class _Asked:
-    """One task on a block of rows, and the id of its first virtual token."""
+    """One member on a block of rows, and the id of its first virtual token."""
 
     renderer: Renderer
     examples: list[Rendered] = field(default_factory=list)
@@ -191,27 +191,43 @@ class _Asked:
 
 
 @dataclass(frozen=True)
-class Question:
-    """One row for one task.
+class Reading:
+    """One row as one prompt has it.
 
     Attributes:
-        renderer: the task's, on the engine's model.
+        renderer: the prompt's, on the engine's model.
         example: rendered by it, without an answer.
         first_id: of the prompt's first virtual token; 0 for a manual task.
-        limit: longest free answer in tokens; by default the task's.
-        watch: is shown each token of a free answer as it comes, and says whether it is enough.
     """
 
     renderer: Renderer
     example: Rendered
     first_id: int = 0
+
+
+@dataclass(frozen=True)
+class Question(Reading):
+    """One row for one task: how a prompt reads it, or the first member of an ensemble.
+
+    Attributes:
+        limit: longest free answer in tokens; by default the task's.
+        watch: is shown each token of a free answer as it comes, and says whether it is enough.
+        others: how the further members of an ensemble read the row.
+    """
+
     limit: int | None = None
     watch: Callable[[int], bool] | None = None
+    others: tuple[Reading, ...] = ()
 
     @property
     def most(self) -> int | None:
         """The longest free answer in tokens."""
         return self.limit or self.renderer.task.answer_tokens
+
+    @property
+    def readings(self) -> list[Reading]:
+        """Of all who answer together."""
+        return [self, *self.others]
 
 
 @torch.no_grad()
@@ -237,15 +253,20 @@ def answers(
         groups.setdefault((not words, words, masks or 0), []).append(number)
     for key in sorted(groups):
         numbers = groups[key]
-        for chunk in engine.chunks([questions[n].example for n in numbers], batch_size):
-            group = [questions[numbers[i]] for i in chunk]
-            rows = [(question.example, row) for row, question in enumerate(group)]
-            batch = engine.prediction_batch(rows, [question.first_id for question in group])
-            if group[0].renderer.compares:
-                predictions = _compare(engine, [q.renderer for q in group], batch)
-            else:
-                predictions = _decode(engine, [q.most for q in group], batch, _watching(group))
+        size = batch_size // max(len(questions[n].readings) for n in numbers)
+        for chunk in engine.chunks([questions[n].example for n in numbers], max(1, size)):
+            predictions = _in_one_batch(engine, [questions[numbers[i]] for i in chunk])
             yield from zip([numbers[i] for i in chunk], predictions, strict=True)
+
+
+def _in_one_batch(engine: Engine, questions: list[Question]) -> list[Prediction]:
+    """The answers to questions that compare as many words each, or none."""
+    readings = [reading for question in questions for reading in question.readings]
+    rows = [(reading.example, row) for row, reading in enumerate(readings)]
+    batch = engine.prediction_batch(rows, [reading.first_id for reading in readings])
+    if questions[0].renderer.compares:
+        return _compare(engine, questions, batch)
+    return _decode(engine, questions, batch)
 
 
 def _watching(questions: list[Question]) -> Callable[[Tensor], Tensor] | None:
@@ -269,44 +290,47 @@ def _watching(questions: list[Question]) -> Callable[[Tensor], Tensor] | None:
     return watch
 
 
-def _in_one_batch(questions: list[_Asked]) -> list[list[int]]:
+def _of_block(
+    engine: Engine, asked: list[list[_Asked]], count: int, batch_size: int
+) -> list[list[Prediction]]:
+    """Each task's answers to a block of rows, in batches of rows of like length; a row's tasks,
+    and their members, stand together."""
+    results = [[Prediction("", 0.0)] * count for _ in asked]
+    with engine.one_document([reader.examples for reader in chain.from_iterable(asked)]):
+        for numbers in _sharing_batches([readers[0].renderer for readers in asked]):
+            size = max(1, batch_size // sum(len(asked[number]) for number in numbers))
+            for chunk in engine.chunks(asked[numbers[0]][0].examples, size):
+                cells = [(index, number) for index in chunk for number in numbers]
+                group = [_question(asked[number], index) for index, number in cells]
+                predictions = _in_one_batch(engine, group)
+                for (index, number), prediction in zip(cells, predictions, strict=True):
+                    results[number][index] = prediction
+    return results
+
+
+def _question(readers: list[_Asked], index: int) -> Question:
+    """A row as all members of a task read it."""
+    first, *others = (Reading(r.renderer, r.examples[index], r.first_id) for r in readers)
+    return Question(**vars(first), others=tuple(others))
+
+
+def _sharing_batches(renderers: list[Renderer]) -> list[list[int]]:
     """The numbers of tasks whose rows may share batches: those that compare as many words."""
     groups: dict[Any, list[int]] = {}
-    for number, question in enumerate(questions):
-        renderer = question.renderer
+    for number, renderer in enumerate(renderers):
         key = len(renderer.owner) if renderer.compares else (number,)
         groups.setdefault(key, []).append(number)
     return list(groups.values())
 
 
-def _answers(
-    engine: Engine, questions: list[_Asked], count: int, batch_size: int
-) -> list[list[Prediction]]:
-    """The tasks' answers, in batches of rows of like length; a row's tasks stand together."""
-    results = [[Prediction("", 0.0)] * count for _ in questions]
-    compares = questions[0].renderer.compares
-    first_ids = [question.first_id for question in questions]
-    size = max(1, batch_size // len(questions))
-    for chunk in engine.chunks(questions[0].examples, size):
-        cells = [(index, number) for index in chunk for number in range(len(questions))]
-        rows = [(questions[number].examples[index], number) for index, number in cells]
-        batch = engine.prediction_batch(rows, first_ids)
-        renderers = [questions[number].renderer for _, number in cells]
-        if compares:
-            predictions = _compare(engine, renderers, batch)
-        else:
-            predictions = _decode(engine, [r.task.answer_tokens for r in renderers], batch)
-        for (index, number), prediction in zip(cells, predictions, strict=True):
-            results[number][index] = prediction
-    return results
-
-
-def _compare(engine: Engine, renderers: list[Renderer], batch: Batch) -> list[Prediction]:
-    """The most likely label of each row."""
-    scores = engine.word_scores(batch, len(renderers[0].owner)).cpu()
-    predictions = []
-    for row, renderer in zip(scores, renderers, strict=True):
-        shares = by_label(row[None], torch.tensor(renderer.owner))[0].softmax(0).tolist()
+def _compare(engine: Engine, questions: list[Question], batch: Batch) -> list[Prediction]:
+    """The most likely label of each question."""
+    scores = engine.word_scores(batch, len(questions[0].renderer.owner)).cpu()
+    sizes, predictions = [len(question.readings) for question in questions], []
+    for rows, question in zip(scores.split(sizes), questions, strict=True):
+        renderer = question.renderer
+        of_members = by_label(rows, torch.tensor(renderer.owner))
+        shares = mean_log_probabilities(of_members, [len(rows)])[0].exp().tolist()
         labels = list(renderer.labels)
         best = max(range(len(shares)), key=shares.__getitem__)
         probabilities = dict(zip(labels, shares, strict=True))
@@ -314,23 +338,19 @@ def _compare(engine: Engine, renderers: list[Renderer], batch: Batch) -> list[Pr
     return predictions
 
 
-def _decode(
-    engine: Engine,
-    limits: list[int | None],
-    batch: Batch,
-    watch: Callable[[Tensor], Tensor] | None = None,
-) -> list[Prediction]:
-    """The most likely text of each row: at the masks, or token by token."""
+def _decode(engine: Engine, questions: list[Question], batch: Batch) -> list[Prediction]:
+    """The most likely text of each question: at the masks, or token by token."""
+    limits, sizes = [q.most for q in questions], [len(q.readings) for q in questions]
     if engine.base.kind is ModelKind.MASKED:
         empty = batch.answers.new_zeros(len(batch.input_ids), limits[0] or 1)
-        best = engine.logits(replace(batch, answers=empty)).float().log_softmax(-1).max(-1)
+        best = mean_log_probabilities(engine.logits(replace(batch, answers=empty)), sizes).max(-1)
         return _texts(engine.base.tokenizer, best.indices, best.values)
     known = [limit for limit in limits if limit is not None]
     if len(known) < len(limits):
         raise InputError(
             "how long may a free answer be? Give answer_tokens (--answer-tokens N), or candidates"
         )
-    ids, scores = engine.continue_greedily(batch, max(known), watch)
+    ids, scores = engine.continue_greedily(batch, max(known), _watching(questions), sizes)
     behind = torch.arange(ids.shape[1]) >= torch.tensor(known)[:, None]
     scores = scores.masked_fill(behind.to(scores.device), 0.0)
     cut = [row[:limit] for row, limit in zip(ids.tolist(), known, strict=True)]

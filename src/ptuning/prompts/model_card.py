@@ -33,6 +33,8 @@ def model_card(description: dict[str, Any]) -> str:
         f"{description['num_virtual_tokens']} virtual tokens for the model "
         f"{_code(shown or 'unknown')} ({state}), trained by P-tuning (arXiv 2103.10385)."
     )
+    if members := description.get("ensemble"):
+        lines += ["", f"An ensemble: {1 + len(members)} such prompts answer together."]
     if template is None:
         lines += ["", "The virtual tokens stand in front of the whole input."]
     else:

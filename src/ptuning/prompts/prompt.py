@@ -5,8 +5,10 @@ A prompt does not hold the base model. Its folder is described in ``docs/checkpo
 
 from __future__ import annotations
 
+import copy
 import warnings
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ class Prompt(PromptSettings):
         modules: tensors of modules trained with the prompt, such as a classifier's head, by their
             names in the model (`peft_compat`); empty for most prompts.
         peft_config: the configuration that `peft_compat` made it from; empty for others.
+        others: further members of an ensemble, which answer together with this one; empty for a
+            prompt alone.
 
     Raises:
         InputError, TemplateError: settings that contradict each other or the template language.
@@ -49,10 +53,47 @@ class Prompt(PromptSettings):
     training: dict[str, Any] = field(default_factory=dict, repr=False)
     modules: dict[str, Tensor] = field(default_factory=dict, repr=False)
     peft_config: dict[str, Any] = field(default_factory=dict, repr=False)
+    others: Sequence[Prompt] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         check_type(self, dict, "base_model", "training", "peft_config")
         super().__post_init__()
+        self.others = tuple(self.others)
+        for other in self.others:
+            _check_alike(self, other)
+
+    @property
+    def members(self) -> list[Prompt]:
+        """The prompts that answer together, the best first; alone it is this one."""
+        return [self.alone(), *self.others] if self.others else [self]
+
+    def alone(self) -> Prompt:
+        """The first member of an ensemble as a prompt of its own, with the same vectors."""
+        alone = copy.copy(self)
+        alone.others = ()
+        return alone
+
+    def check_alone(self, what: str) -> None:
+        """Refuse an ensemble where only one prompt has a meaning.
+
+        Args:
+            what: cannot be done, such as ``"merged into a model"``.
+
+        Raises:
+            InputError: this is an ensemble; says what to do.
+        """
+        if self.others:
+            raise InputError(
+                f"this prompt is an ensemble of {len(self.members)} members, which answer "
+                f"together, and an ensemble cannot be {what}; take its best member alone "
+                "(prompt.alone(), or --alone on the command line)"
+            )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the template names, or the templates of all members."""
+        named = (name for member in self.members for name in member.parsed.fields)
+        return tuple(dict.fromkeys(named))
 
     def encoder_config(self, token_dim: int) -> PromptEncoderConfig:
         """The configuration of this prompt's encoder for an embedding of width `token_dim`."""
@@ -125,7 +166,8 @@ class Prompt(PromptSettings):
         vectors = self.trained_vectors().float()
         kind = self.base_model.get("kind", "causal")
         fits_peft = self.special_tokens == "after" and kind in peft_files.TASK_TYPES
-        if fits_peft if peft is None else peft:
+        if (fits_peft and not self.others) if peft is None else peft:
+            self.check_alone("written in PEFT's form")
             config = self.encoder_config(vectors.shape[1])
             content |= peft_files.pack(vectors, config, kind)
         return content
@@ -144,6 +186,9 @@ class Prompt(PromptSettings):
         if keep_encoder and self.encoder_weights is not None:
             tensors |= {f"encoder.{name}": w for name, w in self.encoder_weights.items()}
         tensors |= {f"module.{name}": w for name, w in self.modules.items()}
+        for number, other in enumerate(self.others, 1):
+            formats.check_numbers(other.trained_vectors(), f"member {number}: vectors")
+            tensors[prompt_files.of_member(number)] = other.trained_vectors().float()
         base = self.base_model
         description = {
             "num_virtual_tokens": len(vectors),
@@ -153,6 +198,15 @@ class Prompt(PromptSettings):
         }
         if self.peft_config:
             description["peft_config"] = self.peft_config
+        if self.others:
+            description[prompt_files.ENSEMBLE] = [
+                {
+                    "num_virtual_tokens": len(other.trained_vectors()),
+                    **other.settings(),
+                    "training": other.training,
+                }
+                for other in self.others
+            ]
         return prompt_files.pack(description, tensors)
 
     @classmethod
@@ -176,17 +230,23 @@ class Prompt(PromptSettings):
         tensors: dict[str, Tensor],
         edited: list[str],
     ) -> Prompt:
-        known = {f.name for f in fields(cls)} - {"modules"}
-        ignored = sorted(set(description) - known - set(prompt_files.OF_FILES))
-        if ignored:
+        known = {f.name for f in fields(cls)} - {"modules", "others"}
+        members = description.pop(prompt_files.ENSEMBLE, [])
+        described = set(description).union(*members) - known
+        if ignored := sorted(described - set(prompt_files.OF_FILES)):
             warnings.warn(f"{folder}: unknown keys are ignored: {ignored}", stacklevel=3)
         try:
             prompt = cls(**{k: v for k, v in description.items() if k in known})
+            others = [cls(**{k: v for k, v in m.items() if k in known}) for m in members]
+            prompt = replace(prompt, others=others)
         except InputError as error:
             raise PromptFileError(f"{folder}/prompt.json: {error}") from error
         if prompt.base_model:
             prompt.base_model = prompt_files.found_in(folder, prompt.base_model)
             fingerprint(prompt.base_model)
+        for number, other in enumerate(prompt.others, 1):
+            other.base_model = prompt.base_model
+            other.vectors = tensors[prompt_files.of_member(number)]
         prompt.vectors = tensors["vectors"]
         prompt.encoder_weights = prompt_files.starting(tensors, "encoder.") or None
         prompt.modules = prompt_files.starting(tensors, "module.")
@@ -241,3 +301,22 @@ class Prompt(PromptSettings):
                     f"cannot upload to {repository!r} ({type(error).__name__}: {reason}); check "
                     "the connection, the name and who is logged in (hf auth whoami)"
                 ) from error
+
+
+def _check_alike(first: Prompt, other: Prompt) -> None:
+    """Refuse a member that cannot answer together with the first.
+
+    Raises:
+        InputError: it is an ensemble itself, or answers something else.
+    """
+    if not isinstance(other, Prompt) or other.others or other.modules or first.modules:
+        raise InputError(
+            f"a member of an ensemble is {other!r}; expected a trained prompt that is no ensemble "
+            "and was trained without further modules"
+        )
+    for name in ("verbalizer", "label_mode", "answer_end"):
+        if getattr(first, name) != getattr(other, name):
+            raise InputError(
+                f"members of an ensemble answer the same: {name} is {getattr(first, name)!r} of "
+                f"one and {getattr(other, name)!r} of another"
+            )

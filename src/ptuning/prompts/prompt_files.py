@@ -3,6 +3,9 @@
 ``prompt.json`` has the tensors' SHA-256, and the tensors' file a copy of the description, so damage
 of either is noticed. Releases before the checksum could be cut off between the two files: then the
 copy counts.
+
+A folder says the lowest version whose readers give its answers: 2 where several members answer
+together (their vectors are ``member.N.vectors``), else 1.
 """
 
 from __future__ import annotations
@@ -19,7 +22,11 @@ from .. import formats, places
 from ..errors import InputError, PromptFileError
 from .model_card import model_card
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that is read."""
+ENSEMBLE = "ensemble"
+"""Key of ``prompt.json``: the settings of each further member."""
+_SINCE_2 = (ENSEMBLE,)
 _DESCRIPTION, _TENSORS = "prompt.json", "prompt.safetensors"
 NAMES = (_TENSORS, _DESCRIPTION, "README.md")
 OF_FILES = ("format_version", "save_id", "sha256")
@@ -33,7 +40,8 @@ def pack(description: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, b
         PromptFileError: a number is not finite.
     """
     _check_tensors(tensors, "the prompt")
-    whole = {"format_version": FORMAT_VERSION, "save_id": uuid.uuid4().hex, **description}
+    version = 2 if any(key in description for key in _SINCE_2) else 1
+    whole = {"format_version": version, "save_id": uuid.uuid4().hex, **description}
     metadata = {"format": "pt", "prompt": json.dumps(whole, ensure_ascii=False)}
     packed = formats.pack_tensors(tensors, metadata)
     return {
@@ -62,24 +70,15 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
     copy = formats.parse_json(metadata.get("prompt", "{}"), f"the description in {_TENSORS}")
     description = _description(folder, copy)
     version = description.get("format_version")
-    if version is True or version != FORMAT_VERSION or not isinstance(version, int):
+    known_version = isinstance(version, int) and 1 <= version <= FORMAT_VERSION
+    if version is True or not known_version:
         raise PromptFileError(
             f"{folder} has format version {version!r}, and this ptuning reads up to "
             f"{FORMAT_VERSION}: upgrade ptuning, or copy the prompt again"
         )
-    if "template" not in description:
-        raise PromptFileError(
-            f"{folder}/{_DESCRIPTION} has no template (null: virtual tokens in front of "
-            "everything); copy it again or retrain"
-        )
-    vectors = tensors.get("vectors")
-    if vectors is None or vectors.dim() != 2:
-        raise PromptFileError(f"{folder}/{_TENSORS} has no table of vectors")
-    if len(vectors) != description.get("num_virtual_tokens"):
-        raise PromptFileError(
-            f"{folder}: prompt.json names {description.get('num_virtual_tokens')} virtual "
-            f"tokens, prompt.safetensors holds {len(vectors)}"
-        )
+    tables = {"vectors": description, **_members(folder, description)}
+    for name, of_one in tables.items():
+        _check_table(folder, name, tensors.get(name), of_one)
     _check_tensors(tensors, f"{folder}/{_TENSORS}")
     known = description.get("sha256") or {}
     known = known.get(_TENSORS) if isinstance(known, dict) else known
@@ -88,11 +87,16 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
             f"{folder}/{_TENSORS} is truncated or damaged (its SHA-256 is not the one in "
             f"{_DESCRIPTION}); copy it again or retrain"
         )
-    tensors["vectors"] = vectors.float()
+    tensors |= {name: tensors[name].float() for name in tables}
     texts = {
         key: (json.dumps(value), json.dumps(description.get(key))) for key, value in copy.items()
     }
     return description, tensors, [key for key, (one, other) in texts.items() if one != other]
+
+
+def of_member(number: int) -> str:
+    """The tensor that holds the vectors of an ensemble's further member, counted from 1."""
+    return f"member.{number}.vectors"
 
 
 def starting(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -127,6 +131,35 @@ def found_in(folder: Path, base_model: dict[str, Any]) -> dict[str, Any]:
         raise PromptFileError(f"{folder}/{_DESCRIPTION}: base_model's folder: {error}") from None
     known = {k: v for k, v in base_model.items() if k != "folder"}
     return {**known, "name": str(path), "tuned_from": base_model.get("name")}
+
+
+def _members(folder: Path, description: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of an ensemble's further members the tensor's name and the settings."""
+    found = description.get(ENSEMBLE, [])
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise PromptFileError(
+            f"{folder}/{_DESCRIPTION}: {ENSEMBLE} is no list of members' settings; copy it again "
+            "or retrain"
+        )
+    return {of_member(number): one for number, one in enumerate(found, 1)}
+
+
+def _check_table(
+    folder: Path, name: str, vectors: Tensor | None, description: dict[str, Any]
+) -> None:
+    """A prompt's template and vectors are there and belong together."""
+    if "template" not in description:
+        raise PromptFileError(
+            f"{folder}/{_DESCRIPTION} has no template (null: virtual tokens in front of "
+            "everything); copy it again or retrain"
+        )
+    if vectors is None or vectors.dim() != 2:
+        raise PromptFileError(f"{folder}/{_TENSORS} has no table of {name}")
+    if len(vectors) != description.get("num_virtual_tokens"):
+        raise PromptFileError(
+            f"{folder}: prompt.json names {description.get('num_virtual_tokens')} virtual "
+            f"tokens, prompt.safetensors holds {len(vectors)}"
+        )
 
 
 def _check_tensors(tensors: dict[str, Tensor], place: str) -> None:

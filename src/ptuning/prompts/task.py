@@ -92,6 +92,11 @@ class Task:
         return leading == len(self.parsed.virtual)
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the template names."""
+        return self.parsed.fields
+
+    @property
     def labels(self) -> dict[str, tuple[str, ...]]:
         """The verbalizer as label -> words; empty without one."""
         return {k: tuple(v) for k, v in (self.verbalizer or {}).items()}

@@ -260,7 +260,7 @@ def check_rows(task: Task, rows: Iterable[Example], what: str, *, answered: bool
         DataError: names the first example at fault by its number, counted from 1.
     """
     in_words = _columns_in_words(task)
-    fields, labels, number = task.parsed.fields, task.labels, 0
+    fields, labels, number = task.columns, task.labels, 0
     for number, row in enumerate(rows, 1):
         try:
             _texts(row, fields, "template")

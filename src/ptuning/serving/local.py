@@ -15,10 +15,10 @@ from ..errors import PtuningError
 from ..forward.engine import Engine
 from ..inference.attachment import Attachment, attach
 from ..inference.nearest_words import nearest_words
-from ..inference.prediction import Question, answers
+from ..inference.prediction import Question, Reading, answers, members_of
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
-from ..rendering.render import Rendered, Renderer
+from ..rendering.render import Renderer
 from .backend import LONGEST, PLAIN, PLAIN_CHAT, Answer, Row, Wish, cut_at, shown_name
 from .batcher import Batcher, Item
 
@@ -32,24 +32,27 @@ class Handle:
 
     Attributes:
         task: a prompt or a manual template.
-        renderer: the task's.
+        renderers: the task's, or of an ensemble each member's.
         attachment: of a prompt.
         by_hand: the task without virtual tokens; made when it is first asked.
         nearest: what `nearest_words` said, once it was asked.
     """
 
     task: Task
-    renderer: Renderer
+    renderers: list[Renderer]
     attachment: Attachment | None = None
     by_hand: Handle | None = None
     nearest: list[dict[str, Any]] | None = None
 
-    @property
-    def first_id(self) -> int:
-        """The id of the first virtual token; 0 without a prompt."""
-        if self.attachment is None or not isinstance(self.task, Prompt):
-            return 0
-        return self.attachment.first_id(self.task)
+    def readings(self, row: Row) -> list[Reading]:
+        """How the task reads a row, or each member of an ensemble does."""
+        readings = []
+        for renderer in self.renderers:
+            first_id, task = 0, renderer.task
+            if self.attachment is not None and isinstance(task, Prompt):
+                first_id = self.attachment.first_id(task)
+            readings.append(Reading(renderer, renderer(row, answered=False), first_id))
+        return readings
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,8 @@ class Local:
             attachment = attach(self.base.model, self.base.tokenizer, task)
             self._renew()
         try:
-            return Handle(task, self._engine.renderer(task), attachment)
+            members = members_of(task)
+            return Handle(task, [self._engine.renderer(one) for one in members], attachment)
         except PtuningError:
             if attachment is not None:
                 attachment.detach()
@@ -185,23 +189,24 @@ class Local:
         if store is not None and store.bytes > _KEPT // 2:
             self._renew()
         masked = self.base.kind is ModelKind.MASKED
-        asked: list[tuple[Item, Rendered, _Listener, Question]] = []
+        asked: list[tuple[Item, _Listener, Question]] = []
         for item in items:
             try:
                 handle = self._wanted(item.question)
-                example = handle.renderer(item.question.row, answered=False)
+                first, *others = handle.readings(item.question.row)
             except PtuningError as error:
                 yield item, error
                 continue
             wish: Wish = item.question.wish
             limit = wish.limit or handle.task.answer_tokens or (1 if masked else LONGEST)
             listener = _Listener(item, self.base.tokenizer)
-            question = Question(handle.renderer, example, handle.first_id, limit, listener)
-            asked.append((item, example, listener, question))
+            watched: Any = {"limit": limit, "watch": listener, "others": tuple(others)}
+            asked.append((item, listener, Question(**vars(first), **watched)))
         with eval_mode(self.base.model):
             found = answers(self._engine, [question for *_, question in asked], self._most)
             for number, prediction in found:
-                item, example, listener, question = asked[number]
+                item, listener, question = asked[number]
+                example = question.example
                 text = cut_at(prediction.answer, item.question.wish.stop).strip()
                 at_once = masked or question.renderer.compares
                 yield (

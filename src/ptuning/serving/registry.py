@@ -241,7 +241,7 @@ def fields_of(prompt: Prompt) -> tuple[str, ...]:
     """
     words = [word for of_label in prompt.labels.values() for word in of_label]
     named = [name for word in words for name in named_fields(word)]
-    return tuple(dict.fromkeys([*prompt.parsed.fields, *named]))
+    return tuple(dict.fromkeys([*prompt.columns, *named]))
 
 
 def _inside(collection: Path, name: str) -> Path:

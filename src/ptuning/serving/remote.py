@@ -96,6 +96,7 @@ class Remote:
         Raises:
             InputError: it is not merged there, or has another number of virtual tokens.
         """
+        prompt.check_alone("served by a merged model")
         entry = self._merged.get(name)
         if entry is None:
             raise InputError(

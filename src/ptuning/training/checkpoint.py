@@ -24,7 +24,7 @@ from .. import distributed, formats, storage
 from ..backbone.base_model import BaseModel
 from ..errors import InputError, PromptFileError
 from .grid import Variant
-from .settings import CHANGE_NO_RESULT
+from .settings import CHANGE_NO_RESULT, LATER, TrainSettings
 
 FOLDER = "checkpoints"
 _KEPT = 2
@@ -132,6 +132,9 @@ def identity_of(variants: Sequence[Variant], base: BaseModel) -> dict[str, str]:
     chosen = {**asdict(first.settings), **first.prompt.settings()}
     for name in CHANGE_NO_RESULT:
         del chosen[name]
+    for name in LATER:  # older releases' checkpoints do not name them
+        if chosen[name] == getattr(TrainSettings, name):
+            del chosen[name]
     chosen["patience"] = chosen["patience"] or None  # both were "never" in the first release
     start = first.prompt.vectors
     chosen["the prompt to begin from"] = None if start is None else start.double().sum().item()

@@ -11,6 +11,7 @@ from ..errors import DataError, InputError
 from ..prompts.prompt import Prompt
 from ..rendering.render import Example, answer_column, check_rows
 from .accelerator import check_tracker
+from .ensemble import check_ensemble
 from .grid import choices
 from .settings import TrainSettings
 
@@ -35,6 +36,7 @@ def check_run(
     draft = copy.copy(prompt)
     draft.answer = answer_column(prompt, rows[0])
     members = choices(draft, settings, population, grid)
+    check_ensemble(settings.ensemble, len(members))
     if settings.tune_model and len(members) > 1:
         raise InputError(
             f"tune_model trains the base model with one prompt, and the population has "

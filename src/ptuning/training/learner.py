@@ -183,6 +183,10 @@ class Learner:
         if self.model is not None:
             self.model.load_state_dict(self.best["model"], strict=False)
 
+    def figures(self) -> dict[str, float]:
+        """The best record's numbers."""
+        return {k: v for k, v in self.best.items() if k not in ("weights", "vectors", "model")}
+
     def weights(self) -> dict[str, Tensor]:
         """The encoder's state dict, ``(…)`` by name."""
         return self.member.encoder.state_dict()
@@ -238,7 +242,8 @@ def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def halve(learners: Sequence[Learner], epoch: int, epochs: int) -> None:
-    """At the rungs of a population drop the half that is behind.
+    """At the rungs of a population drop the half that is behind, but not of those who answer
+    together (``ensemble``).
 
     Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943): N members have log2(N)
     rungs, or one for each three epochs if that is fewer, evenly spread over the epochs; behind the
@@ -246,16 +251,10 @@ def halve(learners: Sequence[Learner], epoch: int, epochs: int) -> None:
     """
     rungs = min(len(learners).bit_length() - 1, epochs // 3)
     passed = sum(epoch >= round(epochs * r / (rungs + 1)) for r in range(1, rungs + 1))
-    staying = math.ceil(len(learners) / 2**passed)
+    staying = max(math.ceil(len(learners) / 2**passed), learners[0].settings.ensemble)
     active = [learner for learner in learners if learner.active and "dev_loss" in learner.best]
     for learner in sorted(active, key=lambda x: x.rank(x.best), reverse=True)[staying:]:
         learner.active, learner.dropped = False, epoch
-
-
-def best_of(learners: Sequence[Learner]) -> int:
-    """The number of the member with the best result; the first of equals."""
-    known = [number for number, learner in enumerate(learners) if learner.best]
-    return max(known, key=lambda n: (learners[n].rank(learners[n].best), -n))
 
 
 def _rate_factor(step: int, warmup: int, steps: int, schedule: str) -> float:

@@ -16,6 +16,8 @@ SCHEDULES = ("linear", "cosine", "constant")
 CHOICES = ("accuracy", "loss")
 CHANGE_NO_RESULT = ("tracker", "checkpoint_seconds", "prefix_cache", "graphs", "compile")
 """Settings that a run may be resumed with others of."""
+LATER = ("ensemble",)
+"""Settings that older releases do not have: at its default one is no part of a run's identity."""
 PATIENCE = 4
 """Epochs without a gain that a training takes where the user says nothing.
 
@@ -49,6 +51,8 @@ class TrainSettings:
         checkpoint_seconds: time between two checkpoints of a run that has an output folder; there
             is one after each epoch too.
         halving: drop members of a population that fall behind on dev, half of them at each rung.
+        ensemble: the so many best members of a population answer together (mean of their
+            log-probabilities): steadier over seeds, at the price of as many forwards.
         prefix_cache: keep the keys and values of text before the first virtual token: ``auto``
             (part of the free memory), ``off`` (every row is computed as a whole), or bytes such as
             ``2G``. Changes no result.
@@ -80,6 +84,7 @@ class TrainSettings:
     tracker: str | None = None
     checkpoint_seconds: float = 10.0
     halving: bool = True
+    ensemble: int = 1
     prefix_cache: str = "auto"
     tune_model: bool = False
     model_learning_rate: float = 1e-5
@@ -87,7 +92,7 @@ class TrainSettings:
     compile: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "gradient_accumulation"):
+        for name in ("epochs", "batch_size", "gradient_accumulation", "ensemble"):
             at_least_one(name, getattr(self, name))
         if self.patience != 0 or self.patience is False:
             at_least_one("patience", self.patience)

@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from ..rendering.render import Example, Rendered, Renderer, answer_column, rende
 from ..reporting import html_picture, html_table, percent, training_curve
 from . import checkpoint, guidance
 from .checks import check_run
+from .ensemble import best_members, dev_figures, trained
 from .grid import Variant, choices
-from .learner import Learner, best_of
+from .learner import Learner
 from .loop import Loop
 from .progress import Progress, in_words, shown
 from .settings import TrainSettings
@@ -45,7 +46,9 @@ class TrainResult:
         members: one for each prompt of the population: ``name`` (its seed and grid values),
             ``best`` (its best record), ``epochs`` that it trained, and ``dropped``, the epoch in
             which it fell out, or None.
-        winner: the number of the member that the prompt now is.
+        winner: the number of the member that the prompt now is, or the first of an ensemble.
+        ensemble: where several members answer together: their numbers (``members``), the best
+            first, and with dev examples their ``dev_accuracy`` and ``dev_loss`` together.
     """
 
     history: list[dict[str, float]]
@@ -54,6 +57,7 @@ class TrainResult:
     seconds: float
     members: list[dict[str, Any]]
     winner: int
+    ensemble: dict[str, Any] = field(default_factory=dict)
 
     def _repr_html_(self) -> str:
         """For notebooks: the epochs as a table, and the picture."""
@@ -71,7 +75,9 @@ class TrainResult:
             for record in self.history
         ]
         title = f"Trained in {in_words(self.seconds)}"
-        if len(self.members) > 1:
+        if self.ensemble:
+            title += f"; {len(self.ensemble['members'])} of {len(self.members)} answer together"
+        elif len(self.members) > 1:
             title += f"; the best of {len(self.members)} members"
         header = ["epoch", "loss", *(name for name, *_ in known)]
         return html_table(title, header, rows) + html_picture(self._repr_png_())
@@ -115,7 +121,8 @@ def train(
         output: folder for checkpoints of the running training; only the main process uses it.
         resume: continue from the newest checkpoint in `output`, if there is one.
         settings: how to train; `options` change single fields of it.
-        population: train so many seeds side by side in shared batches, and keep the best by dev.
+        population: train so many seeds side by side in shared batches, and keep the best by dev
+            (or the best few: the setting ``ensemble``).
         grid: values to train side by side too, such as ``{"encoder": ["mlp", "lstm"]}``; each
             combination with each seed is a member (`grid.KEYS` lists what may vary).
         listener: called after each step and epoch, in the main process; by default one that shows
@@ -139,6 +146,7 @@ def train(
         if prompt.base_model:
             base.check_same(prompt.base_model)
         draft = copy.copy(prompt)  # a training that fails leaves the prompt as it was
+        draft.others = ()
         column = draft.answer = answer_column(prompt, rows[0])
         chosen = choices(draft, settings, population, grid)
         check_free(model, settings.tune_model)
@@ -160,14 +168,14 @@ def train(
                 distributed.locked(loop.output and loop.output / checkpoint.FOLDER)
             )
             learners = loop.train(resume)
-        winner = best_of(learners)
+        (winner,) = best_members(learners, 1)
         learner, variant = learners[winner], variants[winner]
         learner.put_best_into_model()
         prompt.become(variant.prompt)
         prompt.vectors = learner.best["vectors"]
         prompt.encoder_weights = learner.best["weights"]
         prompt.base_model = base.describe()
-        best = _figures(learner)
+        best = learner.figures()
         majority = majority_answer(prompt.label_text(row[column]) for row in rows)
         prompt.training = {
             "examples": len(rows),
@@ -178,26 +186,44 @@ def train(
             "population": len(variants),
             **best,
         }
+        ensemble = _together(prompt, base, variants, learners, settings)
         dev_answers = [prompt.label_text(row[column]) for row in dev]
         if not variant.has_start:  # what begins as something good may stay as it is
             _advise(guidance.nothing_learnt(learner.history, best, dev_answers, majority), verbose)
         members = [
-            {"name": v.name, "best": _figures(x), "epochs": len(x.history), "dropped": x.dropped}
+            {"name": v.name, "best": x.figures(), "epochs": len(x.history), "dropped": x.dropped}
             for v, x in zip(variants, learners, strict=True)
         ]
         shortened = sum(example.shortened for example in variant.examples)
         seconds = time.monotonic() - started
-        return TrainResult(learner.history, best, shortened, seconds, members, winner)
+        return TrainResult(learner.history, best, shortened, seconds, members, winner, ensemble)
+
+
+def _together(
+    prompt: Prompt,
+    base: BaseModel,
+    variants: list[Variant],
+    learners: list[Learner],
+    settings: TrainSettings,
+) -> dict[str, Any]:
+    """Give the prompt the further members of its ensemble; tells of it as `TrainResult` does."""
+    prompt.others = ()
+    chosen = best_members(learners, settings.ensemble)
+    if len(chosen) < 2:
+        return {}
+    prompt.others = tuple(trained(variants[n], learners[n], base) for n in chosen[1:])
+    figures: dict[str, Any] = {"members": chosen}
+    if variants[0].dev:
+        of_members = [variants[n] for n in chosen]
+        figures |= dev_figures(base, of_members, prompt.members, 2 * settings.batch_size)
+    prompt.training |= {**figures, "members": len(chosen)}
+    return figures
 
 
 def _advise(text: str | None, verbose: bool) -> None:
     """Say what the user should know, once: in the main process."""
     if text and verbose and distributed.state().is_main_process:
         warnings.warn(text, stacklevel=3)
-
-
-def _figures(learner: Learner) -> dict[str, float]:
-    return {k: v for k, v in learner.best.items() if k not in ("weights", "vectors", "model")}
 
 
 def _rendered(

@@ -1,0 +1,78 @@
+"""The best members of a population become one prompt, which answers with all of them.
+
+An ensemble swings less with the seed than any of its members, and than the best one by dev: what a
+member got wrong by chance the others outvote (Hansen and Salamon 1990). How the members' answers
+become one is `forward.together`'s.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from ..backbone.base_model import BaseModel, first_free_id
+from ..backbone.injection import Injector
+from ..backbone.modes import eval_mode
+from ..errors import InputError
+from ..forward.engine import Engine
+from ..forward.scoring import score_together
+from ..prompts.prompt import Prompt
+from ..threads import CHANGING
+from .grid import Variant
+from .learner import Learner
+
+
+def check_ensemble(count: int, members: int) -> None:
+    """Refuse an ensemble of more members than there are.
+
+    Raises:
+        InputError: says how to have enough.
+    """
+    if count > members:
+        raise InputError(
+            f"an ensemble of {count} needs as many prompts to choose from, and {members} is "
+            f"trained; give a population (or a grid) of at least {count}"
+        )
+
+
+def best_members(learners: Sequence[Learner], count: int) -> list[int]:
+    """The numbers of the members with the best results, the best first; of equals the first."""
+    known = [number for number, learner in enumerate(learners) if learner.best]
+    known.sort(key=lambda n: learners[n].rank(learners[n].best), reverse=True)
+    return known[:count]
+
+
+def trained(variant: Variant, learner: Learner, base: BaseModel) -> Prompt:
+    """A member as a prompt of its own, without the encoder's weights."""
+    prompt = copy.copy(variant.prompt)
+    prompt.vectors, prompt.encoder_weights = learner.best["vectors"], None
+    prompt.base_model, prompt.others = base.describe(), ()
+    prompt.training = {"seed": variant.settings.seed, **learner.figures()}
+    return prompt
+
+
+def dev_figures(
+    base: BaseModel, variants: Sequence[Variant], members: Sequence[Prompt], batch_size: int
+) -> dict[str, float]:
+    """``dev_accuracy`` and ``dev_loss`` of members that answer together.
+
+    Args:
+        base: the frozen model.
+        variants: the members', with their dev examples.
+        members: trained.
+        batch_size: rows of a forward.
+    """
+    engine = Engine(base)
+    with ExitStack() as stack:
+        stack.enter_context(eval_mode(base.model))
+        first_ids = []
+        for member in members:
+            with CHANGING:
+                injector = Injector.on(base.model)
+                span = injector.add(member.trained_vectors(), first_free_id(base.tokenizer))
+            stack.callback(injector.remove, span)
+            first_ids.append(span.first)
+        renderers, examples = [v.renderer for v in variants], [v.dev for v in variants]
+        accuracy, loss = score_together(engine, renderers, examples, first_ids, batch_size)
+    return {"dev_accuracy": accuracy, "dev_loss": loss}
