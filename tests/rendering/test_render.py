@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import re
 import warnings
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,14 @@ from typing import Any
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
-from tokenizers.normalizers import BertNormalizer
+from tokenizers import AddedToken, processors
+from tokenizers.normalizers import BertNormalizer, Lowercase
 from transformers import AutoTokenizer
 
 from ptuning.errors import DataError, InputError
 from ptuning.prompts.prompt import Prompt
 from ptuning.prompts.task import Task
+from ptuning.rendering import virtual_ids
 from ptuning.rendering.layout import Sequence
 from ptuning.rendering.render import Rendered, Renderer, answer_column
 
@@ -914,3 +917,45 @@ def test_words_that_disagree_with_the_number_are_an_error() -> None:
 def test_task_without_a_template_cannot_be_rendered() -> None:
     with pytest.raises(InputError, match="no template"):
         Renderer(plain(), Prompt(num_virtual_tokens=3), "causal")
+
+
+def test_renderers_of_one_tokenizer_share_its_extended_copy() -> None:
+    tokenizer = tiny.tokenizer()
+    first = render("[P*2] {x} [MASK]", {"x": "Oslo", "answer": "yes"}, tokenizer=tokenizer)
+    copied = virtual_ids.Names(tokenizer, 3).avoiding("").tokenizer
+    tokenizer(["Oslo", "does it rain in Oslo?"], padding=True, truncation=True, max_length=4)
+    assert virtual_ids.Names(tokenizer, 5).avoiding("").tokenizer is copied
+    again = render("[P*2] {x} [MASK]", {"x": "Oslo", "answer": "yes"}, tokenizer=tokenizer)
+    assert again == first
+    wider = virtual_ids.Names(tokenizer, 40).avoiding("")
+    assert wider.ids(f"{wider.name(39)}{wider.slot}") == [-40, virtual_ids.SLOT]
+
+
+@pytest.mark.parametrize("change", ["token", "normalizer", "around", "model"])
+def test_a_tokenizer_that_its_owner_changes_is_copied_anew(change: str) -> None:
+    tokenizer = tiny.tokenizer()
+    example = {"x": "Oslo </s> Rome", "answer": "yes"}
+    before = render("[P*2] {x} [MASK]", example, tokenizer=tokenizer)
+    if change == "token":
+        tokenizer.add_tokens(["Oslo"])
+    elif change == "normalizer":
+        tokenizer.backend_tokenizer.normalizer = Lowercase()
+    elif change == "around":
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+        )
+    else:
+        merges = tokenizer.backend_tokenizer.model
+        merges.dropout = 1.0
+        tokenizer.backend_tokenizer.model = merges
+    after = render("[P*2] {x} [MASK]", example, tokenizer=tokenizer)
+    assert after != before
+    assert after == render("[P*2] {x} [MASK]", example, tokenizer=copy.deepcopy(tokenizer))
+
+
+def test_an_extended_copy_goes_with_its_tokenizer() -> None:
+    tokenizer = tiny.tokenizer()
+    copied = weakref.ref(virtual_ids.Names(tokenizer, 2).avoiding("").tokenizer)
+    del tokenizer
+    gc.collect()
+    assert copied() is None

@@ -3,19 +3,25 @@
 A whole rendered string is tokenized at once by a copy of the tokenizer in which each virtual token,
 and the answer slot, is an added token. The names are chosen to occur in no text of the example, so
 text never becomes a virtual token.
+
+A copy takes a tenth of a second, so the last one of a tokenizer is kept for all who render with it,
+as long as the tokenizer is what it was.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from tokenizers import AddedToken
 
 from ..errors import InputError
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
+from ..threads import CHANGING
 
 SLOT = -(10**9)
 """The answer slot among rendered ids; virtual token i is ``-1 - i``."""
@@ -74,14 +80,58 @@ class Names:
         return self._made[number]
 
     def _make(self, prefix: str) -> NamedTokenizer:
-        tokenizer = copy.deepcopy(self.tokenizer)
-        tokenizer.model_max_length = 10**30  # rendering sees to the length, without a warning
-        named = NamedTokenizer(tokenizer, prefix, {})
-        names = {named.name(i): -1 - i for i in range(self.count)} | {named.slot: SLOT}
-        tokenizer.add_tokens([virtual_token(name) for name in names])
-        for name, meaning in names.items():
-            named.meaning[tokenizer.convert_tokens_to_ids(name)] = meaning
-        return named
+        state = _state(self.tokenizer) if prefix == _USUAL else None
+        if state is None:
+            return _extended(self.tokenizer, prefix, self.count)
+        with CHANGING:
+            kept = _kept.get(self.tokenizer)
+        if kept is None or kept.state != state or kept.count < self.count:
+            count = -(-self.count // _ROUND) * _ROUND
+            kept = _Kept(state, count, _extended(self.tokenizer, prefix, count))
+            with CHANGING:
+                _kept[self.tokenizer] = kept
+        return kept.named
+
+
+class _Kept(NamedTuple):
+    """The extended copy of a tokenizer in some state; nobody changes it any more."""
+
+    state: str
+    count: int
+    named: NamedTokenizer
+
+
+_USUAL = "<|virtual-0:"
+_ROUND = 32
+"""Copies for more names than are asked for serve the next prompt too."""
+_kept: WeakKeyDictionary[Any, _Kept] = WeakKeyDictionary()
+
+
+def _state(tokenizer: Any) -> str | None:
+    """What tells a tokenizer from what its owner makes of it, such as by adding tokens.
+
+    None where it cannot be told: without a backend that writes itself down.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    plain = (bool, int, str, list, tuple, type(None))
+    own = {name: value for name, value in vars(tokenizer).items() if isinstance(value, plain)}
+    # Padding and truncation stand first; they are whatever the last call asked for.
+    written = backend.to_str().partition('"added_tokens"')[2]
+    return hashlib.sha256((repr(own) + written).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _extended(tokenizer: Any, prefix: str, count: int) -> NamedTokenizer:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = 10**30  # rendering sees to the length, without a warning
+    named = NamedTokenizer(tokenizer, prefix, {})
+    names = {named.name(i): -1 - i for i in range(count)} | {named.slot: SLOT}
+    tokenizer.add_tokens([virtual_token(name) for name in names])
+    for name, meaning in names.items():
+        named.meaning[tokenizer.convert_tokens_to_ids(name)] = meaning
+    named.ids("")  # ends padding and truncation of the owner's last call: threads only read then
+    return named
 
 
 def virtual_token(name: str) -> AddedToken:
