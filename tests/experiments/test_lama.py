@@ -27,6 +27,7 @@ from ptuning.experiments.lama.relations import (
     read_facts,
     read_relations,
 )
+from ptuning.forward import batching
 from ptuning.rendering.render import Renderer
 
 from .. import tiny
@@ -153,9 +154,9 @@ def test_a_rank_counts_what_the_model_finds_at_least_as_likely(family: str) -> N
     words = one_token_words(tokenizer)[:6]
     rows = [{"sub_label": "town " * (n + 1), "obj_label": w} for n, w in enumerate(words)]
     task = Task("{sub_label} is in [MASK]", answer="obj_label", answer_end=False)
-    found = ranks(model, tokenizer, task, rows, batch_size=4)
+    (found,) = ranks(model, tokenizer, [task], rows)
     ids = [tokenizer(" " + w, add_special_tokens=False)["input_ids"][0] for w in words]
-    among = ranks(model, tokenizer, task, rows, candidates=ids)
+    (among,) = ranks(model, tokenizer, [task], rows, candidates=ids)
     for row, right, rank, few in zip(rows, ids, found, among, strict=True):
         text = f"{row['sub_label']} is in" + ("<mask>" if family == "bert" else "")
         inputs = tokenizer(text, return_tensors="pt")["input_ids"]
@@ -165,7 +166,25 @@ def test_a_rank_counts_what_the_model_finds_at_least_as_likely(family: str) -> N
         assert rank == int((logits >= logits[right]).sum())
         assert few == int((logits[ids] >= logits[right]).sum())
     with pytest.raises(DataError, match="no candidate"):
-        ranks(model, tokenizer, task, rows, candidates=ids[1:])
+        ranks(model, tokenizer, [task], rows, candidates=ids[1:])
+
+
+def test_tasks_that_share_batches_have_the_ranks_that_each_has_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = tiny.tokenizer()
+    model = tiny.model("llama", vocab_size=len(tokenizer))
+    rows = [
+        {"sub_label": "town " * (n % 5 + 1), "obj_label": w}
+        for n, w in enumerate(one_token_words(tokenizer)[:12])
+    ]
+    texts = ("{sub_label} is in [MASK]", "The town of {sub_label} lies in [MASK]")
+    tasks = [Task(text, answer="obj_label", answer_end=False) for text in texts]
+    prompt = Prompt("[P*2] {sub_label} [MASK]", answer="obj_label", answer_end=False)
+    prompt.vectors = torch.randn(2, model.config.hidden_size)
+    alone = [ranks(model, tokenizer, [task], rows)[0] for task in (*tasks, prompt)]
+    monkeypatch.setitem(batching._BUSY, "cpu", 40)
+    assert ranks(model, tokenizer, [*tasks, prompt], rows) == alone
 
 
 def test_metrics_of_ranks() -> None:
@@ -284,7 +303,7 @@ def test_candidates_compete_alone(
     relation = read_relations(data, ["P36"])[0]
     dev = read_facts(data, relation, tokenizer).dev
     ids = [one_token(tokenizer, word) for word in words[:4]]
-    among = metrics(ranks(model, tokenizer, prompt, dev, candidates=ids))
+    among = metrics(ranks(model, tokenizer, [prompt], dev, candidates=ids)[0])
     assert report["relations"]["P36"]["dev_p1"] == among["p1"]
     (tmp_path / "words.txt").write_text("\n".join(words[1:4]))
     code, _, err = lama(
@@ -356,7 +375,7 @@ def test_scores_that_are_no_numbers_rank_last() -> None:
     words = one_token_words(tokenizer)
     task = Task("{sub_label} [MASK]", answer="obj_label", answer_end=False)
     rows = [{"sub_label": "a", "obj_label": words[0]}]
-    assert ranks(model, tokenizer, task, rows) == [len(tokenizer)]
+    assert ranks(model, tokenizer, [task], rows) == [[len(tokenizer)]]
 
 
 def test_ctrl_c_is_one_line(lama: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,13 +72,16 @@ class Engine:
         """As `batching.batch_for`, on the model's device."""
         return batch_for(self.base, rows, first_ids).to(self.base.device)
 
+    def parts(self, rows: Sequence[Row], device: torch.device | None = None) -> list[list[Row]]:
+        """Rows in parts that keep a device busy, the model's by default (`batching.by_length`)."""
+        packs = packs_rows(self.base.model)
+        return list(by_length(rows, device or self.base.device, self.shares, packs))
+
     def batches(
         self, rows: Sequence[Row], first_ids: Sequence[int], device: torch.device
     ) -> list[Batch]:
-        """Rows of a training step in parts that keep a device busy (`batching.by_length`), still on
-        the CPU."""
-        parts = by_length(rows, device, self.shares, packs_rows(self.base.model))
-        return [batch_for(self.base, part, first_ids) for part in parts]
+        """Rows of a training step as batches of such parts, still on the CPU."""
+        return [batch_for(self.base, part, first_ids) for part in self.parts(rows, device)]
 
     def prediction_batch(self, rows: Sequence[Row], first_ids: Sequence[int]) -> Batch:
         """A batch whose rows share all that they can, since nothing in it is trained."""

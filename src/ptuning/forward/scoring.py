@@ -1,4 +1,4 @@
-"""Accuracy and loss of one prompt (or manual template) on answered examples, by teacher forcing.
+"""Accuracy and loss of prompts (or manual templates) on answered examples, by teacher forcing.
 
 One forward per batch: greedy decoding gives the whole answer exactly where each answer token is the
 most likely one after those before it.
@@ -21,31 +21,9 @@ from .together import first_rows, mean_log_probabilities
 
 
 def score(
-    engine: Engine,
-    renderer: Renderer,
-    examples: list[Rendered],
-    first_id: int,
-    batch_size: int,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    engine: Engine, renderer: Renderer, examples: list[Rendered], first_id: int, batch_size: int
 ) -> tuple[float, float]:
     """Fraction answered right, and mean loss per answer token (or per label).
-
-    The arguments are those of `sums`.
-    """
-    right, loss = sums(engine, renderer, examples, first_id, batch_size, autocast)
-    return right / len(examples), loss / sum(example.weight for example in examples)
-
-
-@torch.no_grad()
-def sums(
-    engine: Engine,
-    renderer: Renderer,
-    examples: list[Rendered],
-    first_id: int,
-    batch_size: int,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> tuple[float, float]:
-    """How many examples are answered right, and the sum of their losses.
 
     Args:
         engine: its model has the prompt attached and is in eval mode.
@@ -53,21 +31,46 @@ def sums(
         examples: rendered with their answers.
         first_id: id of the prompt's first virtual token; 0 for a manual template.
         batch_size: examples per forward.
-        autocast: accelerate's mixed precision.
     """
-    device = engine.base.device
-    words = torch.tensor(renderer.owner, device=device) if renderer.compares else None
     batches = [
         engine.batch([(examples[i], 0) for i in chunk], [first_id])
         for chunk in engine.chunks(examples, batch_size)
     ]
-    sums = torch.zeros(2, dtype=torch.float64)
+    words = torch.tensor(renderer.owner) if renderer.compares else None
+    ((right, loss),) = sums(engine, batches, 1, words).tolist()
+    return right / len(examples), loss / sum(example.weight for example in examples)
+
+
+@torch.no_grad()
+def sums(
+    engine: Engine,
+    batches: Sequence[Batch],
+    members: int,
+    words: Tensor | None,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Tensor:
+    """How many examples are answered right, and the sum of their losses: for each member
+    ``(members, 2)`` in float64, on the CPU.
+
+    Args:
+        engine: its model has the prompts attached and is in eval mode.
+        batches: of answered examples, on the model's device.
+        members: how many prompts the examples are of (`Batch.member`).
+        words: ``(W,)`` for label comparison the label of each word, else None.
+        autocast: accelerate's mixed precision.
+    """
+    found = []
     with engine.sharing(batches, autocast):
         for batch in batches:
             with autocast():
                 losses, right = engine.losses_and_right(batch, words)
-            sums += torch.stack([right.sum().double(), losses.sum().double()]).cpu()
-    return float(sums[0]), float(sums[1])
+            found.append(torch.stack([right.to(losses.dtype), losses], dim=1))
+    total = torch.zeros(members, 2, dtype=torch.float64)
+    if not found:
+        return total
+    # One look at the device for all batches.
+    member, figures = torch.cat([batch.member for batch in batches]).cpu(), torch.cat(found).cpu()
+    return total.index_add(0, member, figures.double())
 
 
 @torch.no_grad()
@@ -113,3 +116,11 @@ def _together(
     means, answers = mean_log_probabilities(engine.logits(batch), sizes), batch.answers[first]
     right = ((means.argmax(-1) == answers) | (answers == IGNORED)).all(1)
     return answer_nll(means, answers).sum(1), right
+=======
+            found.append(torch.stack([right.to(losses.dtype), losses], dim=1))
+    total = torch.zeros(members, 2, dtype=torch.float64)
+    if not found:
+        return total
+    # One look at the device for all batches.
+    member, figures = torch.cat([batch.member for batch in batches]).cpu(), torch.cat(found).cpu()
+    return total.index_add(0, member, figures.double())

@@ -225,28 +225,26 @@ class Loop:
         self._tell(self.step, epoch, record["loss"], record)
 
     def _dev_results(self, numbers: list[int]) -> list[dict[str, float]]:
-        """Dev figures of some members; each process computes its share of the examples."""
+        """Dev figures of some members, in shared batches; each process computes its share."""
         if not self.variants[0].dev:
             return [{} for _ in numbers]
         self.population.eval()
         self.population.write_tables()
-        first_ids = self.population.first_ids()
-        found = [
-            sums(
-                self.engine,
-                self.variants[number].renderer,
-                distributed.share(self.variants[number].dev),
-                first_ids[number],
-                2 * self.settings.batch_size,
-                self.accelerator.autocast,
+        rows = [(example, number) for number in numbers for example in self.variants[number].dev]
+        batches = [
+            batch.to(self.device)
+            for batch in self.engine.batches(
+                distributed.share(rows), self.population.first_ids(), self.device
             )
-            for number in numbers
         ]
-        (added,) = distributed.add_up([torch.tensor(found, dtype=torch.float64)])
+        words, autocast = self.population.words, self.accelerator.autocast
+        (found,) = distributed.add_up(
+            [sums(self.engine, batches, len(self.variants), words, autocast)]
+        )
         weights = [sum(example.weight for example in self.variants[n].dev) for n in numbers]
         return [
             {"dev_accuracy": right / len(self.variants[0].dev), "dev_loss": loss / weight}
-            for (right, loss), weight in zip(added.tolist(), weights, strict=True)
+            for (right, loss), weight in zip(found[numbers].tolist(), weights, strict=True)
         ]
 
     def _report(self, step: int, epoch: int, losses: Tensor) -> None:

@@ -79,10 +79,10 @@ def probe(
     by_hand = {text: _manual(text) for text in check(model, tokenizer, relation, facts, options)}
     ranked = partial(ranks, model, tokenizer, candidates=_ids(tokenizer, candidates, facts))
 
-    def measured(task: Task, rows: list[Row]) -> dict[str, float]:
-        return metrics(ranked(task, rows))
+    def measured(tasks: dict[str, Task], rows: list[Row]) -> dict[str, dict[str, float]]:
+        return dict(zip(tasks, map(metrics, ranked([*tasks.values()], rows)), strict=True))
 
-    on_dev = {text: measured(task, facts.dev) for text, task in by_hand.items()}
+    on_dev = measured(by_hand, facts.dev)
     best = max(on_dev, key=lambda text: (on_dev[text]["p1"], on_dev[text]["mrr"]))
     own = manual_template(relation, kind)
     own = own if own in by_hand else None
@@ -104,8 +104,10 @@ def probe(
         output=running,
         resume=running is not None,
     )
-    manual = measured(by_hand[own], facts.test) if own else {}
-    best_manual, ptuned = measured(by_hand[best], facts.test), measured(prompt, facts.test)
+    asked: dict[str, Task] = {"": prompt, **{text: by_hand[text] for text in (own, best) if text}}
+    on_test = measured(asked, facts.test)
+    manual: dict[str, float] = on_test[own] if own else {}
+    best_manual, ptuned = on_test[best], on_test[""]
     figures = {
         **{f"manual_{name}": manual.get(name) for name in ("p1", "p10", "mrr")},
         **{f"best_manual_{name}": value for name, value in best_manual.items()},
@@ -120,7 +122,11 @@ def probe(
         "majority_answer": majority,
         "template": prompt.template,
         "encoder": prompt.encoder,
-        "dev_p1": measured(prompt, facts.dev)["p1"] if candidates else result.best["dev_accuracy"],
+        "dev_p1": (
+            measured({"": prompt}, facts.dev)[""]["p1"]
+            if candidates
+            else result.best["dev_accuracy"]
+        ),
         "epoch": result.best["epoch"],
         "members": result.members,
         "seconds": round(time.monotonic() - started, 1),

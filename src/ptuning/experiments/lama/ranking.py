@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -23,50 +24,54 @@ from ...rendering.render import render_all
 def ranks(
     model: nn.Module,
     tokenizer: Any,
-    task: Task,
+    tasks: Sequence[Task],
     rows: Sequence[Row],
     candidates: Sequence[int] | None = None,
-    batch_size: int = 64,
-) -> list[int]:
-    """The rank of each row's answer, 1 for the best; of equal ones the worst.
+) -> list[list[int]]:
+    """For each task the rank of each row's answer, 1 for the best; of equal ones the worst.
+
+    All tasks' rows share batches, which are as large as keeps the device busy.
 
     Args:
         model: the base model.
         tokenizer: the model's.
-        task: a prompt or manual template whose answers are single tokens (``answer_end=False``).
+        tasks: prompts or manual templates whose answers are single tokens (``answer_end=False``).
         rows: with the answer column.
         candidates: ids that compete; by default the whole vocabulary.
-        batch_size: rows per forward.
 
     Raises:
         DataError: an answer has several tokens, or is no candidate.
     """
     engine = Engine(BaseModel.of(model, tokenizer), 0)
-    renderer = engine.renderer(task)
-    examples = render_all(renderer, rows, "test")
-    competing = None if candidates is None else torch.tensor(sorted(set(candidates)))
-    for number, example in enumerate(examples, 1):
-        answer = example.sequences[0].answer
-        if len(answer) != 1 or not (competing is None or answer[0] in competing):
-            raise DataError(f"the answer of row {number} has several tokens or is no candidate")
-    result = [0] * len(examples)
+    examples = [render_all(engine.renderer(task), rows, "test") for task in tasks]
+    competing = None if candidates is None else sorted(set(candidates))
+    for number, of_row in enumerate(zip(*examples, strict=True), 1):
+        for answer in (example.sequences[0].answer for example in of_row):
+            if len(answer) != 1 or not (competing is None or answer[0] in competing):
+                raise DataError(f"the answer of row {number} has several tokens or is no candidate")
     column = -1 if engine.base.kind is ModelKind.CAUSAL else 0
-    with eval_mode(model), placed(model, tokenizer, task) as first_id:
-        chunks = list(engine.chunks(examples, batch_size))
-        batches = [engine.batch([(examples[i], 0) for i in c], [first_id]) for c in chunks]
+    places = {id(one): (n, i) for n, of_one in enumerate(examples) for i, one in enumerate(of_one)}
+    with ExitStack() as stack:
+        stack.enter_context(eval_mode(model))
+        first_ids = [stack.enter_context(placed(model, tokenizer, task)) for task in tasks]
+        found, order = [], []
+        parts = engine.parts([(e, n) for n, of_one in enumerate(examples) for e in of_one])
+        batches = [engine.batch(part, first_ids) for part in parts]
         with engine.sharing(batches):
-            for chunk, batch in zip(chunks, batches, strict=True):
+            for part, batch in zip(parts, batches, strict=True):
                 logits = engine.logits(batch)[:, column]
-                ranked = _ranks(logits, batch.answers[:, column], competing)
-                for index, rank in zip(chunk, ranked.tolist(), strict=True):
-                    result[index] = rank
+                found.append(_ranks(logits, batch.answers[:, column], competing))
+                order += [places[id(example)] for example, _ in part]
+    result = [[0] * len(rows) for _ in tasks]
+    for (number, row), rank in zip(order, torch.cat(found).tolist(), strict=True):
+        result[number][row] = rank
     return result
 
 
-def _ranks(logits: Tensor, answers: Tensor, competing: Tensor | None) -> Tensor:
+def _ranks(logits: Tensor, answers: Tensor, competing: list[int] | None) -> Tensor:
     right = logits.gather(1, answers[:, None])
     if competing is not None:
-        logits = logits[:, competing.to(logits.device)]
+        logits = logits[:, competing]
     return (~(logits < right)).sum(1)  # what is not a number ranks last
 
 
