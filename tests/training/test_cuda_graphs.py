@@ -20,7 +20,8 @@ from ptuning.rendering.collate import IGNORED, Batch
 from ptuning.training import checkpoint, loop
 from ptuning.training.cuda_graphs import GraphedStep, Outputs, obstacle
 from ptuning.training.progress import Progress
-from ptuning.training.static_shapes import StaticInputs, rows_for
+from ptuning.training import static_shapes
+from ptuning.training.static_shapes import COARSE, FINE, StaticInputs, rows_for
 from ptuning.training.update import Update
 
 from .. import tiny
@@ -264,6 +265,7 @@ def stopping_at(step: int) -> Any:
 def test_batches_with_and_without_a_prefix_may_have_one_shape(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(static_shapes, "_LITTLE", 0)
     template = "{text} [P*3] is this or that, is it not [P*2] [MASK]"
     rows = [{"text": f"{n}" + " is" * n, "answer": "not"} for n in range(14)]
     options: dict[str, Any] = {"template": template, "rows": rows, "batch_size": 1, "epochs": 6}
@@ -300,6 +302,7 @@ def test_a_wrong_graph_is_refused_and_training_goes_on(
 def test_a_shape_that_is_off_runs_plain_where_another_has_agreed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(static_shapes, "_LITTLE", 0)
     made: list[Again] = []
 
     class OneIsWrong(Again):
@@ -377,7 +380,7 @@ def batch_of(ids: list[list[int]], answers: list[int]) -> Batch:
 
 def test_rows_and_columns_that_are_missing_are_filled_without_an_answer() -> None:
     whole = batch_of([[1, 2, 3], [4, 5, 6], [7, 8, 9]], [5, 6, 7])
-    inputs = StaticInputs(whole, 2, torch.device("cpu"), kept=4)
+    inputs = StaticInputs(whole, 2, torch.device("cpu"), FINE, kept=4)
     slots = torch.arange(12).view(3, 4).numpy()
     inputs.fill(whole, [3.0, 1.5], slots)
     inputs.fill(batch_of([[1, 2], [3, 4]], [5, 6]), [2.0, 0.25], slots[:2])
@@ -387,7 +390,21 @@ def test_rows_and_columns_that_are_missing_are_filled_without_an_answer() -> Non
     assert made["attention_mask"].tolist() == [[0] * 6 + [1, 1]] * 4
     assert made["slots"][:, 0].tolist() == [0, 4, 4, 4]
     assert made["divisor"].tolist() == [2.0, 0.25]
-    assert [rows_for(n) for n in (1, 2, 3, 5, 8, 9, 24, 25)] == [1, 2, 4, 8, 8, 16, 24, 32]
+    counts = (1, 2, 3, 5, 8, 9, 24, 25)
+    assert [rows_for(n, FINE) for n in counts] == [1, 2, 4, 8, 8, 16, 24, 32]
+    assert [rows_for(n, COARSE) for n in counts] == [16] * 6 + [32] * 2
+
+
+def test_little_work_is_captured_once_for_all_its_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"rows": ROWS, "epochs": 9}
+    plain, coarse = Trained(None, monkeypatch, **options), Trained(Again, monkeypatch, **options)
+    monkeypatch.setattr(static_shapes, "_LITTLE", 0)
+    fine = Trained(Again, monkeypatch, **options)
+    assert len(coarse.made[0].shapes) < len(fine.made[0].shapes)
+    assert coarse.replays > fine.replays
+    torch.testing.assert_close(
+        coarse.prompt.trained_vectors(), plain.prompt.trained_vectors(), atol=1e-5, rtol=0
+    )
 
 
 def test_what_cannot_be_captured_is_named() -> None:

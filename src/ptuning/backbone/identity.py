@@ -112,7 +112,9 @@ def difference(
         )
     if tokenizer is None or saved.get("tokenizer") is None:
         return None
-    if saved["tokenizer"] in (tokenizer_hash(tokenizer), tokenizer_hash(tokenizer, added)):
+    if saved["tokenizer"] == tokenizer_hash(tokenizer):
+        return None
+    if added and saved["tokenizer"] == tokenizer_hash(tokenizer, added):
         return None
     return (
         f"this prompt was trained on {there!r} with another tokenizer than that of "

@@ -182,6 +182,12 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
     return [] if wrapped else longest
 
 
+def layer_weights(model: nn.Module) -> int:
+    """How many weights a token is multiplied with before the output head."""
+    parts = repeated_layers(model) or [model]
+    return sum(parameter.numel() for part in parts for parameter in part.parameters())
+
+
 def compiled_layers(
     setting: str, model: nn.Module, tokens: float, steps: int
 ) -> CompiledLayers | None:
@@ -200,8 +206,7 @@ def compiled_layers(
     if setting == "auto":
         if kind not in _RATE:
             return None
-        weights = sum(p.numel() for layer in layers for p in layer.parameters())
-        step = max(_LEAST[kind], 4 * weights * tokens / _RATE[kind])
+        step = max(_LEAST[kind], 4 * layer_weights(model) * tokens / _RATE[kind])
         if steps * step * _SAVES[kind] < _SECONDS[kind]:
             return None
     return CompiledLayers(model, layers)

@@ -30,12 +30,12 @@ from ..backbone.traits import (
     packs_rows,
 )
 from ..backbone.upstream import end_capture_pool
-from ..forward.engine import CompiledLayers
+from ..forward.engine import CompiledLayers, layer_weights
 from ..forward.plain import Shortened, positions
 from ..rendering.collate import Batch
 from .population import Population
 from .settings import TrainSettings
-from .static_shapes import StaticInputs, columns_for, shape_of, suffix_for
+from .static_shapes import Grain, StaticInputs, columns_for, grain_for, shape_of, suffix_for
 
 MicroStep = Callable[[Batch, Tensor], Tensor]
 """From a batch and each member's divisor to its share of the mean loss; its gradient is added to
@@ -61,16 +61,18 @@ class CudaGraph:
     That is safe since each replay's outputs are used before the next replay.
     """
 
+    _libraries_are_up = False
+
     def __init__(self, pool: Any):
         self._pool = pool
         self._graph = torch.cuda.CUDAGraph()
 
     def capture(self, function: Callable[[], Any]) -> None:
-        """Record, after some runs on another stream that set libraries up."""
+        """Record, after runs on another stream: some that set libraries up, later one."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
+            for _ in range(1 if CudaGraph._libraries_are_up else _WARM_UPS):
                 function()
         torch.cuda.current_stream().wait_stream(stream)
         outer = torch.cuda.current_stream()
@@ -81,6 +83,7 @@ class CudaGraph:
             torch.cuda.set_stream(outer)
             end_capture_pool(outer.device_index, self._pool)
             raise
+        CudaGraph._libraries_are_up = True
 
     def replay(self) -> Any:
         """Do it again."""
@@ -128,6 +131,7 @@ class GraphedStep:
         self.losses = torch.zeros(len(population.members), device=self.device)
         self._seen: set[Any] = set()
         self._plain_shapes: set[Any] = set()
+        self._weights = layer_weights(population.base)
         self._agreed = self._refused = False
         self._pool_version = -1
 
@@ -152,7 +156,8 @@ class GraphedStep:
         """
         kept = self.population.engine.serves_kept(batch)
         full = self._trims and not kept and len(set(batch.lengths)) == 1
-        shape = shape_of(batch, kept, full)
+        grain = grain_for(batch, self._weights, kept)
+        shape = shape_of(batch, grain, kept, full)
         if self._refused or shape in self._plain_shapes or shape not in self._seen:
             self._seen.add(shape)
             self._plain(batch, divisor)
@@ -161,9 +166,9 @@ class GraphedStep:
             self._plain_shapes.add(shape)
             self._plain(batch, divisor)
             return
-        slots = self._slots(batch) if kept and shape in self.shapes else None
+        slots = self._slots(batch, grain) if kept and shape in self.shapes else None
         if shape not in self.shapes:  # or not any more
-            self._first(batch, divisor, kept, full, shape)
+            self._first(batch, divisor, grain, kept, full, shape)
             return
         inputs, graph = self.shapes[shape]
         inputs.fill(batch, divisor, slots)
@@ -174,11 +179,11 @@ class GraphedStep:
         """A graph of the step is possible, and there is room for it."""
         return len(self.shapes) < _MOST and self.population.engine.stands_still(batch)
 
-    def _slots(self, batch: Batch) -> Any:
+    def _slots(self, batch: Batch, grain: Grain) -> Any:
         """Of the batch's kept columns, as the store's `slots` gives them."""
         store = self.population.engine.store
         assert store is not None
-        columns, suffix = columns_for(batch), suffix_for(batch)
+        columns, suffix = columns_for(batch, grain), suffix_for(batch, grain)
         counts = [max(0, length - suffix) for length in batch.lengths]
         with self.autocast():
             slots = store.slots(batch.prefixes, counts, columns - suffix, self.device)
@@ -208,13 +213,19 @@ class GraphedStep:
         return losses, table.grad
 
     def _first(
-        self, batch: Batch, divisor: Sequence[float], kept: bool, full: bool, shape: Any
+        self,
+        batch: Batch,
+        divisor: Sequence[float],
+        grain: Grain,
+        kept: bool,
+        full: bool,
+        shape: Any,
     ) -> None:
         """The plain step, and beside it a graph that is kept if it gives the same."""
         expected = self._plain(batch, divisor)
         if self._refused:
             return
-        off = self._capture(batch, divisor, kept, full, shape, expected)
+        off = self._capture(batch, divisor, grain, kept, full, shape, expected)
         while self.fast_layers is not None and not self._agrees(off):
             if self._trims:
                 self._trims = full = False
@@ -222,7 +233,7 @@ class GraphedStep:
                 fault = off if isinstance(off, str) else f"they are off by {off:.1e}"
                 self.say(f"compiled layers are off: {fault}; the layers run as they are")
                 self.fast_layers = None
-            off = self._capture(batch, divisor, kept, full, shape, expected)
+            off = self._capture(batch, divisor, grain, kept, full, shape, expected)
         if isinstance(off, str):
             self._refuse(f"capturing the step failed ({off})")
         elif self._agrees(off):
@@ -246,6 +257,7 @@ class GraphedStep:
         self,
         batch: Batch,
         divisor: Sequence[float],
+        grain: Grain,
         kept: bool,
         full: bool,
         shape: Any,
@@ -254,9 +266,9 @@ class GraphedStep:
         """A graph of a part, into `shapes`; gives how far off it is, or what went wrong."""
         added = self.losses.clone(), self.gradient.clone()
         try:
-            slots = self._slots(batch) if kept else None
+            slots = self._slots(batch, grain) if kept else None
             columns = 0 if slots is None else slots.shape[1]
-            inputs = StaticInputs(batch, len(self.losses), self.device, columns, full)
+            inputs = StaticInputs(batch, len(self.losses), self.device, grain, columns, full)
             inputs.fill(batch, divisor, slots)
             graph = self.new_graph()
             graph.capture(partial(self._run, batch, inputs.tensors))
