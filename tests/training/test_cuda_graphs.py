@@ -17,10 +17,9 @@ import ptuning
 from ptuning.errors import InputError
 from ptuning.forward import chunked, compiled, engine
 from ptuning.rendering.collate import IGNORED, Batch
-from ptuning.training import checkpoint, loop
+from ptuning.training import checkpoint, loop, static_shapes
 from ptuning.training.cuda_graphs import GraphedStep, Outputs, obstacle
 from ptuning.training.progress import Progress
-from ptuning.training import static_shapes
 from ptuning.training.static_shapes import COARSE, FINE, StaticInputs, rows_for
 from ptuning.training.update import Update
 
@@ -396,7 +395,8 @@ def test_rows_and_columns_that_are_missing_are_filled_without_an_answer() -> Non
 
 
 def test_little_work_is_captured_once_for_all_its_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    options: dict[str, Any] = {"rows": ROWS, "epochs": 9}
+    rows = [{"text": "is " * (n % 9), "answer": "not"} for n in range(20)]
+    options: dict[str, Any] = {"rows": rows, "epochs": 9, "batch_size": 3}
     plain, coarse = Trained(None, monkeypatch, **options), Trained(Again, monkeypatch, **options)
     monkeypatch.setattr(static_shapes, "_LITTLE", 0)
     fine = Trained(Again, monkeypatch, **options)

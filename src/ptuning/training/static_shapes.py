@@ -5,8 +5,8 @@
     little work    to multiples of 32 and 16: the device would not be busy anyway, and every shape
                    costs a capture
 
-Nothing of it changes a result. All inputs of a step lie one behind the other in a buffer of pinned memory
-and go to the device in one copy. Nothing here captures or replays (`cuda_graphs`).
+Nothing of it changes a result. All inputs of a step lie one behind the other in a buffer of pinned
+memory and go to the device in one copy. Nothing here captures or replays (`cuda_graphs`).
 """
 
 from __future__ import annotations
