@@ -116,11 +116,3 @@ def _together(
     means, answers = mean_log_probabilities(engine.logits(batch), sizes), batch.answers[first]
     right = ((means.argmax(-1) == answers) | (answers == IGNORED)).all(1)
     return answer_nll(means, answers).sum(1), right
-=======
-            found.append(torch.stack([right.to(losses.dtype), losses], dim=1))
-    total = torch.zeros(members, 2, dtype=torch.float64)
-    if not found:
-        return total
-    # One look at the device for all batches.
-    member, figures = torch.cat([batch.member for batch in batches]).cpu(), torch.cat(found).cpu()
-    return total.index_add(0, member, figures.double())
