@@ -85,7 +85,7 @@ class Names:
             return _extended(self.tokenizer, prefix, self.count)
         with CHANGING:
             kept = _kept.get(self.tokenizer)
-        if kept is None or kept.state != state or kept.count < self.count:
+        if kept is None or kept.state != state or kept.size < self.count:
             count = -(-self.count // _ROUND) * _ROUND
             kept = _Kept(state, count, _extended(self.tokenizer, prefix, count))
             with CHANGING:
@@ -97,7 +97,7 @@ class _Kept(NamedTuple):
     """The extended copy of a tokenizer in some state; nobody changes it any more."""
 
     state: str
-    count: int
+    size: int
     named: NamedTokenizer
 
 
