@@ -28,6 +28,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smollm2_folder: P
     text = "country,capital\n" + "".join(f"{a},{b}\n" for a, b in FACTS)
     for name in ("train", "dev", "test", "new"):
         (tmp_path / f"{name}.csv").write_text(text)
+    tickets = "text,team\n" + "My card was charged,billing\nMy password is lost,access\n" * 5
+    for name in ("tickets", "test_tickets"):
+        (tmp_path / f"{name}.csv").write_text(tickets)
     (tmp_path / "lama").mkdir()
     relation = {"relation": "P36", "template": "The capital of [X] is [Y] .", "label": "capital"}
     (tmp_path / "lama/relations.jsonl").write_text(json.dumps(relation))
@@ -47,6 +50,7 @@ def test_command_lines_of_the_readme_run_in_order(workplace: Path, run: Run) -> 
     lines = "\n".join(_blocks("README.md", "bash")).replace("\\\n", " ").splitlines()
     commands = [shlex.split(line) for line in lines if line.startswith("ptuning ")]
     assert [command[1] for command in commands] == [
+        *("fetch", "train", "evaluate"),
         "fetch",
         "train",
         "evaluate",

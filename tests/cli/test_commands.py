@@ -300,7 +300,6 @@ OPTIONS = [
     ({"model": "no/such-model"}, ["cannot load the model 'no/such-model'"]),
     ({"model": "missing.gguf"}, ["missing.gguf does not exist"]),
     ({"dtype": "int4"}, ["dtype is 'int4'"]),
-    ({"template": None}, ["no --template"]),
     ({"output": "train.jsonl"}, ["is a file"]),
     ({"max_length": 3}, ["num_virtual_tokens is 4", "room for 3"]),
     ({"tracker": "no_such_tracker"}, ["tracker is 'no_such_tracker'", "tensorboard"]),

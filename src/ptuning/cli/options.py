@@ -52,7 +52,7 @@ Overwrite = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")]
 
 PANELS = {
-    "Model and data": ("model", "data", "dev", "separator", "dtype", "device"),
+    "Model and data": ("model", "data", "dev", "dev_share", "separator", "dtype", "device"),
     "Prompt": ("template", "answer", "labels", "init_from"),
     "Training": ("epochs", "learning_rate", "batch_size"),
     "Population": ("population", "population_grid", "halving", "ensemble"),
@@ -76,12 +76,19 @@ OF_PROMPT = Fields(
     "Prompt",
     named={"verbalizer": "labels"},
     written={
+        "template": (
+            str | None,
+            None,
+            "Where columns, virtual tokens and answer stand: '[P*3] {country} [P*3] [MASK]'. "
+            "[default: auto, made of the columns' names]",
+        ),
         "verbalizer": (
             str | None,
             None,
-            "Words for the labels: yes=Yes,no=No; several with '|'; columns as {name}. "
-            "Without labels answers are free text.",
-        )
+            "Words for the labels: yes=Yes,no=No; several with '|'; columns as {name}. auto: the "
+            "labels' names. Without labels answers are free text. [default: auto where the "
+            "template is]",
+        ),
     },
 )
 OF_TRAINING = Fields(TrainSettings, "Training")

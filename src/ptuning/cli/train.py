@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
+from ..prompts.from_table import AUTO
 from . import console, run_files, run_folder, training_report
 from .fields import filled
 from .options import (
@@ -23,6 +24,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from ..data import Row
     from ..prompts.prompt import Prompt
     from ..training.progress import Progress
 
@@ -46,6 +48,13 @@ def train(
     ],
     dev: Annotated[
         str | None, typer.Option(help="Examples that choose the best epoch; strongly advised.")
+    ] = None,
+    dev_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Without --dev: so large a part of the training examples chooses instead, such as "
+            "0.2. [default: 0.2 where the template is made, at most 500 examples; else 0]"
+        ),
     ] = None,
     separator: Separator = None,
     init_from: Annotated[
@@ -88,7 +97,11 @@ def train(
     The model's weights never change. --output gets the prompt (prompt.json, prompt.safetensors),
     run.yaml with every setting (repeat it with --config), result.json and curve.png.
 
-    Example:
+    A table is enough: its answer column, template, label words and dev examples are found.
+
+        ptuning train --model smollm2 --data tickets.csv --output tickets/
+
+    Or with a template of your own:
 
         ptuning train --model smollm2 --data train.csv --dev dev.csv \\
             --template "[P*3] {country} [P*3] [MASK]" --answer capital --output capital/
@@ -99,7 +112,13 @@ def train(
     """
     from .. import distributed
     from ..backbone.load import check_dtype, load_model
+    from ..backbone.traits import kind_of
     from ..data import read_examples
+    from ..data.columns import columns_of
+    from ..data.setting_aside import set_aside, usual_share
+    from ..prompts.from_table import in_two_lines
+    from ..rendering.render import answer_column
+    from ..rendering.short_words import settle_words
     from ..training import checkpoint
     from ..training.checks import check_run
     from ..training.settings import TrainSettings
@@ -111,15 +130,28 @@ def train(
         if not distributed.from_main(lambda: _is_open(output, resume, overwrite, how.tune_model)):
             console.say(f"{output} holds a finished run; there is nothing to resume")
             return
-        trained = _prompt(context, prompt, init_from)
         grid = _grid(population_grid, context.args)
         rows = read_examples(data, separator)
         dev_rows = read_examples(dev, separator) if dev else []
+        made = init_from is None and prompt["template"] in (None, AUTO)
+        trained = _prompt(context, prompt, init_from, [*rows, *dev_rows])
+        columns = columns_of(rows, trained.answer) if made else None
+        if dev_share is None:
+            dev_share = usual_share(len(rows)) if made and not dev else 0.0
+        if dev_share and not dev:
+            answer = answer_column(trained, rows[0])
+            rows, dev_rows = set_aside(rows, answer, dev_share, how.seed)
         check_dtype(dtype)
         check_run(trained, rows, dev_rows, how, population, grid)
         console.say(f"loading {model}")
         base, tokenizer = load_model(model, dtype=dtype)
-        run_file = run_files.as_yaml(run_files.settings_of(context))
+        settle_words(trained, tokenizer, kind_of(base))
+        if columns is not None:
+            aside = 0 if dev else len(dev_rows)
+            for line in in_two_lines(trained, columns, aside, len(rows) + aside):
+                console.say(line)
+        chosen = {"dev_share": dev_share, **_found(trained, prompt, init_from)}
+        run_file = run_files.as_yaml({**run_files.settings_of(context), **chosen})
         begun = False
 
         def begin() -> None:
@@ -185,23 +217,42 @@ def _is_open(output: Path, resume: bool, overwrite: bool, tune_model: bool) -> b
     return True
 
 
-def _prompt(context: typer.Context, chosen: dict[str, Any], start_folder: Path | None) -> Prompt:
-    """The prompt that the options describe; with --init-from they change the saved one's."""
+def _prompt(
+    context: typer.Context,
+    chosen: dict[str, Any],
+    start_folder: Path | None,
+    rows: list[Row],
+) -> Prompt:
+    """The prompt that the options describe, or the rows where they leave it to them; with
+    --init-from the options change the saved one's."""
     from ..prompts.prompt import Prompt
 
-    if chosen["template"] is None and start_folder is None:
+    found = {name: chosen[name] == AUTO for name in ("template", "verbalizer")}
+    if start_folder is not None and any(found.values()):
         raise InputError(
-            "no --template; it says where columns, virtual tokens and answer stand, for example "
-            "'[P*3] {country} [P*3] [MASK]'"
+            f"--init-from begins with a saved prompt's template and labels; leave {AUTO!r} out"
         )
-    chosen = {**chosen, "verbalizer": run_files.parse_labels(chosen["verbalizer"])}
+    labels = None if found["verbalizer"] else run_files.parse_labels(chosen["verbalizer"])
+    chosen = {**chosen, "verbalizer": labels}
     if start_folder is None:
+        if chosen["template"] is None or any(found.values()):
+            template = None if found["template"] else chosen["template"]
+            return Prompt.for_rows(rows, **{**chosen, "template": template})
         return Prompt(**chosen)
     given = {field: chosen[field] for field in OF_PROMPT.given(context)}
     start = Prompt.load(start_folder)
     prompt = Prompt(**{**start.settings(), **given})
     prompt.begin_from(start)
     return prompt
+
+
+def _found(trained: Prompt, chosen: dict[str, Any], start_folder: Path | None) -> dict[str, Any]:
+    """What was found for the user, as a run file's options."""
+    if start_folder is not None:
+        return {}
+    labels = {label: list(words) for label, words in trained.labels.items()} or None
+    given = labels if chosen["verbalizer"] in (None, AUTO) else chosen["verbalizer"]
+    return {"template": trained.template, "answer": trained.answer, "labels": given}
 
 
 def _grid(first: str | None, more: list[str]) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from .. import formats, places, storage
 from ..backbone.identity import fingerprint
+from ..data import Rows, as_rows
 from ..errors import InputError, PromptFileError, PtuningError
 from . import peft_files, prompt_files
 from .encoder_config import CONFIG_NAME, PromptEncoderConfig, PromptEncoderReparameterizationType
+from .from_table import as_verbalizer, from_table
 from .prompt_settings import PromptSettings
 from .task import check_type
 
@@ -37,6 +39,8 @@ class Prompt(PromptSettings):
         peft_config: the configuration that `peft_compat` made it from; empty for others.
         others: further members of an ensemble, which answer together with this one; empty for a
             prompt alone.
+        names_are_words: its label words are the labels' own names (`for_rows`), and the first
+            tokenizer that it meets may bring words of one token in their place.
 
     Raises:
         InputError, TemplateError: settings that contradict each other or the template language.
@@ -54,6 +58,7 @@ class Prompt(PromptSettings):
     modules: dict[str, Tensor] = field(default_factory=dict, repr=False)
     peft_config: dict[str, Any] = field(default_factory=dict, repr=False)
     others: Sequence[Prompt] = field(default=(), repr=False)
+    names_are_words: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         check_type(self, dict, "base_model", "training", "peft_config")
@@ -94,6 +99,42 @@ class Prompt(PromptSettings):
         """The columns that the template names, or the templates of all members."""
         named = (name for member in self.members for name in member.parsed.fields)
         return tuple(dict.fromkeys(named))
+
+    @classmethod
+    def for_rows(
+        cls,
+        rows: Rows,
+        answer: str | None = None,
+        template: str | None = None,
+        verbalizer: Mapping[str, str | Sequence[str]] | None = None,
+        **settings: Any,
+    ) -> Prompt:
+        """A prompt for a table: its template is made of the columns' names, its label words of the
+        labels. In training they become words of one token each, where these differ.
+
+        Args:
+            rows: examples with their answers, as `train` takes them.
+            answer: the answer's column; by default ``answer``, else ``label``, else the one column
+                with few values.
+            template: one of your own instead.
+            verbalizer: label words of your own instead.
+            settings: others of the prompt, such as ``encoder``.
+
+        Raises:
+            DataError: the table does not say what is the answer, or what to read.
+
+        Example:
+            >>> rows = [{"text": "a joy", "label": "good"}, {"text": "dull", "label": "bad"}] * 9
+            >>> Prompt.for_rows(rows).template
+            '[P*3] {text} [P*3] Label: [MASK]'
+        """
+        virtual = settings.get("num_virtual_tokens")
+        found = from_table(as_rows(rows), answer, template, virtual)
+        prompt = cls(found.template, found.columns.answer, verbalizer, **settings)
+        if verbalizer is None and found.words is not None:
+            prompt.verbalizer = as_verbalizer(found.words)
+            prompt.names_are_words = True
+        return prompt
 
     def encoder_config(self, token_dim: int) -> PromptEncoderConfig:
         """The configuration of this prompt's encoder for an embedding of width `token_dim`."""
@@ -139,7 +180,7 @@ class Prompt(PromptSettings):
 
     def become(self, other: Prompt) -> None:
         """Take over another prompt's settings, such as the winner's of a population."""
-        for name in (*other.settings(), "num_virtual_tokens"):
+        for name in (*other.settings(), "num_virtual_tokens", "names_are_words"):
             setattr(self, name, getattr(other, name))
         self.__dict__.pop("parsed", None)  # of the template before
 
@@ -230,7 +271,7 @@ class Prompt(PromptSettings):
         tensors: dict[str, Tensor],
         edited: list[str],
     ) -> Prompt:
-        known = {f.name for f in fields(cls)} - {"modules", "others"}
+        known = {f.name for f in fields(cls)} - {"modules", "others", "names_are_words"}
         members = description.pop(prompt_files.ENSEMBLE, [])
         described = set(description).union(*members) - known
         if ignored := sorted(described - set(prompt_files.OF_FILES)):

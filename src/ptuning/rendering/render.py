@@ -14,9 +14,11 @@ from typing import Any
 from ..data.rows import brief, named
 from ..data.values import text_of
 from ..errors import DataError, InputError
+from ..prompts.prompt import Prompt
 from ..prompts.task import Task, as_label, fill, named_fields
 from ..prompts.template import Virtual
 from .layout import Layout, Sequence
+from .short_words import settle_words
 from .virtual_ids import resolve_words
 
 Example = Mapping[str, Any]
@@ -91,6 +93,8 @@ class Renderer:
                 f"num_virtual_tokens is {self.count}, and an input has room for {self.limit} "
                 "tokens; use fewer virtual tokens"
             )
+        if isinstance(task, Prompt):
+            settle_words(task, tokenizer, kind)
         self.labels = {c: (c,) for c in candidates} if candidates else task.labels
         self.compares = bool(candidates) or (bool(task.labels) and task.label_mode == "labels")
         self.owner = [n for n, words in enumerate(self.labels.values()) for _ in words]
@@ -314,7 +318,7 @@ def _gold(task: Task, example: Example, labels: Container[str]) -> str:
     text = text_of(column, as_label(example[column], labels))
     if not text.strip():
         raise DataError(f"the answer column {column!r} is empty; every example needs an answer")
-    return text
+    return text if text in labels or text.strip() not in labels else text.strip()
 
 
 def _unknown_label(label: str, labels: Iterable[str]) -> DataError:

@@ -18,6 +18,7 @@ from .. import distributed
 from ..backbone.base_model import BaseModel
 from ..backbone.modes import check_free
 from ..data import Rows, as_rows
+from ..data.setting_aside import set_aside
 from ..errors import DataError, InputError
 from ..prompts.prompt import Prompt
 from ..prompts.task import majority_answer
@@ -91,7 +92,7 @@ def train(
     tokenizer: Any,
     prompt: Prompt,
     rows: Rows,
-    dev: Rows = (),
+    dev: Rows | float = (),
     *,
     output: str | Path | None = None,
     resume: bool = False,
@@ -117,7 +118,8 @@ def train(
         prompt: a trained one continues from its weights.
         rows: training examples: rows (column -> value), a dict of columns, a data frame, a data
             set (`as_rows`).
-        dev: examples that choose the best epoch; without them it is the last.
+        dev: examples that choose the best epoch; without them it is the last. A number sets such a
+            share of `rows` aside for it (`setting_aside.set_aside`, by the settings' seed).
         output: folder for checkpoints of the running training; only the main process uses it.
         resume: continue from the newest checkpoint in `output`, if there is one.
         settings: how to train; `options` change single fields of it.
@@ -140,7 +142,10 @@ def train(
     with distributed.together():
         settings = _with_options(settings or TrainSettings(), options)
         started = time.monotonic()
-        rows, dev = as_rows(rows), as_rows(dev)
+        rows = as_rows(rows)
+        if isinstance(dev, int | float):
+            rows, dev = set_aside(rows, answer_column(prompt, rows[0]), dev, settings.seed)
+        dev = as_rows(dev)
         check_run(prompt, rows, dev, settings, population, grid)
         base = BaseModel.of(model, tokenizer)
         if prompt.base_model:
@@ -242,7 +247,8 @@ def _rendered(
             learn_answer_length(prompt, renderer, examples)
             made[prompt.template] = renderer, examples, render_all(renderer, dev, "dev")
         renderer, examples, dev_examples = made[prompt.template]
-        prompt.answer_tokens = renderer.task.answer_tokens
+        task = renderer.task
+        prompt.answer_tokens, prompt.verbalizer = task.answer_tokens, task.verbalizer
         prompt.set_count(renderer.count)
         variants.append(Variant(name, prompt, settings, renderer, examples, dev_examples))
     return variants

@@ -1,0 +1,194 @@
+"""What the columns of a table hold: the answer, what is worth reading, and the rest.
+
+Knows texts and how often they repeat; what a model makes of them is the prompt's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from ..errors import DataError
+from .rows import brief, named
+from .values import text_of
+
+_FIRST = ("answer", "label")
+_USUAL = ("labels", "class", "category", "target", "intent", "sentiment", "topic")
+_MOST_LABELS, _LONGEST_LABEL = 500, 100
+_OFTEN = 4
+_MOST_READ = 12
+"""Columns that are read; of more those with the longest texts."""
+_ID_NAME = re.compile(
+    r"(?:^|[\W_])(?:id|uuid|guid|index|idx|key|nr|no|number)$|[a-z](?:Id|ID)$", re.I
+)
+_TWIN = "the answer in other words"
+_CODE = "a code of its own in every row"
+_NUMBER = "the row's number"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a table's columns are for.
+
+    Attributes:
+        answer: the column of the right answer.
+        read: the columns to answer from, in their order.
+        left_out: every other column -> why.
+        twin: a column that says the answers in other words, one for each, or None.
+    """
+
+    answer: str
+    read: tuple[str, ...]
+    left_out: Mapping[str, str]
+    twin: str | None = None
+
+
+def columns_of(
+    rows: Sequence[Mapping[str, Any]], answer: str | None = None, *, reads: bool = True
+) -> Columns:
+    """Find the answer of a table and what to read for it.
+
+    Args:
+        rows: column -> value.
+        answer: the answer's column; by default ``answer``, else ``label``, else the one column
+            with few values.
+        reads: something must be left to read.
+
+    Raises:
+        DataError: it is not clear which column is the answer, there is none of that name, or
+            nothing else to read.
+    """
+    if not rows:
+        raise DataError("there is no example to look at; give at least one")
+    table = {name: _texts(rows, name) for name in dict.fromkeys(n for row in rows for n in row)}
+    answer = _answer(table, answer)
+    read, left_out, twin = [], {}, None
+    for name, texts in table.items():
+        if name == answer:
+            continue
+        if why := _unfit(name, texts):
+            left_out[name] = why
+        elif _says_the_same(texts, table[answer]):
+            left_out[name], twin = _TWIN, twin or name
+        elif why := _says_nothing(name, texts or []):
+            left_out[name] = why
+        else:
+            read.append(name)
+    for reasons in ((_TWIN,), (_CODE, _NUMBER)):  # they may be all there is
+        if not read:
+            read = [name for name, why in left_out.items() if why in reasons]
+            left_out = {name: why for name, why in left_out.items() if name not in read}
+    if not read and reads:
+        why = "; ".join(f"{brief(name, 60)!r}: {text}" for name, text in left_out.items())
+        raise DataError(
+            f"there is nothing to answer {answer!r} from: {why or 'it is the only column'}; give a "
+            "table with a column of text, or a template of your own"
+        )
+    if len(read) > _MOST_READ:
+        length = {name: sum(map(len, table[name] or [])) for name in read}
+        kept = sorted(read, key=lambda name: -length[name])[:_MOST_READ]
+        left_out |= {name: f"{len(read)} are too many" for name in read if name not in kept}
+        read = [name for name in read if name in kept]
+    return Columns(answer, tuple(read), left_out, twin if twin in left_out else None)
+
+
+def are_labels(answers: Sequence[str]) -> bool:
+    """Most answers come again: they are labels, no free text."""
+    counts = Counter(answers)
+    again = sum(count for count in counts.values() if count > 1)
+    short = max(map(len, counts), default=0) <= _LONGEST_LABEL
+    return short and 2 * again >= len(answers) and len(counts) <= _MOST_LABELS
+
+
+def _texts(rows: Sequence[Mapping[str, Any]], name: str) -> list[str] | None:
+    """A column's texts; None where a value has none, or a row has no such column."""
+    try:
+        return [text_of(name, row[name]).strip() for row in rows]
+    except (DataError, KeyError):
+        return None
+
+
+def _answer(table: Mapping[str, list[str] | None], given: str | None) -> str:
+    if given is not None:
+        if given not in table:
+            raise DataError(
+                f"the data has no answer column {given!r}; it has {named(map(repr, table))}; "
+                "correct the name (answer=, --answer)"
+            )
+        return given
+    for wanted in _FIRST:
+        alike = [name for name in table if name.strip().lower() == wanted]
+        if alike:
+            return wanted if wanted in alike else alike[0]
+    few = [name for name, texts in table.items() if texts and _has_few_values(texts)]
+    usual = [name for name in few if name.strip().lower() in _USUAL]
+    found = _without_twins(usual or few, table)
+    if len(found) == 1:
+        return found[0]
+    seen = "several columns have few values" if found else "no column has few values"
+    raise DataError(
+        f"it is not clear which column is the answer ({seen}): the data has "
+        f"{named(map(repr, found or table))}; name it (answer=, --answer COLUMN)"
+    )
+
+
+def _has_few_values(texts: list[str]) -> bool:
+    return len(set(texts)) > 1 and are_labels(texts)
+
+
+def _without_twins(names: list[str], table: Mapping[str, list[str] | None]) -> list[str]:
+    """Of columns that say the same the one in words."""
+    kept: list[str] = []
+    for name in sorted(names, key=lambda n: not _in_words(table[n] or [])):
+        if not any(_says_the_same(table[name], table[other]) for other in kept):
+            kept.append(name)
+    return [name for name in names if name in kept]
+
+
+def _in_words(texts: Sequence[str]) -> bool:
+    return any(c.isalpha() for text in texts for c in text)
+
+
+def _says_the_same(texts: list[str] | None, others: list[str] | None) -> bool:
+    """Each value of one stands beside one value of the other, and does so often."""
+    if texts is None or others is None:
+        return False
+    pairs = len(set(zip(texts, others, strict=True)))
+    return pairs == len(set(texts)) == len(set(others)) and _OFTEN * pairs <= len(texts)
+
+
+def _unfit(name: str, texts: list[str] | None) -> str | None:
+    """Why a template cannot name a column."""
+    if not name.strip():
+        return "it has no name"
+    if name != name.strip() or set(name) & set("{}"):
+        return "its name cannot stand in a template (spaces around it, or braces)"
+    return "it is no text in every row" if texts is None else None
+
+
+def _says_nothing(name: str, texts: list[str]) -> str | None:
+    """Why a column does not help to answer."""
+    if not any(texts):
+        return "it is empty"
+    several = len(texts) > 1
+    if several and len(set(texts)) == 1:
+        return f"it is always {brief(texts[0], 40)!r}"
+    if len(texts) < 3 or len(set(texts)) < len(texts) or any(re.search(r"\s", t) for t in texts):
+        return None
+    if all(re.fullmatch(r"[+-]?\d{1,18}", text) for text in texts):
+        steps = [b - a for a, b in pairwise(map(int, texts))]
+        if set(steps) == {1}:
+            return _NUMBER
+        rises = min(steps) > 0
+        return _CODE if rises or _ID_NAME.search(name) else None
+    alike = len({len(text) for text in texts}) == 1
+    coded = alike and all(re.search(r"\d", t) for t in texts) and not _are_numbers(texts)
+    return _CODE if coded or (all(texts) and _ID_NAME.search(name)) else None
+
+
+def _are_numbers(texts: list[str]) -> bool:
+    return all(re.fullmatch(r"[+-]?\d*[.,]?\d+(?:[eE][+-]?\d+)?", text) for text in texts)

@@ -1,0 +1,132 @@
+"""Label words of one token each: then an example is one row of a batch, not one for every label.
+
+A label's own name where it is one token, else a word of it, those first that no other label has,
+else how it begins. Labels that have none of these get letters. Where it does not work out for all
+labels their names stay: words of several tokens are compared word by word.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+from typing import Any
+
+from ..errors import DataError
+from ..prompts.from_table import as_verbalizer
+from ..prompts.prompt import Prompt
+from ..prompts.task import fill
+from .layout import Layout
+from .virtual_ids import resolve_words
+
+_SHORTEST = 3
+"""Letters of a word that may stand for a label: "up" and "or" say little."""
+
+
+def settle_words(prompt: Prompt, tokenizer: Any, kind: str) -> None:
+    """Give a prompt whose label words are the labels' names words of one token, if there are such.
+
+    Afterwards its words stand fast. The arguments are those of `Renderer`.
+    """
+    if not prompt.names_are_words:
+        return
+    prompt.names_are_words = False
+    groups = resolve_words(tokenizer, prompt)
+    layout = Layout(tokenizer, prompt, kind, [len(group) for group in groups])
+    names = {label: fill(words[0], {}) for label, words in prompt.labels.items()}
+    blank = dict.fromkeys(prompt.parsed.fields, "x")
+
+    def tokens(word: str) -> tuple[int, ...]:
+        try:
+            return layout(blank, word).answer
+        except DataError:  # none in this tokenizer
+            return ()
+
+    def text(token: int) -> str:
+        return str(tokenizer.decode([token])).strip()
+
+    if words := one_token_words(names, tokens, text):
+        prompt.verbalizer = as_verbalizer(words)
+
+
+def one_token_words(
+    names: Mapping[str, str],
+    tokens: Callable[[str], tuple[int, ...]],
+    text: Callable[[int], str],
+) -> dict[str, str] | None:
+    """A word of one token for each label, no token twice; None where there are not enough.
+
+    Args:
+        names: label -> its name in words.
+        tokens: a word's ids as an answer.
+        text: an id's text.
+
+    Example:
+        >>> one_token_words({"a": "card lost", "b": "card"}, ids_of_words, words_of_ids)
+        {'a': 'lost', 'b': 'card'}
+    """
+    tokens = cache(tokens)
+    parts = {label: list(dict.fromkeys(re.findall(r"\w+", name))) for label, name in names.items()}
+    shared = Counter(part.casefold() for of_one in parts.values() for part in of_one)
+
+    def options(label: str) -> dict[int, str]:
+        """One-token words for a label by their ids, the best first."""
+        name = names[label]
+        known = [part for part in parts[label] if len(part) >= _SHORTEST]
+        known.sort(key=lambda part: (shared[part.casefold()], -len(part)))
+        begins = [text(tokens(word)[0]) for word in (name, *known) if tokens(word)]
+        spelled = [form for word in (name, *known) for form in (word, word.lower())]
+        return _single((*spelled, *(word for word in begins if len(word) > 1)), tokens)
+
+    whole_first = sorted(names, key=lambda label: len(tokens(names[label])) != 1)
+    found = {label: options(label) for label in whole_first}
+    words = _matched(found)
+    if words is None:
+        letters = _single(_letters(), tokens, len(names))
+        words = _matched({label: {**of_label, **letters} for label, of_label in found.items()})
+    return words and {label: words[label] for label in names}
+
+
+def _single(
+    words: Iterable[str], tokens: Callable[[str], tuple[int, ...]], most: int | None = None
+) -> dict[int, str]:
+    """Those of one token by their ids, in their order; at most so many."""
+    found: dict[int, str] = {}
+    for word in words:
+        ids = tokens(word) if word else ()
+        if len(ids) == 1:
+            found.setdefault(ids[0], word)
+        if len(found) == most:
+            break
+    return found
+
+
+def _letters() -> Iterator[str]:
+    """A, B, … AA, AB, …: what names nothing, and so does for any label."""
+    for length in (1, 2):
+        yield from map("".join, itertools.product(string.ascii_uppercase, repeat=length))
+
+
+def _matched(options: Mapping[str, Mapping[int, str]]) -> dict[str, str] | None:
+    """Each label with a word of its own (bipartite matching by augmenting paths, Kuhn 1955)."""
+    owner: dict[int, str] = {}
+
+    def seat(label: str, tried: set[int]) -> bool:
+        for token in options[label]:
+            if token not in owner:
+                owner[token] = label
+                return True
+        for token in options[label]:
+            if token not in tried:
+                tried.add(token)
+                if seat(owner[token], tried):
+                    owner[token] = label
+                    return True
+        return False
+
+    if not all(seat(label, set()) for label in options):
+        return None
+    return {label: options[label][token] for token, label in owner.items()}

@@ -1,0 +1,103 @@
+"""From a table to a trained prompt on the command line, without a template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ptuning import Prompt
+
+from ..scaffold import Run
+
+TEAMS = ["billing", "tech_support", "account-access"]
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path, run: Run) -> Run:
+    """Train on a table of thirty tickets as people export them."""
+    monkeypatch.chdir(tmp_path)
+    lines = [f"{n};Ticket {n};I was charged on day {n}\\; help;{TEAMS[n % 3]}" for n in range(30)]
+    Path("tickets.csv").write_text(
+        ";subject;body;team\n" + "\n".join(line.replace("\\;", ",") for line in lines) + "\n"
+    )
+
+    def call(*more: str) -> tuple[int, str, str]:
+        options = ("--model", model_folder, "--data", "tickets.csv", "--output", "out")
+        return run("train", *options, "--epochs", 2, *more)
+
+    return call
+
+
+def test_a_table_is_enough(train: Run, run: Run) -> None:
+    code, _, err = train()
+    assert code == 0, err
+    assert "answers: 'team' (3 labels); reads: 'subject', 'body'; left out: '' (it" in err
+    assert "6 of 30 examples are set aside" in err
+    prompt = Prompt.load("out")
+    assert prompt.template == "[P*3] Subject: {subject}\nBody: {body} [P*3] Team: [MASK]"
+    assert prompt.answer == "team" and set(prompt.labels) == set(TEAMS)
+    assert prompt.training["examples"] == 24 and prompt.training["dev_examples"] == 6
+    code, out, err = run("evaluate", "out", "--data", "tickets.csv", "--json")
+    assert code == 0 and json.loads(out)["examples"] == 30, err
+    code, _, err = run("predict", "out", "--data", "tickets.csv", "--output", "said.csv")
+    assert code == 0, err
+
+
+def test_the_run_file_keeps_what_was_found(train: Run, run: Run) -> None:
+    train()
+    settings, prompt = yaml.safe_load(Path("out/run.yaml").read_text()), Prompt.load("out")
+    assert settings["template"] == prompt.template and settings["answer"] == "team"
+    assert settings["labels"] == {label: list(words) for label, words in prompt.labels.items()}
+    assert settings["dev_share"] == 0.2
+    code, _, err = run("train", "--config", "out/run.yaml", "--output", "again")
+    assert code == 0, err
+    again = Prompt.load("again")
+    assert again.trained_vectors().equal(prompt.trained_vectors())
+    assert "answers:" not in err
+
+
+def test_an_interrupted_run_goes_on_with_what_was_found(
+    train: Run, run: Run, ctrl_c_after: Callable[[int | None], None]
+) -> None:
+    train()
+    undisturbed = Prompt.load("out").trained_vectors()
+    ctrl_c_after(1)
+    assert train("--overwrite")[0] == 130
+    ctrl_c_after(None)
+    code, _, err = run("train", "--output", "out", "--resume")
+    assert code == 0, err
+    assert Prompt.load("out").trained_vectors().equal(undisturbed)
+
+
+def test_what_is_given_comes_before_what_is_found(train: Run) -> None:
+    labels = "billing=a,tech_support=b,account-access=c"
+    code, _, err = train("--template", "auto", "--labels", labels, "--dev-share", "0.5")
+    assert code == 0, err
+    prompt = Prompt.load("out")
+    assert prompt.labels["tech_support"] == ("b",) and prompt.training["dev_examples"] == 15
+    settings = yaml.safe_load(Path("out/run.yaml").read_text())
+    assert settings["labels"] == labels
+    own = ("--template", "[P] {body} [MASK]", "--labels", "auto", "--answer", "team")
+    code, _, err = train("--overwrite", *own)
+    assert code == 0, err
+    prompt = Prompt.load("out")
+    assert prompt.template == "[P] {body} [MASK]" and len(prompt.labels) == 3
+    assert prompt.training["dev_examples"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (("--answer", "colour"), "no answer column 'colour'; it has '', 'subject', 'body', 'team'"),
+        (("--dev-share", "1.5"), "the share to set aside is 1.5"),
+        (("--template", "auto", "--init-from", "out"), "leave 'auto' out"),
+    ],
+)
+def test_mistakes_are_one_line(train: Run, options: tuple[str, ...], part: str) -> None:
+    code, _, err = train(*options)
+    assert code == 2
+    assert part in err.splitlines()[-1] and "Traceback" not in err

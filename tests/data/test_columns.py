@@ -1,0 +1,154 @@
+"""Which column is the answer, what is worth reading, and what is set aside to choose with."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from ptuning.data.columns import are_labels, columns_of
+from ptuning.data.setting_aside import set_aside, usual_share
+from ptuning.errors import DataError
+
+TEXTS = [f"I was charged twice on day {n}" for n in range(24)]
+TEAMS = ["billing", "support", "access"] * 8
+
+
+def rows(**columns: list[Any]) -> list[dict[str, Any]]:
+    """Rows of columns, beside one of texts."""
+    table = {"text": TEXTS, **columns}
+    return [dict(zip(table, cells, strict=True)) for cells in zip(*table.values(), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "answer"),
+    [
+        ({"label": TEAMS, "kind": ["a", "b"] * 12}, "label"),
+        ({"label": TEAMS, "answer": TEXTS}, "answer"),
+        ({"Label": TEAMS, "kind": ["a", "b"] * 12}, "Label"),
+        ({"team": TEAMS}, "team"),
+        ({"team": TEAMS, "category": ["a", "b"] * 12}, "category"),
+        ({"team_id": [0, 1, 2] * 8, "team": TEAMS}, "team"),
+    ],
+)
+def test_the_answer_is_found(columns: dict[str, list[Any]], answer: str) -> None:
+    assert columns_of(rows(**columns)).answer == answer
+
+
+@pytest.mark.parametrize(
+    ("columns", "parts"),
+    [
+        ({}, ["not clear", "'text'", "--answer"]),
+        ({"team": TEAMS, "tone": ["a", "b"] * 12}, ["several", "'team'", "'tone'", "--answer"]),
+        ({"reply": TEXTS}, ["no column has few values", "'text', 'reply'"]),
+    ],
+)
+def test_where_the_answer_is_not_clear_it_is_asked_for(
+    columns: dict[str, list[Any]], parts: list[str]
+) -> None:
+    with pytest.raises(DataError) as error:
+        columns_of(rows(**columns))
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_a_column_that_is_not_there_and_a_table_without_rows_are_refused() -> None:
+    with pytest.raises(DataError, match="no answer column 'team'; it has 'text', 'label'"):
+        columns_of(rows(label=TEAMS), "team")
+    with pytest.raises(DataError, match="no example"):
+        columns_of([])
+
+
+LEFT_OUT = {
+    "": ([*range(24)], "no name"),
+    "Unnamed: 0": ([*range(24)], "number"),
+    "ticket": ([7 * n for n in range(24)], "code"),
+    "user_id": ([(n * 7) % 24 for n in range(24)], "code"),
+    "ref": ([f"A{n:03}-x" for n in range(24)], "code"),
+    "source": (["web"] * 24, "always 'web'"),
+    "note": ([None, ""] * 12, "empty"),
+    "tags": ([["a"]] * 24, "no text"),
+    "bo{d}y": (TEXTS, "braces"),
+    " body": (TEXTS, "spaces"),
+    "label_text": (["x", "y", "z"] * 8, "in other words"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_columns_that_help_nobody_are_left_out(name: str) -> None:
+    cells, why = LEFT_OUT[name]
+    found = columns_of(rows(label=TEAMS, **{name: cells}))
+    assert found.read == ("text",) and why in found.left_out[name]
+    assert (found.twin == name) == (name == "label_text")
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        [f"name{'x' * n}" for n in range(24)],
+        [n * 37 % 24 for n in range(24)],
+        [f"{n}.{n}5" for n in range(24)],
+        ["red", "green"] * 12,
+    ],
+)
+def test_names_figures_and_kinds_are_read(cells: list[Any]) -> None:
+    assert columns_of(rows(label=TEAMS, more=cells)).read == ("text", "more")
+
+
+def test_a_column_that_some_rows_lack_is_left_out() -> None:
+    table = rows(label=TEAMS, note=TEXTS)
+    del table[3]["note"]
+    assert columns_of(table).read == ("text",)
+
+
+def test_codes_are_read_where_there_is_nothing_else() -> None:
+    table = [{"phone": 4_400 + 3 * n, "label": team} for n, team in enumerate(TEAMS)]
+    assert columns_of(table).read == ("phone",)
+    with pytest.raises(DataError, match="nothing to answer 'label' from: it is the only column"):
+        columns_of([{"label": team} for team in TEAMS])
+
+
+def test_texts_that_come_again_with_their_labels_are_read_where_there_is_nothing_else() -> None:
+    few = [{"text": "a joy", "label": 1}, {"text": "dull", "label": 0}] * 12
+    found = columns_of(few)
+    assert found.read == ("text",) and found.twin is None
+
+
+def test_of_very_many_columns_the_longest_texts_are_read() -> None:
+    many = {f"c{n}": [f"{'w' * n} {r % 7}" for r in range(24)] for n in range(1, 20)}
+    found = columns_of(rows(label=TEAMS, **many))
+    assert len(found.read) == 12 and found.read[0] == "text" and "c19" in found.read
+    assert "too many" in found.left_out["c1"]
+
+
+def test_labels_come_again_and_free_answers_do_not() -> None:
+    assert are_labels(TEAMS) and are_labels([*TEAMS, "once"])
+    assert not are_labels(TEXTS) and not are_labels(["w" * 101, "v" * 101] * 9)
+
+
+def test_every_label_gives_its_share_and_the_order_stays() -> None:
+    table = rows(label=["a"] * 15 + ["b"] * 7 + ["c"] * 2)
+    training, dev = set_aside(table, "label", 0.25, seed=3)
+    assert Counter(row["label"] for row in dev) == {"a": 4, "b": 2}
+    assert training == [row for row in table if row not in dev]
+    assert [row for row in table if row in dev] == dev
+    assert set_aside(table, "label", 0.25, seed=3) == (training, dev)
+    assert set_aside(table, "label", 0.25, seed=4)[1] != dev
+
+
+def test_the_last_example_of_a_label_and_all_of_free_answers() -> None:
+    table = rows(label=["a"] * 20 + ["b", "b", "c", "d"])
+    training, _ = set_aside(table, "label", 0.9, seed=0)
+    assert {row["label"] for row in training} == {"a", "b", "c", "d"}
+    assert len(set_aside(rows(), "text", 0.25, seed=0)[1]) == 6
+
+
+@pytest.mark.parametrize("share", [1, -0.1, 2, "a", True, 0.001])
+def test_a_share_that_is_none_is_refused(share: Any) -> None:
+    with pytest.raises(DataError, match="share"):
+        set_aside(rows(label=TEAMS), "label", share, seed=0)
+
+
+def test_a_fifth_is_set_aside_of_many_500_and_of_few_none() -> None:
+    assert [usual_share(n) for n in (9, 10, 2500)] == [0.0, 0.2, 0.2]
+    assert round(usual_share(100_000) * 100_000) == 500

@@ -1,0 +1,187 @@
+"""From a table to a prompt: template, label names, and words of one token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ptuning import Prompt
+from ptuning.data.columns import columns_of
+from ptuning.errors import DataError, InputError
+from ptuning.prompts.from_table import in_two_lines, readable
+from ptuning.rendering.render import Renderer
+from ptuning.rendering.short_words import one_token_words
+
+from .. import tiny
+
+TEXTS = [f"I was charged twice on day {n}" for n in range(24)]
+
+
+def prompt_for(answers: list[Any], name: str = "label", **columns: list[Any]) -> Prompt:
+    """The prompt for a table of texts with these answers, repeated."""
+    table = {"text": TEXTS, **columns, name: (answers * 24)[:24]}
+    return Prompt.for_rows(table)
+
+
+def words_of(prompt: Prompt) -> dict[str, str]:
+    return {label: words[0] for label, words in prompt.labels.items()}
+
+
+def test_virtual_tokens_stand_around_the_text_and_the_answers_name_before_it() -> None:
+    prompt = prompt_for(["good", "bad"], "ticket_type")
+    assert prompt.template == "[P*3] {text} [P*3] Ticket type: [MASK]"
+    assert prompt.answer == "ticket_type" and prompt.num_virtual_tokens == 6
+
+
+def test_several_columns_stand_with_their_names() -> None:
+    prompt = prompt_for(["good", "bad"], subjectLine=[f"Re: {text}" for text in TEXTS])
+    assert prompt.template == "[P*3] Text: {text}\nSubject Line: {subjectLine} [P*3] Label: [MASK]"
+
+
+def test_names_like_words_of_the_template_language_are_text() -> None:
+    table = {"[MASK]": TEXTS, "a\nb": [f"{t} again" for t in TEXTS], "[P*3]": ["x", "y", "z"] * 8}
+    prompt = Prompt.for_rows(table)
+    assert prompt.template == ("[P*3] [[MASK]]: {[MASK]}\nA b: {a\nb} [P*3] [[P*3]]: [MASK]")
+    assert prompt.parsed.fields == ("[MASK]", "a\nb") and prompt.num_virtual_tokens == 6
+
+
+@pytest.mark.parametrize(("count", "template"), [
+    (1, "{text} [P*1] Label: [MASK]"),
+    (5, "[P*2] {text} [P*3] Label: [MASK]"),
+])  # fmt: skip
+def test_so_many_virtual_tokens_as_are_wanted(count: int, template: str) -> None:
+    table = {"text": TEXTS, "label": ["a", "b"] * 12}
+    assert Prompt.for_rows(table, num_virtual_tokens=count).template == template
+
+
+@pytest.mark.parametrize(
+    ("answers", "words"),
+    [
+        (["top_up-failed", "changePin"], {"top_up-failed": "top up failed",
+                                          "changePin": "change Pin"}),
+        ([True, False], {"true": "yes", "false": "no"}),
+        ([0, 1], {"0": "no", "1": "yes"}),
+        (["1", "0"], {"1": "yes", "0": "no"}),
+        ([-1, 0, 1], {"-1": "negative", "0": "neutral", "1": "positive"}),
+        ([1.0, 2.0, 12.0], {"1": "one", "2": "two", "12": "12"}),
+        (["top-up", "top_up"], {"top-up": "top-up", "top_up": "top_up"}),
+        (["{x}", "y"], {"{x}": "{{x}}", "y": "y"}),
+        (["spam", " spam", "ham "], {"spam": "spam", "ham": "ham"}),
+    ],
+)  # fmt: skip
+def test_labels_have_readable_names(answers: list[Any], words: dict[str, str]) -> None:
+    assert words_of(prompt_for(answers)) == words
+
+
+def test_numbers_are_named_by_a_column_that_says_the_same() -> None:
+    prompt = prompt_for([0, 1, 2], label_text=["world", "sport", "business"] * 8)
+    assert words_of(prompt) == {"0": "world", "1": "sport", "2": "business"}
+    assert prompt.parsed.fields == ("text",)
+
+
+def test_labels_that_differ_only_in_case_are_two_and_said() -> None:
+    with pytest.warns(UserWarning, match="'Spam' and 'spam' differ only in case"):
+        prompt = prompt_for(["Spam", "spam"])
+    assert words_of(prompt) == {"Spam": "Spam", "spam": "spam"}
+
+
+def test_answers_that_never_come_again_are_free_text() -> None:
+    prompt = Prompt.for_rows([{"question": f"q {n}", "answer": f"a {n}"} for n in range(9)])
+    assert prompt.verbalizer is None
+    assert prompt.template == "[P*3] {question} [P*3] Answer: [MASK]"
+
+
+def test_one_kind_of_answer_is_refused() -> None:
+    with pytest.raises(DataError, match="every answer in the column 'label' is 'x'"):
+        prompt_for(["x"])
+
+
+def test_what_is_given_is_not_looked_for() -> None:
+    table = {"id": [*range(24)], "label": ["a", "b"] * 12, "kind": ["c", "d", "e"] * 8}
+    prompt = Prompt.for_rows(table, "kind", "[P] {id} [MASK]", encoder="none")
+    assert (prompt.template, prompt.answer, prompt.encoder) == ("[P] {id} [MASK]", "kind", "none")
+    own = Prompt.for_rows(table, "kind", verbalizer={"c": "x", "d": "y", "e": "z"})
+    assert words_of(own) == {"c": "x", "d": "y", "e": "z"} and not own.names_are_words
+    with pytest.raises(InputError, match="no virtual token"):
+        Prompt.for_rows(table, template="{id} [MASK]")
+
+
+def test_readable_leaves_marks_that_say_something() -> None:
+    assert [readable(name) for name in ("C++", "3.14", "_x", "a - b", "and/or", "iPhone")] == [
+        "C++", "3.14", "_x", "a b", "and or", "i Phone",
+    ]  # fmt: skip
+
+
+def test_two_lines_say_what_was_chosen() -> None:
+    table = {"no": [*range(24)], "text": TEXTS, "label": ["a b", "b"] * 12}
+    rows = [dict(zip(table, cells, strict=True)) for cells in zip(*table.values(), strict=True)]
+    first, second = in_two_lines(Prompt.for_rows(rows), columns_of(rows), 5, 24)
+    assert first == (
+        "answers: 'label' (2 labels); reads: 'text'; left out: 'no' (the row's number)"
+    )
+    assert second == (
+        "template: '[P*3] {text} [P*3] Label: [MASK]'; words: a b=a b, b=b; 5 of 24 examples are "
+        "set aside to choose with"
+    )
+
+
+def chosen(*names: str, known: str) -> dict[str, str] | None:
+    """Words for labels of these names, with a tokenizer that knows some words, else letters."""
+    numbers = {word: n for n, word in enumerate(known.split())}
+    letters = {chr(n): 1000 + n for n in range(0x10000)}
+
+    def tokens(word: str) -> tuple[int, ...]:
+        return (numbers[word],) if word in numbers else tuple(letters[c] for c in word)
+
+    texts = {number: word for word, number in {**letters, **numbers}.items()}
+    return one_token_words({name: name for name in names}, tokens, texts.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("names", "known", "words"),
+    [
+        (["good", "bad"], "good bad", ["good", "bad"]),
+        (["Good", "bad"], "good bad", ["good", "bad"]),
+        (["card lost", "card"], "card lost", ["lost", "card"]),
+        (["top up failed", "top up"], "top up failed", ["failed", "top"]),
+        (["card arrival", "card linking"], "card arrival", ["arrival", "card"]),
+        (["Spam", "spam"], "Spam spam", ["Spam", "spam"]),
+        (["東京", "京都"], "good", ["A", "B"]),
+    ],
+)
+def test_each_label_gets_one_token(names: list[str], known: str, words: list[str]) -> None:
+    assert list((chosen(*names, known=known) or {}).values()) == words
+
+
+def test_labels_that_begin_alike_stay_apart_and_many_find_words() -> None:
+    many = [f"intent {n}" for n in range(77)]
+    pairs = " ".join(f"{a}{b}" for a in "ABC" for b in "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    words = chosen(*many, known=f"intent {pairs}") or {}
+    assert list(words) == many and len(set(words.values())) == 77
+    assert chosen(*many, known="intent") is None
+
+
+def test_a_tokenizer_settles_the_words_once() -> None:
+    prompt = prompt_for(["paris", "rome italy"])
+    assert words_of(prompt)["rome italy"] == "rome italy"
+    renderer = Renderer(tiny.tokenizer(), prompt, "causal", 128)
+    words = words_of(prompt)
+    assert list(words) == ["paris", "rome italy"] and words["rome italy"] != "rome italy"
+    example = renderer({"text": "x", "label": "paris"})
+    assert len(example.sequences) == 1 and len(set(example.label_ids)) == 2
+    other = Renderer(tiny.tokenizer("wordpiece"), prompt, "masked", 128)
+    assert words_of(prompt) == words and len(other.labels) == 2
+
+
+@pytest.mark.parametrize("kind", tiny.TOKENIZERS)
+def test_words_of_every_kind_of_tokenizer_are_one_row(kind: str) -> None:
+    prompt = prompt_for(["rain_in_oslo", "capital", "naïve", "москва"])
+    renderer = Renderer(tiny.tokenizer(kind), prompt, "causal", 128)
+    assert len(renderer({"text": "x", "label": "capital"}).sequences) == 1
+
+
+def test_a_label_with_spaces_around_is_the_label() -> None:
+    prompt = prompt_for(["spam", "ham"])
+    renderer = Renderer(tiny.tokenizer(), prompt, "causal", 128)
+    assert renderer({"text": "x", "label": " spam "}).label == 0
