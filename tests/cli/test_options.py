@@ -66,10 +66,11 @@ def test_all_that_a_user_may_choose_is_offered() -> None:
     results = {f.name for f in dataclasses.fields(Prompt)} - chosen
     assert results == {
         "vectors", "encoder_weights", "base_model", "training", "modules", "peft_config",
+        "others",
     }  # fmt: skip
     owners = {of.owner for _, of in FILLED}
     assert owners == {PromptSettings, TrainSettings, LamaOptions, SuperGlueOptions}
-    assert not {**options.OF_PROMPT.left_out, **options.OF_TRAINING.left_out}
+    assert list({**options.OF_PROMPT.left_out, **options.OF_TRAINING.left_out}) == ["label_bias"]
 
 
 @pytest.mark.parametrize("command", EARLIER)

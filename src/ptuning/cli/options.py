@@ -54,7 +54,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on
 PANELS = {
     "Model and data": ("model", "data", "dev", "dev_share", "separator", "dtype", "device"),
     "Prompt": ("template", "answer", "labels", "init_from"),
-    "Training": ("epochs", "learning_rate", "batch_size"),
+    "Training": ("epochs", "learning_rate", "batch_size", "calibrate"),
     "Population": ("population", "population_grid", "halving", "ensemble"),
     "Speed": ("mixed_precision", "prefix_cache", "graphs", "compile"),
     "Output": (
@@ -90,6 +90,7 @@ OF_PROMPT = Fields(
             "template is]",
         ),
     },
+    left_out={"label_bias": "it is measured: --calibrate"},
 )
 OF_TRAINING = Fields(TrainSettings, "Training")
 
@@ -118,6 +119,7 @@ _ELSEWHERE = {
     "learning_rate": "several compete: it is part of the grid",
     "tracker": "an experiment is many trainings, and a tracker follows one",
     "ensemble": "the published figures are of single prompts",
+    "calibrate": "the published figures were made without",
 }
 OF_LAMA = Fields(
     LamaOptions,

@@ -43,6 +43,7 @@ def save(
         "members": result.members,
         "winner": result.winner,
         **({"ensemble": result.ensemble} if result.ensemble else {}),
+        **({"calibrated": result.calibrated} if result.calibrated else {}),
         "shortened": result.shortened,
         "seconds": round(result.seconds, 2),
         "versions": versions(),
@@ -85,6 +86,10 @@ def tell(output: Path, prompt: Prompt, result: TrainResult, data: str) -> None:
         line += f"; with {len(prompt.others)} more as an ensemble"
         if "dev_accuracy" in result.ensemble:
             line += f", dev {console.percent(result.ensemble['dev_accuracy'])} %"
+    if prompt.label_bias:
+        line += f"; labels calibrated by {result.calibrated['method']}"
+        if "dev_accuracy" in result.calibrated:
+            line += f", dev {console.percent(result.calibrated['dev_accuracy'])} %"
     console.tell(f"{line}, {result.seconds:.0f} s)")
     console.tell(f"next: {console.command('evaluate', output, '--data', data)}")
     console.tell(f"      {console.command('predict', output, '--data', data)}")

@@ -41,6 +41,7 @@ def inspect(
     lines = [
         ("template", prompt.template or "(in front)"),
         ("base model", prompt.base_model.get("name", "unknown")),
+        *(("bias", f"{label} {bias:+.3f}") for label, bias in (prompt.label_bias or {}).items()),
         *([("ensemble", f"{len(prompt.members)} members")] if prompt.others else []),
         *(("label", f"{label} = {' | '.join(words)}") for label, words in prompt.labels.items()),
         *((key.replace("_", " "), _shown(value)) for key, value in prompt.training.items()),

@@ -6,7 +6,7 @@ most likely one after those before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..rendering.collate import IGNORED, Batch
 from ..rendering.render import Rendered, Renderer
 from .engine import Engine
 from .plain import answer_nll, by_label, losses_of_labels
-from .together import first_rows, mean_log_probabilities
+from .together import biased, first_rows, mean_log_probabilities
 
 
 def score(
@@ -32,6 +32,8 @@ def score(
         first_id: id of the prompt's first virtual token; 0 for a manual template.
         batch_size: examples per forward.
     """
+    if renderer.compares and renderer.bias is not None:
+        return score_together(engine, [renderer], [examples], [first_id], batch_size)
     batches = [
         engine.batch([(examples[i], 0) for i in chunk], [first_id])
         for chunk in engine.chunks(examples, batch_size)
@@ -90,29 +92,51 @@ def score_together(
         first_ids: of each member the id of its first virtual token.
         batch_size: rows of a forward, all members counted.
     """
-    members = range(len(renderers))
+    if renderers[0].compares:
+        found = label_log_probabilities(engine, renderers, examples, first_ids, batch_size)
+        right = torch.tensor([example.label for example in examples[0]])
+        losses, hits = losses_of_labels(found, right, torch.arange(found.shape[1]))
+        return float(hits.double().mean()), float(losses.double().mean())
     sums = torch.zeros(2, dtype=torch.float64)
-    with engine.one_document(examples):
-        for chunk in engine.chunks(examples[0], max(1, batch_size // len(members))):
-            rows = [(examples[member][i], member) for i in chunk for member in members]
-            batch = engine.prediction_batch(rows, first_ids)
-            losses, right = _together(engine, renderers[0], batch, [len(members)] * len(chunk))
-            sums += torch.stack([right.sum().double(), losses.sum().double()]).cpu()
+    for batch, sizes, _ in _batches_together(engine, examples, first_ids, batch_size):
+        answers = batch.answers[first_rows(sizes)]
+        means = mean_log_probabilities(engine.logits(batch), sizes)
+        hits = ((means.argmax(-1) == answers) | (answers == IGNORED)).all(1)
+        losses = answer_nll(means, answers).sum(1)
+        sums += torch.stack([hits.sum().double(), losses.sum().double()]).cpu()
     weight = sum(example.weight for example in examples[0])
     return float(sums[0]) / len(examples[0]), float(sums[1]) / weight
 
 
-def _together(
-    engine: Engine, renderer: Renderer, batch: Batch, sizes: list[int]
-) -> tuple[Tensor, Tensor]:
-    """Loss and rightness of each group."""
-    first = first_rows(sizes)
-    if renderer.compares:
-        assert batch.labels is not None
-        words = torch.tensor(renderer.owner, device=batch.input_ids.device)
-        scores = by_label(engine.word_scores(batch, len(renderer.owner)), words)
-        means = mean_log_probabilities(scores, sizes)
-        return losses_of_labels(means, batch.labels[first], torch.arange(means.shape[1]))
-    means, answers = mean_log_probabilities(engine.logits(batch), sizes), batch.answers[first]
-    right = ((means.argmax(-1) == answers) | (answers == IGNORED)).all(1)
-    return answer_nll(means, answers).sum(1), right
+@torch.no_grad()
+def label_log_probabilities(
+    engine: Engine,
+    renderers: Sequence[Renderer],
+    examples: Sequence[list[Rendered]],
+    first_ids: Sequence[int],
+    batch_size: int,
+) -> Tensor:
+    """The labels' log-probabilities ``(N, labels)``, on the CPU; of several members together.
+
+    The arguments are those of `score_together`; one member is as good as several, and the examples
+    need no answers.
+    """
+    renderer = renderers[0]
+    words = torch.tensor(renderer.owner)
+    found = torch.zeros(len(examples[0]), len(renderer.labels))
+    for batch, sizes, chunk in _batches_together(engine, examples, first_ids, batch_size):
+        scores = by_label(engine.word_scores(batch, len(words)).cpu(), words)
+        found[chunk] = biased(mean_log_probabilities(scores, sizes), renderer.bias)
+    return found
+
+
+def _batches_together(
+    engine: Engine, examples: Sequence[list[Rendered]], first_ids: Sequence[int], batch_size: int
+) -> Iterator[tuple[Batch, list[int], list[int]]]:
+    """Batches in which the members' rows of an example stand together; how many of each; which
+    examples."""
+    members = range(len(examples))
+    with engine.one_document(examples):
+        for chunk in engine.chunks(examples[0], max(1, batch_size // len(members))):
+            rows = [(examples[member][i], member) for i in chunk for member in members]
+            yield engine.prediction_batch(rows, first_ids), [len(members)] * len(chunk), chunk

@@ -30,6 +30,13 @@ def mean_log_probabilities(scores: Tensor, sizes: Sequence[int]) -> Tensor:
     return means.log_softmax(-1)
 
 
+def biased(log_probabilities: Tensor, bias: Sequence[float] | None) -> Tensor:
+    """Labels' log-probabilities ``(…, labels)`` with a bias (`Task.label_bias`), normalised."""
+    if bias is None:
+        return log_probabilities
+    return (log_probabilities + log_probabilities.new_tensor(bias)).log_softmax(-1)
+
+
 class Together(LogitsProcessor):
     """While tokens are chosen one by one, each row has the log-probabilities of its group.
 

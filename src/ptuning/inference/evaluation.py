@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..backbone.base_model import BaseModel
@@ -16,10 +17,12 @@ from ..data import Rows, as_rows
 from ..errors import DataError
 from ..forward.engine import Engine
 from ..forward.scoring import score, score_together
+from ..forward.together import biased
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task, majority_answer
 from ..rendering.render import Example, answer_column, render_all
 from ..reporting import html_picture, html_table, percent, shares
+from ..training.calibration import bias_against, without_content
 from ..training.guidance import dev_far_above
 from .attachment import placed
 from .baselines import automatic_templates
@@ -41,6 +44,8 @@ class Evaluation:
         manual_template: the template without virtual tokens that `manual_accuracy` is for. Free
             answers count as right there where greedy decoding begins with the whole answer, since a
             hand-written template never learned where to stop.
+        manual_calibrated: the same template with a label bias like the prompt's (``batch`` on these
+            rows where the prompt's was learned on dev); None where the prompt has none.
         majority_answer: the most frequent answer of the training (of these rows, if unknown).
         labels: order of rows and columns in `confusion`.
         confusion: right label (row) against predicted label (column); empty for free answers.
@@ -60,6 +65,7 @@ class Evaluation:
     confusion: list[list[int]]
     predictions: list[Prediction]
     right_answers: list[str]
+    manual_calibrated: float | None = None
 
     def confident_mistakes(self, count: int = 5) -> list[int]:
         """The numbers of rows (from 0) that are answered wrong, the most confident first."""
@@ -75,6 +81,11 @@ class Evaluation:
         return [
             ["P-tuned prompt", percent(self.accuracy)],
             [f"manual: {self.manual_template}", percent(self.manual_accuracy)],
+            *(
+                [["the same, calibrated", percent(self.manual_calibrated)]]
+                if self.manual_calibrated is not None
+                else []
+            ),
             [f"majority: {self.majority_answer}", percent(self.majority_accuracy)],
         ]
 
@@ -176,7 +187,35 @@ def evaluate(
         confusion=confusion,
         predictions=predictions,
         right_answers=gold,
+        manual_calibrated=calibrated_manual(model, tokenizer, prompt, by_hand, rows, gold)
+        if prompt.label_bias
+        else None,
     )
+
+
+def calibrated_manual(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Prompt,
+    by_hand: Task,
+    rows: Sequence[Example],
+    gold: Sequence[str],
+) -> float:
+    """Accuracy of a manual template with a label bias that is measured as the prompt's was."""
+
+    def log_probabilities(asked: Sequence[Example]) -> torch.Tensor:
+        found = predict_details(model, tokenizer, by_hand, asked)
+        shares = [[p.probabilities[label] for label in by_hand.labels] for p in found]
+        return torch.tensor(shares).clamp(min=torch.finfo(torch.float32).tiny).log()
+
+    on_rows = log_probabilities(rows)
+    if prompt.training.get("calibrate") == "context":
+        bias = bias_against(log_probabilities(without_content(by_hand.columns)))
+    else:
+        bias = bias_against(on_rows)
+    labels = list(by_hand.labels)
+    said = [labels[number] for number in biased(on_rows, bias.tolist()).argmax(1).tolist()]
+    return _share(a == b for a, b in zip(said, gold, strict=True))
 
 
 def _best_manual(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from collections.abc import Callable
 from itertools import groupby
 from typing import Any
@@ -73,6 +74,12 @@ def _peft(prompt: Prompt, base: BaseModel) -> dict[str, bytes]:
             "PEFT puts virtual tokens in front of everything, special tokens too, and this prompt "
             f"has them elsewhere: {prompt.template}; merge it instead (ptuning merge)"
         )
+    if prompt.label_bias:
+        warnings.warn(
+            "PEFT's files have no place for the prompt's label bias, so its labels are compared "
+            "without; add prompt.label_bias to their log-probabilities yourself",
+            stacklevel=3,
+        )
     vectors = prompt.trained_vectors().float()
     config = prompt.encoder_config(vectors.shape[1])
     return peft_files.pack(vectors, config, base.kind)
@@ -91,7 +98,7 @@ def _vllm_embeds(prompt: Prompt, base: BaseModel) -> dict[str, bytes]:
         count = int(part)
         content.append({"type": "prompt_embeds", "data": _packed(vectors[at : at + count], dtype)})
         at += count
-    about: dict[str, Any] = {"content": content, "labels": text.labels}
+    about: dict[str, Any] = {"content": content, **_labels(prompt, text)}
     if not prompt.chat:
         about["chat_template"] = _WHOLE
     about["add_special_tokens"] = text.add_special_tokens and not prompt.chat
@@ -115,6 +122,12 @@ def _pieces(prompt: Prompt, base: BaseModel) -> tuple[Any, list[tuple[bool, str]
     return text, [(v, str(len(run)) if v else "".join(run)) for v, run in grouped]
 
 
+def _labels(prompt: Prompt, text: Any) -> dict[str, Any]:
+    """The words that a client compares, and what it adds to the labels' log-probabilities."""
+    bias = {"label_bias": dict(prompt.label_bias)} if prompt.label_bias else {}
+    return {"labels": text.labels, **bias}
+
+
 def _packed(vectors: Tensor, dtype: torch.dtype) -> str:
     """A tensor as vLLM takes it: `torch.save`, in base64."""
     file = io.BytesIO()
@@ -132,7 +145,7 @@ def _tensorrt_llm(prompt: Prompt, base: BaseModel) -> dict[str, bytes]:
         "task_id": 0,
         "virtual_ids": list(range(first, first + len(vectors))),
         "parts": [int(p) if virtual else p for virtual, p in pieces],
-        "labels": text.labels,
+        **_labels(prompt, text),
     }
     return {"prompt_table.npy": file.getvalue(), "prompt_table.json": formats.pack_json(about)}
 

@@ -68,6 +68,8 @@ def merge(
         at += len(of_one)
         text = merged_text(prompt, name, base.kind, tokenizer, merged_tokenizer, own)
         table[name] = {"text": text.text, "virtual_ids": own, "labels": text.labels}
+        if prompt.label_bias:
+            table[name]["label_bias"] = dict(prompt.label_bias)
         if not text.add_special_tokens:
             table[name]["add_special_tokens"] = False
         if text.turn is not None:

@@ -18,7 +18,7 @@ from ..data import Row, Rows, as_rows
 from ..errors import InputError
 from ..forward.engine import Engine
 from ..forward.plain import by_label
-from ..forward.together import mean_log_probabilities
+from ..forward.together import biased, mean_log_probabilities
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
 from ..rendering.collate import Batch
@@ -330,7 +330,8 @@ def _compare(engine: Engine, questions: list[Question], batch: Batch) -> list[Pr
     for rows, question in zip(scores.split(sizes), questions, strict=True):
         renderer = question.renderer
         of_members = by_label(rows, torch.tensor(renderer.owner))
-        shares = mean_log_probabilities(of_members, [len(rows)])[0].exp().tolist()
+        means = mean_log_probabilities(of_members, [len(rows)])[0]
+        shares = biased(means, renderer.bias).exp().tolist()
         labels = list(renderer.labels)
         best = max(range(len(shares)), key=shares.__getitem__)
         probabilities = dict(zip(labels, shares, strict=True))

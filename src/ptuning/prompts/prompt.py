@@ -69,14 +69,19 @@ class Prompt(PromptSettings):
 
     @property
     def members(self) -> list[Prompt]:
-        """The prompts that answer together, the best first; alone it is this one."""
-        return [self.alone(), *self.others] if self.others else [self]
+        """The prompts that answer together, the best first; alone it is this one. The first has
+        the label bias of all together."""
+        if not self.others:
+            return [self]
+        first = copy.copy(self)
+        first.others = ()
+        return [first, *self.others]
 
     def alone(self) -> Prompt:
-        """The first member of an ensemble as a prompt of its own, with the same vectors."""
-        alone = copy.copy(self)
-        alone.others = ()
-        return alone
+        """The first member of an ensemble as a prompt of its own, with the same vectors; a label
+        bias was measured for all together and is left out."""
+        alone = self.members[0]
+        return replace(alone, label_bias=None) if self.others else alone
 
     def check_alone(self, what: str) -> None:
         """Refuse an ensemble where only one prompt has a meaning.
@@ -233,7 +238,7 @@ class Prompt(PromptSettings):
         base = self.base_model
         description = {
             "num_virtual_tokens": len(vectors),
-            **self.settings(),
+            **_described(self),
             "base_model": base if folder is None else prompt_files.seen_from(Path(folder), base),
             "training": self.training,
         }
@@ -243,7 +248,7 @@ class Prompt(PromptSettings):
             description[prompt_files.ENSEMBLE] = [
                 {
                     "num_virtual_tokens": len(other.trained_vectors()),
-                    **other.settings(),
+                    **_described(other),
                     "training": other.training,
                 }
                 for other in self.others
@@ -342,6 +347,16 @@ class Prompt(PromptSettings):
                     f"cannot upload to {repository!r} ({type(error).__name__}: {reason}); check "
                     "the connection, the name and who is logged in (hf auth whoami)"
                 ) from error
+
+
+def _described(prompt: Prompt) -> dict[str, Any]:
+    """Settings as ``prompt.json`` has them; older readers know no label bias."""
+    settings = prompt.settings()
+    return (
+        settings
+        if prompt.label_bias
+        else {k: settings[k] for k in settings if k != prompt_files.BIAS}
+    )
 
 
 def _check_alike(first: Prompt, other: Prompt) -> None:

@@ -5,7 +5,7 @@ of either is noticed. Releases before the checksum could be cut off between the 
 copy counts.
 
 A folder says the lowest version whose readers give its answers: 2 where several members answer
-together (their vectors are ``member.N.vectors``), else 1.
+together (their vectors are ``member.N.vectors``) or labels have a bias, else 1.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ FORMAT_VERSION = 2
 """The newest that is read."""
 ENSEMBLE = "ensemble"
 """Key of ``prompt.json``: the settings of each further member."""
-_SINCE_2 = (ENSEMBLE,)
+BIAS = "label_bias"
+"""Key of ``prompt.json``: what is added to the labels' log-probabilities."""
+_SINCE_2 = (ENSEMBLE, BIAS)
 _DESCRIPTION, _TENSORS = "prompt.json", "prompt.safetensors"
 NAMES = (_TENSORS, _DESCRIPTION, "README.md")
 OF_FILES = ("format_version", "save_id", "sha256")

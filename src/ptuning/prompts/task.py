@@ -7,6 +7,7 @@ is a `Task`; a `Prompt` is a `Task` with trained virtual tokens.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -40,6 +41,8 @@ class Task:
         max_length: longest input in tokens; by default the model's context.
         answer_tokens: longest free answer in tokens, its end included; a training learns it.
         answer_end: a free answer ends with the end-of-sequence token, so predictions stop there.
+        label_bias: label -> what is added to its log-probability before the labels are compared; a
+            training may measure it (``calibrate``).
 
     Raises:
         InputError, TemplateError: settings that contradict each other or the template language.
@@ -54,6 +57,7 @@ class Task:
     max_length: int | None = None
     answer_tokens: int | None = None
     answer_end: bool = True
+    label_bias: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         check_type(self, str, "template", "answer", optional=True)
@@ -64,6 +68,8 @@ class Task:
         at_least_one("answer_tokens", self.answer_tokens, MOST_ANSWER_TOKENS)
         if self.verbalizer is not None:
             self.verbalizer = _words_by_label(self.verbalizer)
+        if self.label_bias is not None:
+            self.label_bias = _bias_by_label(self.label_bias, self.labels)
         if self.template is not None and self.special_tokens == "after" and not self.prompt_leads:
             raise InputError(
                 'special_tokens="after" puts the virtual tokens before everything, so the template '
@@ -120,7 +126,7 @@ class Task:
         """The same task with a hand-written template; by default this one's words alone."""
         text = template if template is not None else self.parsed.without_virtual().text
         settings = {**Task.settings(self), "template": text, "special_tokens": "around"}
-        return Task(**settings)
+        return Task(**{**settings, "label_bias": None})  # which is another template's
 
 
 def majority_answer(answers: Iterable[str]) -> str:
@@ -218,3 +224,19 @@ def _words_by_label(verbalizer: Mapping[str, str | Sequence[str]]) -> dict[str, 
                     "needs words of its own"
                 )
     return words
+
+
+def _bias_by_label(bias: Any, labels: Mapping[str, Any]) -> dict[str, float]:
+    if not isinstance(bias, Mapping):
+        raise InputError(f"label_bias is {bias!r}; expected label -> number")
+    found = {str(label): value for label, value in bias.items()}
+    for label, value in found.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value):
+            raise InputError(f"label_bias gives {value!r} for {label!r}; expected a number")
+    if set(found) != set(labels):
+        raise InputError(
+            f"label_bias names the labels {sorted(found)}, and the verbalizer {sorted(labels)}; "
+            "give a number for each label"
+        )
+    return {label: float(found[label]) for label in labels}

@@ -68,6 +68,7 @@ class Renderer:
         groups: for each group of virtual tokens the ids that initialise them, or None.
         labels: label -> words that are compared; empty for free answers.
         owner: for each word that is compared the index of its label.
+        bias: for each label what is added to its log-probability; None where nothing is.
         limit: the longest input in tokens, or None.
         layout: makes ids of one string.
 
@@ -98,6 +99,8 @@ class Renderer:
         self.labels = {c: (c,) for c in candidates} if candidates else task.labels
         self.compares = bool(candidates) or (bool(task.labels) and task.label_mode == "labels")
         self.owner = [n for n, words in enumerate(self.labels.values()) for _ in words]
+        given = None if candidates else task.label_bias
+        self.bias = None if given is None else [given[label] for label in self.labels]
         self._in_words = () if candidates else _columns_in_words(task)
         self._literal = candidates is not None
         self.layout = Layout(tokenizer, task, kind, [len(group) for group in self.groups])

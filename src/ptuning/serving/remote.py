@@ -236,9 +236,10 @@ class Remote:
             for choice, (c, w) in zip(by_index, words, strict=True)
         ]
         best = max(scores)
-        shares = [0.0] * len(renderer.labels)
+        shares, bias = [0.0] * len(renderer.labels), renderer.bias or [0.0] * len(renderer.labels)
+        highest = max(bias)
         for label, score in zip(renderer.owner, scores, strict=True):
-            shares[label] += math.exp(score - best)
+            shares[label] += math.exp(score - best + bias[label] - highest)
         named = {k: v / sum(shares) for k, v in zip(renderer.labels, shares, strict=True)}
         said = max(named, key=named.__getitem__)
         return Answer(said, named[said], named, example.shortened, len(context), 1)

@@ -24,7 +24,7 @@ from .. import distributed, formats, storage
 from ..backbone.base_model import BaseModel
 from ..errors import InputError, PromptFileError
 from .grid import Variant
-from .settings import CHANGE_NO_RESULT, LATER, TrainSettings
+from .settings import CHANGE_NO_RESULT, LATER
 
 FOLDER = "checkpoints"
 _KEPT = 2
@@ -132,8 +132,8 @@ def identity_of(variants: Sequence[Variant], base: BaseModel) -> dict[str, str]:
     chosen = {**asdict(first.settings), **first.prompt.settings()}
     for name in CHANGE_NO_RESULT:
         del chosen[name]
-    for name in LATER:  # older releases' checkpoints do not name them
-        if chosen[name] == getattr(TrainSettings, name):
+    for name, default in LATER.items():  # older releases' checkpoints do not name them
+        if chosen[name] == default:
             del chosen[name]
     chosen["patience"] = chosen["patience"] or None  # both were "never" in the first release
     start = first.prompt.vectors

@@ -11,6 +11,7 @@ from ..errors import DataError, InputError
 from ..prompts.prompt import Prompt
 from ..rendering.render import Example, answer_column, check_rows
 from .accelerator import check_tracker
+from .calibration import check_calibration
 from .ensemble import check_ensemble
 from .grid import choices
 from .settings import TrainSettings
@@ -36,6 +37,7 @@ def check_run(
     draft = copy.copy(prompt)
     draft.answer = answer_column(prompt, rows[0])
     members = choices(draft, settings, population, grid)
+    check_calibration(draft, settings.calibrate, bool(dev))
     check_ensemble(settings.ensemble, len(members))
     if settings.tune_model and len(members) > 1:
         raise InputError(

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import ExitStack
 
-from ..backbone.base_model import BaseModel, first_free_id
-from ..backbone.injection import Injector
-from ..backbone.modes import eval_mode
+from ..backbone.base_model import BaseModel
 from ..errors import InputError
 from ..forward.engine import Engine
 from ..forward.scoring import score_together
 from ..prompts.prompt import Prompt
-from ..threads import CHANGING
+from .calibration import attached
 from .grid import Variant
 from .learner import Learner
 
@@ -64,15 +61,7 @@ def dev_figures(
         batch_size: rows of a forward.
     """
     engine = Engine(base)
-    with ExitStack() as stack:
-        stack.enter_context(eval_mode(base.model))
-        first_ids = []
-        for member in members:
-            with CHANGING:
-                injector = Injector.on(base.model)
-                span = injector.add(member.trained_vectors(), first_free_id(base.tokenizer))
-            stack.callback(injector.remove, span)
-            first_ids.append(span.first)
-        renderers, examples = [v.renderer for v in variants], [v.dev for v in variants]
+    renderers, examples = [v.renderer for v in variants], [v.dev for v in variants]
+    with attached(base, members) as first_ids:
         accuracy, loss = score_together(engine, renderers, examples, first_ids, batch_size)
     return {"dev_accuracy": accuracy, "dev_loss": loss}

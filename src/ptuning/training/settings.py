@@ -14,9 +14,10 @@ LEARNING_RATES = {"mlp": 1e-3, "lstm": 2e-3, "none": 1e-2}
 
 SCHEDULES = ("linear", "cosine", "constant")
 CHOICES = ("accuracy", "loss")
+CALIBRATIONS = ("none", "context", "batch", "dev")
 CHANGE_NO_RESULT = ("tracker", "checkpoint_seconds", "prefix_cache", "graphs", "compile")
 """Settings that a run may be resumed with others of."""
-LATER = ("ensemble",)
+LATER = {"ensemble": 1, "calibrate": "none", "label_bias": None}
 """Settings that older releases do not have: at its default one is no part of a run's identity."""
 PATIENCE = 4
 """Epochs without a gain that a training takes where the user says nothing.
@@ -53,6 +54,9 @@ class TrainSettings:
         halving: drop members of a population that fall behind on dev, half of them at each rung.
         ensemble: the so many best members of a population answer together (mean of their
             log-probabilities): steadier over seeds, at the price of as many forwards.
+        calibrate: a bias for each label that takes back what the model prefers whatever the input
+            says: ``context`` measures it on inputs without content, ``batch`` on the dev texts (or
+            the training's) without their answers, ``dev`` learns it on dev; ``none``.
         prefix_cache: keep the keys and values of text before the first virtual token: ``auto``
             (part of the free memory), ``off`` (every row is computed as a whole), or bytes such as
             ``2G``. Changes no result.
@@ -85,6 +89,7 @@ class TrainSettings:
     checkpoint_seconds: float = 10.0
     halving: bool = True
     ensemble: int = 1
+    calibrate: str = "none"
     prefix_cache: str = "auto"
     tune_model: bool = False
     model_learning_rate: float = 1e-5
@@ -112,6 +117,8 @@ class TrainSettings:
             raise InputError(f"schedule is {self.schedule!r}; expected one of {SCHEDULES}")
         if self.choose_by not in CHOICES:
             raise InputError(f"choose_by is {self.choose_by!r}; expected one of {CHOICES}")
+        if self.calibrate not in CALIBRATIONS:
+            raise InputError(f"calibrate is {self.calibrate!r}; expected one of {CALIBRATIONS}")
         if self.mixed_precision not in ("no", "bf16", "fp16"):
             raise InputError(
                 f"mixed_precision is {self.mixed_precision!r}; expected no, bf16 or fp16"

@@ -25,6 +25,7 @@ from ..prompts.task import majority_answer
 from ..rendering.render import Example, Rendered, Renderer, answer_column, render_all
 from ..reporting import html_picture, html_table, percent, training_curve
 from . import checkpoint, guidance
+from .calibration import calibrate
 from .checks import check_run
 from .ensemble import best_members, dev_figures, trained
 from .grid import Variant, choices
@@ -50,6 +51,8 @@ class TrainResult:
         winner: the number of the member that the prompt now is, or the first of an ensemble.
         ensemble: where several members answer together: their numbers (``members``), the best
             first, and with dev examples their ``dev_accuracy`` and ``dev_loss`` together.
+        calibrated: where labels got a bias: ``method``, and with dev examples ``dev_accuracy`` and
+            ``dev_loss`` with it.
     """
 
     history: list[dict[str, float]]
@@ -59,6 +62,7 @@ class TrainResult:
     members: list[dict[str, Any]]
     winner: int
     ensemble: dict[str, Any] = field(default_factory=dict)
+    calibrated: dict[str, Any] = field(default_factory=dict)
 
     def _repr_html_(self) -> str:
         """For notebooks: the epochs as a table, and the picture."""
@@ -151,7 +155,7 @@ def train(
         if prompt.base_model:
             base.check_same(prompt.base_model)
         draft = copy.copy(prompt)  # a training that fails leaves the prompt as it was
-        draft.others = ()
+        draft.others, draft.label_bias = (), None
         column = draft.answer = answer_column(prompt, rows[0])
         chosen = choices(draft, settings, population, grid)
         check_free(model, settings.tune_model)
@@ -192,6 +196,12 @@ def train(
             **best,
         }
         ensemble = _together(prompt, base, variants, learners, settings)
+        calibrated: dict[str, Any] = {}
+        if settings.calibrate != "none":
+            size = 2 * settings.batch_size
+            figures = calibrate(base, prompt, settings.calibrate, rows, dev, size)
+            prompt.training |= {"calibrate": settings.calibrate, **figures}
+            calibrated = {"method": settings.calibrate, **figures}
         dev_answers = [prompt.label_text(row[column]) for row in dev]
         if not variant.has_start:  # what begins as something good may stay as it is
             _advise(guidance.nothing_learnt(learner.history, best, dev_answers, majority), verbose)
@@ -201,7 +211,9 @@ def train(
         ]
         shortened = sum(example.shortened for example in variant.examples)
         seconds = time.monotonic() - started
-        return TrainResult(learner.history, best, shortened, seconds, members, winner, ensemble)
+        return TrainResult(
+            learner.history, best, shortened, seconds, members, winner, ensemble, calibrated
+        )
 
 
 def _together(
