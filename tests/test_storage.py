@@ -149,9 +149,11 @@ def test_files_get_the_modes_that_the_umask_asks_for_and_it_is_never_set(
             storage.write_folder(tmp_path / "f", OLD)
             storage.write_folder(tmp_path / "f", NEW)
             storage.write_file(tmp_path / "one", b"1")
+            with storage.one_save(tmp_path / "m") as staged:
+                os.close(os.open(staged / "weights", os.O_CREAT, 0o600))  # as safetensors does
     finally:
         os.umask(before)
-    for path in (tmp_path / "f", tmp_path / "f" / "a", tmp_path / "one"):
+    for path in (tmp_path / "f", tmp_path / "f" / "a", tmp_path / "one", tmp_path / "m/weights"):
         usual = 0o777 if path.is_dir() else 0o666
         assert stat.S_IMODE(path.stat().st_mode) == usual & ~mask
 

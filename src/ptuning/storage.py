@@ -253,6 +253,7 @@ def _remove_dead(place: Path) -> None:
 
 
 def _put_in_place(staged: Path, folder: Path, remove: Sequence[str]) -> None:
+    _give_usual_rights(staged)
     if not folder.exists():
         _sync(staged)
         try:
@@ -318,6 +319,16 @@ def _check_replaceable(path: Path, folders: bool = False) -> None:
     if not (stat.S_ISDIR(mode) if folders else stat.S_ISREG(mode)):
         kind = "a file" if stat.S_ISREG(mode) else "a folder" if stat.S_ISDIR(mode) else "a device"
         raise InputError(f"{path} is {kind} and is not replaced; choose another place")
+
+
+def _give_usual_rights(staged: Path) -> None:
+    """Files get what the umask gives: safetensors (0.8) writes for the owner alone, and a server
+    is often somebody else."""
+    mode = stat.S_IMODE(staged.stat().st_mode) & 0o666
+    for place, _, names in os.walk(staged):
+        for name in names:
+            with suppress(OSError):  # a file system without modes
+                os.chmod(Path(place) / name, mode)
 
 
 def _take_mode(new: Path, old: Path) -> None:

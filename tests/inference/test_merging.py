@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -219,6 +221,28 @@ def test_a_prompt_keeps_fitting_where_merged_rows_fill_the_sampled_ones() -> Non
     one.vectors, two.vectors = one.trained_vectors() * 100, two.trained_vectors() * 100
     merged = ptuning.merge(model, tokenizer, {"two": two})
     ptuning.merge(merged.model, merged.tokenizer, {"one": one}, merged.prompts)
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "metaspace_always", "metaspace_never"])
+def test_text_that_spells_a_virtual_token_is_found_or_stays_text(kind: str) -> None:
+    """What docs/merging.md shows."""
+    tokenizer = tiny.tokenizer(kind)
+    model = tiny.model("llama", vocab_size=len(tokenizer))
+    merged = ptuning.merge(model, tokenizer, {"cap": _prompt(model, tokenizer)})
+    entry, reread = merged.prompts["cap"], merged.tokenizer
+    virtual = set(entry["virtual_ids"])
+    for text, harmless in [("France", True), ("a <|cap:1|> b", False), ("<|cap:0|>", False)]:
+        whole = reread(fill(entry["text"], {"country": text}))["input_ids"]
+        assert ([i for i in whole if i in virtual] == entry["virtual_ids"]) == harmless
+        ids: list[int] = []
+        for part in re.split(r"(<\|cap:[0-9]+\|>)", entry["text"]):
+            own = re.fullmatch(r"<\|cap:[0-9]+\|>", part)
+            filled = part if own else part.format(country=text)
+            ids += reread(filled, add_special_tokens=False, split_special_tokens=not own)[
+                "input_ids"
+            ]
+        assert [i for i in ids if i in virtual] == entry["virtual_ids"]
+        assert (ids == whole) == harmless and text in reread.decode(ids)
 
 
 CHAT = (
@@ -454,6 +478,67 @@ def test_a_model_read_from_gguf_is_saved_as_a_plain_one(tmp_path: Path) -> None:
     merged.save(tmp_path / "merged")
     assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
     assert model.config.quantization_config == {"quant_method": "gguf"}
+
+
+def test_quantized_weights_that_cannot_be_written_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers refuses them: those that it read quantized, or all of a method."""
+    model, tokenizer = _base("llama")
+    merged = ptuning.merge(model, tokenizer, {"a": _prompt(model, tokenizer)})
+    merged.model.hf_quantizer = object()
+    for error in (NotImplementedError(), ValueError("quanto is not serializable")):
+        with monkeypatch.context() as patch:
+            patch.setattr(merged.model, "save_pretrained", _raising(error))
+            with pytest.raises(InputError, match="merge into the model without quantization"):
+                merged.save(tmp_path / "merged")
+    packed = types.SimpleNamespace(packing_format_for_cpu=True)  # bitsandbytes, 4-bit, on a CPU
+    merged.model.lm_head.weight.quant_state = packed
+    with pytest.raises(InputError, match="quantized weights cannot be written"):
+        merged.save(tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def _raising(error: Exception) -> Any:
+    def raises(*_: Any, **__: Any) -> None:
+        raise error
+
+    return raises
+
+
+def test_room_is_reckoned_for_what_a_quantized_weight_is_made_of() -> None:
+    class Quantized(torch.Tensor):
+        def __tensor_flatten__(self) -> tuple[list[str], None]:
+            return ["data8", "scale"], None
+
+    weight = torch.zeros(64, 32).as_subclass(Quantized)
+    weight.data8, weight.scale = torch.zeros(64, 32, dtype=torch.int8), torch.zeros(64)
+    assert merged_files._bytes(weight) == 64 * 32 + 64 * 4
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_an_int8_model_of_torchao_is_merged_or_refused(embeddings: bool, tmp_path: Path) -> None:
+    """Where torchao is installed: real int8 weights, written and read back."""
+    quantization = pytest.importorskip("torchao.quantization")
+    plain, tokenizer = _base("llama")
+    plain.save_pretrained(tmp_path / "plain")
+    config = transformers.TorchAoConfig(
+        quantization.Int8WeightOnlyConfig(), include_input_output_embeddings=embeddings
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=config
+    ).eval()
+    prompt = _prompt(plain, tokenizer)
+    if embeddings:
+        with pytest.raises(InputError, match="is quantized"):
+            ptuning.merge(model, tokenizer, {"cap": prompt})
+        return
+    expected = _attached(model, tokenizer, prompt, ROWS[0])
+    merged = ptuning.merge(model, tokenizer, {"cap": prompt})
+    merged.save(tmp_path / "merged")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    got = _logits(loaded, _ids(merged.tokenizer, merged.prompts["cap"], ROWS[0]))
+    assert loaded.config.quantization_config and torch.equal(got[:, : len(tokenizer)], expected)
 
 
 @pytest.mark.slow

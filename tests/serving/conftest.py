@@ -24,7 +24,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(place: Path) -> Iterator[servers.Server]:
     """A running server of these prompts, without a key; leave it as it is."""
-    limits = ["--max-body", "20000", "--body-timeout", "1.5", "--max-rows", "40"]
+    limits = ["--max-body", "20000", "--body-timeout", "5", "--max-rows", "40"]
     with servers.serving(place / "prompts", *limits) as running:
         yield running
 

@@ -21,6 +21,8 @@ import transformers
 
 import ptuning
 from ptuning.errors import InputError
+from ptuning.inference.merged_tokenizer import free_names
+from ptuning.inference.merging import unmerge
 from ptuning.serving.backend import Answer, Unreachable, Wish
 from ptuning.serving.batcher import Overloaded, TooLate
 
@@ -181,6 +183,18 @@ def test_text_that_spells_a_virtual_token_never_becomes_one(
         *servers.model(place), servers.prompt(place, "capital"), [row]
     )
     assert answer.text == right.answer
+
+
+def test_text_that_spells_a_removed_prompts_token_is_refused(
+    merged: Path, place: Path, there: tuple[str, Any], tmp_path: Path
+) -> None:
+    fewer = unmerge(ptuning.Merged.load(merged), ["mood"])
+    fewer.save(tmp_path / "fewer")
+    (free, *_) = free_names(fewer.tokenizer)
+    remote = Remote(there[0], str(tmp_path / "fewer"))
+    handle = remote.take_on("capital", servers.prompt(place, "capital"))
+    with pytest.raises(InputError, match="a field spells the virtual token"):
+        asyncio.run(remote.answer(handle, [{"country": free}], _wish()))
 
 
 def test_faults_of_the_server_behind_are_told(

@@ -39,7 +39,8 @@ class Merged(NamedTuple):
         """Write an ordinary model folder with ``prompts.json`` in it, as one save.
 
         Raises:
-            InputError: the folder holds something else than a merged model.
+            InputError: the folder holds something else than a merged model, or nobody can write
+                the model's quantized weights.
             PtuningError: there is no room, or it cannot be written.
         """
         folder = places.real(folder)
@@ -48,7 +49,7 @@ class Merged(NamedTuple):
         old = [path.name for path in folder.glob("model*.safetensors*")] if folder.is_dir() else []
         try:
             with storage.one_save(folder, remove=[*old, PROMPTS, LOGIT_BIAS]) as staged:
-                self.model.save_pretrained(staged)
+                _write_weights(self.model, staged)
                 self.tokenizer.save_pretrained(staged)
                 (staged / PROMPTS).write_bytes(formats.pack_json(self.prompts))
                 if suppressed := _suppressed(self):
@@ -121,8 +122,7 @@ def check_room(model: nn.Module, folder: Path) -> None:
     Raises:
         PtuningError: there is no room.
     """
-    tensors = {t.untyped_storage().data_ptr(): t for t in _tensors(model)}
-    needed = sum(t.numel() * t.element_size() for t in tensors.values()) + _TOKENIZER_BYTES
+    needed = sum(map(_bytes, [*model.parameters(), *model.buffers()])) + _TOKENIZER_BYTES
     place = folder
     while not place.exists():
         place = place.parent
@@ -134,8 +134,32 @@ def check_room(model: nn.Module, folder: Path) -> None:
         )
 
 
-def _tensors(model: nn.Module) -> list[Any]:
-    return [*model.parameters(), *model.buffers()]
+def _bytes(tensor: Any) -> int:
+    """Of a tensor; a quantized one is made of others."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
+
+
+def _write_weights(model: Any, folder: Path) -> None:
+    try:
+        if _is_packed(model):
+            raise NotImplementedError
+        model.save_pretrained(folder)
+    except (NotImplementedError, ValueError) as error:  # as transformers has it for each method
+        if getattr(model, "hf_quantizer", None) is None:
+            raise
+        raise InputError(
+            "the model's quantized weights cannot be written; merge into the model without "
+            "quantization, and quantize the merged folder when you load it"
+        ) from error
+
+
+def _is_packed(model: nn.Module) -> bool:
+    """bitsandbytes packs 4-bit weights anew when they first run on a CPU, and what it unpacks to
+    save them is not what they were (0.50)."""
+    states = [getattr(parameter, "quant_state", None) for parameter in model.parameters()]
+    return any(getattr(state, "packing_format_for_cpu", False) for state in states)
 
 
 def _suppressed(merged: Merged) -> list[int]:

@@ -25,7 +25,7 @@ import transformers
 from .. import formats
 from ..backbone.traits import ModelKind
 from ..errors import InputError, PtuningError
-from ..inference.merged_tokenizer import without_names
+from ..inference.merged_tokenizer import free_names, without_names
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
 from ..rendering.layout import Sequence as Tokens
@@ -67,13 +67,14 @@ class Remote:
             raise InputError(
                 f"{error}; --model is the folder that ptuning merge wrote and vLLM serves"
             ) from None
-        self._virtual = {i for entry in self._merged.values() for i in entry["virtual_ids"]}
         bias = Path(folder) / "logit_bias.json"
         self._bias = formats.read_json(bias) if bias.is_file() else None
         self.name, self._context = self._model_there()
         named = transformers.AutoTokenizer.from_pretrained(folder)
         tokens = [t for n, e in self._merged.items() for t in names_of(n, len(e["virtual_ids"]))]
         self._tokenizer = without_names(named, tokens)  # there what looks like one is text
+        free = free_names(self._tokenizer)  # and those that were free before
+        self._virtual = set(self._tokenizer.convert_tokens_to_ids(free))
         self._rendering = threading.Lock()
         self._client: httpx.AsyncClient | None = None
         self._under_way, self._closing = 0, False
