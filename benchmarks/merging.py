@@ -18,7 +18,13 @@ from ptuning.backbone.identity import describe
 from ptuning.prompts.task import fill
 
 TEMPLATES = ["[P*3] {text} [P*3] [MASK]", "{text}[P*4]", "[P*2] Text: {text} [P] In short: [P*2]"]
-GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2}
+GREEDY: dict[str, Any] = {
+    "max_new_tokens": 8,
+    "do_sample": False,
+    "pad_token_id": 2,
+    "min_new_tokens": 8,
+}
+BATCH = 20
 
 
 def main() -> None:
@@ -48,11 +54,13 @@ def main() -> None:
         f"{rows} rows; the folder grows by {sizes[1] - sizes[0]:,} bytes, rows and head {wanted:,}"
     )
     worst, unlike = 0.0, 0
-    for number in range(chosen.texts):
-        name = f"task{number % chosen.prompts}"
-        text = {"text": tokenizer.decode(texts[number % len(texts)][:24])}
-        worst, unlike = compared(model, tokenizer, prompts[name], merged, reread, table[name], text,
-                                 worst, unlike)  # fmt: skip
+    for first in range(0, chosen.texts, BATCH):
+        asked = []
+        for number in range(first, min(first + BATCH, chosen.texts)):
+            text = tokenizer.decode(texts[number % len(texts)][:24])
+            asked.append((f"task{number % chosen.prompts}", {"text": text}))
+        off, other = compared(model, tokenizer, prompts, merged, reread, table, asked)
+        worst, unlike = max(worst, off), unlike + other
     print(f"{chosen.texts} texts: logits off by {worst:.1e} at most, greedy texts unlike: {unlike}")
     virtual = [i for entry in table.values() for i in entry["virtual_ids"]]
     most = 0.0
@@ -87,23 +95,33 @@ def real_texts(tokenizer: Any, tokens: int) -> list[list[int]]:
 
 
 def compared(
-    model: Any, tokenizer: Any, prompt: ptuning.Prompt, merged: Any, reread: Any,
-    entry: dict[str, Any], row: dict[str, str], worst: float, unlike: int,
+    model: Any, tokenizer: Any, prompts: dict[str, ptuning.Prompt], merged: Any, reread: Any,
+    table: dict[str, Any], asked: list[tuple[str, dict[str, str]]],
 ) -> tuple[float, int]:  # fmt: skip
-    """The largest difference so far, and how many texts were unlike."""
-    renderer = ptuning.Renderer(tokenizer, prompt, "causal")
-    ids = reread(fill(entry["text"], row))["input_ids"]
-    with torch.no_grad(), ptuning.attach(model, tokenizer, prompt) as attachment:
-        first = attachment.first_id(prompt)
-        own = [i if i >= 0 else first - 1 - i for i in renderer.layout(row, None).ids]
-        expected = model(torch.tensor([own])).logits
-        said = model.generate(torch.tensor([own]), **GREEDY)[0, len(own) :]
+    """The largest difference of logits, and how many greedy texts are unlike, of a batch."""
+    texts = [fill(table[name]["text"], row) for name, row in asked]
+    batch = padded([reread(text)["input_ids"] for text in texts])
+    with torch.no_grad(), ptuning.attach(model, tokenizer, *prompts.values()) as attachment:
+        own = []
+        for name, row in asked:
+            first = attachment.first_id(prompts[name])
+            ids = ptuning.Renderer(tokenizer, prompts[name], "causal").layout(row, None).ids
+            own.append([i if i >= 0 else first - 1 - i for i in ids])
+        expected = model(**padded(own)).logits
+        said = model.generate(**padded(own), **GREEDY)[:, -GREEDY["max_new_tokens"] :]
     with torch.no_grad():
-        got = merged(torch.tensor([ids])).logits[..., : expected.shape[-1]]
-    again = merged.generate(torch.tensor([ids]), **GREEDY)[0, len(ids) :]
-    return max(worst, float((got - expected).abs().max())), unlike + (
-        said.tolist() != again.tolist()
-    )
+        got = merged(**batch).logits[..., : expected.shape[-1]]
+        again = merged.generate(**batch, **GREEDY)[:, -GREEDY["max_new_tokens"] :]
+    real = batch["attention_mask"].bool()
+    return float((got - expected)[real].abs().max()), int((said != again).any(1).sum())
+
+
+def padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    """A batch, padded on the left."""
+    longest = max(map(len, rows))
+    ids = [[2] * (longest - len(row)) + row for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
 if __name__ == "__main__":
