@@ -54,7 +54,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on
 PANELS = {
     "Model and data": ("model", "data", "dev", "dev_share", "separator", "dtype", "device"),
     "Prompt": ("template", "answer", "labels", "init_from"),
-    "Training": ("epochs", "learning_rate", "batch_size", "calibrate"),
+    "Training": ("epochs", "learning_rate", "batch_size", "max_minutes", "calibrate"),
     "Population": ("population", "population_grid", "halving", "ensemble"),
     "Speed": ("mixed_precision", "prefix_cache", "graphs", "compile"),
     "Output": (
@@ -120,6 +120,7 @@ _ELSEWHERE = {
     "tracker": "an experiment is many trainings, and a tracker follows one",
     "ensemble": "the published figures are of single prompts",
     "calibrate": "the published figures were made without",
+    "max_minutes": "an experiment's parts are resumed one by one, and none is half done",
 }
 OF_LAMA = Fields(
     LamaOptions,

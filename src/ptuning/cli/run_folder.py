@@ -7,10 +7,10 @@ from typing import Any
 
 import typer
 
-from ..errors import InputError
+from ..errors import InputError, PromptFileError
 from . import run_files
 
-SETTINGS = "run.yaml"
+SETTINGS, RESULT = "run.yaml", "result.json"
 
 
 def find_settings(context: typer.Context, param: typer.CallbackParam, value: Any) -> Any:
@@ -33,8 +33,15 @@ def find_settings(context: typer.Context, param: typer.CallbackParam, value: Any
 
 
 def is_finished(output: Path) -> bool:
-    """A training came to its end there."""
-    return all((output / name).is_file() for name in ("result.json", "prompt.safetensors"))
+    """A training came to its end there, and not to that of its time (``--max-minutes``)."""
+    from ..formats import read_json
+
+    if not all((output / name).is_file() for name in (RESULT, "prompt.safetensors")):
+        return False
+    try:
+        return read_json(output / RESULT).get("complete") is not False
+    except PromptFileError:
+        return True
 
 
 def is_interrupted(output: Path) -> bool:
@@ -105,7 +112,7 @@ def begin(output: Path, run_file: bytes, anew: bool) -> None:
 
     if anew:
         checkpoint.delete_all(output)
-        (output / "result.json").unlink(missing_ok=True)
+        (output / RESULT).unlink(missing_ok=True)
     write_folder(output, {SETTINGS: run_file})
 
 

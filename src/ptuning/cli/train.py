@@ -186,7 +186,8 @@ def train(
         def end() -> None:
             begin()  # where no step was left to be done
             report = training_report.save(output, trained, result, keep_encoder, tuned)
-            checkpoint.delete_all(output)
+            if result.complete:
+                checkpoint.delete_all(output)
             if json_output:
                 console.print_json(report)
             else:

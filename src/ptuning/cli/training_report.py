@@ -44,6 +44,7 @@ def save(
         "winner": result.winner,
         **({"ensemble": result.ensemble} if result.ensemble else {}),
         **({"calibrated": result.calibrated} if result.calibrated else {}),
+        **({} if result.complete else {"complete": False}),
         "shortened": result.shortened,
         "seconds": round(result.seconds, 2),
         "versions": versions(),
@@ -91,6 +92,8 @@ def tell(output: Path, prompt: Prompt, result: TrainResult, data: str) -> None:
         if "dev_accuracy" in result.calibrated:
             line += f", dev {console.percent(result.calibrated['dev_accuracy'])} %"
     console.tell(f"{line}, {result.seconds:.0f} s)")
+    if not result.complete:
+        console.tell(f"the time was over; go on: ptuning train --output {output} --resume")
     console.tell(f"next: {console.command('evaluate', output, '--data', data)}")
     console.tell(f"      {console.command('predict', output, '--data', data)}")
     if "dev_accuracy" in best:

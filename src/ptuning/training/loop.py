@@ -32,6 +32,7 @@ from ..rendering.collate import Batch
 from ..rendering.render import Rendered
 from . import checkpoint
 from .accelerator import accelerated, move_model
+from .clock import Clock
 from .cuda_graphs import GraphedStep, graphs_or_plain
 from .grid import Variant
 from .learner import Learner, halve
@@ -75,6 +76,9 @@ class Loop:
                     tokens *= self.settings.batch_size * self.settings.gradient_accumulation
                     part.compile_layers(self.settings.compile, tokens, self.steps - self.step)
                 self.take_step = steps_of(population, self.learners, part, self.accelerator)
+                dev_steps = len(self.variants[0].dev) / self._per_step
+                limit, epochs = self.settings.max_minutes, self.settings.epochs
+                self.clock = Clock(limit, epochs, dev_steps)
                 self._epochs()
         return self.learners
 
@@ -83,11 +87,15 @@ class Loop:
         """What all members share: epochs, batches, precision."""
         return self.variants[0].settings
 
+    @property
+    def _per_step(self) -> int:
+        """Examples of an optimizer step."""
+        return self.settings.batch_size * self.settings.gradient_accumulation
+
     def _prepare(self, resume: bool) -> None:
         settings = self.settings
         self.device = move_model(self.base.model, self.accelerator)
-        per_step = settings.batch_size * settings.gradient_accumulation
-        self.steps_per_epoch = -(-len(self.variants[0].examples) // per_step)
+        self.steps_per_epoch = -(-len(self.variants[0].examples) // self._per_step)
         self.steps = self.steps_per_epoch * settings.epochs
         self.members = [self._member(variant) for variant in self.variants]
         tuned = self.base.model if settings.tune_model else None
@@ -100,7 +108,7 @@ class Loop:
         self.engine.expect(example for v in self.variants for example in (*v.examples, *v.dev))
         self.identity = checkpoint.identity_of(self.variants, self.base)
         self.notes: list[str] = []
-        self.step = 0
+        self.step, self.stopped = 0, False
         self._pending: list[_Pending] = []
         self.epoch_loss = torch.zeros(len(self.learners))
         self._resume(resume)
@@ -129,13 +137,22 @@ class Loop:
                 if not any(learner.active for learner in self.learners):
                     self._save()
                     return
+                if note := self.clock.stepped(self.steps - self.step):
+                    self.notes.append(note)
+                self.stopped = self.step < self.steps and self.clock.is_over()
                 if saves and not ends_epoch:
                     self._save()
+                if self.stopped and not ends_epoch:
+                    self._stop(epoch, position + 1)
+                    return
             self._end_epoch(epoch)
+            self.stopped &= any(learner.active for learner in self.learners)
+            if self.stopped:
+                return
 
     def _optimizer_step(self, orders: list[list[int]], position: int) -> Later:
         """One optimizer step of every active member."""
-        per_step = self.settings.batch_size * self.settings.gradient_accumulation
+        per_step = self._per_step
         chosen = [
             [variant.examples[i] for i in order[position * per_step : (position + 1) * per_step]]
             for variant, order in zip(self.variants, orders, strict=True)
@@ -203,6 +220,14 @@ class Loop:
             for number, figures in zip(begun, self._dev_results(begun), strict=True):
                 self.learners[number].note_start(figures)
 
+    def _stop(self, epoch: int, done: int) -> None:
+        """The time is over in the middle of an epoch: what it has brought may be the best. The
+        checkpoint is from before that look, so that a run that goes on is an undisturbed one."""
+        self._settle(leave=0)
+        self._save()
+        self.epoch_loss *= self.steps_per_epoch / done
+        self._end_epoch(epoch)
+
     def _end_epoch(self, epoch: int) -> None:
         records = []
         active = [number for number, learner in enumerate(self.learners) if learner.active]
@@ -214,20 +239,23 @@ class Loop:
             else:
                 records.append(record)
         self.epoch_loss.zero_()
+        whole = self.step % self.steps_per_epoch == 0
         if not records:
             self._save()
             return
-        if self.settings.halving:
+        if self.settings.halving and whole:
             halve(self.learners, epoch + 1, self.settings.epochs)
         record = max(records, key=self.learners[0].rank)
         self.accelerator.log(record, step=self.step)
-        self._save()
+        if whole:
+            self._save()
         self._tell(self.step, epoch, record["loss"], record)
 
     def _dev_results(self, numbers: list[int]) -> list[dict[str, float]]:
         """Dev figures of some members, in shared batches; each process computes its share."""
         if not self.variants[0].dev:
             return [{} for _ in numbers]
+        since = self.clock.time
         self.population.eval()
         self.population.write_tables()
         rows = [(example, number) for number in numbers for example in self.variants[number].dev]
@@ -241,6 +269,7 @@ class Loop:
         (found,) = distributed.add_up(
             [sums(self.engine, batches, len(self.variants), words, autocast)]
         )
+        self.clock.looked(since)
         weights = [sum(example.weight for example in self.variants[n].dev) for n in numbers]
         return [
             {"dev_accuracy": right / len(self.variants[0].dev), "dev_loss": loss / weight}

@@ -15,7 +15,9 @@ LEARNING_RATES = {"mlp": 1e-3, "lstm": 2e-3, "none": 1e-2}
 SCHEDULES = ("linear", "cosine", "constant")
 CHOICES = ("accuracy", "loss")
 CALIBRATIONS = ("none", "context", "batch", "dev")
-CHANGE_NO_RESULT = ("tracker", "checkpoint_seconds", "prefix_cache", "graphs", "compile")
+CHANGE_NO_RESULT = (
+    *("tracker", "checkpoint_seconds", "max_minutes", "prefix_cache", "graphs", "compile"),
+)
 """Settings that a run may be resumed with others of."""
 LATER = {"ensemble": 1, "calibrate": "none", "label_bias": None}
 """Settings that older releases do not have: at its default one is no part of a run's identity."""
@@ -46,6 +48,8 @@ class TrainSettings:
             which swings less where dev examples are few.
         patience: stop after so many epochs without a better dev result; 0 never stops. By default
             4, and where all dev answers are right a lower loss no longer counts as better.
+        max_minutes: stop after so many minutes, dev included; the best result until then is the
+            prompt, and the run can be resumed.
         shuffle: a new order of the examples in each epoch.
         mixed_precision: ``no``, ``bf16`` or ``fp16``: accelerate's autocast for the base model.
         tracker: a tracker of accelerate, such as ``tensorboard`` or ``wandb``.
@@ -83,6 +87,7 @@ class TrainSettings:
     warmup: float = 0.05
     choose_by: str = "accuracy"
     patience: int | None = None
+    max_minutes: float | None = None
     shuffle: bool = True
     mixed_precision: str = "no"
     tracker: str | None = None
@@ -103,7 +108,7 @@ class TrainSettings:
             at_least_one("patience", self.patience)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise InputError(f"seed is {self.seed!r}; give a whole number")
-        for name in ("learning_rate", "max_grad_norm", "model_learning_rate"):
+        for name in ("learning_rate", "max_grad_norm", "model_learning_rate", "max_minutes"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value > 0):
                 raise InputError(f"{name} is {value!r}; give a number above 0")

@@ -53,6 +53,8 @@ class TrainResult:
             first, and with dev examples their ``dev_accuracy`` and ``dev_loss`` together.
         calibrated: where labels got a bias: ``method``, and with dev examples ``dev_accuracy`` and
             ``dev_loss`` with it.
+        complete: False where ``max_minutes`` were over before the training was; with an output
+            folder it can be resumed.
     """
 
     history: list[dict[str, float]]
@@ -63,6 +65,7 @@ class TrainResult:
     winner: int
     ensemble: dict[str, Any] = field(default_factory=dict)
     calibrated: dict[str, Any] = field(default_factory=dict)
+    complete: bool = True
 
     def _repr_html_(self) -> str:
         """For notebooks: the epochs as a table, and the picture."""
@@ -212,7 +215,15 @@ def train(
         shortened = sum(example.shortened for example in variant.examples)
         seconds = time.monotonic() - started
         return TrainResult(
-            learner.history, best, shortened, seconds, members, winner, ensemble, calibrated
+            history=learner.history,
+            best=best,
+            shortened=shortened,
+            seconds=seconds,
+            members=members,
+            winner=winner,
+            ensemble=ensemble,
+            calibrated=calibrated,
+            complete=not loop.stopped,
         )
 
 

@@ -1,0 +1,92 @@
+"""How long a training takes, and what is there when its time is over."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ptuning import Prompt, TrainResult, train
+from ptuning.training import loop
+from ptuning.training.clock import Clock
+from ptuning.training.progress import Progress
+
+from .. import tiny
+
+ROWS = [{"country": f"F{n}", "capital": ["Paris", "Rome"][n % 2]} for n in range(12)]
+
+
+def ticking() -> Any:
+    """A clock that is a second later whenever it is looked at."""
+    return itertools.count().__next__
+
+
+@pytest.fixture
+def base() -> tuple[Any, Any]:
+    tokenizer = tiny.tokenizer()
+    return tiny.model("llama", vocab_size=len(tokenizer)), tokenizer
+
+
+@pytest.fixture
+def prompt() -> Prompt:
+    return Prompt("[P*2] {country} [MASK]", answer="capital")
+
+
+def trained(base: Any, prompt: Prompt, **options: Any) -> TrainResult:
+    settings = {"epochs": 3, "batch_size": 2, "learning_rate": 0.02, "patience": 0, **options}
+    return train(*base, prompt, ROWS[:8], ROWS[8:], verbose=False, **settings)
+
+
+@pytest.mark.parametrize("minutes", [0.01, 0.2, 0.35, 0.5])
+def test_a_training_stops_in_time_and_goes_on_as_if_it_had_not(
+    base: Any, prompt: Prompt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float
+) -> None:
+    trained(base, prompt)
+    undisturbed = prompt.trained_vectors()
+    monkeypatch.setattr(loop, "Clock", lambda *args: Clock(*args, now=ticking()))
+    cut = Prompt(prompt.template, answer="capital")
+    first = trained(base, cut, output=tmp_path, max_minutes=minutes)
+    assert not first.complete and first.best["dev_accuracy"] >= 0
+    assert cut.vectors is not None and not torch.equal(cut.vectors, undisturbed)
+    again = Prompt(prompt.template, answer="capital")
+    result = trained(base, again, output=tmp_path, resume=True)
+    assert result.complete and [record["epoch"] for record in result.history] == [1, 2, 3]
+    assert torch.equal(again.trained_vectors(), undisturbed)
+
+
+def test_a_training_that_ends_in_time_is_complete(base: Any, prompt: Prompt) -> None:
+    assert trained(base, prompt, max_minutes=60).complete
+
+
+def test_what_a_training_takes_is_said_with_its_second_step(
+    base: Any, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[Progress] = []
+    slow = partial(lambda now: 60.0 * now(), ticking())
+    monkeypatch.setattr(loop, "Clock", lambda *args: Clock(*args, now=slow))
+    trained(base, prompt, listener=heard.append)
+    (said,) = [(one.step, one.note) for one in heard if one.note]
+    assert said == (3, "3 epochs take about 16 min, if dev does not stop earlier")
+
+
+def test_the_estimate_names_the_end_of_the_time_and_seconds_are_not_worth_a_line() -> None:
+    times = iter([0.0, 5.0, 7.0])
+    clock = Clock(1, epochs=10, dev_steps=4, now=lambda: next(times))
+    assert clock.stepped(100) is None
+    assert clock.stepped(99) == (
+        "10 epochs take about 5 min, if dev does not stop earlier; the time given is over after "
+        "60 s"
+    )
+    times = iter([0.0, 1.0, 1.1])
+    short = Clock(None, epochs=10, dev_steps=4, now=lambda: next(times))
+    assert [short.stepped(n) for n in (100, 99)] == [None, None] and not short.is_over()
+
+
+@pytest.mark.parametrize("minutes", [0, -1, float("nan")])
+def test_no_time_is_refused(base: Any, prompt: Prompt, minutes: float) -> None:
+    with pytest.raises(ValueError, match="max_minutes is"):
+        trained(base, prompt, max_minutes=minutes)
