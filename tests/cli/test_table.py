@@ -101,3 +101,19 @@ def test_mistakes_are_one_line(train: Run, options: tuple[str, ...], part: str) 
     code, _, err = train(*options)
     assert code == 2
     assert part in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_a_run_whose_time_is_over_has_a_prompt_and_goes_on(train: Run, run: Run) -> None:
+    train()
+    undisturbed = Prompt.load("out").trained_vectors()
+    code, out, err = train("--overwrite", "--max-minutes", "0.000001")
+    assert code == 0 and "the time was over; go on: ptuning train --output out --resume" in out, err
+    assert not json.loads(Path("out/result.json").read_text())["complete"]
+    assert not Prompt.load("out").trained_vectors().equal(undisturbed)
+    code, _, err = train()
+    assert code == 2 and "holds an interrupted run; go on with it (--resume)" in err
+    code, _, err = run("train", "--output", "out", "--resume", "--max-minutes", "60")
+    assert code == 0, err
+    assert Prompt.load("out").trained_vectors().equal(undisturbed)
+    assert "complete" not in json.loads(Path("out/result.json").read_text())
+    assert not Path("out/checkpoints").exists()

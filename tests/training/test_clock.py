@@ -41,7 +41,7 @@ def trained(base: Any, prompt: Prompt, **options: Any) -> TrainResult:
     return train(*base, prompt, ROWS[:8], ROWS[8:], verbose=False, **settings)
 
 
-@pytest.mark.parametrize("minutes", [0.01, 0.2, 0.35, 0.5])
+@pytest.mark.parametrize("minutes", [0.01, 0.1, 0.15, 0.2, 0.25])
 def test_a_training_stops_in_time_and_goes_on_as_if_it_had_not(
     base: Any, prompt: Prompt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float
 ) -> None:
