@@ -54,7 +54,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on
 PANELS = {
     "Model and data": ("model", "data", "dev", "dev_share", "separator", "dtype", "device"),
     "Prompt": ("template", "answer", "labels", "init_from"),
-    "Training": ("epochs", "learning_rate", "batch_size", "max_minutes", "calibrate"),
+    "Training": (
+        "epochs",
+        "learning_rate",
+        "batch_size",
+        "max_minutes",
+        "calibrate",
+        "folds",
+    ),
     "Population": ("population", "population_grid", "halving", "ensemble"),
     "Speed": ("mixed_precision", "prefix_cache", "graphs", "compile"),
     "Output": (
@@ -121,6 +128,7 @@ _ELSEWHERE = {
     "ensemble": "the published figures are of single prompts",
     "calibrate": "the published figures were made without",
     "max_minutes": "an experiment's parts are resumed one by one, and none is half done",
+    "folds": "each has a dev set",
 }
 OF_LAMA = Fields(
     LamaOptions,

@@ -46,7 +46,7 @@ def is_finished(output: Path) -> bool:
 
 def is_interrupted(output: Path) -> bool:
     """There is a checkpoint to go on from."""
-    return not is_finished(output) and any(output.glob("checkpoints/step-*/DONE"))
+    return not is_finished(output) and any(output.glob("checkpoints/**/step-*/DONE"))
 
 
 def check_resumable(output: Path) -> None:

@@ -137,7 +137,7 @@ def train(
         trained = _prompt(context, prompt, init_from, [*rows, *dev_rows])
         columns = columns_of(rows, trained.answer) if made else None
         if dev_share is None:
-            dev_share = usual_share(len(rows)) if made and not dev else 0.0
+            dev_share = usual_share(len(rows)) if made and not (dev or how.folds) else 0.0
         if dev_share and not dev:
             answer = answer_column(trained, rows[0])
             rows, dev_rows = set_aside(rows, answer, dev_share, how.seed)

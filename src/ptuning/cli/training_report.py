@@ -43,6 +43,7 @@ def save(
         "members": result.members,
         "winner": result.winner,
         **({"ensemble": result.ensemble} if result.ensemble else {}),
+        **({"folds": result.folds} if result.folds else {}),
         **({"calibrated": result.calibrated} if result.calibrated else {}),
         **({} if result.complete else {"complete": False}),
         "shortened": result.shortened,
@@ -78,11 +79,14 @@ def made_model(output: Path) -> bool:
 def tell(output: Path, prompt: Prompt, result: TrainResult, data: str) -> None:
     """Say what came of it, and what to do next with the user's own `data`."""
     best = result.best
-    if len(result.members) > 1:
+    if result.folds:
+        _tell_folds(result)
+    elif len(result.members) > 1:
         _tell_members(result)
     line = f"{prompt.num_virtual_tokens} virtual tokens saved in {output} (epoch {best['epoch']}"
     if "dev_accuracy" in best:
-        line += f", dev {console.percent(best['dev_accuracy'])} %"
+        dev = "mean of the folds" if result.folds else "dev"
+        line += f", {dev} {console.percent(best['dev_accuracy'])} %"
     if prompt.others:
         line += f"; with {len(prompt.others)} more as an ensemble"
         if "dev_accuracy" in result.ensemble:
@@ -98,6 +102,22 @@ def tell(output: Path, prompt: Prompt, result: TrainResult, data: str) -> None:
     console.tell(f"      {console.command('predict', output, '--data', data)}")
     if "dev_accuracy" in best:
         console.tell("(dev chose this prompt: examples that neither trained nor chose tell more)")
+
+
+def _tell_folds(result: TrainResult) -> None:
+    """The settings, the best first, by their mean over folds and seeds."""
+    rows = [
+        [
+            ", ".join(f"{key} {value}" for key, value in setting["name"].items()) or "as given",
+            console.percent(setting["dev_accuracy"]),
+            console.percent(setting["deviation"]),
+            f"{setting['dev_loss']:.4f}",
+            str(setting["epoch"]),
+        ]
+        for setting in result.folds
+    ]
+    header = ["setting", "right (%)", "deviation", "loss", "best epoch"]
+    console.table("Folds: what is held out", header, rows)
 
 
 def _tell_members(result: TrainResult) -> None:

@@ -26,7 +26,7 @@ from ..errors import InputError, PromptFileError
 from .grid import Variant
 from .settings import CHANGE_NO_RESULT, LATER
 
-FOLDER = "checkpoints"
+FOLDER, FOLD = "checkpoints", "fold-"
 _KEPT = 2
 _STATE, _DONE = "state.pt", "DONE"
 
@@ -108,6 +108,9 @@ def load_for_all(output: Path | None, identity: dict[str, str]) -> dict[str, Any
 
 def delete_all(output: Path) -> None:
     """Remove the checkpoints of a run that is over or starts anew."""
+    for fold in (output / FOLDER).glob(f"{FOLD}*"):
+        delete_all(fold)
+        storage.remove_own(fold)
     for folder in _folders(output):
         storage.remove_own(folder, (_DONE, _STATE))
     storage.remove_own(output / FOLDER)

@@ -13,6 +13,7 @@ from ..rendering.render import Example, answer_column, check_rows
 from .accelerator import check_tracker
 from .calibration import check_calibration
 from .ensemble import check_ensemble
+from .folds import check_folds
 from .grid import choices
 from .settings import TrainSettings
 
@@ -38,7 +39,8 @@ def check_run(
     draft.answer = answer_column(prompt, rows[0])
     members = choices(draft, settings, population, grid)
     check_calibration(draft, settings.calibrate, bool(dev))
-    check_ensemble(settings.ensemble, len(members))
+    check_folds(settings, len(rows), bool(dev))
+    check_ensemble(settings.ensemble, population if settings.folds else len(members))
     if settings.tune_model and len(members) > 1:
         raise InputError(
             f"tune_model trains the base model with one prompt, and the population has "

@@ -52,12 +52,17 @@ class _Pending(NamedTuple):
 
 @dataclass
 class Loop:
-    """One training with all that it needs; `train` is its only entry."""
+    """One training with all that it needs; `train` is its only entry.
+
+    Attributes:
+        until: the epoch after which it ends, before the schedule does.
+    """
 
     base: BaseModel
     variants: list[Variant]
     output: Path | None
     listener: Callable[[Progress], None]
+    until: int | None = None
 
     def train(self, resume: bool) -> list[Learner]:
         """Train from the start, or from the newest checkpoint; gives the members' learners."""
@@ -122,7 +127,8 @@ class Loop:
         self._saved_at = time.monotonic()
         self._note_start()
         count = len(self.variants[0].examples)
-        while self.step < self.steps and any(learner.active for learner in self.learners):
+        last = self.steps_per_epoch * (self.until or self.settings.epochs)
+        while self.step < last and any(learner.active for learner in self.learners):
             epoch, done = divmod(self.step, self.steps_per_epoch)
             orders = [learner.order(epoch, count) for learner in self.learners]
             for position in range(done, self.steps_per_epoch):

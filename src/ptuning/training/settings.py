@@ -19,7 +19,7 @@ CHANGE_NO_RESULT = (
     *("tracker", "checkpoint_seconds", "max_minutes", "prefix_cache", "graphs", "compile"),
 )
 """Settings that a run may be resumed with others of."""
-LATER = {"ensemble": 1, "calibrate": "none", "label_bias": None}
+LATER = {"ensemble": 1, "calibrate": "none", "folds": 0, "label_bias": None}
 """Settings that older releases do not have: at its default one is no part of a run's identity."""
 PATIENCE = 4
 """Epochs without a gain that a training takes where the user says nothing.
@@ -61,6 +61,9 @@ class TrainSettings:
         calibrate: a bias for each label that takes back what the model prefers whatever the input
             says: ``context`` measures it on inputs without content, ``batch`` on the dev texts (or
             the training's) without their answers, ``dev`` learns it on dev; ``none``.
+        folds: so many splits of the training examples take the place of a dev set: settings and
+            epoch are chosen by their mean, and the prompt then trains on all examples. For few
+            examples; costs as many trainings more.
         prefix_cache: keep the keys and values of text before the first virtual token: ``auto``
             (part of the free memory), ``off`` (every row is computed as a whole), or bytes such as
             ``2G``. Changes no result.
@@ -95,6 +98,7 @@ class TrainSettings:
     halving: bool = True
     ensemble: int = 1
     calibrate: str = "none"
+    folds: int = 0
     prefix_cache: str = "auto"
     tune_model: bool = False
     model_learning_rate: float = 1e-5
@@ -104,6 +108,10 @@ class TrainSettings:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "gradient_accumulation", "ensemble"):
             at_least_one(name, getattr(self, name))
+        if self.folds != 0 or self.folds is False:
+            at_least_one("folds", self.folds, 1000)
+            if self.folds == 1:
+                raise InputError("folds is 1; give at least 2, or 0 for none")
         if self.patience != 0 or self.patience is False:
             at_least_one("patience", self.patience)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from . import checkpoint, guidance
 from .calibration import calibrate
 from .checks import check_run
 from .ensemble import best_members, dev_figures, trained
+from .folds import FoldResult, choose, splits
 from .grid import Variant, choices
 from .learner import Learner
 from .loop import Loop
@@ -55,6 +57,8 @@ class TrainResult:
             ``dev_loss`` with it.
         complete: False where ``max_minutes`` were over before the training was; with an output
             folder it can be resumed.
+        folds: where folds chose: for each setting its ``name``, best ``epoch``, mean
+            ``dev_accuracy`` and ``dev_loss``, and ``deviation``; the best first.
     """
 
     history: list[dict[str, float]]
@@ -66,6 +70,7 @@ class TrainResult:
     ensemble: dict[str, Any] = field(default_factory=dict)
     calibrated: dict[str, Any] = field(default_factory=dict)
     complete: bool = True
+    folds: list[dict[str, Any]] = field(default_factory=list)
 
     def _repr_html_(self) -> str:
         """For notebooks: the epochs as a table, and the picture."""
@@ -164,21 +169,25 @@ def train(
         check_free(model, settings.tune_model)
         if settings.tune_model and getattr(model, "is_quantized", False):
             raise InputError("tune_model needs the base model's own weights; load it unquantized")
-        if not dev:
+        if not dev and not settings.folds:
             _advise(guidance.without_dev(len(chosen), settings.patience), verbose)
         variants = _rendered(base, chosen, rows, dev)
+        answers = [prompt.label_text(row[column]) for row in rows]
+        folds: FoldResult | None = None
         with ExitStack() as showing:
             if listener is None and verbose and distributed.state().is_main_process:
                 listener = showing.enter_context(shown())
-            loop = Loop(
-                base=base,
-                variants=variants,
-                output=Path(output) if output is not None else None,
-                listener=listener or (lambda progress: None),
-            )
-            showing.enter_context(
-                distributed.locked(loop.output and loop.output / checkpoint.FOLDER)
-            )
+            place = None if output is None else Path(output)
+            listener = listener or (lambda progress: None)
+            showing.enter_context(distributed.locked(place and place / checkpoint.FOLDER))
+            if settings.folds:
+                parts = splits(rows, answers, settings.folds, settings.seed)
+                render = partial(_rendered, base)
+                folds = choose(base, chosen, parts, render, place, resume, listener)
+                final = folds.chosen[: settings.ensemble]
+                variants = _rendered(base, final, rows, ())
+            until = folds.epochs if folds else None
+            loop = Loop(base, variants, place, listener, until)
             learners = loop.train(resume)
         (winner,) = best_members(learners, 1)
         learner, variant = learners[winner], variants[winner]
@@ -188,7 +197,7 @@ def train(
         prompt.encoder_weights = learner.best["weights"]
         prompt.base_model = base.describe()
         best = learner.figures()
-        majority = majority_answer(prompt.label_text(row[column]) for row in rows)
+        majority = majority_answer(answers)
         prompt.training = {
             "examples": len(rows),
             "dev_examples": len(dev),
@@ -198,6 +207,10 @@ def train(
             "population": len(variants),
             **best,
         }
+        dev_answers = [prompt.label_text(row[column]) for row in dev]
+        if folds:
+            best, dev_answers = {**best, **folds.best}, answers
+            prompt.training |= {"folds": settings.folds, "dev_examples": len(rows), **folds.best}
         ensemble = _together(prompt, base, variants, learners, settings)
         calibrated: dict[str, Any] = {}
         if settings.calibrate != "none":
@@ -205,7 +218,6 @@ def train(
             figures = calibrate(base, prompt, settings.calibrate, rows, dev, size)
             prompt.training |= {"calibrate": settings.calibrate, **figures}
             calibrated = {"method": settings.calibrate, **figures}
-        dev_answers = [prompt.label_text(row[column]) for row in dev]
         if not variant.has_start:  # what begins as something good may stay as it is
             _advise(guidance.nothing_learnt(learner.history, best, dev_answers, majority), verbose)
         members = [
@@ -224,6 +236,7 @@ def train(
             ensemble=ensemble,
             calibrated=calibrated,
             complete=not loop.stopped,
+            folds=folds.table if folds else [],
         )
 
 
@@ -256,7 +269,7 @@ def _advise(text: str | None, verbose: bool) -> None:
 
 def _rendered(
     base: BaseModel,
-    chosen: list[tuple[dict[str, Any], Prompt, TrainSettings]],
+    chosen: Sequence[tuple[dict[str, Any], Prompt, TrainSettings]],
     rows: Sequence[Example],
     dev: Sequence[Example],
 ) -> list[Variant]:
