@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,11 @@ def read_json(path: Path) -> dict[str, Any]:
         PromptFileError: missing, or as `parse_json`.
     """
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise PromptFileError(f"{path} has {path.stat().st_size:,} bytes; is it another file?")
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):  # a device may never end, a pipe never begin
+            raise ValueError("it is no regular file")
+        if about.st_size > _MOST_BYTES:
+            raise ValueError(f"it has {about.st_size:,} bytes; is it another file?")
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise PromptFileError(f"{path} does not exist; give the folder of a saved prompt") from None
@@ -126,7 +130,7 @@ def parse_json(text: str, place: str) -> dict[str, Any]:
             no file can hold.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_distinct)
+        value = json.loads(text, object_pairs_hook=distinct)
         if not isinstance(value, dict):
             raise PromptFileError(f"{place} holds no JSON object")
         _check_nested(value)
@@ -137,7 +141,12 @@ def parse_json(text: str, place: str) -> dict[str, Any]:
     return value
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of JSON's pairs, for `json.loads`.
+
+    Raises:
+        ValueError: a key stands there twice: the last would win.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -1,4 +1,4 @@
-"""What stands beside every figure: versions, machine and date; and pictures as PNG bytes.
+"""What stands beside every figure: versions, machine and date; texts that cannot harm; pictures.
 
 matplotlib is imported when a picture is drawn: it takes longer than most commands.
 """
@@ -8,16 +8,23 @@ from __future__ import annotations
 import base64
 import datetime
 import io
+import json
 import os
 import platform
+import re
 from collections.abc import Mapping
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_UNSAFE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"  # control, line ends, half surrogate pairs
+    r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"  # changes of direction
+)
+"""What a terminal may take for a title, a clipboard's content, a line of its own, another name."""
 _PACKAGES = ("ptuning", "torch", "transformers", "accelerate", "tokenizers", "safetensors")
 
 
@@ -34,14 +41,31 @@ def versions() -> dict[str, str]:
     return found
 
 
+def safe(text: object) -> str:
+    """Text on one line, its control characters written as escapes such as ``\\x1b``."""
+    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON in which every control character is an escape, and other text is as it is."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, default=str)
+    # A line end that is left stands between values: json itself escapes those within.
+    return _UNSAFE.sub(lambda f: f[0] if f[0] == "\n" else f"\\u{ord(f[0]):04x}", text)
+
+
+def html_text(value: object) -> str:
+    """Any value as harmless text of a page."""
+    return escape(safe(value))
+
+
 def html_table(title: str, header: list[str], rows: list[list[str]]) -> str:
     """A table for notebooks; all text is escaped."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    head = "".join(f"<th>{html_text(cell)}</th>" for cell in header)
     body = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+        f"<tr>{''.join(f'<td>{html_text(cell)}</td>' for cell in row)}</tr>" for row in rows
     )
     return (
-        f"<table><caption>{escape(title)}</caption><thead><tr>{head}</tr></thead>"
+        f"<table><caption>{html_text(title)}</caption><thead><tr>{head}</tr></thead>"
         f"<tbody>{body}</tbody></table>"
     )
 

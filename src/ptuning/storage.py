@@ -84,6 +84,21 @@ def one_save(folder: str | Path, remove: Sequence[str] = ()) -> Iterator[Path]:
         raise _cannot_write(folder, error) from error
 
 
+def check_file(path: str | Path) -> None:
+    """Find out before long work whether `write_file` can write `path`.
+
+    Raises:
+        PtuningError: as there.
+    """
+    path = real(path)
+    try:
+        _check_replaceable(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _check_room(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
 def write_file(path: str | Path, content: bytes) -> None:
     """Write one file atomically; its folder is made if need be.
 
@@ -206,6 +221,23 @@ def check_writable(folder: str | Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _check_room(folder)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
+def holds_something(folder: str | Path) -> bool:
+    """The folder is there, and in it is something that is no trace of a save or a run.
+
+    Raises:
+        PtuningError: it is a file, or cannot be looked at.
+    """
+    folder = real(folder)
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is a file; give a folder")
+        return folder.is_dir() and any(
+            name == _SAVED or not name.startswith(_OWN) for name in os.listdir(folder)
+        )
     except OSError as error:
         raise _cannot_write(folder, error) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from ptuning import Prompt, load_model
+from ptuning import Prompt, load_model, storage
 from ptuning.backbone.identity import describe
 from ptuning.cli import main
 
@@ -36,7 +37,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     capsys.readouterr()
 
     def call(*arguments: Any) -> tuple[int, str, str]:
-        command = [] if arguments[0] == "export" else ["merge"]
+        others = ("export", "predict", "evaluate")
+        command = [] if arguments[0] in others else ["merge"]
         monkeypatch.setattr(sys, "argv", ["ptuning", *command, *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
             main()
@@ -124,7 +126,49 @@ def test_a_merged_model_or_a_prompt_becomes_a_gguf_file(run: Run) -> None:
 def test_a_prompt_is_exported(run: Run) -> None:
     code, out, err = run("export", "one", "--to", "vllm-embeds", "--output", "out")
     assert code == 0 and out == "vllm_embeds.json in out\n", err
+    (Path("full")).mkdir()
+    Path("full/adapter_model.safetensors").write_text("another method's")
+    code, _, err = run("export", "one", "--to", "tensorrt-llm", "--output", "full")
+    assert code == 2 and "full is not empty" in err and "--overwrite" in err
+    code, _, err = run("export", "one", "--to", "tensorrt-llm", "--output", "full", "--overwrite")
+    assert code == 0 and Path("full/adapter_model.safetensors").read_text() == "another method's"
     code, _, err = run("export", "one", "--to", "onnx", "--output", "x")
     assert code == 2 and "expected one of peft, vllm-embeds, tensorrt-llm" in err
     code, _, err = run("export", "one", "--to", "peft", "--output", "x")
     assert code == 2 and "PEFT puts virtual tokens in front" in err and not Path("x").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes of files")
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_a_merged_models_files_have_the_modes_that_the_umask_asks_for(run: Run, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        assert run("one", "--output", "merged")[0] == 0
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in Path("merged").iterdir()}
+    assert set(modes.values()) == {0o666 & ~mask}, modes
+
+
+def test_two_merges_into_one_folder_do_not_lose_one_of_them(run: Run) -> None:
+    with storage.locked("merged"):
+        code, _, err = run("one", "--output", "merged", "--model", "base")
+    assert code == 2 and "another run is using" in err and not Path("merged").exists()
+
+
+def test_vectors_that_a_precision_cannot_hold_are_refused(run: Run) -> None:
+    prompt = Prompt("[P*2] {country} [MASK]", answer="capital", answer_tokens=1)
+    prompt.vectors = torch.full((2, 32), 1e5)
+    prompt.save("large")
+    Path("rows.csv").write_text("country,capital\nFrance,Paris\n")
+    half = ("--model", "base", "--dtype", "float16")
+    for command in (
+        ["large", "--output", "out"],
+        ["export", "large", "--to", "vllm-embeds", "--output", "out"],
+        ["predict", "large", "--data", "rows.csv"],
+        ["evaluate", "large", "--data", "rows.csv"],
+    ):
+        code, out, err = run(*command, *half)
+        assert code == 2 and "reach 1.0e+05, which the model's float16 cannot hold" in err, err
+        assert not out and not Path("out").exists()
+    assert run("large", "--output", "out", "--model", "base")[0] == 0

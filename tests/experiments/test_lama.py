@@ -300,6 +300,10 @@ def test_candidates_compete_alone(
     assert report["mean"]["ptuned_p10"] == 1.0
     prompt = Prompt.load(tmp_path / "out/prompts/P36")
     model, tokenizer = ptuning.load_model(str(model_folder))
+    for written in ("utf-16", "utf-8-sig"):  # any text file means the same
+        (tmp_path / "words.txt").write_bytes("\r\n".join(words[:4]).encode(written))
+        code, _, err = lama("--relations", "P36", "--candidates", str(tmp_path / "words.txt"))
+        assert code == 0, err  # nothing is made again: the candidates are the same
     relation = read_relations(data, ["P36"])[0]
     dev = read_facts(data, relation, tokenizer).dev
     ids = [one_token(tokenizer, word) for word in words[:4]]

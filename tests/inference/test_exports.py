@@ -90,3 +90,16 @@ def test_wrong_formats_and_models_are_refused() -> None:
     narrow = BaseModel.of(tiny.model("gpt2", n_embd=16), base.tokenizer)
     with pytest.raises(PromptFileError, match="embedding width 32"):
         export(_prompt(base, "[P]{x}"), narrow, "peft")
+
+
+@pytest.mark.parametrize("text", ["V", "\ue000", "\ue000V\ue000", "<|p", "p:0", "{{V}}"])
+@pytest.mark.parametrize("to", ["vllm-embeds", "tensorrt-llm"])
+def test_no_text_of_a_template_is_taken_for_a_virtual_token(text: str, to: str) -> None:
+    base = _base()
+    prompt = _prompt(base, f"[P]{text}[P*2] {{country}} [MASK]")
+    (content,) = (c for n, c in export(prompt, base, to).items() if n.endswith(".json"))
+    about = json.loads(content)
+    parts = about.get("parts") or [part.get("text", "vectors") for part in about["content"]]
+    assert parts[1::2] == [text, " {country}"]
+    if to == "tensorrt-llm":
+        assert parts[::2] == [1, 2]

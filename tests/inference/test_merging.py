@@ -461,6 +461,17 @@ def test_a_sharded_model_is_replaced_by_one_of_other_shards(tmp_path: Path) -> N
     assert [p.name for p in (tmp_path / "merged").glob("model*")] == ["model.safetensors"]
 
 
+@pytest.mark.parametrize("told", ["{", "[1]", '{"a": 1, "a": 2}', "[" * 100_000])
+def test_a_chat_template_that_was_damaged_is_refused(told: str) -> None:
+    model, tokenizer = _base("llama")
+    tokenizer.chat_template = (
+        f"{{#- ptuning prompts #}}{{%- set ptuning_turns = {told} %}}\n"
+        "{#- end of ptuning prompts +#}{{ messages[0].content }}"
+    )
+    with pytest.raises(InputError, match="chat template's list of merged prompts"):
+        ptuning.merge(model, tokenizer, {"a": _prompt(model, tokenizer)})
+
+
 def test_tables_that_do_not_fit_the_tokenizer_are_refused(tmp_path: Path) -> None:
     model, tokenizer = _base("llama")
     merged = ptuning.merge(model, tokenizer, {"a": _prompt(model, tokenizer)})

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import ptuning
-from ptuning import InputError, Prompt, Task
+from ptuning import InputError, Prompt, PtuningError, Task
 from ptuning.backbone.traits import kind_of
 from ptuning.inference.baselines import automatic_templates
 from ptuning.training.guidance import dev_far_above
 
 from .. import tiny
+from ..scaffold import hooks_of
 
 ROWS = [
     {"country": name, "capital": capital, "label": n % 2}
@@ -253,3 +254,23 @@ def test_the_nearest_words_of_a_word_are_itself() -> None:
         assert neighbour.words[0][0] == word
         assert neighbour.norm == pytest.approx(3 * float(embedding[index].norm()), rel=1e-5)
     assert mean == pytest.approx(float(embedding.norm(dim=1).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_an_answer_that_is_not_a_number_is_no_answer(family: str, labels: bool) -> None:
+    options = {"verbalizer": {"0": "Paris", "1": "Rome"}, "answer": "label"} if labels else {}
+    model, tokenizer, prompt = setting(family, **options)
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "layer" in n).fill_(torch.nan)
+    for work in (ptuning.predict, ptuning.predict_details, ptuning.evaluate):
+        with pytest.raises(PtuningError, match=r"float32.* not finite \(NaN\).*--dtype"):
+            work(model, tokenizer, prompt, ROWS)
+
+
+def test_vectors_that_are_not_finite_cannot_be_attached() -> None:
+    model, tokenizer, prompt = setting("llama")
+    prompt.vectors[1, 3] = torch.inf  # type: ignore[index]
+    with pytest.raises(InputError, match="reach inf"):
+        ptuning.attach(model, tokenizer, prompt)
+    assert not hooks_of(model)

@@ -20,6 +20,7 @@ from ptuning.inference.report import calibration, report_on, wilson
 from ptuning.inference.report_page import page
 
 from .. import tiny
+from ..scaffold import Run
 
 EVIL = "<script>alert(1)</script>\"'&"
 
@@ -119,5 +120,33 @@ def test_the_command_writes_one_file(
 
     assert run() == 0, capsys.readouterr().err
     assert "<title>mine</title>" in Path("report.html").read_text()
+    (tmp_path / "mine" / "result.json").write_text(
+        '{"history": [{"epoch": 1, "loss": 1%s}, {"epoch": 2, "loss": NaN, "dev_accuracy": 0.5}]}'
+        % ("0" * 400)
+    )
+    command += ["--output", "odd.html"]
+    assert run() == 0, capsys.readouterr().err
+    command[-1:] = ["report.html"]
     assert run() == 2  # what is there is not replaced unasked
     assert "--overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["file/x.html", "folder", "/dev/null", "x" * 300])
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(
+    place: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    code, _, err = run("report", "nowhere", "--data", "x", "--output", place, "--overwrite")
+    assert code in (1, 2) and "nowhere" not in err and len(err.splitlines()) == 1
+    assert "cannot write to" in err or "is not replaced" in err
+
+
+def test_control_characters_are_escaped_on_the_page() -> None:
+    model, tokenizer, prompt, rows = _setting()
+    prompt.training = {"note\x1b[2J": "\x9b31m"}
+    result = ptuning.evaluate(model, tokenizer, prompt, rows)
+    words = nearest_words(model, tokenizer, prompt)
+    text = page(report_on("name\x07", "data", prompt, rows, result, words))
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", text) and "note\\x1b[2J" in text

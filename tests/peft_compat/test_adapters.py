@@ -7,6 +7,7 @@ import io
 import pickle
 import threading
 import warnings
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -304,7 +305,23 @@ def test_the_encoders_dictionary_gives_names_as_they_are(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", " ", ".", "./", "a/..", "..", "/abs", "../up", "a/../../up", "..\\up", "C:\\x", "a\0b"],
+    [
+        *(
+            "",
+            " ",
+            ".",
+            "./",
+            "a/..",
+            "..",
+            "/abs",
+            "../up",
+            "a/../../up",
+            "..\\up",
+            "C:\\x",
+            "a\0b",
+        ),
+        *("a/", "./a", "a//b", ".ptuning-saved", "a\x1b[2J", "\ud800", "x" * 256, "a/" + "x" * 256),
+    ],
 )
 def test_names_that_are_no_folders_are_refused(name: str) -> None:
     base = base_model("SEQ_CLS", "bert")
@@ -317,6 +334,12 @@ def test_names_that_are_no_folders_are_refused(name: str) -> None:
     with pytest.raises(InputError, match="cannot be a folder's name"):
         model.add_adapter(name, config_for("SEQ_CLS"))
     assert_as_it_was(model, before)
+
+
+def test_a_slash_in_a_name_is_a_folder_in_a_folder(tmp_path: Path) -> None:
+    model = get_peft_model(base_model(), config_for(), "of/capitals")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "of" / "capitals" / "adapter_config.json").is_file()
 
 
 def test_the_name_of_rows_without_a_prompt_is_refused() -> None:

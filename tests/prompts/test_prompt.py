@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ptuning
-from ptuning import storage
+from ptuning import formats, storage
 from ptuning.backbone.identity import check_same, describe
 from ptuning.errors import InputError, PromptFileError, PtuningError, TemplateError
 from ptuning.prompts.encoder import PromptEncoder
@@ -1072,3 +1072,34 @@ def test_a_model_that_is_only_compared_is_read_while_a_prompt_is_attached() -> N
     prompt.vectors = torch.zeros(2, 32)
     with ptuning.attach(model, tiny.tokenizer(), prompt):
         assert describe(model, tiny.tokenizer()) == known
+
+
+@pytest.mark.parametrize("name", ["you/capital", "no name", "../capital"])
+def test_an_upload_that_cannot_be_says_so_in_one_line(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    expected = rf"^cannot upload to '{re.escape(name)}' \(.*\); check the connection, the name and"
+    with pytest.raises(PtuningError, match=expected) as caught:
+        trained().push_to_hub(name)
+    assert len(str(caught.value).splitlines()) == 1
+    assert ("offline" in str(caught.value)) == (name == "you/capital")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes and devices")
+@pytest.mark.parametrize("name", ["prompt.json", "prompt.safetensors", "result.json"])
+def test_a_pipe_or_an_endless_device_is_no_file_of_a_prompt(name: str, tmp_path: Path) -> None:
+    for number, make in enumerate((os.mkfifo, lambda path: os.symlink("/dev/zero", path))):
+        folder = tmp_path / str(number)
+        trained().save(folder)
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+        if name == "prompt.safetensors":
+            with pytest.raises(PromptFileError, match="does not exist"):
+                ptuning.Prompt.load(folder)
+            continue
+        with pytest.raises(PromptFileError, match="is no regular file"):
+            formats.read_json(folder / name)
+        assert torch.equal(
+            ptuning.Prompt.load(folder).trained_vectors(), trained().trained_vectors()
+        )

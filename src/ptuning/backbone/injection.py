@@ -134,6 +134,7 @@ class Injector:
                 f"embedding takes vectors of {self.width} numbers: this prompt belongs to a model "
                 "of another width"
             )
+        check_fits(rows, self.modules[0].weight.dtype)
         with CHANGING:
             first = max([self.threshold, at_least, *(span.end for span in self.spans)])
             span = Span(first, rows)
@@ -310,6 +311,22 @@ def _may_look_at_values(ids: Tensor) -> bool:
     if torch.compiler.is_compiling() or ids.is_meta:
         return False
     return not (ids.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def check_fits(rows: Tensor, dtype: torch.dtype) -> None:
+    """Refuse vectors ``(count, width)`` that a precision cannot hold.
+
+    Raises:
+        InputError: they are not finite there.
+    """
+    if not dtype.is_floating_point or rows.is_meta:  # an embedding of packed weights
+        return
+    if not torch.isfinite(rows.detach().to(dtype)).all():
+        raise InputError(
+            f"the prompt's vectors reach {rows.detach().abs().max():.1e}, which the model's "
+            f"{str(dtype).removeprefix('torch.')} cannot hold; load the model as float32 or "
+            "bfloat16 (--dtype), or train the prompt again"
+        )
 
 
 def input_embedding(model: nn.Module) -> nn.Embedding:

@@ -6,9 +6,7 @@ harmless here, the only place that prints.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -24,26 +22,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..reporting import json_text as json_text
 from ..reporting import percent as percent
+from ..reporting import safe
 from ..training.progress import Progress, in_words, shown
 
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
-_UNSAFE = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"  # control, line ends, half surrogate pairs
-    r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"  # changes of direction
-)
-"""What a terminal may take for a title, a clipboard's content, a line of its own, another name."""
-
-
 _LONGEST = 1200
 """Letters of an error: what a file holds may be quoted in it."""
-
-
-def safe(text: object) -> str:
-    """Text on one line, its control characters written as escapes such as ``\\x1b``."""
-    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 def quiet_libraries() -> None:
@@ -128,13 +116,6 @@ def tell(text: str) -> None:
 def print_json(value: Any, indent: int | None = 2) -> None:
     """A JSON document on stdout; with `indent` None on one line."""
     sys.stdout.write(json_text(value, indent) + "\n")
-
-
-def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON in which every control character is an escape, and other text is as it is."""
-    text = json.dumps(value, ensure_ascii=False, indent=indent, default=str)
-    # A line end that is left stands between values: json itself escapes those within.
-    return _UNSAFE.sub(lambda f: f[0] if f[0] == "\n" else f"\\u{ord(f[0]):04x}", text)
 
 
 def table(title: str, header: list[str], rows: list[list[str]]) -> None:

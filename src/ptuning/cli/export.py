@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import InputError
 from . import console, saved_prompt
-from .options import Dtype
+from .options import Dtype, Overwrite
 from .saved_prompt import Alone, Model
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def export(
     model: Model = None,
     dtype: Dtype = "float32",
     alone: Alone = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write prompts for engines that read no transformers model; merge serves all others.
 
@@ -42,15 +44,23 @@ def export(
     from ..backbone.base_model import BaseModel
     from ..inference import exports, gguf_file
 
-    if to == GGUF:
-        gguf_file.save_gguf(_merged(folder, model, dtype, alone), output)
-        console.tell(f"{gguf_file.FILE} and prompts.json in {output}")
-        return
-    exports.check_format(to)
-    prompt = saved_prompt.load_one(folder, alone, "exported")
-    files = exports.export(prompt, BaseModel.of(*_base(prompt, model, dtype)), to)
-    storage.write_folder(output, files)
-    console.tell(f"{', '.join(files)} in {output}")
+    if to != GGUF:
+        exports.check_format(to)
+    with storage.locked(output):
+        if storage.holds_something(output) and not overwrite:
+            raise InputError(
+                f"--output {output} is not empty; choose another folder, or --overwrite to write "
+                "there all the same"
+            )
+        if to == GGUF:
+            gguf_file.save_gguf(_merged(folder, model, dtype, alone), output)
+            names = f"{gguf_file.FILE} and prompts.json"
+        else:
+            prompt = saved_prompt.load_one(folder, alone, "exported")
+            files = exports.export(prompt, BaseModel.of(*_base(prompt, model, dtype)), to)
+            storage.write_folder(output, files)
+            names = ", ".join(files)
+    console.tell(f"{names} in {output}")
 
 
 def _merged(folder: str, model: str | None, dtype: str, alone: bool) -> Merged:

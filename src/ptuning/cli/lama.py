@@ -203,11 +203,12 @@ def _share(value: float | None) -> str:
 def _words(path: Path | None) -> list[str]:
     if path is None:
         return []
+    from ..data.text import lines
+
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--candidates {path} cannot be read: {error}") from None
-    words = [line.strip() for line in lines if line.strip()]
+        words = [line.strip() for line in lines(path) if line.strip()]
+    except DataError as error:
+        raise InputError(f"--candidates: {error}") from None
     if not words:
         raise InputError(f"--candidates {path} is empty; give an answer per line")
     return words

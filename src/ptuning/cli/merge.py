@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,20 +57,19 @@ def merge(
     names = _names(prompt_folders or [], name or [])
     if not names and not remove:
         raise InputError("nothing to merge; give the folder of a saved prompt, or --remove NAME")
-    merged_files.check_free(output)
-    adds = merged_files.holds_merged(output) and model is None
-    if not adds and merged_files.holds_merged(output) and not overwrite:
-        raise InputError(
-            f"--output {output} is a merged model; leave --model away to add to it, choose another "
-            "folder, or --overwrite"
-        )
-    prompts = {
-        name: saved_prompt.load_one(folder, alone, "merged into a model")
-        for name, folder in names.items()
-    }
-    with ExitStack() as stack:
-        if adds:
-            stack.enter_context(storage.locked(output))
+    with storage.locked(output):
+        merged_files.check_free(output)
+        there = merged_files.holds_merged(output)
+        adds = there and model is None
+        if there and not adds and not overwrite:
+            raise InputError(
+                f"--output {output} is a merged model; leave --model away to add to it, choose "
+                "another folder, or --overwrite"
+            )
+        prompts = {
+            name: saved_prompt.load_one(folder, alone, "merged into a model")
+            for name, folder in names.items()
+        }
         merged = _begin(str(output) if adds else model, prompts, dtype)
         replaced = [name for name in prompts if overwrite and name in merged.prompts]
         merged = merging.unmerge(merged, [*(remove or []), *replaced])

@@ -37,7 +37,7 @@ def report(
     Metrics with confidence intervals beside a manual template and the majority answer, confusion,
     the surest mistakes, calibration, the training's curve, nearest words, settings.
     """
-    from .. import places
+    from .. import places, storage
     from ..data import read_examples
     from ..inference.evaluation import evaluate
     from ..inference.nearest_words import nearest_words
@@ -45,8 +45,8 @@ def report(
     from ..inference.report_page import page
     from ..rendering.render import check_rows
     from ..reporting import versions
-    from ..storage import write_file
 
+    storage.check_file(output)
     if output.exists() and not overwrite:
         raise InputError(f"--output {output} exists; choose another file, or --overwrite")
     prompt = saved_prompt.load(prompt_folder)
@@ -71,7 +71,7 @@ def report(
         history=training_history(Path(prompt_folder)),
         versions=versions(),
     )
-    write_file(output, page(made).encode())
+    storage.write_file(output, page(made).encode())
     console.say(
         f"{result.examples} rows, {console.percent(result.accuracy)} % right; report in {output}"
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import warnings
 from collections.abc import Callable
 from itertools import groupby
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from .. import formats
 from ..backbone.base_model import BaseModel
-from ..backbone.injection import input_embedding
+from ..backbone.injection import check_fits, input_embedding
 from ..errors import InputError
 from ..prompts import peft_files
 from ..prompts.prompt import Prompt
@@ -89,6 +90,7 @@ def _vllm_embeds(prompt: Prompt, base: BaseModel) -> dict[str, bytes]:
     vectors = prompt.trained_vectors()
     text, pieces = _pieces(prompt, base)
     dtype = input_embedding(base.model).weight.dtype
+    check_fits(vectors, dtype)
     content: list[dict[str, str]] = []
     at = 0
     for virtual, part in pieces:
@@ -115,10 +117,8 @@ def _pieces(prompt: Prompt, base: BaseModel) -> tuple[Any, list[tuple[bool, str]
     else:  # the chat around it is the server's
         doubled = [p.replace("{", "{{").replace("}", "}}") for p in text.turn]
         whole = "".join(f"{{{p}}}" if n % 2 else doubled[n] for n, p in enumerate(text.turn))
-    for name in names:
-        whole = whole.replace(name, "\ue000V\ue000")
-    parts = [p for p in whole.split("\ue000") if p]
-    grouped = [(virtual, list(run)) for virtual, run in groupby(parts, lambda p: p == "V")]
+    parts = [part for part in re.split(f"({'|'.join(map(re.escape, names))})", whole) if part]
+    grouped = [(virtual, list(run)) for virtual, run in groupby(parts, set(names).__contains__)]
     return text, [(v, str(len(run)) if v else "".join(run)) for v, run in grouped]
 
 

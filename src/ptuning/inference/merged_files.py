@@ -104,14 +104,7 @@ def check_free(folder: str | Path) -> None:
     Raises:
         InputError: it does.
     """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; give a folder")
-    if (
-        folder.is_dir()
-        and not holds_merged(folder)
-        and any(not path.name.startswith(".ptuning-") for path in folder.iterdir())
-    ):
+    if storage.holds_something(folder) and not holds_merged(folder):
         raise InputError(f"{folder} is not empty and holds no merged model; choose another folder")
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.base_model import device_of
-from ..backbone.injection import SAFE_ID, Injector, input_embedding
+from ..backbone.injection import SAFE_ID, Injector, check_fits, input_embedding
 from ..backbone.modes import eval_mode
 from ..backbone.traits import (
     ModelKind,
@@ -67,6 +67,7 @@ def with_rows(
     for module in modules:
         module.num_embeddings = rows
         values = vectors.to(embedding.weight.device) / embedding_scale(module)
+        check_fits(values, embedding.weight.dtype)
         embedding.weight[where] = values.to(embedding.weight.dtype)
     _check_rows(modules, where, vectors)
     _second_lookups(twin, rows, where)

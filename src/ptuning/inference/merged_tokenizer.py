@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..backbone.base_model import first_free_id
-from ..errors import InputError
+from ..errors import InputError, PromptFileError
+from ..formats import parse_json
 from ..rendering.virtual_ids import virtual_token
 
 _FREE = re.compile(r"<\|ptuning-free:[0-9]+\|>")
@@ -85,7 +86,10 @@ def chat_turns(tokenizer: Any) -> dict[str, list[str]]:
     """What the user says in each merged chat prompt: text, field, text, … in turn."""
     for template in _templates(tokenizer).values():
         if block := _BLOCK.search(template):
-            return json.loads(block[1])
+            try:
+                return dict(parse_json(block[1], "the chat template's list of merged prompts"))
+            except PromptFileError as error:
+                raise InputError(f"{error}; merge into the base model again") from error
     return {}
 
 

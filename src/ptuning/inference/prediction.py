@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from ..backbone.base_model import BaseModel
 from ..backbone.modes import eval_mode
 from ..backbone.traits import ModelKind
 from ..data import Row, Rows, as_rows
-from ..errors import InputError
+from ..errors import InputError, PtuningError
 from ..forward.engine import Engine
 from ..forward.plain import by_label
 from ..forward.together import biased, mean_log_probabilities
@@ -264,9 +265,16 @@ def _in_one_batch(engine: Engine, questions: list[Question]) -> list[Prediction]
     readings = [reading for question in questions for reading in question.readings]
     rows = [(reading.example, row) for row, reading in enumerate(readings)]
     batch = engine.prediction_batch(rows, [reading.first_id for reading in readings])
-    if questions[0].renderer.compares:
-        return _compare(engine, questions, batch)
-    return _decode(engine, questions, batch)
+    compares = questions[0].renderer.compares
+    predictions = (_compare if compares else _decode)(engine, questions, batch)
+    if any(math.isnan(prediction.probability) for prediction in predictions):
+        dtype = str(engine.base.model.dtype).removeprefix("torch.")
+        raise PtuningError(
+            f"the model ({dtype}) answers with numbers that are not finite (NaN): its weights are "
+            "damaged, or what it computes is too large for its precision; load it in another one "
+            "(--dtype float32 or bfloat16)"
+        )
+    return predictions
 
 
 def _watching(questions: list[Question]) -> Callable[[Tensor], Tensor] | None:

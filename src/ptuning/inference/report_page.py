@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
+from ..reporting import html_text as _text
 from .report import Bin, Report
 
 _STYLE = """
@@ -70,11 +70,6 @@ def page(report: Report) -> str:
         + "\n".join(parts)
         + "\n</body>\n</html>\n"
     )
-
-
-def _text(value: Any) -> str:
-    """Any value as harmless text."""
-    return escape(str(value).encode("utf-8", "backslashreplace").decode())
 
 
 def _percent(share: float) -> str:
@@ -203,8 +198,9 @@ def _curve(history: list[dict[str, Any]]) -> str:
 
 
 def _number(value: Any) -> float | None:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if fits else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+        return None  # a file's whole numbers may be longer than any float
+    return float(value)
 
 
 def _words(report: Report) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..errors import InputError
+from ..places import entry
 
 
 class AdapterDict(nn.ModuleDict):
@@ -46,18 +47,29 @@ def check_name(name: str) -> None:
     """Refuse a name that cannot be a folder below the one that is saved to.
 
     Raises:
-        InputError: it is empty, absolute, or leaves the folder.
+        InputError: it is no name, or one that leads elsewhere.
     """
-    leaves = any(".." in kind(name).parts for kind in (PurePosixPath, PureWindowsPath))
-    absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive
-    nowhere = not name.strip() or not PurePosixPath(name).parts
-    if nowhere or leaves or absolute or "\0" in name or name == "__base__":
-        raise InputError(f"the adapter name {name!r} cannot be a folder's name; give another name")
+    try:
+        if not isinstance(name, str) or name == "__base__":
+            raise InputError("it means rows without a prompt")
+        folder_of(Path(), name)
+    except InputError as error:
+        raise InputError(
+            f"the adapter name {name!r} cannot be a folder's name; give another name"
+        ) from error
 
 
 def folder_of(directory: str | Path, name: str) -> Path:
-    """Where an adapter is saved: ``default`` in the folder itself, others below it."""
-    return Path(directory) if name == "default" else Path(directory) / name
+    """Where an adapter is saved: ``default`` in the folder itself, others below it; a slash makes a
+    folder in a folder.
+
+    Raises:
+        InputError: a part of the name can be no folder's.
+    """
+    folder = Path(directory)
+    for part in name.split("/") if name != "default" else ():
+        folder = entry(folder, part)
+    return folder
 
 
 def _escaped(name: str) -> str:

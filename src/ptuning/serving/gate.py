@@ -16,6 +16,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..formats import distinct
+
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -202,7 +204,7 @@ def check_json(body: bytes, content_type: bytes) -> None:
             400, f"the body is no UTF-8: byte {error.start} is 0x{body[error.start]:02x}"
         ) from None
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=distinct)
     except json.JSONDecodeError as error:
         raise Refused(
             400, f"the body is no JSON: line {error.lineno} column {error.colno}: {error.msg}"

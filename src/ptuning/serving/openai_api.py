@@ -16,6 +16,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import Response, StreamingResponse
 
+from ..formats import distinct
 from .asking import Desk
 from .backend import Answer, Row
 from .gate import Refused, error_body
@@ -74,7 +75,7 @@ def _row(served: Served | None, text: str | None, fields: Row | None) -> Row:
     if len(served.fields) == 1:
         return {served.fields[0]: text}
     try:
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=distinct)
     except ValueError:
         row = None
     if not isinstance(row, dict) or any(isinstance(v, dict | list) for v in row.values()):
