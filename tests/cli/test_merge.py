@@ -121,6 +121,8 @@ def test_a_merged_model_or_a_prompt_becomes_a_gguf_file(run: Run) -> None:
     assert code == 0 and list(_table("alone")) == ["one"], err
     code, _, err = run("export", "merged", "--to", "gguf", "--output", "merged")
     assert code == 2 and "choose another folder" in err
+    code, _, err = run("export", "merged", "--to", "gguf", "--output", "x", "--model", "base")
+    assert code == 2 and "--model goes with a saved prompt" in err
 
 
 def test_a_prompt_is_exported(run: Run) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,10 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 READ_BACK = ["llama", "llama tied", "llama spare rows", "mistral", "qwen2", "gpt2"]
 """What transformers reads from GGUF in full; llama.cpp reads the others too."""
+CHAT = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 ROWS = [
     {"country": text}
     for text in ("France", "Italy or Spain, 2024", "東京  and\n\n  it's 3.14!", "<|odd|> {x}\t ")
@@ -188,30 +194,72 @@ def test_other_tokenizers_are_refused(kind: str, message: str, tmp_path: Path) -
         write_gguf(_merged(tiny.model("llama"), kind=kind), tmp_path / "model.gguf")
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_llama_cpp_answers_as_transformers(name: str, tmp_path: Path) -> None:
+@contextmanager
+def _llama_cpp(file: Path) -> Iterator[Callable[[str, dict[str, Any]], Any]]:
+    """llama.cpp's server on a file: path, body -> answer."""
     pytest.importorskip("xllamacpp")
-    merged = _merged(MODELS[name](), bos=name == "qwen2")
-    write_gguf(merged, tmp_path / "model.gguf")
-    virtual = set(merged.prompts["cap"]["virtual_ids"])
-    command = [sys.executable, Path(__file__).with_name("llama_server.py"), tmp_path / "model.gguf"]
-    with subprocess.Popen(
-        [*map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as server:
+    command = [sys.executable, str(Path(__file__).with_name("llama_server.py")), str(file)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as server:
         assert server.stdin is not None and server.stdout is not None
         address = server.stdout.readline().strip()
-        for row in ROWS:
-            text, ids = fill(merged.prompts["cap"]["text"], row), _ids(merged, row)
-            asked = {"content": text, "add_special": True, "parse_special": True}
-            assert _asked(address, "/tokenize", asked)["tokens"] == ids
-            _said_alike(address, merged.model, ids, virtual, 5e-2 if name == "gpt2" else 1e-4)
+
+        def ask(path: str, body: dict[str, Any]) -> Any:
+            content, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
+            request = urllib.request.Request(address + path, content, kind)
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)
+
+        yield ask
         server.stdin.close()
 
 
-def _said_alike(address: str, model: Any, ids: list[int], virtual: set[int], off: float) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_answers_as_transformers(name: str, tmp_path: Path) -> None:
+    merged = _merged(MODELS[name](), bos=name == "qwen2")
+    write_gguf(merged, tmp_path / "model.gguf")
+    virtual = set(merged.prompts["cap"]["virtual_ids"])
+    with _llama_cpp(tmp_path / "model.gguf") as ask:
+        for row in ROWS:
+            text, ids = fill(merged.prompts["cap"]["text"], row), _ids(merged, row)
+            asked = {"content": text, "add_special": True, "parse_special": True}
+            assert ask("/tokenize", asked)["tokens"] == ids
+            _said_alike(ask, merged.model, ids, virtual, 5e-2 if name == "gpt2" else 1e-4)
+
+
+def test_llama_cpp_chats_with_a_prompt_by_its_name(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = CHAT
+    model = tiny.model("llama", vocab_size=len(tokenizer))
+    prompts = {
+        "one": Prompt('[P*2] "{country}" {{x}} ü %}} [P]', chat=True),
+        "two": Prompt("[P]{a} in {b}[P]", chat=True),
+    }
+    for prompt in prompts.values():
+        prompt.vectors = torch.randn(prompt.num_virtual_tokens or 0, 32)
+        prompt.base_model = BaseModel.of(model, tokenizer).describe()
+    merged = ptuning.merge(model, tokenizer, prompts)
+    write_gguf(merged, tmp_path / "model.gguf")
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 'Fra "x"'}]
+    asked: list[dict[str, Any]] = [
+        {}, {"prompt": "one"}, {"prompt": "two", "fields": {"a": "A", "b": "B"}}
+    ]  # fmt: skip
+    with _llama_cpp(tmp_path / "model.gguf") as ask:
+        for more in asked:
+            told = ask("/apply-template", {"messages": talk, "chat_template_kwargs": more})
+            assert told["prompt"] == merged.tokenizer.apply_chat_template(
+                talk, tokenize=False, add_generation_prompt=True, **more
+            )
+        unknown = {"messages": talk, "chat_template_kwargs": {"prompt": "no"}}
+        with pytest.raises(urllib.error.HTTPError) as error:
+            ask("/apply-template", unknown)
+        assert "no chat prompt is called no; there are: one, two" in error.value.read().decode()
+
+
+def _said_alike(ask: Any, model: Any, ids: list[int], virtual: set[int], off: float) -> None:
     """Eight tokens, one after the other: the same shares, and so the same words."""
     for _ in range(8):
-        told = _asked(address, "/completion", {"prompt": ids, "n_predict": 1, "n_probs": 400,
+        told = ask("/completion", {"prompt": ids, "n_predict": 1, "n_probs": 400,
                                                "top_k": 1, "return_tokens": True})  # fmt: skip
         expected = _logits(model, ids)[-1].log_softmax(-1)
         for seen in told.get("completion_probabilities", []):  # none of half a character
@@ -223,11 +271,3 @@ def _said_alike(address: str, model: Any, ids: list[int], virtual: set[int], off
             assert told["tokens"] == [said] or top - second < off
         assert said not in virtual
         ids = [*ids, said]
-
-
-def _asked(address: str, path: str, body: dict[str, Any]) -> Any:
-    request = urllib.request.Request(
-        address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.load(answer)

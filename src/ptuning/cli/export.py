@@ -69,6 +69,8 @@ def _merged(folder: str, model: str | None, dtype: str, alone: bool) -> Merged:
     from ..inference.merging import check_name, merge
 
     if holds_merged(folder):
+        if model is not None:
+            raise InputError(f"{folder} is a merged model; --model goes with a saved prompt")
         return Merged.load(folder, dtype)
     name = saved_prompt.last_part(folder)
     check_name(name)

@@ -118,7 +118,7 @@ def _templates(tokenizer: Any) -> dict[str, str]:
 _FILLING = """\
 {%- if prompt is defined and prompt %}
 {%- if prompt not in ptuning_turns %}
-{%- set known = ptuning_turns | join(", ") %}
+{%- set known = ptuning_turns.keys() | list | join(", ") %}
 {{- raise_exception("no chat prompt is called " ~ prompt ~ "; there are: " ~ known) }}
 {%- endif %}
 {%- set ptuning = namespace(said="", messages=[]) %}
