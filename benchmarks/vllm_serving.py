@@ -41,6 +41,8 @@ PROMPTS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
                 "country", COUNTRIES),
     "about": ({"template": "[P:Tell me a story about] {country} [P:in one sentence.]"},
               "country", COUNTRIES),
+    "short": ({"template": "[P:Tell me about] {country} [P:in five words.]", "chat": True},
+              "country", COUNTRIES),
     "sentiment": ({"template": "[P:Review:] {review} [P:All in all it was] [MASK]",
                    "verbalizer": {"good": ["good", "great"], "bad": "bad"}}, "review", REVIEWS),
 }  # fmt: skip
@@ -97,7 +99,9 @@ def prepare(work: Path) -> list[Question]:
                 {**part, "text": fill(part["text"], row)} if part["type"] == "text" else part
                 for part in embeds["content"]
             ]
-            question["chat_template"] = embeds["chat_template"]
+            question["template"] = {k: embeds[k] for k in ("chat_template", "add_special_tokens")}
+            if prompt.chat:
+                question["said"] = row[field]
             if entry["labels"]:
                 question["probabilities"] = answer.probabilities
                 question["word_ids"] = {
@@ -133,6 +137,14 @@ def same_answers(address: str, questions: list[Question]) -> None:
     client = OpenAI(base_url=address, api_key="none")
     found: list[Any] = []
     for question in questions:
+        if "said" in question:
+            chat = client.chat.completions.create(
+                model="model", temperature=0, max_tokens=TOKENS,
+                messages=[{"role": "user", "content": question["said"]}],
+                extra_body={"chat_template_kwargs": {"prompt": question["name"]}},
+            )  # fmt: skip
+            found.append(chat.choices[0].message.content)
+            continue
         ask: dict[str, Any] = {"model": "model", "prompt": question["text"], "temperature": 0}
         if "probabilities" not in question:
             answer = client.completions.create(**ask, max_tokens=TOKENS)
@@ -152,7 +164,7 @@ def as_embeds(address: str, questions: list[Question]) -> None:
     found: list[Any] = []
     for question in questions:
         ids = [i for words in question.get("word_ids", {}).values() for i in words]
-        more: dict[str, Any] = {"chat_template": question["chat_template"]}
+        more: dict[str, Any] = dict(question["template"])
         if ids:
             more |= {"logprob_token_ids": ids, "return_tokens_as_token_ids": True}
         choice = client.chat.completions.create(

@@ -72,6 +72,23 @@ def test_vllm_gets_vectors_among_texts() -> None:
     assert about["labels"] == {"a": " A", "b": " B"}
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_vllms_parts_stand_behind_one_another_in_the_exported_chat_template(chat: bool) -> None:
+    base = _base()
+    base.tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}{% endfor %}"
+    )
+    prompt = _prompt(base, "[P*2] {country} [P]", chat=chat)
+    about = json.loads(export(prompt, base, "vllm-embeds")["vllm_embeds.json"])
+    parts = [{"type": "text", "text": part} for part in ("<v>", " France\n", "<v>")]
+    talk = [{"role": "system", "content": "Be brief. "}, {"role": "user", "content": parts}]
+    said = base.tokenizer.apply_chat_template(
+        talk, chat_template=about["chat_template"], tokenize=False
+    )
+    whole = "<system>\nBe brief. <user>\n<v> France\n<v>"
+    assert said == (whole if chat else "Be brief. <v> France\n<v>")
+
+
 def test_a_prompt_table_has_ids_behind_the_vocabulary() -> None:
     base = _base()
     prompt = _prompt(base, "[P*2] {country} [P] [MASK]")

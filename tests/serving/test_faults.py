@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -323,3 +324,61 @@ def test_a_server_that_cannot_begin_says_why_in_a_line(
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and message in line
+
+
+def test_a_second_ctrl_c_ends_it_at_once(place: Path) -> None:
+    with servers.serving(place / "prompts", "--timeout", "600") as server:
+        body = {"rows": [servers.ROWS["capital"]] * 256, "max_tokens": 110}
+        path = f"{server.url}/v1/prompts/capital/predict"
+        asking = [threading.Thread(target=_unanswered, args=[path, body]) for _ in range(4)]
+        for one in asking:  # far more than is answered before the second signal
+            one.start()
+        _until(lambda: "ptuning_waiting_rows 0.0" not in httpx.get(f"{server.url}/metrics").text)
+        server.process.send_signal(signal.SIGINT)
+        _until(lambda: not _listens(server.url))  # the first has come
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(60) == 130
+        for one in asking:
+            one.join(60)
+            assert not one.is_alive()
+
+
+def _unanswered(path: str, body: Any) -> None:
+    with suppress(httpx.TransportError):
+        httpx.post(path, json=body, timeout=600)
+
+
+def _listens(url: str) -> bool:
+    host, port = url.removeprefix("http://").split(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_a_prompt_taken_off_and_put_back_under_load_loses_no_request(folder: Path) -> None:
+    auth = {"Authorization": f"Bearer {servers.KEY}"}
+    with servers.serving(folder, PTUNING_API_KEY=servers.KEY) as server:
+        stop, counts = threading.Event(), Counter[int]()
+
+        def steady() -> None:
+            while not stop.is_set():
+                counts[_ask(server.url, "mood", servers.KEY).status_code] += 1
+
+        clients = [threading.Thread(target=steady) for _ in range(8)]
+        for client in clients:
+            client.start()
+        try:
+            for _ in range(10):
+                for change in (httpx.delete, httpx.put):
+                    told = change(f"{server.url}/v1/prompts/mood", headers=auth, timeout=60)
+                    assert told.status_code in (200, 201), told.text
+                before = counts[200]
+                _until(lambda least=before: counts[200] > least)  # type: ignore[misc]
+        finally:
+            stop.set()
+            for client in clients:
+                client.join(60)
+        assert set(counts) <= {200, 404} and counts[404]
+        assert _ask(server.url, "mood", servers.KEY).status_code == 200

@@ -30,7 +30,20 @@ from ..prompts.prompt import Prompt
 from ..rendering.merged_text import merged_text, names_of
 from .merged_tokenizer import with_names
 
-_WHOLE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+_JOINED = """\
+{%- set joined = namespace(messages=[], said="") %}
+{%- for message in messages %}
+{%- set joined.said = message['content'] if message['content'] is string else "" %}
+{%- for part in message['content'] if message['content'] is not string %}
+{%- set joined.said = joined.said ~ part['text'] %}
+{%- endfor %}
+{%- set joined.messages = joined.messages + [dict(message, content=joined.said)] %}
+{%- endfor %}
+{%- set messages = joined.messages %}
+"""
+"""Goes before a chat template: the parts of a turn stand behind one another. vLLM puts a line's end
+between them where a template does not take parts itself (0.32)."""
+_WHOLE = "{%- for message in messages %}{{ message['content'] }}{%- endfor %}"
 """A chat template that adds nothing."""
 
 
@@ -101,8 +114,8 @@ def _vllm_embeds(prompt: Prompt, base: BaseModel) -> dict[str, bytes]:
         content.append({"type": "prompt_embeds", "data": _packed(vectors[at : at + count], dtype)})
         at += count
     about: dict[str, Any] = {"content": content, **_labels(prompt, text)}
-    if not prompt.chat:
-        about["chat_template"] = _WHOLE
+    own = base.tokenizer.get_chat_template() if prompt.chat else _WHOLE
+    about["chat_template"] = _JOINED + own
     about["add_special_tokens"] = text.add_special_tokens and not prompt.chat
     return {"vllm_embeds.json": formats.pack_json(about)}
 

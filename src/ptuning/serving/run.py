@@ -57,6 +57,9 @@ def serve(
         key: that requests must bring.
         at: a socket that listens.
         tell: hears how it ended.
+
+    Raises:
+        KeyboardInterrupt: a second Ctrl-C came before all was answered.
     """
 
     def done(desk: Desk) -> None:
@@ -74,8 +77,11 @@ def serve(
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number in before:  # uvicorn raises a signal once more when all is done; that is enough
         signal.signal(number, lambda *_: None)
+    server = uvicorn.Server(config)
     try:
-        uvicorn.Server(config).run(sockets=[at])
+        server.run(sockets=[at])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if server.force_exit:
+        raise KeyboardInterrupt
