@@ -40,7 +40,7 @@ def smollm2(smollm2_folder: Path) -> tuple[Any, Any]:
     """The real model and its tokenizer, shared by all tests: leave them as they are."""
     from ptuning import load_model
 
-    return load_model(str(smollm2_folder))
+    return load_model(str(smollm2_folder), dtype="float32")
 
 
 @pytest.fixture(scope="session")

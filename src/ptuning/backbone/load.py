@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from filelock import FileLock
 from ..devices import best_device
 from ..errors import InputError, PtuningError
 from ..storage import one_save, settle
+from .number_format import FULL, Choice, fastest
 
+AUTO, OWN = "auto", "own"
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
-    "auto": "auto",
+    AUTO: None,
+    OWN: "auto",
 }
 
 
@@ -30,12 +34,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptuning"
 
 
-def load_model(name: str, *, dtype: str = "float32", device: str | None = None) -> tuple[Any, Any]:
+def load_model(name: str, *, dtype: str = FULL, device: str | None = None) -> tuple[Any, Any]:
     """Load a language model and its tokenizer.
 
     Args:
         name: hub name, local folder, local ``.gguf`` file, or a model that ``ptuning fetch`` knows.
-        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own.
+        dtype: ``float32``, ``bfloat16``, ``float16``, ``own`` for the checkpoint's own, or ``auto``
+            for the one that the device multiplies fastest in (`choose_dtype`).
         device: such as ``cuda``; by default a GPU where there is one (`best_device`).
 
     Returns:
@@ -46,16 +51,68 @@ def load_model(name: str, *, dtype: str = "float32", device: str | None = None) 
     """
     import transformers
 
-    check_dtype(dtype)
+    place = torch.device(device) if device else best_device()
+    chosen = choose_dtype(name, dtype, device=place).dtype
     source = _resolve(name)
-    try:
+    with _readable(name):
         # The model's own code never runs, whatever a prompt names as its base model.
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         loader = _auto_class(config)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = loader.from_pretrained(
-            source, config=config, dtype=DTYPES[dtype], trust_remote_code=False
+            source, config=config, dtype=DTYPES[chosen], trust_remote_code=False
         )
+    model.config.name_or_path = str(Path(name).resolve()) if Path(name).exists() else name
+    return model.eval().to(place), tokenizer
+
+
+def load_as_saved(name: str, dtype: str = AUTO) -> tuple[Any, Any]:
+    """As `load_model`, on the CPU, for what is written again: ``auto`` is the checkpoint's own.
+
+    Args:
+        name: of the model.
+        dtype: another format.
+    """
+    return load_model(name, dtype=OWN if dtype == AUTO else dtype, device="cpu")
+
+
+def choose_dtype(name: str, dtype: str = AUTO, *, device: torch.device | None = None) -> Choice:
+    """The number format to load a model in; its weights are not read.
+
+    Args:
+        name: of the model, as for `load_model`.
+        dtype: ``auto``, or another, which it is then.
+        device: that will compute it; by default the best one.
+
+    Raises:
+        InputError: there is no such model or format.
+    """
+    import transformers
+
+    check_dtype(dtype)
+    if dtype != AUTO:
+        return Choice(dtype)
+    source = _resolve(name)
+    with _readable(name):
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        loader = _auto_class(config)
+        try:
+            with torch.device("meta"):
+                shapes = loader.from_config(config, trust_remote_code=False)
+        except Exception:  # an architecture that cannot be made without its weights
+            return Choice(FULL, "the sizes of this model are not known before it is loaded")
+    return fastest(shapes, device or best_device(), cache_folder())
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Say in one line why a model cannot be read.
+
+    Raises:
+        InputError: for every error.
+    """
+    try:
+        yield
     except InputError:
         raise
     except Exception as error:  # transformers, its tokenizers and torch have many kinds
@@ -70,8 +127,6 @@ def load_model(name: str, *, dtype: str = "float32", device: str | None = None) 
             f"cannot load the model {name!r} ({reason}); give smollm2 or minilm (ptuning fetch), a "
             "folder with a transformers model, a .gguf file, or a hub name"
         ) from error
-    model.config.name_or_path = str(Path(name).resolve()) if Path(name).exists() else name
-    return model.eval().to(device or best_device()), tokenizer
 
 
 def check_dtype(dtype: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from ..errors import InputError
-from .upstream import attention_of, is_stateful, uncompiled
+from .upstream import attention_of, is_compiled, is_offloaded, is_stateful, uncompiled
 
 
 class ModelKind(enum.StrEnum):
@@ -208,6 +208,26 @@ def checkpoints_gradients(model: nn.Module) -> bool:
 def is_spread(model: nn.Module) -> bool:
     """Its layers are on several devices."""
     return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+
+
+# The repeated layer.
+
+
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """The longest list of layers of one class, which makes up most of a language model; or none."""
+    if is_compiled(model):
+        return []
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    alike = [list(m) for m in lists if len({type(layer) for layer in m}) == 1]
+    longest = max(alike, key=len, default=[])
+    wrapped = any("forward" in vars(layer) or is_offloaded(layer) for layer in longest)
+    return [] if wrapped else longest
+
+
+def layer_weights(model: nn.Module) -> int:
+    """How many weights a token is multiplied with before the output head."""
+    parts = repeated_layers(model) or [model]
+    return sum(parameter.numel() for part in parts for parameter in part.parameters())
 
 
 # The output head.

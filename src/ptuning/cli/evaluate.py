@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import console, saved_prompt
+from . import console, loading, saved_prompt
 from .options import Dtype, Json, Separator
 from .saved_prompt import AnswerTokens, BatchSize, Candidates, Model, PromptFolder
 
@@ -52,7 +52,7 @@ def evaluate(
     rows = read_examples(data, separator)
     check_rows(prompt, rows, "evaluation")
     check_rows(prompt.manual(manual), rows, "evaluation", answered=False)
-    base, tokenizer = saved_prompt.base_model(name, dtype)
+    base, tokenizer = loading.base_model(name, dtype)
     result = measure(
         base,
         tokenizer,

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import InputError
 from . import console, saved_prompt
-from .options import Dtype, Overwrite
+from .options import DtypeAsSaved, Overwrite
 from .saved_prompt import Alone, Model
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def export(
     to: Annotated[str, typer.Option(help="gguf, peft, vllm-embeds or tensorrt-llm.")],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     model: Model = None,
-    dtype: Dtype = "float32",
+    dtype: DtypeAsSaved = "auto",
     alone: Alone = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -79,6 +79,6 @@ def _merged(folder: str, model: str | None, dtype: str, alone: bool) -> Merged:
 
 
 def _base(prompt: Prompt, model: str | None, dtype: str) -> tuple[Any, Any]:
-    from ..backbone.load import load_model
+    from ..backbone.load import load_as_saved
 
-    return load_model(saved_prompt.base_name(prompt, model), dtype=dtype, device="cpu")
+    return load_as_saved(saved_prompt.base_name(prompt, model), dtype)

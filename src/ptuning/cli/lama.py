@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import DataError, InputError
-from . import console, run_files
+from . import console, loading, run_files
 from .fields import filled
 from .options import (
     OF_LAMA,
@@ -71,7 +71,7 @@ def lama(
     from ..experiments.lama.options import LamaOptions
     from ..experiments.lama.probe import check, summary
     from ..experiments.lama.relations import UnusableRelationError, read_facts, read_relations
-    from ..experiments.ledger import Ledger
+    from ..experiments.ledger import Ledger, format_of_run
     from ..training.settings import CHANGE_NO_RESULT, TrainSettings
 
     options = LamaOptions(
@@ -87,8 +87,10 @@ def lama(
         named = () if relations is None else parts(relations, ",", "--relations")
         chosen = read_relations(data, named)
         words = _words(candidates)
+        begun_in = None if overwrite else format_of_run(output, decisive)
+        dtype = loading.chosen(model, dtype, begun_in, usual=True)
+        decisive["dtype"] = given["dtype"] = dtype
         ledger = Ledger(output, decisive, overwrite)
-        console.say(f"loading {model}")
         base, tokenizer = load_model(model, dtype=dtype)
         facts: dict[str, Facts] = {}
         left_out: dict[str, str] = {}

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import InputError
 from . import console, saved_prompt
-from .options import Json
+from .options import DtypeAsSaved, Json
 
 if TYPE_CHECKING:
     from ..inference.merged_files import Merged
@@ -36,9 +36,7 @@ def merge(
     remove: Annotated[
         list[str] | None, typer.Option(help="Prompt to take out of a merged model.")
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Of the model: auto (as it is saved), float32, bfloat16, float16.")
-    ] = "auto",
+    dtype: DtypeAsSaved = "auto",
     overwrite: Annotated[
         bool,
         typer.Option("--overwrite", help="Replace prompts of the same names, or the whole model."),
@@ -103,7 +101,7 @@ def _names(folders: list[str], names: list[str]) -> dict[str, str]:
 
 def _begin(model: str | None, prompts: dict[str, Prompt], dtype: str) -> Merged:
     """What is merged into: a base model, or one with prompts."""
-    from ..backbone.load import load_model
+    from ..backbone.load import load_as_saved
     from ..inference.merged_files import Merged, holds_merged
 
     if model is not None and holds_merged(model):
@@ -111,4 +109,4 @@ def _begin(model: str | None, prompts: dict[str, Prompt], dtype: str) -> Merged:
     if not prompts:
         raise InputError("--remove takes prompts out of a merged model; none is given")
     name = saved_prompt.base_name(next(iter(prompts.values())), model)
-    return Merged(*load_model(name, dtype=dtype, device="cpu"), {})
+    return Merged(*load_as_saved(name, dtype), {})

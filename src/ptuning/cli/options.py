@@ -20,7 +20,15 @@ Model = Annotated[
     str, typer.Option(help="Hub name, folder, .gguf file, or a fetched model such as smollm2.")
 ]
 Dtype = Annotated[
-    str, typer.Option(help="Of the frozen model: float32, bfloat16, float16 or auto.")
+    str,
+    typer.Option(
+        help="Of the frozen model: float32, bfloat16, float16, own (as it is saved), or auto: what "
+        "this machine multiplies fastest in. Less than float32 is faster, but some seeds then "
+        "learn late or not at all."
+    ),
+]
+DtypeAsSaved = Annotated[
+    str, typer.Option(help="Of the model: auto (as it is saved), float32, bfloat16, float16.")
 ]
 Separator = Annotated[
     str | None,

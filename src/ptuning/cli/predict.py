@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import DataError, InputError
-from . import console, saved_prompt
+from . import console, loading, saved_prompt
 from .options import Dtype, Separator
 from .saved_prompt import AnswerTokens, BatchSize, Candidates, Model, PromptFolder
 
 if TYPE_CHECKING:
+    from ..data.partial import Output
     from ..inference.prediction import Prediction
     from ..prompts.prompt import Prompt
 
@@ -81,15 +82,17 @@ def predict(
     options: Any = {"candidates": chosen, "answer_tokens": answer_tokens, "batch_size": batch_size}
     rows = islice(stream_examples(data, separator), count)
     if place is None or place.special:
-        base = saved_prompt.base_model(name, dtype)
+        base = loading.base_model(name, dtype)
         _print(place.path if place else None, _answered(base, prompt, rows, options, 0, count))
         return
-    depends_on = {**options, "prompt": _digest(prompt), "model": name, "dtype": dtype}
+    depends_on = {**options, "prompt": _digest(prompt), "model": name}
     del depends_on["batch_size"]
+    dtype = loading.chosen(name, dtype, _format_of(place, depends_on) if resume else None)
+    depends_on["dtype"] = dtype
     with begun(place, depends_on, resume, overwrite) as partial:
         done = partial.take_up(rows)
         if done < count:
-            base = saved_prompt.base_model(name, dtype)
+            base = loading.base_model(name, dtype)
             for block in _answered(base, prompt, rows, options, done, count):
                 partial.add(block)
         partial.finish(
@@ -101,6 +104,14 @@ def predict(
         console.print_json({"examples": count, "output": str(output)})
     else:
         console.say(f"{count} predictions in {output}")
+
+
+def _format_of(place: Output, depends_on: dict[str, Any]) -> tuple[str, str] | None:
+    """The format that an interrupted run was begun in, on whatever machine."""
+    for dtype in ("float32", "bfloat16"):
+        if place.partial({**depends_on, "dtype": dtype}) in place.partials():
+            return dtype, "the interrupted run was begun in it"
+    return None
 
 
 def _survey(

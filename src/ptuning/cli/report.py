@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
-from . import console, saved_prompt
+from . import console, loading, saved_prompt
 from .options import Dtype, Overwrite, Separator
 from .saved_prompt import AnswerTokens, BatchSize, Candidates, Model, PromptFolder
 
@@ -56,7 +56,7 @@ def report(
     rows = read_examples(data, separator)
     check_rows(prompt, rows, "evaluation")
     check_rows(prompt.manual(manual), rows, "evaluation", answered=False)
-    base, tokenizer = saved_prompt.base_model(name, dtype)
+    base, tokenizer = loading.base_model(name, dtype)
     options: dict[str, Any] = {"candidates": chosen, "answer_tokens": answer_tokens}
     result = evaluate(
         base, tokenizer, prompt, rows, manual=manual, batch_size=batch_size, **options

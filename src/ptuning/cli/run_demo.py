@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import console
-from .options import Json
+from .options import Dtype, Json
 
 
 def demo(
@@ -16,6 +16,7 @@ def demo(
         Path("demo_output")
     ),
     model: Annotated[str, typer.Option(help="Base model; fetched if it is not here.")] = "smollm2",
+    dtype: Dtype = "float32",
     json_output: Json = False,
 ) -> None:
     """See a frozen model learn a task: two to three minutes on two free CPU cores.
@@ -30,7 +31,7 @@ def demo(
         main = distributed.state().is_main_process
         console.speak_if(main)
         with console.training_bar() as listener:
-            result = facts.run(model, output, console.say, listener)
+            result = facts.run(model, output, console.say, listener, dtype)
     if not main:
         return
     if json_output:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -66,13 +66,6 @@ def base_name(prompt: Prompt, name: str | None) -> str:
     if not name:
         raise InputError("the prompt does not say which model it is for; give --model")
     return name
-
-
-def base_model(name: str, dtype: str) -> tuple[Any, Any]:
-    """Model and tokenizer of that name."""
-    from ..backbone.load import load_model
-
-    return load_model(name, dtype=dtype)
 
 
 def read_candidates(path: Path | None) -> list[str] | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError, PtuningError
-from . import console
+from . import console, loading
 from .options import Dtype
 
 if TYPE_CHECKING:
@@ -116,11 +116,10 @@ def serve(
 
 def _backend(kind: str, name: str, url: str | None, dtype: str, limits: Any) -> Backend:
     from ..backbone.base_model import BaseModel
-    from ..backbone.load import load_model
     from ..serving.local import Local
 
     if url is not None:
         from ..serving.remote import Remote
 
         return Remote(url, name, limits.waiting, os.environ.get("PTUNING_URL_KEY"))
-    return Local(BaseModel.of(*load_model(name, dtype=dtype)), limits.batch, limits.waiting)
+    return Local(BaseModel.of(*loading.base_model(name, dtype)), limits.batch, limits.waiting)

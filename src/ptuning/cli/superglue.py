@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
-from . import console, run_files
+from . import console, loading, run_files
 from .fields import filled
 from .options import (
     OF_SUPERGLUE,
@@ -79,7 +79,7 @@ def superglue(
     """
     from .. import distributed
     from ..backbone.load import load_model
-    from ..experiments.ledger import Ledger
+    from ..experiments.ledger import Ledger, format_of_run
     from ..experiments.superglue.options import SuperGlueOptions
     from ..training.settings import CHANGE_NO_RESULT, TrainSettings
 
@@ -102,8 +102,10 @@ def superglue(
         splits = {chosen.name: read(chosen, alone=len(tasks) == 1) for chosen in tasks}
         for chosen in tasks:
             options.check(chosen, splits[chosen.name])
+        begun_in = None if overwrite else format_of_run(output, decisive)
+        dtype = loading.chosen(model, dtype, begun_in, usual=True)
+        decisive["dtype"] = given["dtype"] = dtype
         ledger = Ledger(output, decisive, overwrite)
-        console.say(f"loading {model}")
         base, tokenizer = load_model(model, dtype=dtype)
         console.on_stop(lambda: "stopped; the same command goes on where it stopped")
         found: dict[str, Any] = {}

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import InputError
 from ..prompts.from_table import AUTO
-from . import console, run_files, run_folder, training_report
+from . import console, loading, run_files, run_folder, training_report
 from .fields import filled
 from .options import (
     OF_PROMPT,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..data import Row
     from ..prompts.prompt import Prompt
     from ..training.progress import Progress
+    from ..training.settings import TrainSettings
 
 
 @filled(PANELS, prompt=OF_PROMPT, settings=OF_TRAINING)
@@ -143,14 +144,15 @@ def train(
             rows, dev_rows = set_aside(rows, answer, dev_share, how.seed)
         check_dtype(dtype)
         check_run(trained, rows, dev_rows, how, population, grid)
-        console.say(f"loading {model}")
+        dtype = loading.chosen(model, dtype, _format_of(how), usual=True)
         base, tokenizer = load_model(model, dtype=dtype)
         settle_words(trained, tokenizer, kind_of(base))
         if columns is not None:
             aside = 0 if dev else len(dev_rows)
             for line in in_two_lines(trained, columns, aside, len(rows) + aside):
                 console.say(line)
-        chosen = {"dev_share": dev_share, **_found(trained, prompt, init_from)}
+        # The chosen format is the run's, on whatever machine it goes on.
+        chosen = {"dev_share": dev_share, "dtype": dtype, **_found(trained, prompt, init_from)}
         run_file = run_files.as_yaml({**run_files.settings_of(context), **chosen})
         begun = False
 
@@ -194,6 +196,15 @@ def train(
                 training_report.tell(output, trained, result, dev or data)
 
         distributed.from_main(end)
+
+
+def _format_of(how: TrainSettings) -> tuple[str, str] | None:
+    """What ``--dtype auto`` is where it does not depend on the machine, and why."""
+    if how.tune_model:
+        return "float32", "small changes of its own weights would be lost in less"
+    if how.mixed_precision != "no":
+        return "float32", "--mixed-precision takes the weights as they are"
+    return None
 
 
 def _is_open(output: Path, resume: bool, overwrite: bool, tune_model: bool) -> bool:

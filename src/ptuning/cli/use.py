@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import console, saved_prompt
+from . import console, loading, saved_prompt
 from .options import Dtype, Json
 from .saved_prompt import Model, PromptFolder
 
@@ -22,7 +22,7 @@ def inspect(
     from ..inference.nearest_words import nearest_words
 
     prompt = saved_prompt.load(prompt_folder)
-    base, tokenizer = saved_prompt.base_model(saved_prompt.base_name(prompt, model), dtype)
+    base, tokenizer = loading.base_model(saved_prompt.base_name(prompt, model), dtype)
     neighbours, mean_norm = nearest_words(base, tokenizer, prompt, words)
     if json_output:
         tokens = [{"norm": n.norm, "nearest": [list(w) for w in n.words]} for n in neighbours]

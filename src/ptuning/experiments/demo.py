@@ -15,7 +15,8 @@ from typing import Any
 
 from .. import distributed
 from ..backbone.fetched import SOURCES, fetch
-from ..backbone.load import load_model
+from ..backbone.load import choose_dtype, load_model
+from ..backbone.number_format import FULL
 from ..data import Row, read_examples
 from ..errors import InputError
 from ..formats import pack_json
@@ -74,6 +75,7 @@ def run(
     output: Path,
     tell: Callable[[str], None],
     listener: Callable[[Progress], None],
+    dtype: str = FULL,
 ) -> DemoResult:
     """Compare, train, measure, and write prompt, picture and figures to `output`.
 
@@ -82,6 +84,7 @@ def run(
         output: replaced only by another demo's files.
         tell: hears what happens, line by line.
         listener: hears the training's steps and epochs.
+        dtype: as for `load_model`.
 
     Raises:
         InputError: `output` is a file, or holds what no demo made.
@@ -92,8 +95,9 @@ def run(
     distributed.from_main(lambda: check_writable(output))
     if model_name in SOURCES and not Path(model_name).exists():
         fetch(model_name)
-    tell(f"loading {model_name}")
-    model, tokenizer = load_model(model_name)
+    chosen = distributed.from_main(lambda: choose_dtype(model_name, dtype))
+    tell(f"loading {model_name} in {chosen.dtype}{f': {chosen.why}' if chosen.why else ''}")
+    model, tokenizer = load_model(model_name, dtype=chosen.dtype)
     training, dev, test = facts()
     tell(f"{len(training)} facts to train on, {len(dev)} to choose with, {len(test)} to test")
     manual, manual_on_dev, manual_share = _best_manual(model, tokenizer, dev, test)
@@ -126,6 +130,7 @@ def run(
         "manual_template": manual,
         "majority_answer": majority,
         "template": TEMPLATE,
+        "dtype": chosen.dtype,
         "history": result.history,
         "versions": versions(),
     }

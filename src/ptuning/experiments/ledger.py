@@ -30,6 +30,24 @@ def digest(*data: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def format_of_run(output: Path, settings: dict[str, Any]) -> tuple[str, str] | None:
+    """The number format that a run of the same settings was begun in, and why it stays; None
+    where there is no such run.
+
+    Args:
+        output: the experiment's folder.
+        settings: plain values that every result depends on; ``dtype`` may be another.
+    """
+
+    def read() -> tuple[str, str] | None:
+        before, now = _read(output / "run.json"), json.loads(json.dumps(settings))
+        if before is None or {**before, "dtype": ""} != {**now, "dtype": ""}:
+            return None
+        return str(before.get("dtype")), f"the run in {output} was begun in it"
+
+    return distributed.from_main(read)
+
+
 class Ledger:
     """The finished parts of one experiment.
 

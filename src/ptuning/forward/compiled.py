@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Cache
 
 from ..backbone.base_model import device_of
-from ..backbone.upstream import is_compiled, is_offloaded
+from ..backbone.traits import layer_weights, repeated_layers
 from .grouped_queries import grouped_on_gpu
 
 DYNAMIC = True
@@ -169,23 +169,6 @@ class _OneLayer:
 
 def _own(value: Any, number: int) -> Any:
     return _OneLayer(value.layers[number]) if isinstance(value, Cache) else value
-
-
-def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """The longest list of layers of one class, which makes up most of a language model; or none."""
-    if is_compiled(model):
-        return []
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
-    alike = [list(m) for m in lists if len({type(layer) for layer in m}) == 1]
-    longest = max(alike, key=len, default=[])
-    wrapped = any("forward" in vars(layer) or is_offloaded(layer) for layer in longest)
-    return [] if wrapped else longest
-
-
-def layer_weights(model: nn.Module) -> int:
-    """How many weights a token is multiplied with before the output head."""
-    parts = repeated_layers(model) or [model]
-    return sum(parameter.numel() for part in parts for parameter in part.parameters())
 
 
 def compiled_layers(

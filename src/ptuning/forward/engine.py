@@ -31,7 +31,6 @@ from . import chunked, plain
 from .batching import Row, batch_for, by_length, chunks_by_length, computed_tokens
 from .compiled import CompiledLayers as CompiledLayers
 from .compiled import compiled_layers
-from .compiled import layer_weights as layer_weights
 from .grouped_queries import grouped_queries
 from .kv_cache import pooled_cache
 from .label_words import label_word_scores

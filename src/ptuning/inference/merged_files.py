@@ -10,7 +10,7 @@ import safetensors
 from torch import nn
 
 from .. import formats, places, storage
-from ..backbone.load import load_model
+from ..backbone.load import load_as_saved
 from ..errors import InputError, PromptFileError, PtuningError
 from ..rendering.merged_text import names_of
 from .merged_tokenizer import free_names
@@ -73,7 +73,7 @@ class Merged(NamedTuple):
             )
         with storage.reading(folder):
             table = formats.read_json(folder / PROMPTS)
-            model, tokenizer = load_model(str(folder), dtype=dtype, device="cpu")
+            model, tokenizer = load_as_saved(str(folder), dtype)
         vocabulary = tokenizer.get_vocab()
         for name, entry in table.items():
             if not _fits(name, entry, vocabulary):

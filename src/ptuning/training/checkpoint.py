@@ -28,6 +28,7 @@ from .settings import CHANGE_NO_RESULT, LATER
 
 FOLDER, FOLD = "checkpoints", "fold-"
 _KEPT = 2
+_FORMAT = "dtype"
 _STATE, _DONE = "state.pt", "DONE"
 
 
@@ -132,7 +133,8 @@ def _number(folder: Path) -> int:
 def identity_of(variants: Sequence[Variant], base: BaseModel) -> dict[str, str]:
     """All that the numbers of a run depend on."""
     first = variants[0]
-    chosen = {**asdict(first.settings), **first.prompt.settings()}
+    dtype = str(getattr(base.model, "dtype", None)).removeprefix("torch.")
+    chosen = {_FORMAT: dtype, **asdict(first.settings), **first.prompt.settings()}
     for name in CHANGE_NO_RESULT:
         del chosen[name]
     for name, default in LATER.items():  # older releases' checkpoints do not name them
@@ -157,7 +159,8 @@ def fingerprint(settings: dict[str, Any], examples: Iterable[Any]) -> dict[str, 
 
 def check_same_run(saved: dict[str, str], current: dict[str, str]) -> None:
     """Raise InputError naming what differs between a checkpoint's run and this one."""
-    differing = [key for key in {**saved, **current} if saved.get(key) != current.get(key)]
+    told = {_FORMAT: current.get(_FORMAT), **saved}  # older checkpoints do not tell it
+    differing = [key for key in {**told, **current} if told.get(key) != current.get(key)]
     if differing:
         key = differing[0]
         named = key.startswith("the ")

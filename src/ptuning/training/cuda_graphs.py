@@ -26,11 +26,12 @@ from ..backbone.traits import (
     checkpoints_gradients,
     is_spread,
     kind_of,
+    layer_weights,
     looks_at_lengths,
     packs_rows,
 )
 from ..backbone.upstream import end_capture_pool
-from ..forward.engine import CompiledLayers, layer_weights
+from ..forward.engine import CompiledLayers
 from ..forward.plain import Shortened, positions
 from ..rendering.collate import Batch
 from .population import Population

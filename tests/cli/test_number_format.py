@@ -1,0 +1,130 @@
+"""``--dtype auto``: what is chosen is said, written down, and kept wherever the run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from ptuning import Prompt
+from ptuning.backbone import number_format
+from ptuning.data.partial import Partial
+
+from ..scaffold import Run
+
+Machine = Callable[[float], None]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
+    """Sets how many times as fast as in float32 a machine multiplies in bfloat16."""
+    monkeypatch.setattr(number_format, "_SMALL", 0)
+    monkeypatch.chdir(tmp_path)
+    rows = [{"country": f"town {n}", "capital": "Paris"} for n in range(8)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def another(ratio: float) -> None:
+        monkeypatch.setenv("PTUNING_CACHE", str(tmp_path / f"cache-{ratio}"))
+        found = {"float32": ratio, "bfloat16": 1.0}
+        monkeypatch.setattr(number_format, "measured", lambda shape: found)
+
+    return another
+
+
+def settings(output: str) -> Any:
+    return yaml.safe_load((Path(output) / "run.yaml").read_text())
+
+
+@pytest.fixture
+def train(run: Run, model_folder: Path) -> Run:
+    def call(output: str, *flags: str) -> tuple[int, str, str]:
+        template = ("--template", "[P*2] {country} [MASK]", "--answer", "capital")
+        where = ("--model", model_folder, "--data", "rows.jsonl", "--output", output)
+        return run("train", *where, *template, "--epochs", "3", "--dtype", "auto", *flags)
+
+    return call
+
+
+def test_the_format_is_said_written_down_and_kept_on_another_machine(
+    machine: Machine, train: Run, run: Run, ctrl_c_after: Callable[[int | None], None]
+) -> None:
+    machine(4.0)
+    code, _, err = train("whole")
+    assert code == 0 and "in bfloat16: this processor multiplies 4.0 times as fast" in err
+    ctrl_c_after(1)
+    assert train("out")[0] == 130
+    ctrl_c_after(None)
+    machine(1.0)
+    code, _, err = run("train", "--output", "out", "--resume")
+    assert code == 0, err
+    assert settings("out")["dtype"] == settings("whole")["dtype"] == "bfloat16"
+    whole, out = (Prompt.load(folder).trained_vectors() for folder in ("whole", "out"))
+    assert torch.equal(whole, out)
+    code, _, err = train("slow")
+    assert code == 0 and settings("slow")["dtype"] == "float32"
+    assert "in float32: this processor multiplies 1.0 times as fast in bfloat16" in err
+
+
+@pytest.mark.parametrize("flags", [["--tune-model"], ["--mixed-precision", "bf16"]])
+def test_weights_that_are_trained_or_rounded_on_the_way_stay_float32(
+    flags: list[str], machine: Machine, train: Run
+) -> None:
+    machine(4.0)
+    code, _, err = train("out", *flags)
+    assert code == 0 and "in float32: " in err
+    assert settings("out")["dtype"] == "float32"
+
+
+def test_a_prediction_goes_on_in_the_format_that_it_was_begun_in(
+    machine: Machine, train: Run, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(4.0)
+    train("prompt")
+    given = ("predict", "prompt", "--data", "rows.jsonl", "--dtype", "auto", "--batch-size", "1")
+    assert run(*given, "--output", "whole.jsonl")[0] == 0
+    add = Partial.add
+
+    def stop(self: Partial, rows: Any) -> None:
+        add(self, rows[:3])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Partial, "add", stop)
+        assert run(*given, "--output", "out.jsonl")[0] == 130
+    machine(1.0)
+    code, _, err = run(*given, "--output", "out.jsonl", "--resume")
+    assert code == 0 and "in bfloat16: the interrupted run was begun in it" in err
+    assert Path("out.jsonl").read_text() == Path("whole.jsonl").read_text()
+    code, _, err = run("evaluate", "prompt", "--data", "rows.jsonl", "--dtype", "auto")
+    assert code == 0 and "bfloat16" not in err  # on a machine that gains nothing
+
+
+def test_an_experiment_goes_on_in_the_format_that_it_was_begun_in(
+    machine: Machine, run: Run, model_folder: Path
+) -> None:
+    Path("lama").mkdir()
+    relations = [
+        {"relation": name, "template": f"[X] {name} [Y] .", "label": "place"}
+        for name in ("P1", "P2")
+    ]
+    Path("lama/relations.jsonl").write_text("".join(json.dumps(r) + "\n" for r in relations))
+    facts = [{"sub_label": f"town {n}", "obj_label": "Paris"} for n in range(12)]
+    for name in ("P1", "P2"):
+        Path(f"lama/{name}.jsonl").write_text("".join(json.dumps(f) + "\n" for f in facts))
+
+    def lama(*more: str) -> str:
+        options = ("--data", "lama", "--epochs", "1", "--encoder", "none", "--output", "out")
+        code, _, err = run("lama", "--model", model_folder, *options, "--dtype", "auto", *more)
+        assert code == 0, err
+        return str(json.loads(Path("out/lama.json").read_text())["settings"]["dtype"])
+
+    machine(4.0)
+    assert lama("--relations", "P1") == "bfloat16"
+    machine(1.0)
+    assert lama("--relations", "P1,P2") == "bfloat16"
+    assert lama("--relations", "P1,P2", "--overwrite") == "float32"
