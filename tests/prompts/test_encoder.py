@@ -222,3 +222,49 @@ def test_nothing_is_warned_about_where_all_settings_count(values: dict[str, Any]
 def test_missing_size_is_an_error_that_names_it(missing: str) -> None:
     with pytest.raises(InputError, match=missing):
         PromptEncoder(config_of(**{missing: None}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_residual_encoder_adds_its_bottleneck_to_the_embedding(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    encoder = PromptEncoder(config_of(encoder_reparameterization_type="RESIDUAL")).to(dtype)
+    own = encoder.embedding.weight
+    assert torch.equal(encoder.table(), own)  # it begins as these
+    down, _, up, norm = encoder.residual_head
+    torch.nn.init.normal_(norm.weight)
+    inner = up(down(own).relu())
+    scaled = (inner - inner.mean(1, keepdim=True)) / (
+        inner.var(1, keepdim=True, correction=0) + 1e-5
+    ).sqrt()
+    torch.testing.assert_close(encoder.table(), own + scaled * norm.weight + norm.bias)
+    encoder.table().square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in encoder.parameters())
+
+
+def test_a_mixture_is_a_sum_of_words_that_stay() -> None:
+    torch.manual_seed(1)
+    encoder = PromptEncoder(config_of(encoder_reparameterization_type="MIXTURE"))
+    assert encoder.words.shape == (12, 8) and encoder.embedding.weight.shape == (6, 12)
+    assert torch.equal(encoder.table(), encoder.words[:6])  # each begins as a word of its own
+    torch.nn.init.normal_(encoder.embedding.weight)
+    expected = torch.stack([(w[:, None] * encoder.words).sum(0) for w in encoder.embedding.weight])
+    torch.testing.assert_close(encoder.table(), expected)
+    assert [name for name, _ in encoder.named_parameters()] == ["embedding.weight"]
+    with pytest.raises(InputError, match=r"encoder_hidden_size is 5.*6 virtual tokens need at"):
+        PromptEncoder(config_of(encoder_reparameterization_type="MIXTURE", encoder_hidden_size=5))
+
+
+@pytest.mark.parametrize("head", ["RESIDUAL", "MIXTURE"])
+def test_our_own_encoders_begin_where_they_are_told_exactly(head: str) -> None:
+    encoder = PromptEncoder(config_of(encoder_reparameterization_type=head))
+    before, wanted, rows = encoder.table().detach().clone(), torch.randn(2, 8), torch.tensor([4, 1])
+    initialise(encoder, wanted, rows)
+    after = encoder.table().detach()
+    torch.testing.assert_close(after[rows], wanted)
+    assert torch.equal(after[[0, 2, 3, 5]], before[[0, 2, 3, 5]])
+
+
+@pytest.mark.parametrize("head", ["RESIDUAL", "MIXTURE"])
+def test_our_own_encoders_are_written_in_a_form_that_peft_reads(head: str) -> None:
+    config = config_of(encoder_reparameterization_type=head)
+    assert config.reference_dict()["encoder_reparameterization_type"] == "MLP"

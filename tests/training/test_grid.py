@@ -13,6 +13,7 @@ import torch
 import ptuning
 from ptuning.backbone.base_model import BaseModel
 from ptuning.errors import InputError, TrainingError
+from ptuning.prompts.prompt_settings import ENCODERS
 from ptuning.rendering.render import Renderer, render_all
 from ptuning.training.checkpoint import identity_of
 from ptuning.training.grid import KEYS, choices, parse_grid, resized
@@ -62,7 +63,7 @@ def run(prompt: ptuning.Prompt | None = None, **options: Any) -> ptuning.TrainRe
     )
 
 
-@pytest.mark.parametrize("encoder", ["mlp", "lstm", "none"])
+@pytest.mark.parametrize("encoder", ENCODERS)
 def test_a_member_learns_what_it_learns_alone(
     encoder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,3 +367,26 @@ def test_checkpoints_of_releases_without_ensembles_go_on() -> None:
     for settings in (TrainSettings(), TrainSettings(ensemble=2)):
         variants = _rendered(base, choices(fresh(), settings, 2, None), ROWS, ROWS)
         assert ("ensemble" in identity_of(variants, base)) == (settings.ensemble > 1)
+
+
+@pytest.mark.parametrize("encoder", ["residual", "mixture"])
+def test_our_own_encoders_begin_at_words_and_leave_a_table(encoder: str, tmp_path: Path) -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    prompt = fresh(encoder=encoder, template="[P*2] {country} [P:it is] [MASK]")
+    _, words = Renderer(tokenizer, prompt, "causal").groups
+    member = Member(prompt, model, 3, [None, None, *words])
+    vocabulary = model.get_input_embeddings().weight
+    table = member.table().detach()
+    for row, word in enumerate((None, None, *words)):
+        distances = (vocabulary - table[row]).abs().amax(1)
+        assert distances.min() < 1e-6 and word in (None, int(distances.argmin()))
+    run(prompt, epochs=3)
+    assert prompt.vectors is not None and prompt.vectors.shape == (2 + len(words), 32)
+    prompt.save(tmp_path)
+    loaded = ptuning.Prompt.load(tmp_path)
+    again = Member(loaded, model, 0, [None] * len(loaded.trained_vectors()))
+    torch.testing.assert_close(again.table().detach(), prompt.vectors)
+    prompt.save(tmp_path, keep_encoder=False)
+    loaded = ptuning.Prompt.load(tmp_path)
+    alone = Member(loaded, model, 0, [None] * len(loaded.trained_vectors()))
+    torch.testing.assert_close(alone.table().detach(), prompt.vectors)

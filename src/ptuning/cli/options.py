@@ -38,12 +38,16 @@ Separator = Annotated[
     ),
 ]
 Encoders = Annotated[
-    str, typer.Option(help="Population's encoders: mlp, lstm, none, separated by commas.")
+    str,
+    typer.Option(
+        help="Population's encoders: mlp, lstm, none, residual, mixture, separated by commas."
+    ),
 ]
 LearningRates = Annotated[
     str | None,
     typer.Option(
-        help="One, or several that compete. [default: 1e-3 for mlp, 2e-3 for lstm, 1e-2 for none]"
+        help="One, or several that compete. [default: 1e-3 for mlp, 2e-3 for lstm and residual, "
+        "1e-2 for none and mixture]"
     ),
 ]
 Config = Annotated[

@@ -59,7 +59,10 @@ def train(
     ] = None,
     separator: Separator = None,
     init_from: Annotated[
-        Path | None, typer.Option(help="Continue from the vectors of this saved prompt.")
+        Path | None,
+        typer.Option(
+            help="Begin at the vectors of this saved prompt; --template may have another number."
+        ),
     ] = None,
     population: Annotated[
         int, typer.Option(help="Train so many seeds side by side; the best by dev is saved.")
@@ -253,7 +256,7 @@ def _prompt(
         return Prompt(**chosen)
     given = {field: chosen[field] for field in OF_PROMPT.given(context)}
     start = Prompt.load(start_folder)
-    prompt = Prompt(**{**start.settings(), **given})
+    prompt = Prompt(**{**start.settings(), "label_bias": None, **given})
     prompt.begin_from(start)
     return prompt
 

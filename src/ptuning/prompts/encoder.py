@@ -3,8 +3,17 @@
     table = network(embedding([0 … n-1]))          Liu et al. 2021 (arXiv 2103.10385), section 3.1
 
 The network is an MLP, a bidirectional LSTM followed by an MLP, or nothing. Module names, shapes and
-outputs equal the reference's (PEFT 0.21.2, ``PromptEncoder``), so weights can be exchanged. After
-training only the output is needed. This module knows nothing of the base model.
+outputs equal the reference's (PEFT 0.21.2, ``PromptEncoder``), so weights can be exchanged. Two
+more are this project's own:
+
+    residual   table = P + LayerNorm(W_up ReLU(W_down P))     Razdaibiedina et al. 2023
+               (arXiv 2305.03937), section 3: one bottleneck for all virtual tokens; the gain of the
+               LayerNorm begins at zero here, so that the table begins as P
+    mixture    table = W E                                    SadraeiJavaheri et al. 2024
+               (arXiv 2406.05279), section 3: E are m vectors of the vocabulary, which stay; W is
+               trained, and begins with one word for each virtual token
+
+After training only the output is needed. This module knows nothing of the base model.
 """
 
 from __future__ import annotations
@@ -33,6 +42,9 @@ class PromptEncoder(nn.Module):
         embedding: ``nn.Embedding(total_virtual_tokens, token_dim)``.
         lstm_head: ``nn.LSTM``, for the type ``LSTM`` outside inference mode.
         mlp_head: ``nn.Sequential``, for ``MLP`` and ``LSTM`` outside inference mode.
+        residual_head: ``nn.Sequential``, for ``RESIDUAL``, whose output is added to its input.
+        words: ``(m, token_dim)``, for ``MIXTURE``: the vectors E that are mixed; then
+            ``embedding`` has W, ``nn.Embedding(total_virtual_tokens, m)``.
         token_dim, input_size, output_size, hidden_size: widths.
         total_virtual_tokens: virtual tokens times transformer submodules.
         encoder_type: a `PromptEncoderReparameterizationType`.
@@ -42,6 +54,8 @@ class PromptEncoder(nn.Module):
         >>> PromptEncoder(config).table().shape
         torch.Size([4, 8])
     """
+
+    words: Tensor
 
     def __init__(self, config: PromptEncoderConfig):
         super().__init__()
@@ -59,13 +73,20 @@ class PromptEncoder(nn.Module):
         self.encoder_type = PromptEncoderReparameterizationType(
             config.encoder_reparameterization_type
         )
-        self.embedding = nn.Embedding(self.total_virtual_tokens, self.token_dim)
+        mixes = self.encoder_type == PromptEncoderReparameterizationType.MIXTURE
+        mixes = mixes and not config.inference_mode
+        width = self.hidden_size if mixes else self.token_dim
+        self.embedding = nn.Embedding(self.total_virtual_tokens, width)
         if config.inference_mode:
             return
         if self.encoder_type == PromptEncoderReparameterizationType.LSTM:
             self._build_lstm(config)
         elif self.encoder_type == PromptEncoderReparameterizationType.MLP:
             self._build_mlp(config)
+        elif self.encoder_type == PromptEncoderReparameterizationType.RESIDUAL:
+            self._build_residual()
+        elif mixes:
+            self._build_mixture()
 
     def _build_lstm(self, config: PromptEncoderConfig) -> None:
         self.lstm_head = nn.LSTM(
@@ -97,8 +118,32 @@ class PromptEncoder(nn.Module):
             nn.Linear(self.hidden_size, self.output_size),
         )
 
+    def _build_residual(self) -> None:
+        norm = nn.LayerNorm(self.token_dim)
+        nn.init.zeros_(norm.weight)
+        self.residual_head = nn.Sequential(
+            nn.Linear(self.token_dim, self.hidden_size),
+            nn.ReLU(),
+            nn.Linear(self.hidden_size, self.token_dim),
+            norm,
+        )
+
+    def _build_mixture(self) -> None:
+        if self.hidden_size < self.total_virtual_tokens:
+            raise InputError(
+                f"encoder_hidden_size is {self.hidden_size}, the number of words in a mixture; "
+                f"{self.total_virtual_tokens} virtual tokens need at least as many"
+            )
+        self.register_buffer("words", torch.randn(self.hidden_size, self.token_dim))
+        with torch.no_grad():
+            self.embedding.weight.copy_(torch.eye(*self.embedding.weight.shape))
+
     def forward(self, indices: Tensor) -> Tensor:
         hidden = self.embedding(indices)
+        if hasattr(self, "words"):
+            return hidden @ self.words
+        if hasattr(self, "residual_head"):
+            return hidden + self.residual_head(hidden)
         if hasattr(self, "lstm_head"):
             hidden = self.lstm_head(hidden)[0]
         if hasattr(self, "mlp_head"):
@@ -113,9 +158,11 @@ class PromptEncoder(nn.Module):
 
 @torch.no_grad()
 def initialise(encoder: PromptEncoder, vectors: Tensor, rows: Tensor) -> None:
-    """Change the last layer so that the encoder's output at `rows` is `vectors`.
+    """Let the encoder's output at `rows` be `vectors`.
 
-    The last layer is linear in its input ``h``: the least change ``D`` of weight and bias with
+    Where the virtual tokens are trained themselves, alone or with a network beside them that is
+    new, they become these, and in a mixture each of these rows is a word of its own. Elsewhere the
+    last layer is linear in its input ``h``: the least change ``D`` of weight and bias with
     ``D [h; 1] = wanted - output`` for all rows at once comes from the pseudo-inverse. Rows that are
     not named keep their output. Exact while there are no more virtual tokens than the last layer
     has inputs, else the nearest in the least-squares sense.
@@ -126,6 +173,11 @@ def initialise(encoder: PromptEncoder, vectors: Tensor, rows: Tensor) -> None:
         rows: indices of virtual tokens, int64.
     """
     vectors = vectors.to(encoder.embedding.weight)
+    if hasattr(encoder, "words"):
+        encoder.words[rows] = vectors
+        weight = encoder.embedding.weight
+        weight[rows] = torch.eye(*weight.shape, device=weight.device)[rows]
+        return
     if not hasattr(encoder, "mlp_head"):
         encoder.embedding.weight[rows] = vectors
         return

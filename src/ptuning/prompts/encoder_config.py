@@ -1,8 +1,9 @@
 """``PromptEncoderConfig``: the settings of a prompt encoder, with the reference's names and JSON.
 
 Field names, order, defaults and the file ``adapter_config.json`` equal those of PEFT 0.21.2, so a
-configuration written by either library is read by the other. The third encoder type, ``NONE``
-(embeddings only), is this project's own; `reference_dict` writes it in the form that PEFT reads.
+configuration written by either library is read by the other. The encoder types ``NONE``
+(embeddings only), ``RESIDUAL`` and ``MIXTURE`` are this project's own; `reference_dict` writes them
+in the form that PEFT reads.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ class PromptEncoderReparameterizationType(enum.StrEnum):
     MLP = "MLP"
     LSTM = "LSTM"
     NONE = "NONE"
+    RESIDUAL = "RESIDUAL"
+    MIXTURE = "MIXTURE"
 
 
 @dataclass
@@ -92,8 +95,8 @@ class PromptEncoderConfig(Recognised):
         num_attention_heads: of the base model; kept as it is.
         num_layers: of the base model; kept as it is.
         modules_to_save: further modules that are trained and saved.
-        encoder_reparameterization_type: ``MLP``, ``LSTM`` or ``NONE``.
-        encoder_hidden_size: width of the network.
+        encoder_reparameterization_type: ``MLP``, ``LSTM``, ``NONE``, ``RESIDUAL`` or ``MIXTURE``.
+        encoder_hidden_size: width of the network; of a mixture the number of words.
         encoder_num_layers: layers of the LSTM; an MLP always has three linear layers.
         encoder_dropout: dropout between LSTM layers.
 
@@ -172,13 +175,12 @@ class PromptEncoderConfig(Recognised):
         }
 
     def reference_dict(self) -> dict[str, Any]:
-        """Like `to_dict`, with the type ``NONE`` written as ``MLP``.
+        """Like `to_dict`, with types that PEFT does not know written as ``MLP``.
 
-        PEFT knows no headless encoder; in inference mode it builds none for ``MLP`` either, so the
-        file means the same.
+        In inference mode it builds no network for ``MLP`` either, so the file means the same.
         """
         values = self.to_dict()
-        if values["encoder_reparameterization_type"] == PromptEncoderReparameterizationType.NONE:
+        if values["encoder_reparameterization_type"] not in ("MLP", "LSTM"):
             values["encoder_reparameterization_type"] = "MLP"
         return values
 

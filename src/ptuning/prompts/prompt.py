@@ -23,6 +23,7 @@ from .encoder_config import CONFIG_NAME, PromptEncoderConfig, PromptEncoderRepar
 from .from_table import as_verbalizer, from_table
 from .prompt_settings import PromptSettings
 from .task import check_type
+from .transfer import groups_of, resampled
 
 
 @dataclass(eq=False)
@@ -144,14 +145,15 @@ class Prompt(PromptSettings):
     def encoder_config(self, token_dim: int) -> PromptEncoderConfig:
         """The configuration of this prompt's encoder for an embedding of width `token_dim`."""
         kind = PromptEncoderReparameterizationType(self.encoder.upper())
-        half = max(1, token_dim // 2) if kind == "LSTM" else token_dim
+        count = self.num_virtual_tokens or 1
+        usual = {"LSTM": token_dim // 2, "RESIDUAL": token_dim // 2, "MIXTURE": max(128, count)}
         return PromptEncoderConfig(
             num_virtual_tokens=self.num_virtual_tokens,
             token_dim=token_dim,
             num_transformer_submodules=1,
             base_model_name_or_path=self.base_model.get("name"),
             encoder_reparameterization_type=kind,
-            encoder_hidden_size=self.encoder_hidden_size or half,
+            encoder_hidden_size=self.encoder_hidden_size or max(1, usual.get(kind, token_dim)),
             encoder_num_layers=self.encoder_num_layers,
             encoder_dropout=self.encoder_dropout,
         )
@@ -169,17 +171,20 @@ class Prompt(PromptSettings):
     def begin_from(self, start: Prompt) -> None:
         """Let training begin at another prompt's vectors, and its encoder's weights if it fits.
 
+        Where there are more or fewer virtual tokens here, each begins at one that stands at a like
+        place there (`transfer`).
+
         Raises:
-            InputError: `start` has another number of virtual tokens.
+            InputError: `start` is not trained.
         """
         vectors = start.trained_vectors()
-        if self.num_virtual_tokens not in (None, len(vectors)):
-            raise InputError(
-                f"the prompt to begin from has {len(vectors)} virtual tokens, and this one has "
-                f"{self.num_virtual_tokens}; give a template with as many"
-            )
+        count = self.num_virtual_tokens or len(vectors)
+        fits = count == len(vectors)
+        if not fits:
+            groups = groups_of(start, len(vectors)), groups_of(self, count)
+            vectors = resampled(vectors, *groups)
         shape = ("encoder", "encoder_hidden_size", "encoder_num_layers")
-        fits = all(getattr(self, name) == getattr(start, name) for name in shape)
+        fits &= all(getattr(self, name) == getattr(start, name) for name in shape)
         self.vectors, self.base_model = vectors, start.base_model
         self.encoder_weights = start.encoder_weights if fits else None
 

@@ -13,7 +13,7 @@ from ..errors import InputError, excerpt
 from .task import Task, at_least_one, check_type, one_of
 from .template import MOST_VIRTUAL
 
-ENCODERS = ("mlp", "lstm", "none")
+ENCODERS = ("mlp", "lstm", "none", "residual", "mixture")
 _SMALL = re.compile(r"\[p((?:\*\d+)?|:[^\[\]]+)\]")
 MOST = {
     "num_virtual_tokens": MOST_VIRTUAL,
@@ -31,10 +31,12 @@ class PromptSettings(Task):
     Args:
         num_virtual_tokens: must agree with the template. Without a template it is PEFT's placement:
             so many virtual tokens in front of everything.
-        encoder: what makes the virtual tokens: ``mlp``, ``lstm``, or ``none`` (they are trained
-            themselves).
+        encoder: what makes the virtual tokens: ``mlp``, ``lstm``, ``none`` (they are trained
+            themselves), ``residual`` (themselves plus a small network of them), or ``mixture``
+            (learned mixtures of the vocabulary's vectors).
         encoder_hidden_size: width of the encoder; by default the embedding's (half of it for LSTM,
-            so that both directions together are as wide).
+            so that both directions together are as wide, and for residual); of a mixture the number
+            of words, by default 128.
         encoder_num_layers: LSTM layers.
         encoder_dropout: dropout between LSTM layers.
 

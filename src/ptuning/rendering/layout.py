@@ -6,6 +6,8 @@ gives. Virtual token i of the prompt is written as id ``-1 - i``; `collate` puts
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -44,6 +46,19 @@ class Sequence:
     def numbers(self) -> Any:
         """`ids` as an array, made once for all batches that the sequence will be in."""
         return numpy.array(self.ids, dtype=numpy.int64)
+
+    def without(self, virtual: Container[int]) -> Sequence:
+        """The same input without some of the prompt's virtual tokens, by their numbers."""
+        kept = [i for i, token in enumerate(self.ids) if not (token < 0 and -1 - token in virtual)]
+        if len(kept) == len(self.ids):
+            return self
+
+        def moved(place: int) -> int:
+            return bisect_left(kept, place)
+
+        fields = tuple((name, moved(start), moved(end)) for name, start, end in self.fields)
+        ids = tuple(self.ids[i] for i in kept)
+        return Sequence(ids, moved(self.slot), self.answer, fields, self.shortened)
 
     @cached_property
     def plain_prefix(self) -> int:

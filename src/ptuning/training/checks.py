@@ -16,6 +16,7 @@ from .ensemble import check_ensemble
 from .folds import check_folds
 from .grid import choices
 from .settings import TrainSettings
+from .starts import check_start
 
 
 def check_run(
@@ -39,6 +40,8 @@ def check_run(
     draft.answer = answer_column(prompt, rows[0])
     members = choices(draft, settings, population, grid)
     check_calibration(draft, settings.calibrate, bool(dev))
+    for _, member, how in members:
+        check_start(member, how.init)
     check_folds(settings, len(rows), bool(dev))
     check_ensemble(settings.ensemble, population if settings.folds else len(members))
     if settings.tune_model and len(members) > 1:

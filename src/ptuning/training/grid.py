@@ -16,7 +16,7 @@ from ..prompts.prompt import Prompt
 from ..rendering.render import Rendered, Renderer
 from .settings import TrainSettings
 
-OF_SETTINGS = ("learning_rate", "weight_decay", "max_grad_norm", "schedule", "warmup")
+OF_SETTINGS = ("learning_rate", "weight_decay", "max_grad_norm", "schedule", "warmup", "init")
 OF_PROMPT = ("encoder", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout", "template")
 KEYS = (*OF_SETTINGS, *OF_PROMPT, "virtual_tokens")
 """What a grid may vary."""
@@ -34,6 +34,7 @@ class Variant:
         renderer: of its template.
         examples: training examples.
         dev: examples that choose.
+        words: for each virtual token the id of the word that it begins at, or None (`starts`).
     """
 
     name: dict[str, Any]
@@ -42,11 +43,13 @@ class Variant:
     renderer: Renderer
     examples: list[Rendered]
     dev: list[Rendered]
+    words: list[int | None]
 
     @property
     def has_start(self) -> bool:
         """Its virtual tokens begin as something: as trained vectors, or as words."""
-        return self.prompt.vectors is not None or any(None not in g for g in self.renderer.groups)
+        begun = any(None not in group for group in self.renderer.groups)
+        return begun or self.prompt.vectors is not None or self.settings.init != "encoder"
 
 
 def choices(

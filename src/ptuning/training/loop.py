@@ -119,8 +119,7 @@ class Loop:
         self._resume(resume)
 
     def _member(self, variant: Variant) -> Member:
-        words = [word for group in variant.renderer.groups for word in group]
-        member = Member(variant.prompt, self.base.model, variant.settings.seed, words)
+        member = Member(variant.prompt, self.base.model, variant.settings.seed, variant.words)
         return member.to(self.device)
 
     def _epochs(self) -> None:

@@ -27,6 +27,9 @@ from ..prompts.prompt import Prompt
 from ..rendering.collate import Batch
 from ..threads import CHANGING
 
+AT_WORDS = ("none", "residual", "mixture")
+"""Encoders whose virtual tokens begin at random words of the vocabulary."""
+
 
 class Member(nn.Module):
     """One prompt in training: its encoder and a random state of its own.
@@ -62,10 +65,13 @@ class Member(nn.Module):
                     f"the saved encoder does not fit its settings: {error}"
                 ) from None
             return
+        if prompt.encoder == "mixture":
+            ids = torch.randint(embedding.num_embeddings, (len(self.encoder.words),))
+            self.encoder.words.copy_(_vectors_of(embedding, ids))
         if prompt.vectors is not None:
             initialise(self.encoder, prompt.vectors, torch.arange(len(prompt.vectors)))
             return
-        if prompt.encoder == "none":  # the vectors themselves begin where real words are
+        if prompt.encoder in AT_WORDS:  # the vectors themselves begin where real words are
             ids = torch.randint(embedding.num_embeddings, (len(words),))
             initialise(self.encoder, _vectors_of(embedding, ids), torch.arange(len(words)))
         named = [(row, word) for row, word in enumerate(words) if word is not None]

@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from ..errors import InputError
 from ..prompts.task import at_least_one
 
-LEARNING_RATES = {"mlp": 1e-3, "lstm": 2e-3, "none": 1e-2}
+LEARNING_RATES = {"mlp": 1e-3, "lstm": 2e-3, "none": 1e-2, "residual": 2e-3, "mixture": 1e-2}
 """Default by encoder type; the smaller the network before the vectors, the larger the rate."""
 
 SCHEDULES = ("linear", "cosine", "constant")
 CHOICES = ("accuracy", "loss")
+STARTS = ("encoder", "labels", "examples")
 CALIBRATIONS = ("none", "context", "batch", "dev")
 CHANGE_NO_RESULT = (
     *("tracker", "checkpoint_seconds", "max_minutes", "prefix_cache", "graphs", "compile"),
 )
 """Settings that a run may be resumed with others of."""
-LATER = {"ensemble": 1, "calibrate": "none", "folds": 0, "label_bias": None}
+LATER = {"ensemble": 1, "calibrate": "none", "folds": 0, "init": "encoder", "label_bias": None}
 """Settings that older releases do not have: at its default one is no part of a run's identity."""
 PATIENCE = 4
 """Epochs without a gain that a training takes where the user says nothing.
@@ -36,7 +37,8 @@ class TrainSettings:
 
     Args:
         epochs: passes over the training examples.
-        learning_rate: AdamW's; by default 1e-3 for mlp, 2e-3 for lstm, 1e-2 for none.
+        learning_rate: AdamW's; by default 1e-3 for mlp, 2e-3 for lstm and residual, 1e-2 for none
+            and mixture.
         batch_size: examples per micro-batch.
         gradient_accumulation: micro-batches per optimizer step.
         seed: of initialisation, order and dropout; the first one of a population.
@@ -64,6 +66,9 @@ class TrainSettings:
         folds: so many splits of the training examples take the place of a dev set: settings and
             epoch are chosen by their mean, and the prompt then trains on all examples. For few
             examples; costs as many trainings more.
+        init: where virtual tokens begin that the template gives no words: ``encoder`` (as it makes
+            them), ``labels`` (at the label words), or ``examples`` (at the ends of some training
+            examples, which are left out of their own rows).
         prefix_cache: keep the keys and values of text before the first virtual token: ``auto``
             (part of the free memory), ``off`` (every row is computed as a whole), or bytes such as
             ``2G``. Changes no result.
@@ -99,6 +104,7 @@ class TrainSettings:
     ensemble: int = 1
     calibrate: str = "none"
     folds: int = 0
+    init: str = "encoder"
     prefix_cache: str = "auto"
     tune_model: bool = False
     model_learning_rate: float = 1e-5
@@ -130,6 +136,8 @@ class TrainSettings:
             raise InputError(f"schedule is {self.schedule!r}; expected one of {SCHEDULES}")
         if self.choose_by not in CHOICES:
             raise InputError(f"choose_by is {self.choose_by!r}; expected one of {CHOICES}")
+        if self.init not in STARTS:
+            raise InputError(f"init is {self.init!r}; expected one of {STARTS}")
         if self.calibrate not in CALIBRATIONS:
             raise InputError(f"calibrate is {self.calibrate!r}; expected one of {CALIBRATIONS}")
         if self.mixed_precision not in ("no", "bf16", "fp16"):

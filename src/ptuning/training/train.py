@@ -35,6 +35,7 @@ from .learner import Learner
 from .loop import Loop
 from .progress import Progress, in_words, shown
 from .settings import TrainSettings
+from .starts import left_out, start_of
 
 
 @dataclass(frozen=True)
@@ -286,7 +287,10 @@ def _rendered(
         task = renderer.task
         prompt.answer_tokens, prompt.verbalizer = task.answer_tokens, task.verbalizer
         prompt.set_count(renderer.count)
-        variants.append(Variant(name, prompt, settings, renderer, examples, dev_examples))
+        answers = [prompt.label_text(row[str(prompt.answer)]) for row in rows]
+        start = start_of(renderer, rows, answers, settings.init, settings.seed)
+        own = left_out(examples, start)
+        variants.append(Variant(name, prompt, settings, renderer, own, dev_examples, start.words))
     return variants
 
 

@@ -1,0 +1,161 @@
+"""Where virtual tokens begin, and that an example never reads itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import ptuning
+from ptuning import InputError, Prompt
+from ptuning.backbone.base_model import BaseModel
+from ptuning.prompts.transfer import groups_of, resampled
+from ptuning.rendering.layout import Sequence
+from ptuning.rendering.render import Renderer, render_all
+from ptuning.training.grid import choices
+from ptuning.training.population import Member
+from ptuning.training.settings import TrainSettings
+from ptuning.training.starts import left_out, start_of
+from ptuning.training.train import _rendered
+
+from .. import tiny
+
+TEMPLATE = "[P*5] {text} [P*3] is [MASK]"
+LABELS = {"a": "capital of", "b": "it", "c": "Rome!"}
+TEXTS = ("France", "Italy and all of its islands", "Oslo", "Berlin", "Vienna, it rains", "Madrid")
+ROWS = [{"text": text, "label": "abc"[n % 3]} for n, text in enumerate(TEXTS)]
+ANSWERS = [row["label"] for row in ROWS]
+
+
+def fresh(**changes: Any) -> Prompt:
+    return Prompt(**{"template": TEMPLATE, "answer": "label", "verbalizer": LABELS, **changes})
+
+
+def words_of(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def test_label_words_fill_the_first_virtual_tokens_in_order() -> None:
+    tokenizer = tiny.tokenizer()
+    renderer = Renderer(tokenizer, fresh(template="[P:does] {text} [P*12] [MASK]"), "causal")
+    start = start_of(renderer, ROWS, ANSWERS, "labels", 0)
+    given = renderer.groups[0]
+    known = [i for word in LABELS.values() for i in words_of(tokenizer, f" {word}")]
+    expected = [*given, *known, *[None] * (12 - len(known))]
+    assert start.words == expected[: len(given) + 12] and not start.came_from
+
+
+def test_examples_fill_all_and_say_where_each_token_is_from() -> None:
+    tokenizer = tiny.tokenizer()
+    renderer = Renderer(tokenizer, fresh(), "causal")
+    start = start_of(renderer, ROWS, ANSWERS, "examples", 3)
+    assert None not in start.words
+    owners = list(start.came_from)
+    assert len(owners) == 2 and ANSWERS[owners[0]] != ANSWERS[owners[1]]
+    for example, virtual in start.came_from.items():
+        row = ROWS[example]
+        ids = words_of(tokenizer, f"{row['text']} {LABELS[row['label']]}")
+        assert [start.words[number] for number in sorted(virtual)] == ids[-len(virtual) :]
+    assert start == start_of(renderer, ROWS, ANSWERS, "examples", 3)
+    assert start != start_of(renderer, ROWS, ANSWERS, "examples", 4)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_an_example_is_trained_on_without_what_came_from_it(family: str) -> None:
+    tokenizer = tiny.tokenizer(around=family not in tiny.CAUSAL)
+    base = BaseModel.of(tiny.model(family, vocab_size=len(tokenizer)), tokenizer)
+    renderer = Renderer(tokenizer, fresh(), base.kind)
+    plain = render_all(renderer, ROWS, "training")
+    start = start_of(renderer, ROWS, ANSWERS, "examples", 0)
+    for number, (one, other) in enumerate(zip(left_out(plain, start), plain, strict=True)):
+        gone = start.came_from.get(number, frozenset())
+        for mine, whole in zip(one.sequences, other.sequences, strict=True):
+            seen = {-1 - i for i in mine.ids if i < 0}
+            assert seen == set(range(8)) - gone
+            assert [i for i in mine.ids if i >= 0] == [i for i in whole.ids if i >= 0]
+            assert mine.answer == whole.answer
+            for (name, a, b), (_, c, d) in zip(mine.fields, whole.fields, strict=True):
+                assert name == "text" and mine.ids[a:b] == whole.ids[c:d]
+            if base.kind == "masked":
+                assert mine.ids[mine.slot] == tokenizer.mask_token_id
+    (variant,) = _rendered(
+        base, choices(fresh(), TrainSettings(init="examples"), 1, None), ROWS, ()
+    )
+    assert variant.examples == left_out(plain, start) and variant.has_start
+
+
+def test_positions_move_with_what_is_left_out() -> None:
+    whole = Sequence((7, -1, 8, -2, -3, 9, 10), 6, (4,), (("a", 2, 3), ("b", 5, 7)))
+    less = whole.without({0, 2})
+    assert less == Sequence((7, 8, -2, 9, 10), 4, (4,), (("a", 1, 2), ("b", 3, 5)))
+    assert whole.without({9}) is whole
+
+
+@pytest.mark.parametrize("encoder", ["mlp", "lstm", "none", "residual", "mixture"])
+@pytest.mark.parametrize("init", ["labels", "examples"])
+def test_members_begin_at_the_words_vectors(encoder: str, init: str) -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    prompt, settings = fresh(encoder=encoder), TrainSettings(init=init)
+    base = BaseModel.of(model, tokenizer)
+    (variant,) = _rendered(base, choices(prompt, settings, 1, None), ROWS, ())
+    table = Member(variant.prompt, model, 0, variant.words).table().detach()
+    vocabulary = model.get_input_embeddings().weight.detach()
+    for row, word in enumerate(variant.words):
+        if word is not None:
+            torch.testing.assert_close(table[row], vocabulary[word], atol=1e-4, rtol=0)
+
+
+def test_a_grid_compares_starts() -> None:
+    model, tokenizer, prompt = tiny.model("llama"), tiny.tokenizer(), fresh()
+    result = ptuning.train(
+        model, tokenizer, prompt, ROWS, dev=ROWS, epochs=2, batch_size=2, verbose=False,
+        population=2, grid={"init": ["encoder", "labels", "examples"]}, halving=False,
+    )  # fmt: skip
+    assert [m["name"]["init"] for m in result.members[::2]] == ["encoder", "labels", "examples"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "init", "message"),
+    [
+        ({}, "anywhere", "init is 'anywhere'; expected one of"),
+        ({"verbalizer": None}, "labels", "init is labels, and there are none"),
+        ({"verbalizer": {"a": "{text}", "b": "x", "c": "y"}}, "labels", "words name columns"),
+    ],
+)
+def test_a_start_that_there_is_not_is_refused(
+    changes: dict[str, Any], init: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        ptuning.train(
+            tiny.model("llama"), tiny.tokenizer(), fresh(**changes), ROWS, init=init, epochs=1
+        )
+
+
+def test_vectors_go_to_like_places_of_like_groups() -> None:
+    vectors = torch.arange(5.0)[:, None]
+
+    def places(before: list[int], after: list[int]) -> list[int]:
+        return resampled(vectors, before, after).flatten().int().tolist()
+
+    assert places([2, 3], [2, 3]) == [0, 1, 2, 3, 4]
+    assert places([2, 3], [4, 1]) == [0, 0, 1, 1, 3]
+    assert places([5], [2, 1]) == [0, 2, 4]
+    assert places([2, 3], [10]) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert groups_of(fresh(), 8) == [5, 3]
+    assert groups_of(fresh(template="[P:it is] {text} [P] [MASK]"), 4) == [4]
+
+
+@pytest.mark.parametrize("encoder", ["mlp", "none", "mixture"])
+def test_a_prompt_begins_at_another_of_another_length(encoder: str) -> None:
+    model, tokenizer, first = tiny.model("llama"), tiny.tokenizer(), fresh(encoder=encoder)
+    ptuning.train(model, tokenizer, first, ROWS, epochs=1, verbose=False)
+    second = fresh(template="[P*3] {text} [P*9] so [MASK]", encoder=encoder)
+    second.begin_from(first)
+    assert second.encoder_weights is None
+    expected = resampled(first.trained_vectors(), [5, 3], [3, 9])
+    member = Member(second, model, 0, [None] * 12)
+    torch.testing.assert_close(member.table().detach(), expected, atol=1e-4, rtol=0)
+    same = fresh(encoder=encoder)
+    same.begin_from(first)
+    assert same.encoder_weights is first.encoder_weights
