@@ -80,6 +80,16 @@ def test_numbers_are_named_by_a_column_that_says_the_same() -> None:
     assert prompt.parsed.fields == ("text",)
 
 
+def test_frames_and_data_sets_are_tables_and_class_labels_have_names() -> None:
+    pandas, datasets = pytest.importorskip("pandas"), pytest.importorskip("datasets")
+    frame = pandas.DataFrame({"text": TEXTS, "label": [0, 1, None] * 8}).dropna()
+    assert words_of(Prompt.for_rows(frame)) == {"0": "no", "1": "yes"}
+    kinds = datasets.ClassLabel(names=["world", "sport"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": kinds})
+    data = datasets.Dataset.from_dict({"text": TEXTS, "label": [0, 1] * 12}, features=features)
+    assert words_of(Prompt.for_rows(data)) == {"world": "world", "sport": "sport"}
+
+
 def test_labels_that_differ_only_in_case_are_two_and_said() -> None:
     with pytest.warns(UserWarning, match="'Spam' and 'spam' differ only in case"):
         prompt = prompt_for(["Spam", "spam"])

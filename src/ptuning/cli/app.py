@@ -38,7 +38,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""Train a few virtual tokens for a frozen language model (P-tuning, arXiv 2103.10385).
 
-A template says where your columns, the virtual tokens [P] and the answer [MASK] stand:
+A table with a column of labels is enough:
+
+    ptuning train --model smollm2 --data tickets.csv --output tickets/
+
+A template of your own says where columns, virtual tokens [P] and the answer [MASK] stand:
 
     ptuning train --model smollm2 --data train.csv --dev dev.csv --answer capital \\
         --template "[P*3] {country} [P*3] [MASK]" --output capital/
