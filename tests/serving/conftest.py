@@ -31,5 +31,5 @@ def server(place: Path) -> Iterator[servers.Server]:
 
 @pytest.fixture
 def client(server: servers.Server) -> Iterator[Any]:
-    with httpx.Client(base_url=server.url, timeout=60) as made:
+    with httpx.Client(base_url=server.url, timeout=300) as made:
         yield made

@@ -88,7 +88,7 @@ class Server:
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send a signal and wait; gives the exit code."""
         self.process.send_signal(number)
-        code = self.process.wait(60)
+        code = self.process.wait(300)
         self._reader.join(10)
         return code
 

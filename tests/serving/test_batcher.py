@@ -12,7 +12,7 @@ import pytest
 from ptuning.serving.batcher import Batcher, Item, Overloaded, Stopping, TooLate
 
 
-def _items(*questions: Any, seconds: float = 60) -> list[Item]:
+def _items(*questions: Any, seconds: float = 300) -> list[Item]:
     return [Item(question, time.monotonic() + seconds) for question in questions]
 
 
@@ -26,7 +26,7 @@ class Model:
 
     def __call__(self, items: Sequence[Item]) -> Iterator[tuple[Item, Any]]:
         self.batches.append([item.question for item in items])
-        assert self.gate.wait(30)
+        assert self.gate.wait(200)
         for item in items:
             if item.question == "poison":
                 raise RuntimeError("poisoned")
@@ -44,7 +44,7 @@ def test_what_waits_while_the_model_works_becomes_one_batch() -> None:
     for item in items[1:]:
         batcher.ask([item])
     model.gate.set()
-    assert [item.answer.result(30) for item in items] == [2 * n for n in range(10)]
+    assert [item.answer.result(200) for item in items] == [2 * n for n in range(10)]
     assert model.batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8], [9]]
     batcher.close()
 
@@ -54,9 +54,9 @@ def test_a_fault_of_one_question_stays_with_it() -> None:
     batcher = Batcher(model)
     items = _items(1, "poison", 3)
     batcher.ask(items)
-    assert items[0].answer.result(30) == 2 and items[2].answer.result(30) == 6
+    assert items[0].answer.result(200) == 2 and items[2].answer.result(200) == 6
     with pytest.raises(RuntimeError, match="poisoned"):
-        items[1].answer.result(30)
+        items[1].answer.result(200)
     assert batcher.alive
     batcher.close()
 
@@ -79,8 +79,8 @@ def test_a_job_runs_behind_what_was_asked_before_it() -> None:
         time.sleep(0.001)
     batcher.ask([after])
     model.gate.set()
-    after.answer.result(30)
-    jobs.join(30)
+    after.answer.result(200)
+    jobs.join(200)
     assert order == [0, 2, "job", 4]
     with pytest.raises(ZeroDivisionError):
         batcher.run(lambda: 1 / 0)
@@ -96,7 +96,7 @@ def test_more_than_may_wait_is_refused_whole() -> None:
     with pytest.raises(Overloaded, match="and 3 may"):
         batcher.ask(_items(3, 4, 5))
     model.gate.set()
-    assert [item.answer.result(30) for item in taken] == [0, 2, 4]
+    assert [item.answer.result(200) for item in taken] == [0, 2, 4]
     assert [3] not in model.batches
     batcher.close()
 
@@ -115,7 +115,7 @@ def test_the_end_answers_what_was_taken_and_takes_no_more() -> None:
         except Stopping:
             break
     model.gate.set()
-    closing.join(30)
+    closing.join(200)
     assert [item.answer.result(0) for item in items] == [2 * n for n in range(9)]
     assert not batcher.alive
     with pytest.raises(Stopping):
@@ -133,9 +133,9 @@ def test_questions_that_nobody_waits_for_are_not_answered() -> None:
     batcher.ask([first, late, left, gone, last])
     assert gone.answer.cancel()
     model.gate.set()
-    assert last.answer.result(30) == 8
+    assert last.answer.result(200) == 8
     for item in (late, left):
         with pytest.raises(TooLate):
-            item.answer.result(30)
+            item.answer.result(200)
     assert model.batches == [[0], [4]]
     batcher.close()

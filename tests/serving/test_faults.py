@@ -28,7 +28,7 @@ from . import servers
 CLIENTS = 64
 
 
-def _until(condition: Callable[[], bool], seconds: float = 30) -> None:
+def _until(condition: Callable[[], bool], seconds: float = 200) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come about"
@@ -39,7 +39,7 @@ def _ask(url: str, name: str, key: str | None = None, row: Any = None) -> httpx.
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     body = {"fields": row or servers.ROWS[name]}
     path = f"{url}/v1/prompts/{name}/predict"
-    return httpx.post(path, json=body, headers=headers, timeout=60)
+    return httpx.post(path, json=body, headers=headers, timeout=300)
 
 
 def _names(url: str) -> list[str]:
@@ -73,7 +73,7 @@ def test_64_clients_at_once_get_the_answers_of_predict_and_memory_stays(
 
     def one_client(number: int) -> int:
         wrong = 0
-        with httpx.Client(base_url=server.url, timeout=60) as client:
+        with httpx.Client(base_url=server.url, timeout=300) as client:
             for turn in range(5):
                 name, text = cells[(number + turn) % len(cells)]
                 path = f"/v1/prompts/{name}/predict"
@@ -120,10 +120,10 @@ def test_sigterm_under_load_loses_no_accepted_request(place: Path) -> None:
         clients = [threading.Thread(target=one_client, args=[server.url]) for _ in range(CLIENTS)]
         for client in clients:
             client.start()
-        assert started.wait(60)
+        assert started.wait(300)
         assert server.end() == 0
         for client in clients:
-            client.join(60)
+            client.join(300)
             assert not client.is_alive()
         (last,) = [line for line in server.said if line.startswith("stopped: ")]
     accepted, answered = map(int, re.findall(r"\d+", last))
@@ -135,20 +135,20 @@ def test_ctrl_c_while_answers_are_written_lets_them_be_written(place: Path) -> N
     with servers.serving(place / "prompts") as server:
         body = {"fields": servers.ROWS["capital"], "max_tokens": 100, "stream": True}
         path = f"{server.url}/v1/prompts/capital/predict"
-        with httpx.stream("POST", path, json=body, timeout=60) as response:
+        with httpx.stream("POST", path, json=body, timeout=300) as response:
             lines = (line for line in response.iter_lines() if line)
             first = next(lines)
             server.process.send_signal(signal.SIGINT)
             last = [first, *lines][-1]
         assert json.loads(last.removeprefix("data: "))["answer"]
-        assert server.process.wait(60) == 0
+        assert server.process.wait(300) == 0
 
 
 def test_a_client_that_leaves_its_stream_frees_the_model(server: servers.Server) -> None:
     body = {"fields": servers.ROWS["capital"], "max_tokens": 100, "stream": True}
     path = f"{server.url}/v1/prompts/capital/predict"
     for _ in range(20):
-        with httpx.stream("POST", path, json=body, timeout=60) as response:
+        with httpx.stream("POST", path, json=body, timeout=300) as response:
             next(response.iter_lines())
     assert _ask(server.url, "mood").status_code == 200
     _until(lambda: "ptuning_waiting_rows 0.0" in httpx.get(f"{server.url}/metrics").text)
@@ -186,7 +186,7 @@ def test_prompts_come_go_and_break_while_others_are_served(place: Path, folder: 
             _until(lambda: not refused())
         finally:
             stop.set()
-            client.join(60)
+            client.join(300)
         assert failed == []
         assert _names(server.url) == ["capital", "mood", "newcomer"]
 
@@ -268,7 +268,7 @@ def test_more_than_may_wait_is_refused_and_the_rest_is_answered(place: Path) -> 
         def one(number: int) -> int:
             body = {"rows": [servers.ROWS["capital"]] * 4, "max_tokens": 20}
             path = f"{server.url}/v1/prompts/capital/predict"
-            response = httpx.post(path, json=body, timeout=60)
+            response = httpx.post(path, json=body, timeout=300)
             if response.status_code == 429:
                 assert "8 may" in response.json()["error"]["message"]
                 assert response.headers["retry-after"] == "1"
@@ -286,7 +286,7 @@ def test_an_answer_that_takes_too_long_is_given_up(place: Path) -> None:
     with servers.serving(place / "prompts", "--timeout", "0.3") as server:
         body = {"rows": [servers.ROWS["capital"]] * 256, "max_tokens": 110}
         path = f"{server.url}/v1/prompts/capital/predict"
-        response = httpx.post(path, json=body, timeout=60)
+        response = httpx.post(path, json=body, timeout=300)
         assert response.status_code == 504
         assert "send fewer rows" in response.json()["error"]["message"]
         _until(lambda: _ask(server.url, "mood").status_code == 200)
@@ -320,7 +320,7 @@ def test_a_server_that_cannot_begin_says_why_in_a_line(
             "serve",
             *(a.format(**filled) for a in arguments),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and message in line
@@ -337,15 +337,15 @@ def test_a_second_ctrl_c_ends_it_at_once(place: Path) -> None:
         server.process.send_signal(signal.SIGINT)
         _until(lambda: not _listens(server.url))  # the first has come
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(60) == 130
+        assert server.process.wait(300) == 130
         for one in asking:
-            one.join(60)
+            one.join(300)
             assert not one.is_alive()
 
 
 def _unanswered(path: str, body: Any) -> None:
     with suppress(httpx.TransportError):
-        httpx.post(path, json=body, timeout=600)
+        httpx.post(path, json=body, timeout=3000)
 
 
 def _listens(url: str) -> bool:
@@ -372,13 +372,13 @@ def test_a_prompt_taken_off_and_put_back_under_load_loses_no_request(folder: Pat
         try:
             for _ in range(10):
                 for change in (httpx.delete, httpx.put):
-                    told = change(f"{server.url}/v1/prompts/mood", headers=auth, timeout=60)
+                    told = change(f"{server.url}/v1/prompts/mood", headers=auth, timeout=300)
                     assert told.status_code in (200, 201), told.text
                 before = counts[200]
                 _until(lambda least=before: counts[200] > least)  # type: ignore[misc]
         finally:
             stop.set()
             for client in clients:
-                client.join(60)
+                client.join(300)
         assert set(counts) <= {200, 404} and counts[404]
         assert _ask(server.url, "mood", servers.KEY).status_code == 200

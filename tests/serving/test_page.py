@@ -83,7 +83,7 @@ def page(browser: Any, url: str) -> Any:
 
 
 def _wait(browser: Any, condition: Callable[[], Any]) -> Any:
-    return WebDriverWait(browser, 30).until(lambda _: condition())
+    return WebDriverWait(browser, 200).until(lambda _: condition())
 
 
 def _click(page: Any, text: str) -> None:
@@ -102,7 +102,7 @@ def _answers(page: Any, count: int) -> list[Any]:
 
 
 def _predict(url: str, name: str, body: dict[str, Any]) -> dict[str, Any]:
-    found = httpx.post(f"{url}/v1/prompts/{name}/predict", json=body, timeout=60).json()
+    found = httpx.post(f"{url}/v1/prompts/{name}/predict", json=body, timeout=300).json()
     return dict(found["predictions"][0])
 
 

@@ -122,10 +122,10 @@ def there(merged: Path) -> Iterator[tuple[str, Any]]:
             time.sleep(0.01)
         yield f"http://127.0.0.1:{at.getsockname()[1]}/v1", app
         server.should_exit = True
-        thread.join(30)
+        thread.join(200)
 
 
-def _wish(seconds: float = 60, **options: Any) -> Wish:
+def _wish(seconds: float = 300, **options: Any) -> Wish:
     return Wish(time.monotonic() + seconds, **options)
 
 

@@ -60,5 +60,6 @@ def demo(
     )
     console.tell(
         f"prompt, curve.png and metrics.json are in {output} ({result.metrics['seconds']:.0f} s); "
-        f"try: {console.program()} inspect {output}"
+        f"try: {console.program()} inspect {output}, or in a browser: {console.program()} serve "
+        f"{output}"
     )
