@@ -10,9 +10,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 
 import ptuning
@@ -22,6 +24,12 @@ from ptuning.backbone.identity import describe
 from .. import tiny
 
 KEY = "a-key-of-tests"
+WAIT = 300
+"""Seconds after which what should come does not: long, since tests may share a slow machine."""
+get, post, put, delete, request = (
+    partial(ask, timeout=WAIT)
+    for ask in (httpx.get, httpx.post, httpx.put, httpx.delete, httpx.request)
+)
 PROMPTS: dict[str, tuple[str, dict[str, Any]]] = {
     "capital": ("[P*3] {country} [P] is [MASK]", {"answer": "capital", "answer_tokens": 6}),
     "mood": ("[P*2] {text} [P]: [MASK]", {"verbalizer": {"good": "Paris", "bad": "Rome"}}),
@@ -88,7 +96,7 @@ class Server:
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send a signal and wait; gives the exit code."""
         self.process.send_signal(number)
-        code = self.process.wait(300)
+        code = self.process.wait(WAIT)
         self._reader.join(10)
         return code
 

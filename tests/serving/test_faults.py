@@ -39,11 +39,11 @@ def _ask(url: str, name: str, key: str | None = None, row: Any = None) -> httpx.
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     body = {"fields": row or servers.ROWS[name]}
     path = f"{url}/v1/prompts/{name}/predict"
-    return httpx.post(path, json=body, headers=headers, timeout=300)
+    return servers.post(path, json=body, headers=headers)
 
 
 def _names(url: str) -> list[str]:
-    return [m["id"] for m in httpx.get(f"{url}/v1/models").json()["data"][:-1]]
+    return [m["id"] for m in servers.get(f"{url}/v1/models").json()["data"][:-1]]
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_64_clients_at_once_get_the_answers_of_predict_and_memory_stays(
 
     def one_client(number: int) -> int:
         wrong = 0
-        with httpx.Client(base_url=server.url, timeout=300) as client:
+        with httpx.Client(base_url=server.url, timeout=servers.WAIT) as client:
             for turn in range(5):
                 name, text = cells[(number + turn) % len(cells)]
                 path = f"/v1/prompts/{name}/predict"
@@ -91,7 +91,7 @@ def test_64_clients_at_once_get_the_answers_of_predict_and_memory_stays(
         for _ in range(2):
             assert sum(pool.map(one_client, range(CLIENTS))) == 0
     assert server.memory() < before + 32 * 2**20
-    sizes = httpx.get(f"{server.url}/metrics").text
+    sizes = servers.get(f"{server.url}/metrics").text
     single = re.search(r'ptuning_batch_rows_bucket\{le="1.0"\} (\S+)', sizes)
     every = re.search(r"ptuning_batch_rows_count (\S+)", sizes)
     assert single and every and float(single[1]) < float(every[1])  # rows met in batches
@@ -120,10 +120,10 @@ def test_sigterm_under_load_loses_no_accepted_request(place: Path) -> None:
         clients = [threading.Thread(target=one_client, args=[server.url]) for _ in range(CLIENTS)]
         for client in clients:
             client.start()
-        assert started.wait(300)
+        assert started.wait(servers.WAIT)
         assert server.end() == 0
         for client in clients:
-            client.join(300)
+            client.join(servers.WAIT)
             assert not client.is_alive()
         (last,) = [line for line in server.said if line.startswith("stopped: ")]
     accepted, answered = map(int, re.findall(r"\d+", last))
@@ -135,23 +135,23 @@ def test_ctrl_c_while_answers_are_written_lets_them_be_written(place: Path) -> N
     with servers.serving(place / "prompts") as server:
         body = {"fields": servers.ROWS["capital"], "max_tokens": 100, "stream": True}
         path = f"{server.url}/v1/prompts/capital/predict"
-        with httpx.stream("POST", path, json=body, timeout=300) as response:
+        with httpx.stream("POST", path, json=body, timeout=servers.WAIT) as response:
             lines = (line for line in response.iter_lines() if line)
             first = next(lines)
             server.process.send_signal(signal.SIGINT)
             last = [first, *lines][-1]
         assert json.loads(last.removeprefix("data: "))["answer"]
-        assert server.process.wait(300) == 0
+        assert server.process.wait(servers.WAIT) == 0
 
 
 def test_a_client_that_leaves_its_stream_frees_the_model(server: servers.Server) -> None:
     body = {"fields": servers.ROWS["capital"], "max_tokens": 100, "stream": True}
     path = f"{server.url}/v1/prompts/capital/predict"
     for _ in range(20):
-        with httpx.stream("POST", path, json=body, timeout=300) as response:
+        with httpx.stream("POST", path, json=body, timeout=servers.WAIT) as response:
             next(response.iter_lines())
     assert _ask(server.url, "mood").status_code == 200
-    _until(lambda: "ptuning_waiting_rows 0.0" in httpx.get(f"{server.url}/metrics").text)
+    _until(lambda: "ptuning_waiting_rows 0.0" in servers.get(f"{server.url}/metrics").text)
 
 
 def test_prompts_come_go_and_break_while_others_are_served(place: Path, folder: Path) -> None:
@@ -172,7 +172,7 @@ def test_prompts_come_go_and_break_while_others_are_served(place: Path, folder: 
             _until(lambda: _ask(server.url, "pair").status_code == 404)
             tensors = folder / "capital" / "prompt.safetensors"
             tensors.write_bytes(tensors.read_bytes()[:-40])
-            refused = lambda: httpx.get(f"{server.url}/v1/models").json()["refused"]  # noqa: E731
+            refused = lambda: servers.get(f"{server.url}/v1/models").json()["refused"]  # noqa: E731
             _until(lambda: "capital" in refused())
             assert "truncated or damaged" in refused()["capital"]
             assert _ask(server.url, "capital").status_code == 200  # as it was loaded
@@ -186,14 +186,14 @@ def test_prompts_come_go_and_break_while_others_are_served(place: Path, folder: 
             _until(lambda: not refused())
         finally:
             stop.set()
-            client.join(300)
+            client.join(servers.WAIT)
         assert failed == []
         assert _names(server.url) == ["capital", "mood", "newcomer"]
 
 
 def test_without_the_key_nobody_gets_in(folder: Path) -> None:
     with servers.serving(folder, PTUNING_API_KEY=servers.KEY) as server:
-        described = httpx.get(
+        described = servers.get(
             f"{server.url}/openapi.json", headers={"Authorization": f"Bearer {servers.KEY}"}
         ).json()
         wrong = [
@@ -214,14 +214,14 @@ def test_without_the_key_nobody_gets_in(folder: Path) -> None:
                 continue
             for headers in wrong:
                 url = server.url + path.replace("{name}", "mood")
-                response = httpx.request(method, f"{url}?key={servers.KEY}", headers=headers)
+                response = servers.request(method, f"{url}?key={servers.KEY}", headers=headers)
                 assert response.status_code == 401, (path, headers)
                 assert response.headers["www-authenticate"] == "Bearer"
                 tried += 1
         assert tried > 70
         assert _ask(server.url, "mood", servers.KEY).status_code == 200
-        assert httpx.get(f"{server.url}/health").status_code == 200
-        assert all("mood" not in httpx.get(f"{server.url}{path}").text for path in ("/", "/docs"))
+        assert servers.get(f"{server.url}/health").status_code == 200
+        assert all("mood" not in servers.get(f"{server.url}{path}").text for path in ("/", "/docs"))
 
 
 def test_names_that_leave_the_folder_are_refused(place: Path, folder: Path) -> None:
@@ -250,15 +250,15 @@ def test_names_that_leave_the_folder_are_refused(place: Path, folder: Path) -> N
         ]
         for name in names:
             assert put(name) in (400, 404, 405, 422), name
-        models = httpx.get(f"{server.url}/v1/models", headers=auth).json()
+        models = servers.get(f"{server.url}/v1/models", headers=auth).json()
         assert [m["id"] for m in models["data"]] == ["capital", "mood", "pair", "model"]
         assert "leads out of" in models["refused"]["link"]
         # What is inside can be taken off and put back.
         prompts = f"{server.url}/v1/prompts"
-        assert httpx.delete(f"{prompts}/mood", headers=auth).json() == {"deleted": "mood"}
+        assert servers.delete(f"{prompts}/mood", headers=auth).json() == {"deleted": "mood"}
         assert _ask(server.url, "mood", servers.KEY).status_code == 404
-        assert httpx.delete(f"{prompts}/mood", headers=auth).status_code == 404
-        assert httpx.put(f"{prompts}/mood", headers=auth).json()["name"] == "mood"
+        assert servers.delete(f"{prompts}/mood", headers=auth).status_code == 404
+        assert servers.put(f"{prompts}/mood", headers=auth).json()["name"] == "mood"
         assert _ask(server.url, "mood", servers.KEY).status_code == 200
 
 
@@ -268,7 +268,7 @@ def test_more_than_may_wait_is_refused_and_the_rest_is_answered(place: Path) -> 
         def one(number: int) -> int:
             body = {"rows": [servers.ROWS["capital"]] * 4, "max_tokens": 20}
             path = f"{server.url}/v1/prompts/capital/predict"
-            response = httpx.post(path, json=body, timeout=300)
+            response = servers.post(path, json=body)
             if response.status_code == 429:
                 assert "8 may" in response.json()["error"]["message"]
                 assert response.headers["retry-after"] == "1"
@@ -286,7 +286,7 @@ def test_an_answer_that_takes_too_long_is_given_up(place: Path) -> None:
     with servers.serving(place / "prompts", "--timeout", "0.3") as server:
         body = {"rows": [servers.ROWS["capital"]] * 256, "max_tokens": 110}
         path = f"{server.url}/v1/prompts/capital/predict"
-        response = httpx.post(path, json=body, timeout=300)
+        response = servers.post(path, json=body)
         assert response.status_code == 504
         assert "send fewer rows" in response.json()["error"]["message"]
         _until(lambda: _ask(server.url, "mood").status_code == 200)
@@ -320,7 +320,7 @@ def test_a_server_that_cannot_begin_says_why_in_a_line(
             "serve",
             *(a.format(**filled) for a in arguments),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=servers.WAIT, check=False)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and message in line
@@ -333,19 +333,19 @@ def test_a_second_ctrl_c_ends_it_at_once(place: Path) -> None:
         asking = [threading.Thread(target=_unanswered, args=[path, body]) for _ in range(4)]
         for one in asking:  # far more than is answered before the second signal
             one.start()
-        _until(lambda: "ptuning_waiting_rows 0.0" not in httpx.get(f"{server.url}/metrics").text)
+        _until(lambda: "ptuning_waiting_rows 0.0" not in servers.get(f"{server.url}/metrics").text)
         server.process.send_signal(signal.SIGINT)
         _until(lambda: not _listens(server.url))  # the first has come
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(300) == 130
+        assert server.process.wait(servers.WAIT) == 130
         for one in asking:
-            one.join(300)
+            one.join(servers.WAIT)
             assert not one.is_alive()
 
 
 def _unanswered(path: str, body: Any) -> None:
     with suppress(httpx.TransportError):
-        httpx.post(path, json=body, timeout=3000)
+        servers.post(path, json=body)
 
 
 def _listens(url: str) -> bool:
@@ -371,14 +371,14 @@ def test_a_prompt_taken_off_and_put_back_under_load_loses_no_request(folder: Pat
             client.start()
         try:
             for _ in range(10):
-                for change in (httpx.delete, httpx.put):
-                    told = change(f"{server.url}/v1/prompts/mood", headers=auth, timeout=300)
+                for change in (servers.delete, servers.put):
+                    told = change(f"{server.url}/v1/prompts/mood", headers=auth)
                     assert told.status_code in (200, 201), told.text
                 before = counts[200]
                 _until(lambda least=before: counts[200] > least)  # type: ignore[misc]
         finally:
             stop.set()
             for client in clients:
-                client.join(300)
+                client.join(servers.WAIT)
         assert set(counts) <= {200, 404} and counts[404]
         assert _ask(server.url, "mood", servers.KEY).status_code == 200

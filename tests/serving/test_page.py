@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from . import servers
@@ -102,7 +101,7 @@ def _answers(page: Any, count: int) -> list[Any]:
 
 
 def _predict(url: str, name: str, body: dict[str, Any]) -> dict[str, Any]:
-    found = httpx.post(f"{url}/v1/prompts/{name}/predict", json=body, timeout=300).json()
+    found = servers.post(f"{url}/v1/prompts/{name}/predict", json=body).json()
     return dict(found["predictions"][0])
 
 
@@ -172,7 +171,7 @@ def test_a_prompt_shows_its_template_words_and_curve(page: Any, url: str) -> Non
     assert len(page.find_elements(By.CSS_SELECTOR, "#about polyline")) == 2
     assert [m.text for m in page.find_elements(By.CSS_SELECTOR, "#about mark")] == ["[P*2]", "[P]"]
     rows = page.find_elements(By.CSS_SELECTOR, "#about tr")
-    words = httpx.get(f"{url}/v1/prompts/mood").json()["virtual_tokens"]
+    words = servers.get(f"{url}/v1/prompts/mood").json()["virtual_tokens"]
     assert len(rows) == 1 + len(words)
     assert f"{words[0]['nearest'][0][1]:.2f}" in rows[1].text
 

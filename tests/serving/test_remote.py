@@ -221,13 +221,12 @@ def test_faults_of_the_server_behind_are_told(
 def test_the_command_stands_in_front_of_it(
     place: Path, merged: Path, there: tuple[str, Any]
 ) -> None:
-    import httpx
 
     options = ["--backend", "vllm", "--url", there[0], "--model", str(merged)]
     with servers.serving(str(place / "prompts"), *options) as server:
         path = f"{server.url}/v1/prompts/mood/predict"
-        (said,) = httpx.post(path, json={"fields": servers.ROWS["mood"]}).json()["predictions"]
-        about = httpx.get(f"{server.url}/v1/prompts/mood").json()
+        (said,) = servers.post(path, json={"fields": servers.ROWS["mood"]}).json()["predictions"]
+        about = servers.get(f"{server.url}/v1/prompts/mood").json()
         assert server.end() == 0
     (right,) = ptuning.predict_details(
         *servers.model(place), servers.prompt(place, "mood"), [servers.ROWS["mood"]]
