@@ -370,7 +370,7 @@ def test_a_prompt_taken_off_and_put_back_under_load_loses_no_request(folder: Pat
         for client in clients:
             client.start()
         try:
-            for _ in range(10):
+            for _ in range(5):
                 for change in (servers.delete, servers.put):
                     told = change(f"{server.url}/v1/prompts/mood", headers=auth)
                     assert told.status_code in (200, 201), told.text
