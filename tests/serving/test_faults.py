@@ -320,7 +320,9 @@ def test_a_server_that_cannot_begin_says_why_in_a_line(
             "serve",
             *(a.format(**filled) for a in arguments),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=servers.WAIT, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=servers.WAIT, check=False
+        )
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and message in line
