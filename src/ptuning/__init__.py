@@ -25,7 +25,9 @@ if TYPE_CHECKING:
         TemplateError,
         TrainingError,
     )
+    from .inference.agreement import Agreement
     from .inference.attachment import Attachment, attach
+    from .inference.distillation import Distillation, distill
     from .inference.evaluation import Evaluation, evaluate
     from .inference.merged_files import Merged
     from .inference.merging import merge
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from .prompts.prompt import Prompt
     from .prompts.task import Task
     from .prompts.template import Template, parse
+    from .rendering.lesson import Lesson, Lessons
     from .rendering.render import Rendered, Renderer
     from .training.hf_trainer import PromptModule, trainer_parts
     from .training.progress import Progress
@@ -65,6 +68,8 @@ _HOME = {
         "TemplateError",
         "TrainingError",
     ),
+    "inference.agreement": ("Agreement",),
+    "inference.distillation": ("Distillation", "distill"),
     "inference.evaluation": ("Evaluation", "evaluate"),
     "backbone.load": ("load_model",),
     "inference.merged_files": ("Merged",),
@@ -72,6 +77,7 @@ _HOME = {
     "inference.nearest_words": ("Neighbours", "nearest_words"),
     "inference.prediction": ("Prediction", "predict", "predict_details"),
     "prompts.prompt": ("Prompt",),
+    "rendering.lesson": ("Lesson", "Lessons"),
     "rendering.render": ("Rendered", "Renderer"),
     "training.settings": ("TrainSettings",),
     "training.progress": ("Progress",),
@@ -83,10 +89,14 @@ _HOME = {
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "Agreement",
     "Attachment",
     "DataError",
+    "Distillation",
     "Evaluation",
     "InputError",
+    "Lesson",
+    "Lessons",
     "Merged",
     "Neighbours",
     "PeftType",
@@ -109,6 +119,7 @@ __all__ = [
     "TrainSettings",
     "TrainingError",
     "attach",
+    "distill",
     "evaluate",
     "load_model",
     "merge",

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..backbone.traits import finished_logits, output_head, vocabulary_bias
 from ..rendering.collate import IGNORED, Batch
+from . import divergence
 from .label_words import label_word_scores
 from .output_head import seeing
 from .plain import (
@@ -66,7 +67,7 @@ def losses(
     read = _read(model, batch, shortener)
     if isinstance(read, Tensor):
         return example_losses(read, batch, None)
-    return _by_position(read, batch.answers)[0].sum(1)
+    return _by_position(read, batch.answers, _lesson(batch))[0].sum(1)
 
 
 @torch.no_grad()
@@ -79,28 +80,36 @@ def losses_and_right(
     read = _read(model, batch, shortener)
     if isinstance(read, Tensor):
         return example_losses(read, batch, None), examples_right(read, batch, None)
-    nll, right = _by_position(read, batch.answers)
+    nll, right = _by_position(read, batch.answers, _lesson(batch))
     return nll.sum(1), right.all(1)
 
 
 def _of_labels(
     model: nn.Module, batch: Batch, labels: Tensor, words: Tensor, shortener: Shortener | None
 ) -> tuple[Tensor, Tensor]:
-    return losses_of_labels(label_word_scores(model, batch, len(words), shortener), labels, words)
+    scores = label_word_scores(model, batch, len(words), shortener)
+    return losses_of_labels(scores, labels, words, batch.taught)
 
 
-def _by_position(unread: _Unread, answers: Tensor) -> tuple[Tensor, Tensor]:
+def _lesson(batch: Batch) -> list[Tensor]:
+    """A teacher's shares and its likely tokens ``(R, K, k)``, if it has said anything."""
+    return [t for t in (batch.taught, batch.likely) if t is not None]
+
+
+def _by_position(unread: _Unread, answers: Tensor, lesson: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Loss and rightness ``(R, K)`` of each answer token; 0 and True where there is none."""
     (asked,) = (answers.flatten() != IGNORED).nonzero(as_tuple=True)
     hidden, wanted = unread.hidden.flatten(0, 1)[asked], answers.flatten()[asked]
-    nll, right = _Chunks.apply(hidden, wanted, unread.head)
+    lesson = [tensor.flatten(0, 1)[asked] for tensor in lesson]
+    nll, right = _Chunks.apply(hidden, wanted, lesson, unread.head)
     every_nll = nll.new_zeros(answers.numel()).index_put((asked,), nll)
     every_right = torch.ones_like(answers, dtype=torch.bool).flatten().index_put((asked,), right)
     return every_nll.view_as(answers), every_right.view_as(answers)
 
 
 class _Chunks(torch.autograd.Function):
-    """Hidden states ``(P, width)``, answers ``(P,)`` and head -> losses and rightness ``(P,)``.
+    """Hidden states ``(P, width)``, answers ``(P,)``, a teacher's lesson (two of ``(P, k)``) or
+    nothing, and head -> losses and rightness ``(P,)``.
 
     A position's loss depends on its own hidden state alone, so that its gradient can be made at
     once, up to the factor that comes in `backward`.
@@ -108,15 +117,24 @@ class _Chunks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        context: Any, hidden: Tensor, answers: Tensor, head: Callable[[Tensor], Tensor]
+        context: Any,
+        hidden: Tensor,
+        answers: Tensor,
+        lesson: list[Tensor],
+        head: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
         wanted = context.needs_input_grad[0]
         parts = []
-        for part, answer in zip(hidden.split(POSITIONS), answers.split(POSITIONS), strict=True):
+        for start in range(0, len(hidden), POSITIONS):
+            chosen = slice(start, start + POSITIONS)
+            answer, said = answers[chosen], [tensor[chosen] for tensor in lesson]
             with torch.set_grad_enabled(wanted):
-                part = part.detach().requires_grad_(wanted)
+                part = hidden[chosen].detach().requires_grad_(wanted)
                 logits = head(part)
-                nll = F.cross_entropy(logits.float(), answer, reduction="none")
+                if said:
+                    nll = divergence.of_tokens(logits, *said)
+                else:
+                    nll = F.cross_entropy(logits.float(), answer, reduction="none")
                 gradient = part.new_zeros(0)
                 if wanted:
                     (gradient,) = torch.autograd.grad(nll.sum() * _SCALE, part)
@@ -133,7 +151,7 @@ class _Chunks(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(context: Any, of_losses: Tensor, of_right: Tensor) -> tuple[Any, ...]:
         (gradients,) = context.saved_tensors
-        return (of_losses.unsqueeze(1) * gradients).to(context.dtype), None, None
+        return (of_losses.unsqueeze(1) * gradients).to(context.dtype), None, None, None
 
 
 def _read(model: nn.Module, batch: Batch, shortener: Shortener | None) -> Tensor | _Unread:

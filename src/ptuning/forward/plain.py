@@ -2,6 +2,7 @@
 
 vocabulary loss   -log p(answer token | before it)             summed over answer tokens
 label loss        -log softmax(score of each label)[right one] one per example
+                  of a teacher's distribution instead: `divergence`
 score(label)      = log sum over its words of p(word | input)
 """
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ..backbone.traits import first_position, forward_parameters
 from ..errors import InputError
 from ..rendering.collate import IGNORED, Batch
+from . import divergence
 from .grouped_queries import grouped_queries
 
 
@@ -182,11 +184,22 @@ def by_label(scores: Tensor, words: Tensor) -> Tensor:
     return torch.stack(pooled, dim=1)
 
 
-def losses_of_labels(scores: Tensor, labels: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+def losses_of_labels(
+    scores: Tensor, labels: Tensor, words: Tensor, taught: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """From the scores ``(N, W)`` of label words to each example's loss, and whether the best label
-    is the right one."""
+    is the right one.
+
+    Args:
+        scores: of the words.
+        labels: ``(N,)`` the right ones.
+        words: ``(W,)`` the label of each word.
+        taught: ``(N, labels)`` a teacher's shares, which the loss is against then.
+    """
     scores = by_label(scores, words)
     right = scores.argmax(1).eq(labels)
+    if taught is not None:
+        return divergence.of_labels(scores, taught), right
     return F.cross_entropy(scores, labels, reduction="none"), right
 
 
@@ -194,7 +207,9 @@ def example_losses(logits: Tensor, batch: Batch, words: Tensor | None) -> Tensor
     """The loss ``(N,)`` of each example, a sum over its answer tokens."""
     if batch.labels is not None and words is not None:
         scores = word_scores(logits, batch, len(words))
-        return losses_of_labels(scores, batch.labels, words)[0]
+        return losses_of_labels(scores, batch.labels, words, batch.taught)[0]
+    if batch.taught is not None and batch.likely is not None:
+        return divergence.of_tokens(logits, batch.taught, batch.likely).sum(1)
     return answer_nll(logits, batch.answers).sum(1)
 
 

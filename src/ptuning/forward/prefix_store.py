@@ -296,8 +296,9 @@ def in_common(tasks: Sequence[Sequence[Rendered]]) -> Common:
 def for_prediction(batch: Batch, common: Common | None = None) -> Batch:
     """The batch with the prefixes that can be shared when nothing is trained.
 
-    The rows of one example, which differ in the answer that they score, share all in front of it;
-    other rows share what stands in front of their first field, virtual tokens included.
+    Rows share what stands in front of their first field, virtual tokens included. The rows of one
+    example, which differ in the answer that they score, share all in front of it, where that leaves
+    less to compute: a long opening, such as worked examples, is computed once for all batches.
 
     Args:
         batch: of a causal model.
@@ -309,15 +310,17 @@ def for_prediction(batch: Batch, common: Common | None = None) -> Batch:
         if min(map(len, prefixes)) >= _SMALLEST:
             return replace(batch, prefixes=prefixes)
     several = len(batch.example) > len(batch.member)
+    if not several:
+        return replace(batch, prefixes=batch.openings)
     answers = batch.answers.shape[1] - (batch.answers == IGNORED).sum(1)
-    shared = []
+    contexts = []
     for row, ids in enumerate(batch.input_ids.tolist()):
-        length = batch.lengths[row]
-        context = length - max(0, int(answers[row]) - 1)
-        kept = context - 1 if several else len(batch.openings[row])
-        start = len(ids) - length
-        shared.append(tuple(ids[start : start + kept]))
-    return replace(batch, prefixes=tuple(shared))
+        context = batch.lengths[row] - max(0, int(answers[row]) - 1)
+        start = len(ids) - batch.lengths[row]
+        contexts.append(tuple(ids[start : start + context - 1]))
+    behind = sum(len(c) - len(o) for c, o in zip(contexts, batch.openings, strict=True))
+    once = sum(map(len, set(contexts)))
+    return replace(batch, prefixes=batch.openings if behind < once else tuple(contexts))
 
 
 def budgets(most: int | None, device: torch.device) -> dict[str, int]:

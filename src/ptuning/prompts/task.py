@@ -116,6 +116,10 @@ class Task:
         """Answers end with the end-of-sequence token: free ones do, label words do not."""
         return self.answer_end and not self.labels
 
+    def turns(self, text: str) -> list[dict[str, str]]:
+        """The turns of a chat in which a user says `text`."""
+        return [{"role": "user", "content": text}]
+
     def settings(self) -> dict[str, Any]:
         """The fields of `Task` as plain values."""
         values = {f.name: getattr(self, f.name) for f in fields(Task)}

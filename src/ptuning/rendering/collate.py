@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .layout import Sequence
+from .lesson import Lesson
 from .render import Rendered
 
 IGNORED = -100
@@ -35,6 +36,9 @@ class Batch:
         label_ids: ``(N, W)`` ids of single-token label words, or None.
         labels: ``(N,)`` index of the right label, or None where the whole vocabulary counts.
         decoder_input_ids: ``(R, K)`` for seq2seq models.
+        taught: a teacher's shares, or None: of the labels ``(N, labels)``, else of the tokens
+            `likely` ``(R, K, k)``, 0 where there is no answer.
+        likely: ``(R, K, k)`` the ids of a teacher's likeliest tokens, or None.
         lengths: of each row, without padding.
         prefixes: each row's ids in front of its first virtual token, without the last of all, which
             predicts: the frozen prefix.
@@ -52,6 +56,8 @@ class Batch:
     label_ids: Tensor | None = None
     labels: Tensor | None = None
     decoder_input_ids: Tensor | None = None
+    taught: Tensor | None = None
+    likely: Tensor | None = None
     lengths: tuple[int, ...] = ()
     prefixes: tuple[tuple[int, ...], ...] = ()
     openings: tuple[tuple[int, ...], ...] = ()
@@ -113,6 +119,8 @@ def collate(
         batch = replace(batch, label_ids=torch.tensor([e.label_ids for e in examples]))
     if all(e.compares and e.label is not None for e in examples):
         batch = replace(batch, labels=torch.tensor([e.label for e in examples]))
+    if all(e.lesson is not None for e in examples):
+        batch = _with_lessons(batch, [e.lesson for e in examples if e.lesson is not None])
     return batch
 
 
@@ -127,7 +135,21 @@ def _by_word(example: Rendered) -> Rendered:
         return example
     alike = example.sequences[0]
     words = tuple(replace(alike, answer=(word,)) for word in example.label_ids)
-    return Rendered(words, label=example.label)
+    return replace(example, sequences=words, label_ids=())
+
+
+def _with_lessons(batch: Batch, lessons: Rows[Lesson]) -> Batch:
+    if lessons[0].likely is None:
+        shares = numpy.stack([lesson.shares for lesson in lessons])
+        return replace(batch, taught=torch.from_numpy(shares))
+    places = (*batch.answers.shape, max(lesson.likely.shape[1] for lesson in lessons))
+    shares, likely = numpy.zeros(places, numpy.float32), numpy.zeros(places, numpy.int64)
+    for row, lesson in enumerate(lessons):
+        count, most = lesson.likely.shape
+        start = places[1] - count if batch.kind == "causal" else 0
+        shares[row, start : start + count, :most] = lesson.shares
+        likely[row, start : start + count, :most] = lesson.likely
+    return replace(batch, taught=torch.from_numpy(shares), likely=torch.from_numpy(likely))
 
 
 def _input_ids(sequence: Sequence, kind: str, first_id: int) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy
 
-from ..errors import DataError
+from ..errors import DataError, InputError
 from ..prompts.task import Task
 from ..prompts.template import Field, Slot, Virtual
 from .virtual_ids import SLOT, NamedTokenizer, Names
@@ -32,7 +32,7 @@ class Sequence:
         slot: index of the answer's first token.
         answer: ids of the answer, empty where none was given.
         fields: token ranges ``(name, start, end)`` of each field, in the order of the template;
-            empty in chats and for tokenizers that report no offsets.
+            empty for tokenizers that report no offsets, and for chats that change what is said.
         shortened: a field was cut to fit the length limit.
     """
 
@@ -101,7 +101,7 @@ class Layout:
         ids = [-1 - i for i in range(shift)] + ids
         answer = () if word is None else self._answer(word, space, text, named)
         spans: Spans = ()
-        if named.tokenizer.is_fast and not self.task.chat:
+        if named.tokenizer.is_fast:
             spans = _token_spans(characters, encoding["offset_mapping"], shift)
         return self._fill_slot(ids, answer, spans)
 
@@ -134,12 +134,16 @@ class Layout:
         """The string that is tokenized, with names for virtual tokens and slot.
 
         Returns:
-            with it the fields' character ranges (not in a chat), and whether the answer begins with
+            with it the fields' character ranges, and whether the answer begins with
             a space. Under ``special_tokens="after"`` the virtual tokens are not in it.
         """
         text, spans, space = self._of_template(fields, named)
         if self.task.chat:
-            text, space = self._as_chat(text.removesuffix(named.slot)) + named.slot, False
+            said = text.removesuffix(named.slot)
+            chat = self._as_chat(said)
+            at = chat.find(said) if chat.count(said) == 1 else None
+            spans = [] if at is None else [(name, at + a, at + b) for name, a, b in spans]
+            text, space = chat + named.slot, False
         return text, spans, space
 
     def turn(self, fields: dict[str, str], named: NamedTokenizer) -> str:
@@ -179,9 +183,19 @@ class Layout:
         return text, spans, space
 
     def _as_chat(self, text: str) -> str:
-        turn = [{"role": "user", "content": text}]
-        chat = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return str(chat)
+        turns = self.task.turns(text)
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=True
+                )
+            )
+        except Exception as error:  # what the chat template raises, or its engine
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            who = " and ".join(turn["role"] for turn in turns)
+            raise InputError(
+                f"this model's chat template takes no turns of {who} ({reason})"
+            ) from error
 
     def _answer(self, word: str, space: bool, text: str, named: NamedTokenizer) -> tuple[int, ...]:
         if self.kind == "seq2seq":

@@ -18,6 +18,7 @@ from ..prompts.prompt import Prompt
 from ..prompts.task import Task, as_label, fill, named_fields
 from ..prompts.template import Virtual
 from .layout import Layout, Sequence
+from .lesson import Lesson
 from .short_words import settle_words
 from .virtual_ids import resolve_words
 
@@ -32,11 +33,13 @@ class Rendered:
         sequences: one, or one per label word where label words have several tokens.
         label_ids: token id of each label word, where each is a single token; else empty.
         label: index of the right label; None for free answers or unlabelled examples.
+        lesson: of a teacher, whose answer the right one is then; else None.
     """
 
     sequences: tuple[Sequence, ...]
     label_ids: tuple[int, ...] = ()
     label: int | None = None
+    lesson: Lesson | None = None
 
     @property
     def compares(self) -> bool:
@@ -243,6 +246,20 @@ def render_each(
         except DataError as error:
             raise DataError(f"{what} example {number}: {error}") from None
     return rendered
+
+
+def taught(example: Rendered, lesson: Lesson, labels: Iterable[str]) -> Rendered:
+    """An example that was rendered without its answer, with a teacher's.
+
+    Args:
+        example: of a training.
+        lesson: the teacher's for it.
+        labels: the verbalizer's, in order.
+    """
+    if example.compares:
+        return replace(example, label=list(labels).index(lesson.answer), lesson=lesson)
+    (sequence,) = example.sequences
+    return replace(example, sequences=(replace(sequence, answer=lesson.tokens),), lesson=lesson)
 
 
 def tell_shortened(renderer: Renderer, shortened: int, count: int, what: str) -> None:

@@ -130,7 +130,9 @@ def _number(folder: Path) -> int:
         return 0
 
 
-def identity_of(variants: Sequence[Variant], base: BaseModel) -> dict[str, str]:
+def identity_of(
+    variants: Sequence[Variant], base: BaseModel, teacher: dict[str, Any] | None = None
+) -> dict[str, str]:
     """All that the numbers of a run depend on."""
     first = variants[0]
     dtype = str(getattr(base.model, "dtype", None)).removeprefix("torch.")
@@ -144,6 +146,8 @@ def identity_of(variants: Sequence[Variant], base: BaseModel) -> dict[str, str]:
     start = first.prompt.vectors
     chosen["the prompt to begin from"] = None if start is None else start.double().sum().item()
     chosen["the base model"] = base.describe()["embedding"]["values"]
+    if teacher is not None:  # the examples have its answers: another one's are other data
+        chosen["the teacher"] = teacher
     chosen["the population"] = [variant.name for variant in variants]
     return fingerprint(chosen, [*first.examples, *first.dev])
 

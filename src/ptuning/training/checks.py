@@ -26,8 +26,19 @@ def check_run(
     settings: TrainSettings,
     population: int = 1,
     grid: Mapping[str, Sequence[Any]] | None = None,
+    *,
+    answered: bool = True,
 ) -> None:
     """Refuse what `train` would refuse of its arguments but for the model.
+
+    Args:
+        prompt: to train, and the other arguments as `train` takes them.
+        rows: training examples.
+        dev: examples that choose.
+        settings: how to train.
+        population: seeds.
+        grid: values to train side by side.
+        answered: the rows have answers; without, a teacher gives them.
 
     Raises:
         InputError, DataError: data, template, grid or settings that do not fit together, or a
@@ -37,7 +48,8 @@ def check_run(
         raise DataError("there is no training example; give at least one")
     check_tracker(settings.tracker)
     draft = copy.copy(prompt)
-    draft.answer = answer_column(prompt, rows[0])
+    if answered:
+        draft.answer = answer_column(prompt, rows[0])
     members = choices(draft, settings, population, grid)
     check_calibration(draft, settings.calibrate, bool(dev))
     for _, member, how in members:
@@ -57,5 +69,5 @@ def check_run(
                     f"{member.template}",
                     stacklevel=2,
                 )
-            check_rows(member, rows, "training")
-            check_rows(member, dev, "dev")
+            check_rows(member, rows, "training", answered=answered)
+            check_rows(member, dev, "dev", answered=answered)

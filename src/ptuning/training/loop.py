@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +63,7 @@ class Loop:
     output: Path | None
     listener: Callable[[Progress], None]
     until: int | None = None
+    teacher: dict[str, Any] | None = None
 
     def train(self, resume: bool) -> list[Learner]:
         """Train from the start, or from the newest checkpoint; gives the members' learners."""
@@ -111,7 +112,7 @@ class Loop:
         whole_rows = settings.prefix_cache == "off" or tuned is not None
         self.engine = Engine(self.base, settings.prefix_bytes, plain=whole_rows)
         self.engine.expect(example for v in self.variants for example in (*v.examples, *v.dev))
-        self.identity = checkpoint.identity_of(self.variants, self.base)
+        self.identity = checkpoint.identity_of(self.variants, self.base, self.teacher)
         self.notes: list[str] = []
         self.step, self.stopped = 0, False
         self._pending: list[_Pending] = []

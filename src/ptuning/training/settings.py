@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from ..errors import InputError
 from ..prompts.task import at_least_one
@@ -162,6 +163,20 @@ class TrainSettings:
     def rate_for(self, encoder: str) -> float:
         """The learning rate for an encoder type."""
         return self.learning_rate or LEARNING_RATES[encoder]
+
+
+def with_options(settings: TrainSettings, options: dict[str, Any]) -> TrainSettings:
+    """The settings with some fields changed.
+
+    Raises:
+        InputError: there is no such field.
+    """
+    unknown = sorted(set(options) - set(asdict(settings)))
+    if unknown:
+        raise InputError(
+            f"unknown training setting {unknown[0]!r}; there are {', '.join(asdict(settings))}"
+        )
+    return replace(settings, **options)
 
 
 def _is_number(value: object) -> bool:

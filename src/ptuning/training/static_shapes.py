@@ -37,9 +37,14 @@ class Grain(NamedTuple):
 FINE, COARSE = Grain(8, 8, 4), Grain(16, 32, 16)
 _LITTLE = 1.2e11
 """Products of a forward that take an H100 less than it takes to start a small model's kernels."""
-_WITHOUT_ANSWER = ("answers", "labels")
-_READ = ("input_ids", "attention_mask", "answers", "member", "label_ids", "labels")
+_WITHOUT_ANSWER = {"answers": IGNORED, "labels": IGNORED, "taught": 0}
+"""What rows have that are there to fill the batch: no loss comes of it."""
+_READ = (
+    *("input_ids", "attention_mask", "answers", "member", "label_ids", "labels"),
+    *("taught", "likely"),
+)
 """What a causal model's step reads of a batch."""
+_FRACTIONS = ("divisor", "taught")
 
 
 def grain_for(batch: Batch, weights: int, kept: bool) -> Grain:
@@ -90,7 +95,8 @@ def shape_of(batch: Batch, grain: Grain, kept: bool, full: bool = False) -> tupl
     rows = len(batch.input_ids) // examples
     suffix = suffix_for(batch, grain) if kept else None
     sizes = (columns_for(batch, grain), batch.answers.shape[1], suffix)
-    return rows_for(examples, grain), rows, words, batch.labels is not None, full, *sizes
+    lesson = None if batch.taught is None else tuple(batch.taught.shape[1:])
+    return rows_for(examples, grain), rows, words, batch.labels is not None, lesson, full, *sizes
 
 
 class StaticInputs:
@@ -106,8 +112,8 @@ class StaticInputs:
 
     Attributes:
         tensors: by the names of `Batch`'s fields; ``slots`` ``(R, kept)`` and ``divisor``
-            ``(members,)`` in float64 besides, and of full rows the columns ``keep`` ``(K,)`` that
-            predict the answer.
+            ``(members,)`` besides, and of full rows the columns ``keep`` ``(K,)`` that predict the
+            answer. ``divisor`` and ``taught`` are in float64.
     """
 
     def __init__(
@@ -150,8 +156,10 @@ class StaticInputs:
             name: part.view(shape)
             for part, (name, shape) in zip(there, shapes.items(), strict=True)
         }
-        self._arrays["divisor"] = self._arrays["divisor"].view(numpy.float64)
-        self.tensors["divisor"] = self.tensors["divisor"].view(torch.float64)
+        for name in _FRACTIONS:
+            if name in shapes:
+                self._arrays[name] = self._arrays[name].view(numpy.float64)
+                self.tensors[name] = self.tensors[name].view(torch.float64)
 
     def fill(self, batch: Batch, divisor: Sequence[float], slots: Any) -> None:
         """Put a batch of the shape in; rows that it lacks repeat its last one, without answer.
@@ -179,7 +187,7 @@ class StaticInputs:
                 array[:count, text] = value
             else:
                 array[:count] = value
-            array[count:] = IGNORED if name in _WITHOUT_ANSWER else array[count - 1]
+            array[count:] = _WITHOUT_ANSWER.get(name, array[count - 1])
         if self._full:
             columns, answers = values["input_ids"].shape[1], values["answers"].shape[1]
             self._arrays["keep"][:] = numpy.arange(columns - answers, columns)

@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from ..data.setting_aside import set_aside
 from ..errors import DataError, InputError
 from ..prompts.prompt import Prompt
 from ..prompts.task import majority_answer
-from ..rendering.render import Example, Rendered, Renderer, answer_column, render_all
+from ..rendering.lesson import Lesson, Lessons
+from ..rendering.render import Example, Rendered, Renderer, answer_column, render_all, taught
 from ..reporting import html_picture, html_table, percent, training_curve
 from . import checkpoint, guidance
 from .calibration import calibrate
@@ -34,7 +35,7 @@ from .grid import Variant, choices
 from .learner import Learner
 from .loop import Loop
 from .progress import Progress, in_words, shown
-from .settings import TrainSettings
+from .settings import TrainSettings, with_options
 from .starts import left_out, start_of
 
 
@@ -114,6 +115,7 @@ def train(
     grid: Mapping[str, Sequence[Any]] | None = None,
     listener: Callable[[Progress], None] | None = None,
     verbose: bool = True,
+    lessons: Lessons | None = None,
     **options: Any,
 ) -> TrainResult:
     """Train a prompt on a frozen model; afterwards the prompt has its vectors.
@@ -143,6 +145,8 @@ def train(
         listener: called after each step and epoch, in the main process; by default one that shows
             the training on stderr or in a notebook.
         verbose: False shows nothing, and gives no advice (such as that nothing was learnt).
+        lessons: what a teacher says to the rows, which is learnt in place of their own answers
+            (`inference.distillation`); they need none then.
 
     Raises:
         InputError: data, template, model or settings that do not fit together.
@@ -153,27 +157,29 @@ def train(
         >>> result = train(model, tokenizer, prompt, rows, dev=dev_rows, epochs=5)
     """
     with distributed.together():
-        settings = _with_options(settings or TrainSettings(), options)
+        settings = with_options(settings or TrainSettings(), options)
         started = time.monotonic()
         rows = as_rows(rows)
         if isinstance(dev, int | float):
             rows, dev = set_aside(rows, answer_column(prompt, rows[0]), dev, settings.seed)
         dev = as_rows(dev)
-        check_run(prompt, rows, dev, settings, population, grid)
+        check_run(prompt, rows, dev, settings, population, grid, answered=lessons is None)
         base = BaseModel.of(model, tokenizer)
         if prompt.base_model:
             base.check_same(prompt.base_model)
         draft = copy.copy(prompt)  # a training that fails leaves the prompt as it was
         draft.others, draft.label_bias = (), None
-        column = draft.answer = answer_column(prompt, rows[0])
+        if lessons is None:
+            draft.answer = answer_column(prompt, rows[0])
         chosen = choices(draft, settings, population, grid)
         check_free(model, settings.tune_model)
         if settings.tune_model and getattr(model, "is_quantized", False):
             raise InputError("tune_model needs the base model's own weights; load it unquantized")
         if not dev and not settings.folds:
             _advise(guidance.without_dev(len(chosen), settings.patience), verbose)
-        variants = _rendered(base, chosen, rows, dev)
-        answers = [prompt.label_text(row[column]) for row in rows]
+        learnt = (None, None) if lessons is None else (lessons.training, lessons.dev)
+        variants = _rendered(base, chosen, rows, dev, learnt)
+        answers, dev_answers = _answers(draft, rows, learnt[0]), _answers(draft, dev, learnt[1])
         folds: FoldResult | None = None
         with ExitStack() as showing:
             if listener is None and verbose and distributed.state().is_main_process:
@@ -188,7 +194,8 @@ def train(
                 final = folds.chosen[: settings.ensemble]
                 variants = _rendered(base, final, rows, ())
             until = folds.epochs if folds else None
-            loop = Loop(base, variants, place, listener, until)
+            about = None if lessons is None else lessons.about
+            loop = Loop(base, variants, place, listener, until, about)
             learners = loop.train(resume)
         (winner,) = best_members(learners, 1)
         learner, variant = learners[winner], variants[winner]
@@ -207,8 +214,8 @@ def train(
             "seed": variant.settings.seed,
             "population": len(variants),
             **best,
+            **({} if lessons is None else {"teacher": lessons.about}),
         }
-        dev_answers = [prompt.label_text(row[column]) for row in dev]
         if folds:
             best, dev_answers = {**best, **folds.best}, answers
             prompt.training |= {"folds": settings.folds, "dev_examples": len(rows), **folds.best}
@@ -273,6 +280,7 @@ def _rendered(
     chosen: Sequence[tuple[dict[str, Any], Prompt, TrainSettings]],
     rows: Sequence[Example],
     dev: Sequence[Example],
+    learnt: tuple[Sequence[Lesson] | None, Sequence[Lesson] | None] = (None, None),
 ) -> list[Variant]:
     """The members with their examples; those of one template share them."""
     made: dict[str | None, tuple[Renderer, list[Rendered], list[Rendered]]] = {}
@@ -280,27 +288,38 @@ def _rendered(
     for name, prompt, settings in chosen:
         if prompt.template not in made:
             renderer = Renderer(base.tokenizer, prompt, base.kind, base.context)
-            examples = render_all(renderer, rows, "training")
+            examples = _examples(renderer, rows, "training", learnt[0])
             learn_answer_length(prompt, renderer, examples)
-            made[prompt.template] = renderer, examples, render_all(renderer, dev, "dev")
+            made[prompt.template] = renderer, examples, _examples(renderer, dev, "dev", learnt[1])
         renderer, examples, dev_examples = made[prompt.template]
         task = renderer.task
         prompt.answer_tokens, prompt.verbalizer = task.answer_tokens, task.verbalizer
         prompt.set_count(renderer.count)
-        answers = [prompt.label_text(row[str(prompt.answer)]) for row in rows]
+        answers = _answers(prompt, rows, learnt[0])
         start = start_of(renderer, rows, answers, settings.init, settings.seed)
         own = left_out(examples, start)
         variants.append(Variant(name, prompt, settings, renderer, own, dev_examples, start.words))
     return variants
 
 
-def _with_options(settings: TrainSettings, options: dict[str, Any]) -> TrainSettings:
-    unknown = sorted(set(options) - set(asdict(settings)))
-    if unknown:
-        raise InputError(
-            f"unknown training setting {unknown[0]!r}; there are {', '.join(asdict(settings))}"
-        )
-    return replace(settings, **options)
+def _examples(
+    renderer: Renderer, rows: Sequence[Example], what: str, lessons: Sequence[Lesson] | None
+) -> list[Rendered]:
+    """Rows with their own answers, or with a teacher's."""
+    if lessons is None:
+        return render_all(renderer, rows, what)
+    plain = render_all(renderer, rows, what, answered=False)
+    labels = renderer.labels
+    return [taught(one, lesson, labels) for one, lesson in zip(plain, lessons, strict=True)]
+
+
+def _answers(
+    prompt: Prompt, rows: Sequence[Example], lessons: Sequence[Lesson] | None
+) -> list[str]:
+    """What the rows ask for, as it is compared."""
+    if lessons is not None:
+        return [lesson.answer for lesson in lessons]
+    return [prompt.label_text(row[answer_column(prompt, row)]) for row in rows]
 
 
 def learn_answer_length(prompt: Prompt, renderer: Renderer, examples: list[Rendered]) -> None:

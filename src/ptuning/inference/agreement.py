@@ -1,0 +1,134 @@
+"""A prompt beside the text that it learnt from: answers in common, and what a request costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean, median
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backbone.base_model import BaseModel
+from ..backbone.modes import eval_mode
+from ..data import Row
+from ..forward.engine import Engine
+from ..prompts.prompt import Prompt
+from ..prompts.task import Task
+from ..rendering.render import render_each
+from .attachment import placed
+from .prediction import Question, answers
+from .teaching import own_label, teacher_renderer
+
+_TIMED = 8
+"""Requests whose time is taken."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A prompt beside its teacher, on texts that did not train it.
+
+    Attributes:
+        examples: how many texts.
+        agreement: share of them to which both give the same answer.
+        accuracy: share that the prompt answers right; None where the texts have no answers.
+        teacher_accuracy: likewise the teacher.
+        tokens: of a request, on average, without the answer.
+        teacher_tokens: likewise with the teacher.
+        seconds: of a request that is computed alone, answer included.
+        teacher_seconds: likewise with the teacher, of which nothing is kept.
+        kept_seconds: with the teacher's keys and values kept; None where that is not possible.
+        kept_bytes: of these keys and values.
+    """
+
+    examples: int
+    agreement: float
+    accuracy: float | None
+    teacher_accuracy: float | None
+    tokens: float
+    teacher_tokens: float
+    seconds: float
+    teacher_seconds: float
+    kept_seconds: float | None
+    kept_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def compare(
+    model: nn.Module, tokenizer: Any, prompt: Prompt, teacher: Task, rows: Sequence[Row]
+) -> Agreement:
+    """Both on the same texts.
+
+    Args:
+        model: the frozen base model.
+        tokenizer: the model's.
+        prompt: trained.
+        teacher: what it learnt from.
+        rows: texts; where they have answers, it is told how many both get right.
+
+    Raises:
+        InputError, DataError: prompt, teacher, model or rows do not fit together.
+    """
+    base = BaseModel.of(model, tokenizer)
+    own = [own_label(prompt, row, number) for number, row in enumerate(rows, 1)]
+    ours = Engine(base).renderer(prompt)
+    ours.compares = bool(ours.labels)
+    theirs = teacher_renderer(Engine(base), teacher)
+    with eval_mode(model), placed(model, tokenizer, prompt) as first_id:
+        asked, taught = (
+            [
+                Question(renderer, example, first)
+                for example in render_each(renderer, rows, what, answered=False)
+            ]
+            for renderer, first, what in ((ours, first_id, "test"), (theirs, 0, "teacher"))
+        )
+        said, wanted = (_answered(Engine(base), questions) for questions in (asked, taught))
+        some = slice(0, _TIMED * max(1, len(rows) // _TIMED), max(1, len(rows) // _TIMED))
+        keeping = Engine(base)
+        seconds = _seconds(Engine(base, 0), asked[some])
+        teacher_seconds = _seconds(Engine(base, 0), taught[some])
+        kept_seconds = _seconds(keeping, taught[some])
+        kept = keeping.store.bytes if keeping.store is not None else 0
+    return Agreement(
+        examples=len(rows),
+        agreement=mean(a == b for a, b in zip(said, wanted, strict=True)),
+        accuracy=_right(said, own),
+        teacher_accuracy=_right(wanted, own),
+        tokens=_tokens(asked),
+        teacher_tokens=_tokens(taught),
+        seconds=seconds,
+        teacher_seconds=teacher_seconds,
+        kept_seconds=kept_seconds if kept else None,
+        kept_bytes=kept,
+    )
+
+
+@torch.no_grad()
+def _answered(engine: Engine, questions: Sequence[Question]) -> list[str]:
+    found = dict(answers(engine, questions))
+    return [found[number].answer for number in range(len(questions))]
+
+
+def _seconds(engine: Engine, questions: Sequence[Question]) -> float:
+    """Of one question, asked alone; the middle one's, behind one that warms up."""
+    taken = []
+    for question in (questions[0], *questions):
+        began = time.perf_counter()
+        _answered(engine, [question])
+        taken.append(time.perf_counter() - began)
+    return median(taken[1:])
+
+
+def _right(said: Sequence[str], own: Sequence[str | None]) -> float | None:
+    """Share answered right of the texts that have an answer."""
+    known = [answer == right for answer, right in zip(said, own, strict=True) if right is not None]
+    return mean(known) if known else None
+
+
+def _tokens(questions: Sequence[Question]) -> float:
+    return mean(len(question.example.sequences[0].ids) for question in questions)

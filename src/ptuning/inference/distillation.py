@@ -1,0 +1,203 @@
+"""`distill`: what a long text makes a model say, put into a few virtual tokens, without labels.
+
+teacher    the frozen model behind the long text          once: its distributions (`teaching`)
+student    the frozen model behind virtual tokens         `train` on them: KL(teacher || student)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .. import distributed
+from ..backbone.base_model import BaseModel
+from ..data import Row, Rows, as_rows
+from ..data.rows import named
+from ..errors import DataError, InputError
+from ..forward.engine import Engine
+from ..prompts.prompt import Prompt
+from ..prompts.teacher import Teacher
+from ..rendering.lesson import Lessons
+from ..rendering.render import check_rows
+from ..training.checks import check_run
+from ..training.progress import Progress
+from ..training.settings import TrainSettings, with_options
+from ..training.train import TrainResult, train
+from .agreement import Agreement, compare
+from .teaching import lessons, own_label, teacher_renderer
+
+_DEV_SHARE, _DEV_MOST, _FEWEST = 5, 200, 10
+"""Without dev texts every fifth one chooses, 200 at the most; fewer than ten texts are too few."""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What came of `distill`.
+
+    Attributes:
+        training: of the prompt; its dev accuracy is the agreement with the teacher there.
+        agreement: on the test texts, else on the dev texts (which chose the epoch, and so flatter).
+    """
+
+    training: TrainResult
+    agreement: Agreement
+
+
+def distill(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Prompt,
+    rows: Rows,
+    dev: Rows = (),
+    *,
+    teacher: str,
+    test: Rows = (),
+    label_weight: float = 0.0,
+    output: str | Path | None = None,
+    resume: bool = False,
+    settings: TrainSettings | None = None,
+    population: int = 1,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    listener: Callable[[Progress], None] | None = None,
+    verbose: bool = True,
+    **options: Any,
+) -> Distillation:
+    """Train a prompt to say what the same model says behind a long text.
+
+    Args:
+        model: a causal, masked or encoder-decoder language model; stays as it is.
+        tokenizer: the model's.
+        prompt: gets its vectors. For free answers its ``answer_tokens`` says how long they may be.
+        rows: texts, as `train` takes rows; they need no answers.
+        dev: texts that choose the best epoch; by default every fifth of `rows`, 200 at the most.
+        teacher: the text: with columns or ``[MASK]`` in it a template, else it stands in front of
+            the prompt's own words (`prompts.teacher`).
+        test: texts that neither train nor choose, to be compared on.
+        label_weight: from 0 to 1 how much the rows' own labels count where they have some.
+        output: as for `train`, like all that follow.
+        resume: continue from the newest checkpoint in `output`; the teacher is asked again.
+        settings: how to train; `options` change single fields of it.
+        population: seeds side by side.
+        grid: values to train side by side.
+        listener: called after each step and epoch.
+        verbose: False shows nothing.
+
+    Raises:
+        InputError, DataError: as `train`; and a teacher that is empty, too long for the model, or
+            names columns that the rows have not.
+
+    Example:
+        >>> distill(model, tokenizer, prompt, rows, teacher=Path("teacher.txt").read_text())
+    """
+    with distributed.together():
+        settings = with_options(settings or TrainSettings(), options)
+        training, choosing = with_dev(as_rows(rows), as_rows(dev))
+        held_out = as_rows(test) or choosing
+        long = Teacher.of(teacher, prompt)
+        check_distillation(
+            prompt, long, training, choosing, held_out, settings, population, grid, label_weight
+        )
+        base = BaseModel.of(model, tokenizer)
+
+        def asked() -> Lessons:
+            engine = Engine(base)
+            renderer = teacher_renderer(engine, long)
+            both = [lessons(engine, renderer, some, label_weight) for some in (training, choosing)]
+            return Lessons(long.about(label_weight), *both)
+
+        result = train(
+            model,
+            tokenizer,
+            prompt,
+            training,
+            choosing,
+            lessons=distributed.from_main(asked),
+            output=output,
+            resume=resume,
+            settings=settings,
+            population=population,
+            grid=grid,
+            listener=listener,
+            verbose=verbose,
+        )
+        return Distillation(result, compare(model, tokenizer, prompt, long, held_out))
+
+
+def with_dev(rows: Sequence[Row], dev: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Texts that train and texts that choose; where there are none of these, some of the others.
+
+    Raises:
+        DataError: there are too few.
+    """
+    if dev:
+        return list(rows), list(dev)
+    if len(rows) < _FEWEST:
+        raise DataError(
+            f"{len(rows)} texts, and none to choose the epoch by: give at least {_FEWEST}, or some "
+            "more as dev texts (dev=, --dev)"
+        )
+    chosen = range(_DEV_SHARE - 1, len(rows), max(_DEV_SHARE, len(rows) // _DEV_MOST))
+    training = [row for number, row in enumerate(rows) if number not in chosen]
+    return training, [rows[number] for number in chosen][:_DEV_MOST]
+
+
+def check_distillation(
+    prompt: Prompt,
+    teacher: Teacher,
+    rows: Sequence[Row],
+    dev: Sequence[Row],
+    held_out: Sequence[Row],
+    settings: TrainSettings,
+    population: int = 1,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    label_weight: float = 0.0,
+) -> None:
+    """Refuse what `distill` would refuse of its arguments but for the model.
+
+    Args:
+        prompt: to train.
+        teacher: of it.
+        rows: texts that train.
+        dev: texts that choose.
+        held_out: texts that both are compared on.
+        settings: how to train.
+        population: seeds.
+        grid: values to train side by side.
+        label_weight: of the rows' own labels.
+
+    Raises:
+        InputError, DataError: data, teacher, prompt or settings that do not fit together.
+    """
+    if settings.tune_model:
+        raise InputError("the teacher is the model as it is, so tune_model is not for distilling")
+    if prompt.labels and prompt.label_mode != "labels":
+        raise InputError(
+            'distilling compares label words; leave label_mode="vocabulary" out, or the labels'
+        )
+    if not isinstance(label_weight, int | float) or not 0 <= label_weight <= 1:
+        raise InputError(f"label_weight is {label_weight!r}; give a share, 0 to 1")
+    if label_weight and not prompt.labels:
+        raise InputError("label_weight mixes labels in, and this prompt has none (verbalizer)")
+    if not prompt.labels and prompt.answer_tokens is None:
+        raise InputError(
+            "how long may the teacher's answers be? Give answer_tokens (--answer-tokens N), or "
+            "labels"
+        )
+    check_run(prompt, rows, dev, settings, population, grid, answered=False)
+    for unknown in [name for name in teacher.parsed.fields if name not in rows[0]]:
+        raise DataError(
+            f"the teacher names the column {unknown!r}, and the texts have "
+            f"{named(map(repr, rows[0])) or 'none'}; name one of these, or write {{{{ and }}}} "
+            "where braces are text"
+        )
+    for some, what in ((rows, "training"), (dev, "dev"), (held_out, "test")):
+        check_rows(teacher, some, what, answered=False)
+    check_rows(prompt, held_out, "test", answered=False)
+    for number, row in enumerate(held_out, 1):
+        own_label(prompt, row, number)
+    if label_weight and not any([own_label(prompt, row, n) for n, row in enumerate(rows, 1)]):
+        raise DataError("label_weight mixes labels in, and no text has one")

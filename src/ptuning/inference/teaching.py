@@ -1,0 +1,159 @@
+"""A teacher's lessons: what the frozen model says behind a long text, and how sure it is.
+
+The teacher's rows open with the same text, so a causal model computes its keys and values once.
+Of label words the whole distribution is kept; of a free answer its tokens, and at each of them the
+likeliest 64: 768 bytes a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy
+import torch
+
+from ..backbone.modes import eval_mode
+from ..backbone.traits import ModelKind
+from ..errors import DataError, InputError
+from ..forward.engine import Engine
+from ..prompts.task import Task
+from ..rendering.lesson import Lesson
+from ..rendering.render import (
+    Example,
+    Rendered,
+    Renderer,
+    answer_column,
+    render_each,
+    tell_shortened,
+)
+from .prediction import Question, answers
+
+LIKELIEST = 64
+"""Tokens whose probabilities are kept at each place of a free answer."""
+_LOGITS = 2**26
+"""Numbers that may be there at once while these are found."""
+
+
+def teacher_renderer(engine: Engine, teacher: Task) -> Renderer:
+    """What renders rows for a teacher.
+
+    Raises:
+        InputError: the model has no room for a text behind the teacher's, or is a masked one
+            without label words.
+    """
+    renderer = engine.renderer(teacher)
+    renderer.compares = bool(renderer.labels)
+    if engine.base.kind is ModelKind.MASKED and not renderer.compares:
+        raise InputError(
+            "a masked model teaches label words only, since a free answer's length is unknown; "
+            "give a verbalizer (--labels yes=Yes,no=No)"
+        )
+    alone = renderer.layout(dict.fromkeys(teacher.parsed.fields, ""), None)
+    room = renderer.limit
+    if room is not None and len(alone.ids) + (teacher.answer_tokens or 1) > room:
+        raise InputError(
+            f"the teacher alone has {len(alone.ids):,} tokens, and this model reads {room:,} with "
+            "text and answer; shorten it"
+        )
+    return renderer
+
+
+@torch.no_grad()
+def lessons(
+    engine: Engine,
+    renderer: Renderer,
+    rows: Sequence[Example],
+    label_weight: float = 0.0,
+    batch_size: int = 32,
+) -> list[Lesson]:
+    """A teacher's lesson for each row.
+
+    Args:
+        engine: of the frozen model; keeps the teacher's keys and values.
+        renderer: the teacher's (`teacher_renderer`).
+        rows: column -> value; answers are not needed.
+        label_weight: how much of a lesson is the row's own label, where it has one.
+        batch_size: rows per forward.
+
+    Raises:
+        DataError: a row lacks a column, or has a label that is none.
+    """
+    examples = render_each(renderer, rows, "teacher", answered=False)
+    shortened = sum(example.shortened for example in examples)
+    tell_shortened(renderer, shortened, len(rows), "teacher")
+    with eval_mode(engine.base.model):
+        if not renderer.compares:
+            return _spoken(engine, renderer, examples, batch_size)
+        questions = [Question(renderer, example) for example in examples]
+        found = dict(answers(engine, questions, batch_size))
+    labels = list(renderer.labels)
+    made = []
+    for number, row in enumerate(rows):
+        shares = numpy.array([found[number].probabilities[label] for label in labels], "float32")
+        own = own_label(renderer.task, row, number + 1) if label_weight else None
+        if own is not None:
+            shares *= 1 - label_weight
+            shares[labels.index(own)] += label_weight
+        made.append(Lesson(labels[int(shares.argmax())], shares))
+    return made
+
+
+def own_label(task: Task, row: Example, number: int = 1) -> str | None:
+    """The answer that a row has of its own, as it is compared; None where it has none.
+
+    Raises:
+        DataError: it is no label of the task's.
+    """
+    try:
+        cell = row[answer_column(task, row)]
+    except DataError:
+        return None
+    if cell is None or not str(cell).strip():
+        return None
+    label = task.label_text(cell)
+    if task.labels and label not in task.labels:
+        raise DataError(
+            f"example {number}: the label {label!r} is not in the verbalizer; it knows "
+            f"{', '.join(map(repr, task.labels))}"
+        )
+    return label
+
+
+def _spoken(
+    engine: Engine, renderer: Renderer, examples: Sequence[Rendered], batch_size: int
+) -> list[Lesson]:
+    """Free answers, the likeliest token each time, and then all their distributions at once."""
+    limit, tokenizer = renderer.task.answer_tokens, engine.base.tokenizer
+    if limit is None:
+        raise InputError("how long may the teacher's answers be? Give answer_tokens")
+    width = limit * len(tokenizer)
+    size = max(1, min(batch_size, _LOGITS // width))
+    made: dict[int, Lesson] = {}
+    for chunk in engine.chunks(examples, size):
+        batch = engine.prediction_batch([(examples[i], 0) for i in chunk], [0])
+        spoken, _ = engine.continue_greedily(batch, limit)
+        ends = renderer.task.ends_answer
+        said = [_until(ids, tokenizer.eos_token_id, ends) for ids in spoken.tolist()]
+        answered = [
+            replace(examples[i], sequences=(replace(examples[i].sequences[0], answer=ids),))
+            for i, ids in zip(chunk, said, strict=True)
+        ]
+        batch = engine.prediction_batch([(example, 0) for example in answered], [0])
+        shares = engine.logits(batch).float().softmax(-1)
+        likeliest = shares.topk(min(LIKELIEST, shares.shape[-1]), dim=-1)
+        values, ids = likeliest.values.cpu().numpy(), likeliest.indices.cpu().numpy()
+        for row, (number, tokens) in enumerate(zip(chunk, said, strict=True)):
+            first = values.shape[1] - len(tokens) if batch.kind == ModelKind.CAUSAL else 0
+            own = slice(first, first + len(tokens))
+            text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            made[number] = Lesson(text, values[row, own], tokens, ids[row, own])
+    return [made[number] for number in range(len(examples))]
+
+
+def _until(ids: list[int], end: int | None, ends: bool) -> tuple[int, ...]:
+    """An answer's tokens up to its end, which belongs to it where answers end."""
+    if end is None or end not in ids:
+        return tuple(ids)
+    at = ids.index(end)
+    return tuple(ids[: at + 1 if ends else at])
