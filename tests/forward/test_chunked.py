@@ -19,6 +19,7 @@ from ptuning.rendering.layout import Sequence
 from ptuning.rendering.render import Rendered
 
 from .. import tiny
+from .test_divergence import spoken
 from .test_plain import KIND, attached, batch_of, examples_for, sequence
 
 WEIGHTS = torch.tensor([1.0, -0.5, 2.0])
@@ -36,9 +37,9 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     original = chunked._by_position
 
-    def by_position(unread: Any, answers: Any) -> Any:
+    def by_position(unread: Any, answers: Any, lesson: Any) -> Any:
         seen.append(int((answers != IGNORED).sum()))
-        return original(unread, answers)
+        return original(unread, answers, lesson)
 
     monkeypatch.setattr(chunked, "_by_position", by_position)
     return seen
@@ -65,6 +66,16 @@ def test_chunks_equal_the_plain_twin(family: str, small_chunks: None, chunks: li
     model, rows = attached(family)
     model.requires_grad_(False)
     hold_together(model, rows, batch_of(family, examples_for(KIND[family])))
+    assert chunks == [6, 6]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_chunks_of_a_teachers_lessons_equal_the_plain_twin(
+    family: str, small_chunks: None, chunks: list[int]
+) -> None:
+    model, rows = attached(family)
+    model.requires_grad_(False)
+    hold_together(model, rows, batch_of(family, spoken(examples_for(KIND[family]), 7)))
     assert chunks == [6, 6]
 
 

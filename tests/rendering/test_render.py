@@ -689,7 +689,9 @@ def test_chat_puts_the_template_into_the_user_s_turn_and_the_answer_behind_the_h
     assert sequence.slot == len(sequence.ids)
     eos = smollm2_tokenizer.eos_token_id
     assert sequence.answer == (*ids_of("Paris", smollm2_tokenizer), eos)
-    assert sequence.fields == ()
+    ((name, first, last),) = sequence.fields
+    assert name == "x"
+    assert smollm2_tokenizer.decode(sequence.ids[first:last]) == " Is it [P] or {x}?"
     users, end = ids_of("<|im_start|>user\n", smollm2_tokenizer), sequence.ids.index(-3)
     assert sequence.ids[sequence.ids.index(-1) - len(users) : sequence.ids.index(-1)] == users
     assert smollm2_tokenizer.convert_tokens_to_ids("<|im_end|>") in sequence.ids[end:]

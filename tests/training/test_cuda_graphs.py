@@ -17,6 +17,7 @@ import ptuning
 from ptuning.errors import InputError
 from ptuning.forward import chunked, compiled, engine
 from ptuning.rendering.collate import IGNORED, Batch
+from ptuning.rendering.lesson import Lesson, Lessons
 from ptuning.training import checkpoint, loop, static_shapes
 from ptuning.training.cuda_graphs import GraphedStep, Outputs, obstacle
 from ptuning.training.progress import Progress
@@ -79,6 +80,22 @@ class FailingAtItsEnd(Again):
             raise RuntimeError("failed due to a previous error during capture")
 
 
+def _lessons(rows: list[dict[str, str]], words: dict[str, Any] | None) -> Lessons:
+    """What a teacher might say to rows: to each something else."""
+    made = []
+    for number in range(len(rows)):
+        draw = torch.Generator().manual_seed(number)
+        if words:
+            shares = torch.rand(len(words), generator=draw).softmax(-1).numpy()
+            made.append(Lesson(list(words)[int(shares.argmax())], shares))
+        else:
+            count = 2 + number % 2
+            shares = torch.rand(count, 5, generator=draw).softmax(-1).numpy()
+            likely = torch.randint(9, 300, (count, 5), generator=draw).numpy()
+            made.append(Lesson("", shares, (*likely[:-1, 0].tolist(), 2), likely))
+    return Lessons({}, made, made[:4])
+
+
 class Trained:
     """A training on the tiny model, with graphs or without."""
 
@@ -86,6 +103,7 @@ class Trained:
         family = options.pop("family", "llama")
         template, words = options.pop("template", FRONT), options.pop("words", None)
         rows = options.pop("rows", ROWS)
+        lessons = _lessons(rows, words) if options.pop("taught", False) else None
         self.made: list[GraphedStep] = []
         self.notes: list[str] = []
 
@@ -115,6 +133,7 @@ class Trained:
                 rows,
                 rows[:4],
                 listener=listen,
+                lessons=lessons,
                 **{"epochs": 5, "batch_size": 4, "learning_rate": 1e-2, **options},
             )
 
@@ -137,6 +156,9 @@ class Trained:
         {"words": WORDS},
         {"words": {"yes": "of", "no": "not"}, "template": AFTER},
         {"words": {"yes": "not a city", "no": "Ra"}},
+        {"words": WORDS, "taught": True},
+        {"words": {"yes": "not a city", "no": "Ra"}, "taught": True},
+        {"taught": True, "template": AFTER},
         {"population": 3},
         {"grid": {"encoder": ["mlp", "none"]}, "template": AFTER, "epochs": 9},
         {"population": 4, "epochs": 6},
