@@ -14,6 +14,7 @@ import typer
 from ..errors import PtuningError
 from . import (
     console,
+    distill,
     evaluate,
     export,
     lama,
@@ -80,6 +81,7 @@ def _options(
 
 # What stands behind the options of `train` are parts of its grid.
 app.command("train", context_settings={"allow_extra_args": True})(train.train)
+app.command("distill", context_settings={"allow_extra_args": True})(distill.distill)
 app.command("evaluate")(filled()(evaluate.evaluate))
 app.command("predict")(filled()(predict.predict))
 app.command("inspect")(filled()(use.inspect))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ from ..experiments.lama.options import LamaOptions
 from ..experiments.superglue.options import SuperGlueOptions
 from ..prompts.prompt_settings import PromptSettings
 from ..training.settings import TrainSettings
-from . import run_files
+from . import run_files, run_folder
 from .fields import Fields
 
 Model = Annotated[
@@ -61,10 +62,47 @@ Config = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the run that --output holds.")
 ]
+Output = Annotated[
+    Path,
+    typer.Option(
+        help="Folder for the prompt and the run's files.",
+        callback=run_folder.find_settings,
+        is_eager=True,
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on with the interrupted run in --output, with its settings (run.yaml).",
+        callback=run_folder.find_settings,
+        is_eager=True,
+    ),
+]
+Population = Annotated[
+    int, typer.Option(help="Train so many seeds side by side; the best by dev is saved.")
+]
+PopulationGrid = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY=V,V ...",
+        help="Values to train side by side too: learning_rate=1e-3,3e-3 encoder=mlp,lstm "
+        "virtual_tokens=3,6 (of each group); templates are separated by '|'.",
+    ),
+]
+KeepEncoder = Annotated[
+    bool,
+    typer.Option(
+        "--keep-encoder/--no-keep-encoder",
+        help="Save the encoder too, to train on from it; the vectors are a few kilobytes.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")]
 
 PANELS = {
-    "Model and data": ("model", "data", "dev", "dev_share", "separator", "dtype", "device"),
+    "Model and data": (
+        *("model", "teacher", "data", "dev", "dev_share", "test", "separator", "dtype", "device"),
+    ),
     "Prompt": ("template", "answer", "labels", "init_from"),
     "Training": (
         "epochs",
@@ -73,6 +111,8 @@ PANELS = {
         "max_minutes",
         "calibrate",
         "folds",
+        "calibrate_teacher",
+        "label_weight",
     ),
     "Population": ("population", "population_grid", "halving", "ensemble"),
     "Speed": ("mixed_precision", "prefix_cache", "graphs", "compile"),
@@ -111,7 +151,32 @@ OF_PROMPT = Fields(
     },
     left_out={"label_bias": "it is measured: --calibrate"},
 )
+OF_LEARNER = replace(
+    OF_PROMPT,
+    written={
+        "template": (
+            str | None,
+            None,
+            "Where columns, virtual tokens and answer stand: '[P*20] {text} Kind: [MASK]'.",
+        ),
+        "verbalizer": (
+            str | None,
+            None,
+            "Words for the labels: yes=Yes,no=No; several with '|'; columns as {name}. "
+            "Without labels answers are free text, of --answer-tokens at most.",
+        ),
+    },
+)
+"""Of a prompt that learns from a teacher: nothing is made of a table."""
 OF_TRAINING = Fields(TrainSettings, "Training")
+OF_DISTILLING = Fields(
+    TrainSettings,
+    "Training",
+    left_out={
+        **dict.fromkeys(("tune_model", "model_learning_rate"), "the teacher is the model as it is"),
+        "calibrate": "the prompt learns the teacher's shares of the labels: --calibrate-teacher",
+    },
+)
 
 _TEMPLATES = (
     "Population's templates, separated by '|': own (LAMA's words as anchors), best (the best "

@@ -116,8 +116,8 @@ def begin(output: Path, run_file: bytes, anew: bool) -> None:
     write_folder(output, {SETTINGS: run_file})
 
 
-def how_to_go_on(output: Path) -> str:
+def how_to_go_on(output: Path, command: str = "train") -> str:
     """What to say of a training that was stopped."""
     if is_interrupted(output):
-        return f"stopped; go on with: ptuning train --output {output} --resume"
+        return f"stopped; go on with: ptuning {command} --output {output} --resume"
     return "stopped before the first checkpoint; begin again"

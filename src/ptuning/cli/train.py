@@ -18,15 +18,20 @@ from .options import (
     Config,
     Dtype,
     Json,
+    KeepEncoder,
     Model,
+    Output,
     Overwrite,
+    Population,
+    PopulationGrid,
+    Resume,
     Separator,
 )
+from .recorded import recorded
 
 if TYPE_CHECKING:
     from ..data import Row
     from ..prompts.prompt import Prompt
-    from ..training.progress import Progress
     from ..training.settings import TrainSettings
 
 
@@ -39,14 +44,7 @@ def train(
     data: Annotated[
         str, typer.Option(help="Training examples: JSONL, CSV, Parquet, or a hub data set.")
     ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            help="Folder for the prompt and the run's files.",
-            callback=run_folder.find_settings,
-            is_eager=True,
-        ),
-    ],
+    output: Output,
     dev: Annotated[
         str | None, typer.Option(help="Examples that choose the best epoch; strongly advised.")
     ] = None,
@@ -64,35 +62,12 @@ def train(
             help="Begin at the vectors of this saved prompt; --template may have another number."
         ),
     ] = None,
-    population: Annotated[
-        int, typer.Option(help="Train so many seeds side by side; the best by dev is saved.")
-    ] = 1,
-    population_grid: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KEY=V,V ...",
-            help="Values to train side by side too: learning_rate=1e-3,3e-3 encoder=mlp,lstm "
-            "virtual_tokens=3,6 (of each group); templates are separated by '|'.",
-        ),
-    ] = None,
+    population: Population = 1,
+    population_grid: PopulationGrid = None,
     dtype: Dtype = "float32",
-    keep_encoder: Annotated[
-        bool,
-        typer.Option(
-            "--keep-encoder/--no-keep-encoder",
-            help="Save the encoder too, to train on from it; the vectors are a few kilobytes.",
-        ),
-    ] = True,
+    keep_encoder: KeepEncoder = True,
     config: Config = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Go on with the interrupted run in --output, with its settings (run.yaml).",
-            callback=run_folder.find_settings,
-            is_eager=True,
-        ),
-    ] = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     json_output: Json = False,
 ) -> None:
@@ -131,14 +106,14 @@ def train(
     with distributed.together(), distributed.locked(output):
         console.speak_if(distributed.state().is_main_process)
         how = TrainSettings(**settings)
-        if not distributed.from_main(lambda: _is_open(output, resume, overwrite, how.tune_model)):
+        if not distributed.from_main(lambda: is_open(output, resume, overwrite, how.tune_model)):
             console.say(f"{output} holds a finished run; there is nothing to resume")
             return
-        grid = _grid(population_grid, context.args)
+        grid = grid_of(population_grid, context.args)
         rows = read_examples(data, separator)
         dev_rows = read_examples(dev, separator) if dev else []
         made = init_from is None and prompt["template"] in (None, AUTO)
-        trained = _prompt(context, prompt, init_from, [*rows, *dev_rows])
+        trained = prompt_of(context, prompt, init_from, [*rows, *dev_rows])
         columns = columns_of(rows, trained.answer) if made else None
         if dev_share is None:
             dev_share = usual_share(len(rows)) if made and not (dev or how.folds) else 0.0
@@ -157,22 +132,7 @@ def train(
         # The chosen format is the run's, on whatever machine it goes on.
         chosen = {"dev_share": dev_share, "dtype": dtype, **_found(trained, prompt, init_from)}
         run_file = run_files.as_yaml({**run_files.settings_of(context), **chosen})
-        begun = False
-
-        def begin() -> None:
-            """The first step is done: all that could be refused was accepted."""
-            nonlocal begun
-            if not begun:
-                begun = True
-                run_folder.begin(output, run_file, anew=overwrite)
-
-        console.on_stop(lambda: run_folder.how_to_go_on(output))
-        with console.training_bar() as show:
-
-            def listener(heard: Progress) -> None:
-                begin()
-                show(heard)
-
+        with recorded(output, run_file, overwrite) as listener:
             result = train_prompt(
                 base,
                 tokenizer,
@@ -189,7 +149,6 @@ def train(
         tuned = (base, tokenizer) if how.tune_model else None
 
         def end() -> None:
-            begin()  # where no step was left to be done
             report = training_report.save(output, trained, result, keep_encoder, tuned)
             if result.complete:
                 checkpoint.delete_all(output)
@@ -210,7 +169,7 @@ def _format_of(how: TrainSettings) -> tuple[str, str] | None:
     return None
 
 
-def _is_open(output: Path, resume: bool, overwrite: bool, tune_model: bool) -> bool:
+def is_open(output: Path, resume: bool, overwrite: bool, tune_model: bool = False) -> bool:
     """There is a run to begin or to go on with; raises where --output is not for this one."""
     from ..storage import settle
     from ..training import checkpoint
@@ -232,7 +191,7 @@ def _is_open(output: Path, resume: bool, overwrite: bool, tune_model: bool) -> b
     return True
 
 
-def _prompt(
+def prompt_of(
     context: typer.Context,
     chosen: dict[str, Any],
     start_folder: Path | None,
@@ -270,7 +229,7 @@ def _found(trained: Prompt, chosen: dict[str, Any], start_folder: Path | None) -
     return {"template": trained.template, "answer": trained.answer, "labels": given}
 
 
-def _grid(first: str | None, more: list[str]) -> dict[str, Any] | None:
+def grid_of(first: str | None, more: list[str]) -> dict[str, Any] | None:
     """The grid, also where its parts were typed without quotes."""
     from ..training.grid import parse_grid
 

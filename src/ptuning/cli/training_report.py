@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from . import console
@@ -21,6 +23,7 @@ def save(
     result: TrainResult,
     keep_encoder: bool,
     tuned: tuple[Any, Any] | None = None,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Write the prompt, ``result.json`` and ``curve.png``, as one save; gives what ``--json`` says.
 
@@ -30,6 +33,7 @@ def save(
         result: of the training.
         keep_encoder: with the encoder's weights.
         tuned: model and tokenizer, where they were trained too: they are in the same save.
+        more: of the report.
     """
     from ..formats import pack_json
     from ..places import real
@@ -48,6 +52,7 @@ def save(
         **({} if result.complete else {"complete": False}),
         "shortened": result.shortened,
         "seconds": round(result.seconds, 2),
+        **more,
         "versions": versions(),
     }
     before = [MODEL] if made_model(output) else []

@@ -6,6 +6,7 @@ student    the frozen model behind virtual tokens         `train` on them: KL(te
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +18,20 @@ from .. import distributed
 from ..backbone.base_model import BaseModel
 from ..data import Row, Rows, as_rows
 from ..data.rows import named
+from ..data.setting_aside import usual_share
 from ..errors import DataError, InputError
 from ..forward.engine import Engine
 from ..prompts.prompt import Prompt
 from ..prompts.teacher import Teacher
 from ..rendering.lesson import Lessons
 from ..rendering.render import check_rows
+from ..rendering.short_words import settle_words
 from ..training.checks import check_run
 from ..training.progress import Progress
 from ..training.settings import TrainSettings, with_options
 from ..training.train import TrainResult, train
 from .agreement import Agreement, compare
-from .teaching import lessons, own_label, teacher_renderer
-
-_DEV_SHARE, _DEV_MOST, _FEWEST = 5, 200, 10
-"""Without dev texts every fifth one chooses, 200 at the most; fewer than ten texts are too few."""
+from .teaching import lessons, measured_bias, own_label, teacher_renderer
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ def distill(
     teacher: str,
     test: Rows = (),
     label_weight: float = 0.0,
+    calibrate_teacher: bool = False,
     output: str | Path | None = None,
     resume: bool = False,
     settings: TrainSettings | None = None,
@@ -73,11 +74,13 @@ def distill(
         tokenizer: the model's.
         prompt: gets its vectors. For free answers its ``answer_tokens`` says how long they may be.
         rows: texts, as `train` takes rows; they need no answers.
-        dev: texts that choose the best epoch; by default every fifth of `rows`, 200 at the most.
+        dev: texts that choose the best epoch; by default a fifth of `rows`.
         teacher: the text: with columns or ``[MASK]`` in it a template, else it stands in front of
             the prompt's own words (`prompts.teacher`).
         test: texts that neither train nor choose, to be compared on.
         label_weight: from 0 to 1 how much the rows' own labels count where they have some.
+        calibrate_teacher: take back what the teacher prefers whatever the texts say. It is measured
+            on `rows`, and takes the labels for equally frequent there (`calibration`: batch).
         output: as for `train`, like all that follow.
         resume: continue from the newest checkpoint in `output`; the teacher is asked again.
         settings: how to train; `options` change single fields of it.
@@ -95,27 +98,33 @@ def distill(
     """
     with distributed.together():
         settings = with_options(settings or TrainSettings(), options)
-        training, choosing = with_dev(as_rows(rows), as_rows(dev))
+        training, choosing = with_dev(as_rows(rows), as_rows(dev), settings.seed)
         held_out = as_rows(test) or choosing
+        base = BaseModel.of(model, tokenizer)
+        settle_words(prompt, tokenizer, base.kind)
         long = Teacher.of(teacher, prompt)
         check_distillation(
-            prompt, long, training, choosing, held_out, settings, population, grid, label_weight
+            *(prompt, long, training, choosing, held_out, settings, population, grid, label_weight),
+            calibrate_teacher=calibrate_teacher,
         )
-        base = BaseModel.of(model, tokenizer)
 
         def asked() -> Lessons:
             engine = Engine(base)
             renderer = teacher_renderer(engine, long)
+            if calibrate_teacher:
+                long.label_bias = measured_bias(lessons(engine, renderer, training), long)
+                renderer = teacher_renderer(engine, long)
             both = [lessons(engine, renderer, some, label_weight) for some in (training, choosing)]
             return Lessons(long.about(label_weight), *both)
 
+        learnt = distributed.from_main(asked)
         result = train(
             model,
             tokenizer,
             prompt,
             training,
             choosing,
-            lessons=distributed.from_main(asked),
+            lessons=learnt,
             output=output,
             resume=resume,
             settings=settings,
@@ -127,22 +136,28 @@ def distill(
         return Distillation(result, compare(model, tokenizer, prompt, long, held_out))
 
 
-def with_dev(rows: Sequence[Row], dev: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+def with_dev(rows: Sequence[Row], dev: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
     """Texts that train and texts that choose; where there are none of these, some of the others.
+
+    Args:
+        rows: texts.
+        dev: texts that choose, if there are any.
+        seed: which of the others they are.
 
     Raises:
         DataError: there are too few.
     """
     if dev:
         return list(rows), list(dev)
-    if len(rows) < _FEWEST:
+    count = round(usual_share(len(rows)) * len(rows))
+    if not count:
         raise DataError(
-            f"{len(rows)} texts, and none to choose the epoch by: give at least {_FEWEST}, or some "
-            "more as dev texts (dev=, --dev)"
+            f"{len(rows)} texts, and none to choose the epoch by: give at least ten, or some more "
+            "as dev texts (dev=, --dev)"
         )
-    chosen = range(_DEV_SHARE - 1, len(rows), max(_DEV_SHARE, len(rows) // _DEV_MOST))
+    chosen = set(random.Random(seed).sample(range(len(rows)), count))
     training = [row for number, row in enumerate(rows) if number not in chosen]
-    return training, [rows[number] for number in chosen][:_DEV_MOST]
+    return training, [rows[number] for number in sorted(chosen)]
 
 
 def check_distillation(
@@ -155,6 +170,7 @@ def check_distillation(
     population: int = 1,
     grid: Mapping[str, Sequence[Any]] | None = None,
     label_weight: float = 0.0,
+    calibrate_teacher: bool = False,
 ) -> None:
     """Refuse what `distill` would refuse of its arguments but for the model.
 
@@ -168,6 +184,7 @@ def check_distillation(
         population: seeds.
         grid: values to train side by side.
         label_weight: of the rows' own labels.
+        calibrate_teacher: it has labels then.
 
     Raises:
         InputError, DataError: data, teacher, prompt or settings that do not fit together.
@@ -180,6 +197,13 @@ def check_distillation(
         )
     if not isinstance(label_weight, int | float) or not 0 <= label_weight <= 1:
         raise InputError(f"label_weight is {label_weight!r}; give a share, 0 to 1")
+    if settings.calibrate != "none":
+        raise InputError(
+            "a distilled prompt learns the teacher's shares of the labels; leave calibrate out, or "
+            "calibrate the teacher (calibrate_teacher)"
+        )
+    if calibrate_teacher and not prompt.labels:
+        raise InputError("calibrate_teacher is for labels, and this prompt has none (verbalizer)")
     if label_weight and not prompt.labels:
         raise InputError("label_weight mixes labels in, and this prompt has none (verbalizer)")
     if not prompt.labels and prompt.answer_tokens is None:

@@ -27,6 +27,7 @@ from ..rendering.render import (
     render_each,
     tell_shortened,
 )
+from ..training.calibration import bias_against
 from .prediction import Question, answers
 
 LIKELIEST = 64
@@ -97,6 +98,12 @@ def lessons(
             shares[labels.index(own)] += label_weight
         made.append(Lesson(labels[int(shares.argmax())], shares))
     return made
+
+
+def measured_bias(learnt: Sequence[Lesson], task: Task) -> dict[str, float]:
+    """For each label what takes back its mean share of some lessons (`calibration`: batch)."""
+    shares = torch.from_numpy(numpy.stack([lesson.shares for lesson in learnt]))
+    return dict(zip(task.labels, bias_against(shares.log()).tolist(), strict=True))
 
 
 def own_label(task: Task, row: Example, number: int = 1) -> str | None:

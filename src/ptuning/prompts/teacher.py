@@ -56,7 +56,13 @@ class Teacher(Task):
     def about(self, label_weight: float) -> dict[str, Any]:
         """What is kept of it with the prompt that learnt from it."""
         said = {} if self.system is None else {"system": self.system}
-        return {"template": self.parsed.text, **said, "label_weight": label_weight}
+        calibrated = self.label_bias is not None
+        return {
+            "template": self.parsed.text,
+            **said,
+            "label_weight": label_weight,
+            "calibrated": calibrated,
+        }
 
     def turns(self, text: str) -> list[dict[str, str]]:
         """As `Task.turns`, behind the system's."""

@@ -1,0 +1,195 @@
+"""``ptuning distill``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import InputError
+from . import console, run_files, training_report
+from .fields import filled
+from .options import (
+    OF_DISTILLING,
+    OF_LEARNER,
+    PANELS,
+    Config,
+    Dtype,
+    Json,
+    KeepEncoder,
+    Model,
+    Output,
+    Overwrite,
+    Population,
+    PopulationGrid,
+    Resume,
+    Separator,
+)
+from .recorded import recorded
+from .train import grid_of, is_open, prompt_of
+
+if TYPE_CHECKING:
+    from ..inference.agreement import Agreement
+
+
+@filled(PANELS, prompt=OF_LEARNER, settings=OF_DISTILLING)
+def distill(
+    context: typer.Context,
+    prompt: dict[str, Any],
+    settings: dict[str, Any],
+    model: Model,
+    teacher: Annotated[
+        Path,
+        typer.Option(
+            help="The long text: instructions, worked examples. With {columns} or [MASK] "
+            "it is a template; else it stands in front of --template's own words (in a chat it is "
+            "the system's turn)."
+        ),
+    ],
+    data: Annotated[
+        str, typer.Option(help="Texts, without answers: JSONL, CSV, Parquet, or a hub data set.")
+    ],
+    output: Output,
+    dev: Annotated[
+        str | None,
+        typer.Option(help="Texts that choose the best epoch. [default: a fifth of --data]"),
+    ] = None,
+    test: Annotated[
+        str | None,
+        typer.Option(
+            help="Texts to compare prompt and teacher on at the end. [default: those that chose]"
+        ),
+    ] = None,
+    label_weight: Annotated[
+        float,
+        typer.Option(help="How much the texts' own labels count, where they have some: 0 to 1."),
+    ] = 0.0,
+    calibrate_teacher: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate-teacher",
+            help="Take back what the teacher prefers whatever the texts say: it is measured on "
+            "them, and the labels taken for equally frequent.",
+        ),
+    ] = False,
+    separator: Separator = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Continue from the vectors of this saved prompt.")
+    ] = None,
+    population: Population = 1,
+    population_grid: PopulationGrid = None,
+    dtype: Dtype = "float32",
+    keep_encoder: KeepEncoder = True,
+    config: Config = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json_output: Json = False,
+) -> None:
+    """Put what a long text makes a model say into a few virtual tokens, without labels.
+
+    The teacher is the same frozen model behind the text. It reads --data once; the prompt learns
+    its probabilities of the label words, or of the tokens that it says. At the end both are
+    compared: answers in common, right answers where there are labels, tokens and time per request.
+
+    Example:
+
+        ptuning distill --model smollm2 --teacher teacher.txt --data texts.jsonl \\
+            --template "[P*20] {text} Kind: [MASK]" --labels who=person,where=place --output out/
+
+    A system prompt of a chat, with free answers:
+
+        ptuning distill --model smollm2 --teacher system.txt --data questions.jsonl \\
+            --template "[P*20] {question}" --chat --answer-tokens 64 --output out/
+    """
+    from .. import distributed
+    from ..backbone.load import check_dtype, load_model
+    from ..data import read_examples
+    from ..data.text import read_text
+    from ..inference.distillation import check_distillation, with_dev
+    from ..inference.distillation import distill as distill_prompt
+    from ..prompts.teacher import Teacher
+    from ..training import checkpoint
+    from ..training.settings import TrainSettings
+
+    with distributed.together(), distributed.locked(output):
+        console.speak_if(distributed.state().is_main_process)
+        how = TrainSettings(**settings)
+        if not distributed.from_main(lambda: is_open(output, resume, overwrite)):
+            console.say(f"{output} holds a finished run; there is nothing to resume")
+            return
+        if prompt["template"] is None and init_from is None:
+            raise InputError(
+                "no --template; it says where columns, virtual tokens and answer stand, for "
+                "example '[P*20] {text} Kind: [MASK]'"
+            )
+        grid = grid_of(population_grid, context.args)
+        text = read_text(teacher)
+        learner = prompt_of(context, prompt, init_from, [])
+        rows = read_examples(data, separator)
+        dev_rows = read_examples(dev, separator) if dev else []
+        rows, dev_rows = with_dev(rows, dev_rows, how.seed)
+        held_out = read_examples(test, separator) if test else dev_rows
+        check_dtype(dtype)
+        long = Teacher.of(text, learner)
+        check_distillation(
+            *(learner, long, rows, dev_rows, held_out, how, population, grid, label_weight),
+            calibrate_teacher=calibrate_teacher,
+        )
+        console.say(f"loading {model}")
+        base, tokenizer = load_model(model, dtype=dtype)
+        count = len(tokenizer(text)["input_ids"])
+        console.say(f"the teacher ({count:,} tokens) reads {len(rows) + len(dev_rows)} texts")
+        run_file = run_files.as_yaml(run_files.settings_of(context))
+        with recorded(output, run_file, overwrite, "distill") as listener:
+            result = distill_prompt(
+                base,
+                tokenizer,
+                learner,
+                rows,
+                dev_rows,
+                teacher=text,
+                test=held_out,
+                label_weight=label_weight,
+                calibrate_teacher=calibrate_teacher,
+                output=output,
+                resume=resume,
+                settings=how,
+                population=population,
+                grid=grid,
+                listener=listener,
+            )
+
+        def end() -> None:
+            beside = result.agreement.to_dict()
+            report = training_report.save(
+                output, learner, result.training, keep_encoder, more={"teacher": beside}
+            )
+            if result.training.complete:
+                checkpoint.delete_all(output)
+            if json_output:
+                console.print_json(report)
+            else:
+                training_report.tell(output, learner, result.training, test or dev or data)
+                _tell(result.agreement, "held out" if test else "that chose the epoch")
+
+        distributed.from_main(end)
+
+
+def _tell(found: Agreement, which: str) -> None:
+    """What became of the teacher's answers, and what is saved."""
+    share = console.percent(found.agreement)
+    console.tell(f"{share} % of {found.examples} texts {which} are answered as the teacher does")
+    if found.accuracy is not None and found.teacher_accuracy is not None:
+        ours, theirs = map(console.percent, (found.accuracy, found.teacher_accuracy))
+        console.tell(f"right: prompt {ours} %, teacher {theirs} %")
+    line = (
+        f"a request: {found.tokens:.0f} tokens instead of {found.teacher_tokens:.0f}, "
+        f"{1000 * found.seconds:.0f} ms instead of {1000 * found.teacher_seconds:.0f}"
+    )
+    if found.kept_seconds is not None:
+        line += (
+            f" ({1000 * found.kept_seconds:.0f} with the teacher's keys and values kept, "
+            f"{found.kept_bytes / 2**20:.1f} MiB)"
+        )
+    console.tell(line)
