@@ -21,6 +21,8 @@ COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[
 FILLED = [
     ("train", options.OF_PROMPT),
     ("train", options.OF_TRAINING),
+    ("distill", options.OF_LEARNER),
+    ("distill", options.OF_DISTILLING),
     ("lama", options.OF_LAMA),
     ("lama", options.OF_LAMA_TRAINING),
     ("superglue", options.OF_SUPERGLUE),
@@ -79,13 +81,13 @@ def test_no_option_lost_its_name(command: str) -> None:
     assert {f"--{name}" for name in EARLIER[command].split()} <= names
 
 
-@pytest.mark.parametrize("command", EARLIER)
+@pytest.mark.parametrize("command", [*EARLIER, "distill"])
 def test_every_option_stands_under_a_heading(command: str) -> None:
     assert {p.rich_help_panel for p in _params(command).values()} <= set(options.PANELS)
 
 
 def test_headings_name_options_that_there_are() -> None:
-    there = {name for command in EARLIER for name in _params(command)}
+    there = {name for command in (*EARLIER, "distill") for name in _params(command)}
     assert {name for names in options.PANELS.values() for name in names} <= there
 
 

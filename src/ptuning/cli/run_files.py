@@ -28,7 +28,7 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
     """
     if path is None:
         return None
-    values = _read(path)
+    values = read(path)
     names = {p.name: p for p in context.command.params if p.name not in _NOT_SAVED}
     defaults: dict[str, Any] = {}
     for key, value in values.items():
@@ -59,7 +59,7 @@ _Scalars.add_implicit_resolver(
 )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     """Option -> value; labels are text as it stands there.
 
     Raises:

@@ -26,10 +26,25 @@ def find_settings(context: typer.Context, param: typer.CallbackParam, value: Any
         return value
     check_resumable(output)
     if (output / SETTINGS).is_file():
+        _check_command(output, context.info_name)
         before = context.default_map or {}
         run_files.use_config(context, output / SETTINGS)
         context.default_map = {**(context.default_map or {}), **before}
     return value
+
+
+def _check_command(output: Path, command: str | None) -> None:
+    """Only `distill` has a teacher, and goes on with a run that has one.
+
+    Raises:
+        InputError: the run there is another command's.
+    """
+    taught = "teacher" in run_files.read(output / SETTINGS)
+    own, what = ("distill", "a distillation") if taught else ("train", "a training")
+    if command != own:
+        raise InputError(
+            f"the run in --output {output} is {what}: ptuning {own} --output {output} --resume"
+        )
 
 
 def is_finished(output: Path) -> bool:

@@ -1,0 +1,379 @@
+"""A prompt learns what the frozen model says behind a long text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ptuning
+from ptuning.backbone.base_model import BaseModel
+from ptuning.errors import DataError, InputError
+from ptuning.forward.engine import Engine
+from ptuning.forward.plain import by_label, word_scores
+from ptuning.inference.agreement import compare
+from ptuning.inference.teaching import lessons, measured_bias, teacher_renderer
+from ptuning.prompts.teacher import Teacher
+
+from .. import tiny
+
+WORDS = {"yes": "yes", "no": ["not", "no"], "maybe": "Berlin"}
+LONG = {"yes": "yes, it does", "no": "is not"}
+TEACHER = (
+    "The capital of France is Paris. Answer: yes\n\nDoes it rain in Oslo? Answer: not\n\n"
+    "Vienna and Madrid are cities of Europe. Answer: Berlin\n"
+)
+TEMPLATE = "[P*4] {text} Answer: [MASK]"
+TEXTS = [
+    {"text": f"{start} {end}"}
+    for start in ("Paris is", "it rains", "Rome and", "she", "Question:", "Lisbon", "Oslo")
+    for end in ("of France", "in 2024", "not a city!")
+]
+FAMILIES = ("llama", "gpt2", "gemma2", "bert", "modernbert", "t5", "bart")
+
+
+def sharp(family: str, tokenizer: Any, **changes: Any) -> Any:
+    """A random model that is sure of what it says, and says something else to each text."""
+    model = tiny.model(family, vocab_size=len(tokenizer), **changes)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1 and "position" not in name:
+                weight *= 6 if family in ("t5", "bart") else 4
+    return model
+
+
+def prompt_of(template: str = TEMPLATE, **settings: Any) -> ptuning.Prompt:
+    settings = {"verbalizer": WORDS, **settings}
+    return ptuning.Prompt(template, **settings)
+
+
+def distilled(
+    family: str, prompt: ptuning.Prompt, teacher: str = TEACHER, **options: Any
+) -> tuple[Any, Any, ptuning.Distillation]:
+    tokenizer = tiny.tokenizer()
+    model = options.pop("model", None) or tiny.model(family, vocab_size=len(tokenizer))
+    rows, dev = options.pop("rows", TEXTS), options.pop("dev", ())
+    options = {"epochs": 2, "verbose": False, **options}
+    result = ptuning.distill(model, tokenizer, prompt, rows, dev, teacher=teacher, **options)
+    return model, tokenizer, result
+
+
+def engine_of(family: str, model: Any = None) -> tuple[Any, Any, Engine]:
+    tokenizer = tiny.tokenizer()
+    model = model or tiny.model(family, vocab_size=len(tokenizer))
+    return model, tokenizer, Engine(BaseModel.of(model, tokenizer))
+
+
+# What a teacher is.
+
+
+@pytest.mark.parametrize(
+    ("text", "template"),
+    [
+        ("Say what it is.\n", "Say what it is.\n\n{text} Answer: [MASK]"),
+        ("Text: {text}\nSo: [MASK]\n", "Text: {text}\nSo: [MASK]"),
+        ("About {text} I say", "About {text} I say"),
+        ("{{json}} and [[P]]", "{{json}} and [[P]]\n\n{text} Answer: [MASK]"),
+    ],
+)
+def test_a_text_stands_in_front_of_the_prompt_s_words_or_is_a_template(
+    text: str, template: str
+) -> None:
+    teacher = Teacher.of(text, prompt_of(special_tokens="after", max_length=30))
+    assert teacher.template == template
+    assert teacher.labels == prompt_of().labels
+    assert teacher.special_tokens == "around" and teacher.max_length is None
+
+
+def test_in_a_chat_a_text_is_the_system_s_turn() -> None:
+    teacher = Teacher.of("Be {{brief}}.\n", prompt_of("[P*4] {text}", chat=True))
+    assert (teacher.system, teacher.template) == ("Be {brief}.", "{text}")
+    assert teacher.turns("x") == [
+        {"role": "system", "content": "Be {brief}."},
+        {"role": "user", "content": "x"},
+    ]
+    assert Teacher.of("Be brief: {text}", prompt_of("[P] {text}", chat=True)).system is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (" \n", "the teacher is empty"),
+        ("[P*3] {text}", "the teacher has virtual tokens"),
+        ("Answer: [MASK]", "names no column"),
+        ("a { brace", "the teacher: template column 3"),
+    ],
+)
+def test_what_is_no_teacher_is_refused(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Teacher.of(text, prompt_of())
+
+
+# What a teacher says.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("words", [WORDS, LONG], ids=["short", "long"])
+def test_its_shares_are_those_of_the_model_that_reads_the_whole_text(
+    family: str, words: Any
+) -> None:
+    model, tokenizer, engine = engine_of(family)
+    teacher = Teacher.of(TEACHER, prompt_of(verbalizer=words))
+    said = lessons(engine, teacher_renderer(engine, teacher), TEXTS)
+    plain = Engine(BaseModel.of(model, tokenizer), plain=True)
+    renderer = plain.renderer(teacher)
+    for row, lesson in zip(TEXTS, said, strict=True):
+        example = renderer(row, answered=False)
+        batch = plain.batch([(example, 0)], [0])
+        with torch.no_grad():
+            scores = word_scores(plain.logits(batch), batch, len(renderer.owner))
+        shares = by_label(scores, torch.tensor(renderer.owner))[0].softmax(0)
+        torch.testing.assert_close(torch.from_numpy(lesson.shares), shares, atol=1e-5, rtol=0)
+        assert lesson.answer == list(words)[int(shares.argmax())]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt", "t5", "bart"])
+@pytest.mark.parametrize("ends", [True, False])
+def test_its_free_answers_are_what_the_model_generates(family: str, ends: bool) -> None:
+    tokenizer = tiny.tokenizer()
+    model, _, engine = engine_of(family, sharp(family, tokenizer))
+    prompt = ptuning.Prompt("[P*4] {text}", answer_tokens=5, answer_end=ends)
+    teacher = Teacher.of(TEACHER, prompt)
+    said = lessons(engine, teacher_renderer(engine, teacher), TEXTS)
+    texts = ptuning.predict(model, tokenizer, teacher, TEXTS)
+    assert [lesson.answer for lesson in said] == texts
+    assert len({lesson.tokens for lesson in said}) > 1
+    plain = Engine(BaseModel.of(model, tokenizer), plain=True)
+    renderer = plain.renderer(teacher)
+    for row, lesson in zip(TEXTS, said, strict=True):
+        (one,) = renderer(row, answered=False).sequences
+        answered = ptuning.Rendered((replace(one, answer=lesson.tokens),))
+        with torch.no_grad():
+            shares = plain.logits(plain.batch([(answered, 0)], [0]))[0].softmax(-1)
+        assert shares.argmax(-1).tolist() == list(lesson.tokens)
+        likely = shares.gather(1, torch.from_numpy(lesson.likely))
+        torch.testing.assert_close(torch.from_numpy(lesson.shares), likely, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("words", [WORDS, LONG], ids=["short", "long"])
+def test_its_text_is_read_once(words: Any) -> None:
+    model, _, engine = engine_of("llama")
+    renderer = teacher_renderer(engine, Teacher.of(TEACHER, prompt_of(verbalizer=words)))
+    computed: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda _, args, values: computed.append(values["input_ids"].numel()), with_kwargs=True
+    )
+    lessons(engine, renderer, TEXTS, batch_size=4)
+    rows = [renderer(row, answered=False).sequences for row in TEXTS]
+    assert rows[0][0].opening > 40 and engine.store is not None and engine.store.computed == 1
+    assert sum(computed) < sum(len(one.ids) for row in rows for one in row) / 2
+
+
+def test_a_system_s_turn_is_read_once() -> None:
+    model, tokenizer, _ = engine_of("llama")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>answer:"
+    )
+    teacher = Teacher.of(TEACHER, ptuning.Prompt("[P] {text}", chat=True, answer_tokens=3))
+    renderer = teacher_renderer(Engine(BaseModel.of(model, tokenizer)), teacher)
+    examples = [renderer(row, answered=False).sequences[0] for row in TEXTS]
+    assert tokenizer.decode(examples[0].ids).startswith(f"<s>system: {TEACHER.strip()}</s>")
+    openings = {one.ids[: one.opening] for one in examples}
+    assert len(openings) <= 2 and min(map(len, openings)) > 60  # the last word may begin a token
+    said = lessons(Engine(BaseModel.of(model, tokenizer)), renderer, TEXTS)
+    assert [one.answer for one in said] == ptuning.predict(model, tokenizer, teacher, TEXTS)
+
+
+def test_labels_of_the_rows_are_mixed_in() -> None:
+    _, _, engine = engine_of("llama")
+    renderer = teacher_renderer(engine, Teacher.of(TEACHER, prompt_of()))
+    rows = [{**TEXTS[0], "label": "maybe"}, {**TEXTS[1], "label": None}, TEXTS[2]]
+    plain, mixed = lessons(engine, renderer, rows), lessons(engine, renderer, rows, 0.75)
+    expected = torch.from_numpy(plain[0].shares) / 4 + torch.tensor([0, 0, 0.75])
+    torch.testing.assert_close(torch.from_numpy(mixed[0].shares), expected)
+    assert mixed[0].answer == "maybe"
+    for one, other in zip(plain[1:], mixed[1:], strict=True):
+        assert one.shares.tolist() == other.shares.tolist()
+
+
+def test_a_calibrated_teacher_takes_the_labels_for_equally_frequent() -> None:
+    tokenizer = tiny.tokenizer()
+    model, _, engine = engine_of("llama", sharp("llama", tokenizer))
+    teacher = Teacher.of(TEACHER, prompt_of())
+    plain = lessons(engine, teacher_renderer(engine, teacher), TEXTS)
+    teacher.label_bias = measured_bias(plain, teacher)
+    told = lessons(engine, teacher_renderer(engine, teacher), TEXTS)
+    mean = torch.from_numpy(sum(one.shares for one in plain)) / len(TEXTS)
+    for one, other in zip(plain, told, strict=True):
+        expected = torch.from_numpy(one.shares) / mean
+        shares = torch.from_numpy(other.shares)
+        torch.testing.assert_close(shares, expected / expected.sum(), atol=1e-5, rtol=0)
+    prompt = prompt_of()
+    distilled("llama", prompt, model=model, calibrate_teacher=True)
+    assert prompt.label_bias is None and prompt.training["teacher"]["calibrated"]
+
+
+# What a prompt learns.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_learns_labels_of_every_kind_of_model(family: str) -> None:
+    tokenizer = tiny.tokenizer()
+    prompt = prompt_of(encoder="none")
+    model, _, result = distilled(
+        family, prompt, model=sharp(family, tokenizer), epochs=12, learning_rate=0.003
+    )
+    losses = [record["loss"] for record in result.training.history]
+    assert min(losses) < losses[0] and all(loss > -1e-6 for loss in losses)
+    teacher = Teacher.of(TEACHER, prompt)
+    answers = [ptuning.predict(model, tokenizer, task, TEXTS) for task in (prompt, teacher)]
+    found = compare(model, tokenizer, prompt, teacher, TEXTS)
+    same = [a == b for a, b in zip(*answers, strict=True)]
+    assert found.agreement == sum(same) / len(same)
+    assert found.teacher_tokens - found.tokens == pytest.approx(
+        len(tokenizer(TEACHER.strip() + "\n\n")["input_ids"]) - 4, abs=1
+    )
+    assert (found.kept_seconds is not None) == (family in tiny.CAUSAL)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bart"])
+def test_a_prompt_learns_free_answers(family: str) -> None:
+    tokenizer = tiny.tokenizer()
+    prompt = ptuning.Prompt("[P*4] {text}", answer_tokens=3, encoder="none")
+    _, _, result = distilled(
+        family, prompt, model=sharp(family, tokenizer), epochs=12, learning_rate=0.1
+    )
+    losses = [record["loss"] for record in result.training.history]
+    assert min(losses) < losses[0] and prompt.answer_tokens == 3
+
+
+@pytest.mark.parametrize("settings", [{}, {"answer_tokens": 4, "verbalizer": None}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_who_has_the_teacher_s_very_text_agrees_with_it(
+    family: str, settings: dict[str, Any]
+) -> None:
+    """A virtual token that begins as a word, in the place of that word."""
+    template = f"{TEACHER.strip()}\n\n{{text}} Answer:[P: the] [MASK]"
+    prompt = prompt_of(template, encoder="none", **settings)
+    tokenizer = tiny.tokenizer()
+    teacher = f"{TEACHER.strip()}\n\n{{text}} Answer: the [MASK]"
+    model = sharp(family, tokenizer)
+    _, _, result = distilled(family, prompt, teacher, model=model, epochs=1, learning_rate=1e-9)
+    assert result.agreement.agreement == 1
+    assert result.training.best["dev_accuracy"] == 1
+    assert result.training.best["dev_loss"] == pytest.approx(0, abs=1e-5)
+
+
+def test_members_of_a_population_learn_as_alone_and_the_grid_competes() -> None:
+    prompt = prompt_of()
+    grid = {"learning_rate": [1e-3, 3e-3], "encoder": ["mlp", "none"]}
+    options: dict[str, Any] = {"halving": False, "patience": 0}
+    _, _, result = distilled("llama", prompt, grid=grid, **options)
+    assert len(result.training.members) == 4
+    alone = prompt_of(encoder="none")
+    _, _, own = distilled("llama", alone, learning_rate=3e-3, **options)
+    (member,) = (
+        m
+        for m in result.training.members
+        if (m["name"]["learning_rate"], m["name"]["encoder"]) == (3e-3, "none")
+    )
+    assert member["best"]["dev_loss"] == pytest.approx(own.training.best["dev_loss"], abs=1e-5)
+
+
+def test_the_model_stays_as_it_is_and_rows_need_no_label_that_is_known() -> None:
+    tokenizer = tiny.tokenizer()
+    model = tiny.model("llama", vocab_size=len(tokenizer))
+    before = tiny.weights(model)
+    rows = [{**row, "label": "something else"} for row in TEXTS]
+    dev = [{**row, "label": "yes"} for row in TEXTS[:6]]
+    prompt = prompt_of()
+    _, _, result = distilled("llama", prompt, model=model, rows=rows, dev=dev)
+    assert all(torch.equal(before[name], weight) for name, weight in tiny.weights(model).items())
+    found = result.agreement
+    assert found.examples == 6 and None not in (found.accuracy, found.teacher_accuracy)
+    assert prompt.training["teacher"]["template"].startswith(TEACHER.strip())
+    assert json.loads(json.dumps(found.to_dict()))["agreement"] == found.agreement
+
+
+def test_a_training_that_is_stopped_goes_on_to_the_same_numbers(
+    tmp_path: Path, on_cpu: None, ctrl_c_after: Any
+) -> None:
+    options: dict[str, Any] = {"epochs": 3, "checkpoint_seconds": 0, "population": 2}
+    whole = prompt_of()
+    distilled("llama", whole, **options)
+    ctrl_c_after(3)
+    with pytest.raises(KeyboardInterrupt):
+        distilled("llama", prompt_of(), output=tmp_path, **options)
+    ctrl_c_after(None)
+    with pytest.raises(InputError, match="cannot resume: the teacher differs"):
+        distilled("llama", prompt_of(), "Another text.", output=tmp_path, resume=True, **options)
+    tokenizer = tiny.tokenizer()
+    model = tiny.model("llama", vocab_size=len(tokenizer))
+    labelled = [{**row, "label": "yes"} for row in TEXTS]
+    with pytest.raises(InputError, match="cannot resume"):
+        ptuning.train(
+            model, tokenizer, prompt_of(), labelled, output=tmp_path, resume=True, **options
+        )
+    resumed = prompt_of()
+    distilled("llama", resumed, output=tmp_path, resume=True, **options)
+    assert torch.equal(resumed.trained_vectors(), whole.trained_vectors())
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "message"),
+    [
+        ({}, {"teacher": "About {topic}: {text} [MASK]"}, "the teacher names the column 'topic'"),
+        ({}, {"teacher": "word " * 400}, "the teacher alone has"),
+        ({}, {"teacher": ""}, "the teacher is empty"),
+        ({}, {"rows": TEXTS[:9]}, "9 texts, and none to choose the epoch by"),
+        ({}, {"rows": []}, "0 texts"),
+        ({}, {"tune_model": True}, "tune_model is not for distilling"),
+        ({}, {"calibrate": "batch"}, "leave calibrate out"),
+        ({}, {"label_weight": 1.5}, "label_weight is 1.5; give a share, 0 to 1"),
+        ({}, {"label_weight": 0.5}, "no text has one"),
+        ({}, {"test": [{"text": "x", "label": "green"}]}, "the label 'green' is not"),
+        ({}, {"test": [{"other": "x"}]}, "names the column 'text'"),
+        ({}, {"epoch": 3}, "unknown training setting 'epoch'"),
+        ({"label_mode": "vocabulary"}, {}, "distilling compares label words"),
+        ({"verbalizer": None}, {}, "how long may the teacher's answers be"),
+        ({"verbalizer": None, "answer_tokens": 3}, {"label_weight": 0.5}, "label_weight mixes"),
+        (
+            {"verbalizer": None, "answer_tokens": 3},
+            {"calibrate_teacher": True},
+            "calibrate_teacher is for labels",
+        ),
+        (
+            {"verbalizer": None, "answer_tokens": 3},
+            {"family": "bert"},
+            "a masked model teaches label words only",
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_wrong_input_is_refused_before_a_step(
+    settings: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    prompt, options = prompt_of(**settings), dict(options)
+    heard: list[Any] = []
+    with pytest.raises((InputError, DataError), match=message):
+        distilled(options.pop("family", "llama"), prompt, listener=heard.append, **options)
+    assert not heard and prompt.vectors is None
+
+
+def test_a_chat_without_a_system_s_turn_is_told() -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    model = tiny.model("llama", vocab_size=len(tokenizer))
+    prompt = ptuning.Prompt("[P*4] {text}", chat=True, answer_tokens=3)
+    with pytest.raises(InputError, match=r"no turns of system and user \(no system role\)"):
+        ptuning.distill(model, tokenizer, prompt, TEXTS, teacher="Be brief.", verbose=False)
