@@ -336,6 +336,7 @@ def test_a_training_that_is_stopped_goes_on_to_the_same_numbers(
         ({}, {"rows": []}, "0 texts"),
         ({}, {"tune_model": True}, "tune_model is not for distilling"),
         ({}, {"calibrate": "batch"}, "leave calibrate out"),
+        ({}, {"folds": 3}, "leave folds out"),
         ({}, {"label_weight": 1.5}, "label_weight is 1.5; give a share, 0 to 1"),
         ({}, {"label_weight": 0.5}, "no text has one"),
         ({}, {"test": [{"text": "x", "label": "green"}]}, "the label 'green' is not"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
-from . import console, run_files, training_report
+from . import console, loading, run_files, training_report
 from .fields import filled
 from .options import (
     OF_DISTILLING,
@@ -136,11 +136,13 @@ def distill(
             *(learner, long, rows, dev_rows, held_out, how, population, grid, label_weight),
             calibrate_teacher=calibrate_teacher,
         )
-        console.say(f"loading {model}")
+        instead = ("float32", "--mixed-precision takes the weights as they are")
+        mixed = how.mixed_precision != "no"
+        dtype = loading.chosen(model, dtype, instead if mixed else None, usual=True)
         base, tokenizer = load_model(model, dtype=dtype)
         count = len(tokenizer(text)["input_ids"])
         console.say(f"the teacher ({count:,} tokens) reads {len(rows) + len(dev_rows)} texts")
-        run_file = run_files.as_yaml(run_files.settings_of(context))
+        run_file = run_files.as_yaml({**run_files.settings_of(context), "dtype": dtype})
         with recorded(output, run_file, overwrite, "distill") as listener:
             result = distill_prompt(
                 base,

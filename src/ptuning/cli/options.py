@@ -174,6 +174,7 @@ OF_DISTILLING = Fields(
     "Training",
     left_out={
         **dict.fromkeys(("tune_model", "model_learning_rate"), "the teacher is the model as it is"),
+        "folds": "texts without labels are many: some of them choose",
         "calibrate": "the prompt learns the teacher's shares of the labels: --calibrate-teacher",
     },
 )

@@ -197,6 +197,10 @@ def check_distillation(
         )
     if not isinstance(label_weight, int | float) or not 0 <= label_weight <= 1:
         raise InputError(f"label_weight is {label_weight!r}; give a share, 0 to 1")
+    if settings.folds:
+        raise InputError(
+            "folds are for few labels, and texts without labels are many; leave folds out"
+        )
     if settings.calibrate != "none":
         raise InputError(
             "a distilled prompt learns the teacher's shares of the labels; leave calibrate out, or "
