@@ -21,6 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -129,7 +130,23 @@ class Fuzz:
             self.model, self.tokenizer, prompt, ROWS, output=folder / "training", **options
         )
         prompt.save(folder / "both")
+        self._ensemble(prompt).save(folder / "ensemble")
         shutil.copytree(folder / "both", folder / "peft", ignore=shutil.ignore_patterns("prompt.*"))
+
+    @staticmethod
+    def _ensemble(trained: ptuning.Prompt) -> ptuning.Prompt:
+        """Two members that compare labels, with a bias."""
+        words: Any = {"a": "Paris", "b": ["Rome", "it is"]}
+        first, other = (
+            ptuning.Prompt(
+                "[P*3]{country}: [MASK]",
+                verbalizer=words,
+                vectors=trained.vectors,
+                base_model=trained.base_model,
+            )
+            for _ in range(2)
+        )
+        return replace(first, others=[other], label_bias={"a": 0.5, "b": -1.0})
 
     def case(self, number: int) -> str | None:
         """What is wrong with a case, or None."""
@@ -151,7 +168,7 @@ class Fuzz:
         return None
 
     def _prompt(self, place: Path, numbers: random.Random) -> str:
-        shutil.copytree(self.folder / numbers.choice(["both", "both", "peft"]), place)
+        shutil.copytree(self.folder / numbers.choice(["both", "ensemble", "peft"]), place)
         damaged = numbers.choice(sorted(p for p in place.iterdir() if p.suffix != ".md"))
         content = damaged.read_bytes()
         if damaged.suffix == ".json":

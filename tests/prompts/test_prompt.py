@@ -359,6 +359,12 @@ def test_an_ensemble_is_one_folder_of_version_two(tmp_path: Path) -> None:
     same(ptuning.Prompt.load(tmp_path), whole.alone())
 
 
+def test_members_that_share_a_tensor_are_saved(tmp_path: Path) -> None:
+    one = trained()
+    dataclasses.replace(one, others=[one]).save(tmp_path)
+    same(*ptuning.Prompt.load(tmp_path).members)
+
+
 def test_a_damaged_member_is_noticed(tmp_path: Path) -> None:
     ensemble().save(tmp_path)
     members = description_of(tmp_path)["ensemble"]

@@ -239,7 +239,8 @@ class Prompt(PromptSettings):
         tensors |= {f"module.{name}": w for name, w in self.modules.items()}
         for number, other in enumerate(self.others, 1):
             formats.check_numbers(other.trained_vectors(), f"member {number}: vectors")
-            tensors[prompt_files.of_member(number)] = other.trained_vectors().float()
+            own = other.trained_vectors().float().clone()  # members may share a tensor
+            tensors[prompt_files.of_member(number)] = own
         base = self.base_model
         description = {
             "num_virtual_tokens": len(vectors),
@@ -296,7 +297,7 @@ class Prompt(PromptSettings):
             prompt.base_model = prompt_files.found_in(folder, prompt.base_model)
             fingerprint(prompt.base_model)
         for number, other in enumerate(prompt.others, 1):
-            other.base_model = prompt.base_model
+            other.base_model, other.encoder_weights = prompt.base_model, None
             other.vectors = tensors[prompt_files.of_member(number)]
         prompt.vectors = tensors["vectors"]
         prompt.encoder_weights = prompt_files.starting(tensors, "encoder.") or None

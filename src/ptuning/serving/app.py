@@ -232,6 +232,7 @@ def _summary(served: Served) -> dict[str, Any]:
         "chat": prompt.chat,
         "answer_tokens": prompt.answer_tokens,
         "num_virtual_tokens": len(prompt.trained_vectors()),
+        "members": len(prompt.members),
         "base_model": shown_name(str(prompt.base_model.get("name") or "")),
         "training": prompt.training,
     }
