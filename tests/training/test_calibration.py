@@ -150,6 +150,13 @@ def test_a_merged_model_says_the_bias_and_pefts_files_cannot() -> None:
     front.vectors = prompt.vectors
     with pytest.warns(UserWarning, match="no place for the prompt's label bias"):
         exports.export(front, base, "peft")
+    in_front = fresh(template="[P*4]{text} [MASK]", special_tokens="after")
+    in_front.vectors = prompt.vectors
+    assert "adapter_config.json" in in_front.files(".")
+    in_front.label_bias = prompt.label_bias
+    assert "adapter_config.json" not in in_front.files(".")  # they would mean something else
+    with pytest.warns(UserWarning, match="no place for the prompt's label bias"):
+        assert "adapter_config.json" in in_front.files(".", peft=True)
 
 
 def test_an_ensembles_bias_is_not_its_best_members() -> None:

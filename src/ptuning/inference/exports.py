@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import io
 import re
-import warnings
 from collections.abc import Callable
 from itertools import groupby
 from typing import Any
@@ -88,12 +87,7 @@ def _peft(prompt: Prompt, base: BaseModel) -> dict[str, bytes]:
             "PEFT puts virtual tokens in front of everything, special tokens too, and this prompt "
             f"has them elsewhere: {prompt.template}; merge it instead (ptuning merge)"
         )
-    if prompt.label_bias:
-        warnings.warn(
-            "PEFT's files have no place for the prompt's label bias, so its labels are compared "
-            "without; add prompt.label_bias to their log-probabilities yourself",
-            stacklevel=3,
-        )
+    peft_files.tell_of_bias(prompt.label_bias)
     vectors = prompt.trained_vectors().float()
     config = prompt.encoder_config(vectors.shape[1])
     return peft_files.pack(vectors, config, base.kind)

@@ -9,6 +9,7 @@ the whole input and nothing else.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,6 +26,16 @@ _MODULE = "base_model."
 NAMES = (WEIGHTS_NAME, CONFIG_NAME)
 TASK_TYPES = {"causal": TaskType.CAUSAL_LM, "seq2seq": TaskType.SEQ_2_SEQ_LM}
 """PEFT has no P-tuning for masked LMs, and without a task type it leaves the prompt out."""
+
+
+def tell_of_bias(bias: Mapping[str, float] | None) -> None:
+    """Warn that PEFT's files say nothing of a label bias."""
+    if bias:
+        warnings.warn(
+            "PEFT's files have no place for the prompt's label bias, so its labels are compared "
+            "without; add prompt.label_bias to their log-probabilities yourself",
+            stacklevel=4,
+        )
 
 
 def pack(

@@ -217,8 +217,10 @@ class Prompt(PromptSettings):
         vectors = self.trained_vectors().float()
         kind = self.base_model.get("kind", "causal")
         fits_peft = self.special_tokens == "after" and kind in peft_files.TASK_TYPES
-        if (fits_peft and not self.others) if peft is None else peft:
+        means_the_same = fits_peft and not self.others and not self.label_bias
+        if means_the_same if peft is None else peft:
             self.check_alone("written in PEFT's form")
+            peft_files.tell_of_bias(self.label_bias)
             config = self.encoder_config(vectors.shape[1])
             content |= peft_files.pack(vectors, config, kind)
         return content
