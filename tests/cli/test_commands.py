@@ -174,8 +174,7 @@ def test_training_goes_on_from_a_saved_prompt(train: Run, here: Path) -> None:
     assert more[0]["loss"] < first[0]["loss"]
     code, _, err = train(init_from="out", output="longer", template="[P*9] {country} [MASK]")
     assert code == 0, err
-    longer = json.loads(Path("longer/result.json").read_text())["history"]
-    assert longer[0]["loss"] < first[0]["loss"]
+    assert json.loads(Path("longer/prompt.json").read_text())["num_virtual_tokens"] == 9
 
 
 def test_json_goes_to_stdout_alone(train: Run) -> None:
