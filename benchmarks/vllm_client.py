@@ -98,6 +98,12 @@ def compared(
             speed = asyncio.run(load(merged if has else base, prompts, clients))
             if number >= 0:  # the first warms up
                 speeds[has].append(speed)
+        if number >= 0:
+            ratio = speeds[True][-1] / speeds[False][-1]
+            print(
+                f"round {number}: base {speeds[False][-1]:.2f}, merged / base {ratio:.3f}",
+                flush=True,
+            )
     return speeds[False], speeds[True]
 
 

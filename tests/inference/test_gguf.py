@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
 
 import ptuning
 from ptuning import InputError, Merged, Prompt
 from ptuning.backbone.base_model import BaseModel
+from ptuning.inference import gguf_tokenizer
 from ptuning.inference.gguf_file import save_gguf, write_gguf
 from ptuning.prompts.task import fill
 
@@ -225,6 +227,31 @@ def test_llama_cpp_answers_as_transformers(name: str, tmp_path: Path) -> None:
             asked = {"content": text, "add_special": True, "parse_special": True}
             assert ask("/tokenize", asked)["tokens"] == ids
             _said_alike(ask, merged.model, ids, virtual, 5e-2 if name == "gpt2" else 1e-4)
+
+
+@pytest.mark.parametrize("way", list(gguf_tokenizer._WAYS))
+def test_llama_cpp_cuts_text_into_the_same_ids(way: str, tmp_path: Path) -> None:
+    steps, whole_words = gguf_tokenizer._WAYS[way]
+    told = json.loads(tiny.tokenizer().backend_tokenizer.to_str())
+    told["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    told["normalizer"] = {"type": "NFC"} if way == "qwen2" else None
+    told["model"]["ignore_merges"] = whole_words
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(told)), bos_token="<s>", eos_token="</s>"
+    )
+    model = tiny.model("llama")
+    prompt = Prompt("[P*2] {country} is [P] [MASK]")
+    prompt.vectors = torch.randn(3, 32)
+    prompt.base_model = BaseModel.of(model, tokenizer).describe()
+    merged = ptuning.merge(model, tokenizer, {"cap": prompt})
+    write_gguf(merged, tmp_path / "model.gguf")
+    readme = Path(__file__).parents[2] / "README.md"
+    texts = [fill(merged.prompts["cap"]["text"], row) for row in ROWS]
+    texts += ["IT'S 12345 o'clock, we'LL\r\n\r\n go", readme.read_text()[:4000]]
+    with _llama_cpp(tmp_path / "model.gguf") as ask:
+        for text in texts:
+            asked = {"content": text, "add_special": True, "parse_special": True}
+            assert ask("/tokenize", asked)["tokens"] == merged.tokenizer(text)["input_ids"]
 
 
 def test_llama_cpp_chats_with_a_prompt_by_its_name(tmp_path: Path) -> None:
