@@ -30,12 +30,51 @@ import memory
 import report
 import torch
 from limits import MatmulRate, flops, synchronize
+from predicting import classify_many, generate
 from torch.utils._python_dispatch import TorchDispatchMode
 from workloads import CPU_ROWS, GPU_ROWS, Row, Workload
 
 from ptuning import load_model
 from ptuning.backbone.fetched import fetch
 
+CPU_ROWS |= {
+    "predict_texts": Row(
+        "32 texts of 64 tokens, prompt in front, two labels, from text to answers",
+        lambda b, c: classify_many(b, c, 32),
+        most=3,
+    ),
+    "predict_mixed": Row(
+        "the same by 16 prompts, each text by one of them, against PEFT's adapters in turn",
+        lambda b, c: classify_many(b, c, 32, prompts=16),
+        most=3,
+    ),
+    "predict_generate": Row(
+        "32 tokens behind each of 4 texts of 64 tokens, prompt in front, greedy",
+        lambda b, c: generate(b, c, 4),
+        most=3,
+    ),
+}
+GPU_ROWS |= {
+    "gpu_predict_texts": Row(
+        "135M shape: 10,000 texts of 64 tokens, prompt in front, two labels, from text to answers, "
+        "256 a batch",
+        lambda b, c: classify_many(b, c, 10_000, size=256),
+        "135m",
+        most=3,
+    ),
+    "gpu_predict_mixed": Row(
+        "the same by 16 prompts, each text by one of them, against PEFT's adapters in turn",
+        lambda b, c: classify_many(b, c, 10_000, prompts=16, size=256),
+        "135m",
+        most=3,
+    ),
+    "gpu_predict_generate": Row(
+        "135M shape: 32 tokens behind each of 64 texts of 64 tokens, prompt in front, greedy",
+        lambda b, c: generate(b, c, 64),
+        "135m",
+        most=3,
+    ),
+}
 _MEMORY = "peak memory of a training with the prompt after the text, sizes as above"
 WORK = {
     **{name: row.work for name, row in list(CPU_ROWS.items())[:3]},
@@ -241,7 +280,7 @@ def main() -> None:
     if set(names) - set(NAMES[options.device]):
         parser.error(f"rows of --device {options.device}: {', '.join(NAMES[options.device])}")
     cpu = options.device == "cpu"
-    base = load_model(str(fetch("smollm2")))[0] if cpu else None
+    base = load_model(str(fetch("smollm2")), dtype="float32")[0] if cpu else None
     figures, failed = [], []
     started, minutes = time.monotonic(), options.minutes or (math.inf if cpu else 4)
     for name in names:

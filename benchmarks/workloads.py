@@ -39,7 +39,7 @@ class Workload:
     our_parts: list[Part]
     their_parts: list[Part]
     tokens: int
-    side: Ours
+    side: Any
 
 
 def texts(model: Any, rows: int, tokens: int) -> Tensor:

@@ -26,13 +26,14 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from .inference.agreement import Agreement
+    from .inference.answering import Prediction
     from .inference.attachment import Attachment, attach
     from .inference.distillation import Distillation, distill
     from .inference.evaluation import Evaluation, evaluate
     from .inference.merged_files import Merged
     from .inference.merging import merge
     from .inference.nearest_words import Neighbours, nearest_words
-    from .inference.prediction import Prediction, predict, predict_details
+    from .inference.prediction import predict, predict_details
     from .prompts.encoder import PromptEncoder
     from .prompts.encoder_config import (
         PeftType,
@@ -75,7 +76,8 @@ _HOME = {
     "inference.merged_files": ("Merged",),
     "inference.merging": ("merge",),
     "inference.nearest_words": ("Neighbours", "nearest_words"),
-    "inference.prediction": ("Prediction", "predict", "predict_details"),
+    "inference.answering": ("Prediction",),
+    "inference.prediction": ("predict", "predict_details"),
     "prompts.prompt": ("Prompt",),
     "rendering.lesson": ("Lesson", "Lessons"),
     "rendering.render": ("Rendered", "Renderer"),

@@ -1,10 +1,12 @@
-"""Which device: the one that is asked for, or what is found."""
+"""Which device: the one that is asked for, or what is found; to it and back without waiting."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from .errors import InputError
 
@@ -46,3 +48,27 @@ def best_device() -> torch.device:
     if found is not None and 0 < own < torch.accelerator.device_count():
         return torch.device(found.type, own)
     return found or torch.device("cpu")
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device, without waiting for what that computes now."""
+    return tensor.to(device, non_blocking=True)
+
+
+def fetched(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to bring a tensor to the CPU; what waits until it is there.
+
+    A GPU goes on with what it is asked for meanwhile.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.cpu
+    here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    here.copy_(tensor, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> Tensor:
+        done.synchronize()
+        return here
+
+    return wait

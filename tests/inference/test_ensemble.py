@@ -16,9 +16,9 @@ from ptuning.backbone.base_model import BaseModel
 from ptuning.backbone.modes import eval_mode
 from ptuning.forward.engine import Engine
 from ptuning.inference import exports
+from ptuning.inference.answering import Question, Reading, answers
 from ptuning.inference.attachment import placed
 from ptuning.inference.evaluation import teacher_forced
-from ptuning.inference.prediction import Question, Reading, answers
 
 from .. import tiny
 

@@ -14,8 +14,8 @@ from ptuning.backbone.base_model import BaseModel
 from ptuning.backbone.modes import eval_mode
 from ptuning.errors import InputError
 from ptuning.forward.engine import Engine
+from ptuning.inference.answering import Prediction, Question, answers
 from ptuning.inference.attachment import placed
-from ptuning.inference.prediction import Prediction, Question, answers
 
 from .. import tiny
 

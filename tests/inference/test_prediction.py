@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -8,7 +9,11 @@ import torch
 import ptuning
 from ptuning import InputError, Prompt, PtuningError, Task
 from ptuning.backbone.traits import kind_of
+from ptuning.errors import DataError
+from ptuning.inference import answering
+from ptuning.inference import prediction as predicting
 from ptuning.inference.baselines import automatic_templates
+from ptuning.inference.prediction import stream_predictions
 from ptuning.training.guidance import dev_far_above
 
 from .. import tiny
@@ -274,3 +279,63 @@ def test_vectors_that_are_not_finite_cannot_be_attached() -> None:
     with pytest.raises(InputError, match="reach inf"):
         ptuning.attach(model, tokenizer, prompt)
     assert not hooks_of(model)
+
+
+def labelled() -> tuple[Any, Any, Prompt, list[dict[str, Any]]]:
+    model, tokenizer, prompt = setting("llama", answer="label", verbalizer={"0": "no", "1": "yes"})
+    rows = [{"country": "town " * (1 + n % 5), "label": n % 2} for n in range(12)]
+    return model, tokenizer, prompt, rows
+
+
+def test_a_batch_is_read_when_the_next_one_has_been_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, tokenizer, prompt, rows = labelled()
+    expected = ptuning.predict_details(model, tokenizer, prompt, rows, batch_size=12)
+    heard: list[str] = []
+
+    def fetched(scores: torch.Tensor) -> Any:
+        number = len([line for line in heard if line.startswith("asked")])
+        heard.append(f"asked {number}")
+        return lambda: heard.append(f"read {number}") or scores
+
+    monkeypatch.setattr(answering, "fetched", fetched)
+    found = ptuning.predict_details(model, tokenizer, prompt, rows, batch_size=4)
+    assert heard == ["asked 0", "asked 1", "read 0", "asked 2", "read 1", "read 2"]
+    for mine, other in zip(found, expected, strict=True):
+        assert mine.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+
+
+def test_the_device_is_looked_at_once_for_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer, prompt, rows = labelled()
+    looks: list[str] = []
+    for name in ("item", "cpu", "nonzero", "__float__"):
+        plain = getattr(torch.Tensor, name)
+
+        def noted(tensor: Any, *args: Any, name: str = name, plain: Any = plain) -> Any:
+            looks.append(name)
+            return plain(tensor, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, noted)
+    ptuning.predict(model, tokenizer, prompt, rows, batch_size=2)
+    looks.clear()  # the first call compares paths
+    ptuning.predict(model, tokenizer, prompt, rows, batch_size=2)
+    assert looks == ["cpu"] * 6
+
+
+def test_rows_that_are_rendered_in_a_thread_have_the_answers_that_they_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, tokenizer, prompt, rows = labelled()
+    blocks = [rows[:5], rows[5:6], rows[6:]]
+    expected = ptuning.predict_details(model, tokenizer, prompt, rows)
+    ahead = predicting._ahead
+    monkeypatch.setattr(predicting, "_ahead", lambda *given: ahead(*given[:3], True))
+    found = [*chain.from_iterable(stream_predictions(model, tokenizer, prompt, blocks))]
+    for mine, other in zip(found, expected, strict=True):
+        assert mine.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+    blocks[2] = [{"town": "Oslo"}]
+    stream = stream_predictions(model, tokenizer, prompt, blocks)
+    assert [len(next(stream)), len(next(stream))] == [5, 1]
+    with pytest.raises(DataError, match="prediction example 7"):
+        next(stream)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -19,7 +20,7 @@ from .saved_prompt import AnswerTokens, BatchSize, Candidates, Model, PromptFold
 
 if TYPE_CHECKING:
     from ..data.partial import Output
-    from ..inference.prediction import Prediction
+    from ..inference.answering import Prediction
     from ..prompts.prompt import Prompt
 
 _ADDED = ("prediction", "probability", "probabilities")
@@ -149,7 +150,7 @@ def _answered(
     from ..data.rows import in_blocks
     from ..inference.prediction import stream_predictions
 
-    waiting: list[list[dict[str, Any]]] = []
+    waiting: deque[list[dict[str, Any]]] = deque()  # blocks may be read ahead
 
     def blocks() -> Iterator[list[dict[str, Any]]]:
         for block in in_blocks(rows, _BATCHES_AT_ONCE * options["batch_size"]):
@@ -158,7 +159,7 @@ def _answered(
 
     with console.rows_bar(count, done) as tell:
         for predictions in stream_predictions(*base, prompt, blocks(), **options, first=done + 1):
-            block = waiting.pop()
+            block = waiting.popleft()
             yield [{**row, **_columns(p)} for row, p in zip(block, predictions, strict=True)]
             done += len(block)
             tell(done)

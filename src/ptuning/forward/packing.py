@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..backbone.traits import packs_rows
+from ..devices import sent
 from ..rendering.collate import Batch
 from .plain import Shortened
 
@@ -162,7 +163,9 @@ def _packed(batch: Batch, rests: Sequence[int], plan: _Plan) -> Packed:
     ids: list[list[int]] = [[] for _ in plan.owners]
     segments: list[list[int]] = [[] for _ in plan.owners]
     offsets: list[list[int]] = [[] for _ in plan.owners]
-    for number, (ids_of_row, rest) in enumerate(zip(batch.input_ids.tolist(), rests, strict=True)):
+    for number, (ids_of_row, rest) in enumerate(
+        zip(batch.here.input_ids.tolist(), rests, strict=True)
+    ):
         row, _ = plan.starts[number]
         ids[row] += ids_of_row[len(ids_of_row) - rest :]
         segments[row] += [number] * rest
@@ -174,19 +177,20 @@ def _packed(batch: Batch, rests: Sequence[int], plan: _Plan) -> Packed:
     keep, answers = torch.tensor(plan.columns).unique(return_inverse=True)
     return Packed(
         prefixes,
-        _filled(ids, width, 0).to(device),
-        _mask(segment, offset, lengths).to(device),
-        (lengths[:, None] + offset).to(device),
-        keep.to(device),
-        torch.tensor([row for row, _ in plan.starts], device=device),
-        answers.to(device),
+        sent(_filled(ids, width, 0), device),
+        sent(_mask(segment, offset, lengths), device),
+        sent(lengths[:, None] + offset, device),
+        sent(keep, device),
+        sent(torch.tensor([row for row, _ in plan.starts]), device),
+        sent(answers, device),
     )
 
 
 def _owners(batch: Batch) -> list[Owner]:
     """Whose packed row each row belongs to: rows of one prefix and one member of a population, for
     what is not finite in one member would reach others in its row, masked or not."""
-    return list(zip(batch.prefixes, batch.member[batch.example].tolist(), strict=True))
+    here = batch.here
+    return list(zip(batch.prefixes, here.member[here.example].tolist(), strict=True))
 
 
 def _mask(segment: Tensor, offset: Tensor, lengths: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..backbone.traits import reads_caches
+from ..devices import sent
 from ..rendering.collate import IGNORED, Batch, longest_suffix
 from ..rendering.render import Rendered
 from .kv_cache import cache_of, keys_and_values
@@ -140,7 +141,7 @@ class PrefixStore:
         if len(set(prefixes)) == 1 and min(counts) == kept:  # one document: a view serves all rows
             layers = self.pool.view(int(slots[0, 0]), kept, len(prefixes))
         else:
-            layers = self.pool.read(torch.from_numpy(slots).to(device, non_blocking=True))
+            layers = self.pool.read(sent(torch.from_numpy(slots), device))
         return cache_of(layers)
 
     def _present(self, prefixes: Iterable[Ids], device: torch.device) -> dict[Ids, int]:
@@ -176,7 +177,7 @@ class PrefixStore:
             columns += range(end - len(prefix), end)
             first[prefix] = slot
             slot += len(prefix)
-        self.pool.write(layers, torch.tensor(columns, dtype=torch.long, device=device), self._used)
+        self.pool.write(layers, sent(torch.tensor(columns, dtype=torch.long), device), self._used)
         for prefix in order:
             if places[prefix] == "device":
                 self._kept[prefix] = first[prefix]
@@ -221,7 +222,7 @@ class PrefixStore:
             [[0] * (length - len(prefix)) + [1] * len(prefix) for prefix in prefixes]
         )
         mask[:, -1] = 1  # an empty prefix: some column must be seen; it is never read
-        return keys_and_values(self.model, ids.to(device), mask.to(device))
+        return keys_and_values(self.model, sent(ids, device), sent(mask, device))
 
     def _admit(self, prefix: Ids) -> str | None:
         """Where there is room for a prefix; it is taken."""

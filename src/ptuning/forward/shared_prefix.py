@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..backbone.traits import ModelKind, packs_rows, reads_caches
+from ..devices import sent
 from ..rendering.collate import Batch
 from .batching import busy_with
 from .kv_cache import cache_of, keys_and_values
@@ -52,7 +53,7 @@ class SharedPrefix:
         for row, opening in enumerate(openings):
             ids[row, self._width - len(opening) :] = torch.tensor(opening)
             mask[row, self._width - len(opening) :] = 1
-        layers = keys_and_values(model, ids.to(device), mask.to(device))
+        layers = keys_and_values(model, sent(ids, device), sent(mask, device))
         self._values = [tensor for layer in layers for tensor in layer]
         self._leaves = [_by_token(tensor) for tensor in self._values]
 
@@ -86,7 +87,7 @@ class SharedPrefix:
             first = self._row.get(opening, 0) * self._width + self._width - len(opening)
             rows.append([-1] * (kept - count) + list(range(first, first + count)))
         # Padding is zeros: a token of another prompt might not be finite, and 0 x nan is nan.
-        index = torch.tensor(rows, device=self._leaves[0].device) % len(self._leaves[0])
+        index = sent(torch.tensor(rows) % len(self._leaves[0]), self._leaves[0].device)
         tensors = [
             _by_row(F.embedding(index, leaf), values)
             for leaf, values in zip(self._leaves, self._values, strict=True)

@@ -18,8 +18,8 @@ from ..forward.engine import Engine
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
 from ..rendering.render import render_each
+from .answering import Question, answers
 from .attachment import placed
-from .prediction import Question, answers
 from .teaching import own_label, teacher_renderer
 
 _TIMED = 8

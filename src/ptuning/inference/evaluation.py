@@ -24,9 +24,10 @@ from ..rendering.render import Example, answer_column, render_all
 from ..reporting import html_picture, html_table, percent, shares
 from ..training.calibration import bias_against, without_content
 from ..training.guidance import dev_far_above
+from .answering import Prediction
 from .attachment import placed
 from .baselines import automatic_templates
-from .prediction import Prediction, members_of, predict_details
+from .prediction import members_of, predict_details
 
 _CHOOSING = 200
 """Rows on which the manual template is chosen."""

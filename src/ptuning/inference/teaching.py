@@ -28,7 +28,7 @@ from ..rendering.render import (
     tell_shortened,
 )
 from ..training.calibration import bias_against
-from .prediction import Question, answers
+from .answering import Question, answers
 
 LIKELIEST = 64
 """Tokens whose probabilities are kept at each place of a free answer."""

@@ -44,6 +44,7 @@ class Batch:
             predicts: the frozen prefix.
         openings: each row's ids in front of its first field, virtual ones included, without the
             last of all: what rows of one prompt share.
+        origin: of a batch that was moved to a device the one on the CPU.
     """
 
     kind: str
@@ -61,6 +62,12 @@ class Batch:
     lengths: tuple[int, ...] = ()
     prefixes: tuple[tuple[int, ...], ...] = ()
     openings: tuple[tuple[int, ...], ...] = ()
+    origin: Batch | None = None
+
+    @property
+    def here(self) -> Batch:
+        """The inputs on the CPU: who looks at their values does not wait for the device."""
+        return self.origin or self
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -69,7 +76,7 @@ class Batch:
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, origin=self.here, **moved)
 
 
 def collate(

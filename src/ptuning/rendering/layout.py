@@ -7,7 +7,7 @@ gives. Virtual token i of the prompt is written as id ``-1 - i``; `collate` puts
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Container
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,9 @@ from ..prompts.task import Task
 from ..prompts.template import Field, Slot, Virtual
 from .virtual_ids import SLOT, NamedTokenizer, Names
 
+Known = dict[tuple[str, str], Any]
+"""What was tokenized of one example already, by the names' prefix and the text; the text of an
+input holds the slot's name, that before an answer does not."""
 Spans = tuple[tuple[str, int, int], ...]
 
 
@@ -89,17 +92,28 @@ class Layout:
 
     def __call__(self, fields: dict[str, str], word: str | None) -> Sequence:
         """Tokenize an example's fields, with `word` as the answer if there is one."""
+        return next(self.each(fields, [word]))
+
+    def each(self, fields: dict[str, str], words: Iterable[str | None]) -> Iterator[Sequence]:
+        """The same for several words: what is the same for all is tokenized once."""
+        known: Known = {}
+        for word in words:
+            yield self._with(fields, word, known)
+
+    def _with(self, fields: dict[str, str], word: str | None, known: Known) -> Sequence:
         named = self._names.avoiding(self._spelled(fields, word or ""))
         text, characters, space = self.string(fields, named)
-        encoding = named.tokenizer(
-            text,
-            add_special_tokens=not self.task.chat,
-            return_offsets_mapping=named.tokenizer.is_fast,
-        )
+        if (named.prefix, text) not in known:
+            known[named.prefix, text] = named.tokenizer(
+                text,
+                add_special_tokens=not self.task.chat,
+                return_offsets_mapping=named.tokenizer.is_fast,
+            )
+        encoding = known[named.prefix, text]
         ids = named.rename(encoding["input_ids"])
         shift = self.count if self.task.special_tokens == "after" else 0
         ids = [-1 - i for i in range(shift)] + ids
-        answer = () if word is None else self._answer(word, space, text, named)
+        answer = () if word is None else self._answer(word, space, text, named, known)
         spans: Spans = ()
         if named.tokenizer.is_fast:
             spans = _token_spans(characters, encoding["offset_mapping"], shift)
@@ -197,13 +211,17 @@ class Layout:
                 f"this model's chat template takes no turns of {who} ({reason})"
             ) from error
 
-    def _answer(self, word: str, space: bool, text: str, named: NamedTokenizer) -> tuple[int, ...]:
+    def _answer(
+        self, word: str, space: bool, text: str, named: NamedTokenizer, known: Known
+    ) -> tuple[int, ...]:
         if self.kind == "seq2seq":
             ids = self._decoder_answer(word)
         else:
             before = text.partition(named.slot)[0]
             answer = f" {word}" if space and not word.startswith(" ") else word
-            alone, whole = named.ids(before), named.ids(before + answer)
+            if (named.prefix, before) not in known:
+                known[named.prefix, before] = named.ids(before)
+            alone, whole = known[named.prefix, before], named.ids(before + answer)
             if len(whole) > len(alone) and whole[: len(alone)] == alone:
                 ids = whole[len(alone) :]
             else:  # the answer would merge with the word before it: keep the two apart

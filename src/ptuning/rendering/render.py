@@ -201,8 +201,7 @@ class Renderer:
     def _fitting(self, fields: dict[str, str], words: Iterable[str | None]) -> tuple[Sequence, ...]:
         """The sequences, or none where one of them does not fit."""
         sequences = []
-        for word in words:
-            sequence = self.layout(fields, word)
+        for sequence in self.layout.each(fields, words):
             room = self._room(sequence)
             if room is not None and len(sequence.ids) > room:
                 return ()

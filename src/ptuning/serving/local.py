@@ -13,9 +13,10 @@ from ..backbone.modes import eval_mode
 from ..backbone.traits import ModelKind
 from ..errors import PtuningError
 from ..forward.engine import Engine
+from ..inference.answering import Question, Reading, answers
 from ..inference.attachment import Attachment, attach
 from ..inference.nearest_words import nearest_words
-from ..inference.prediction import Question, Reading, answers, members_of
+from ..inference.prediction import members_of
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
 from ..rendering.render import Renderer

@@ -1,0 +1,226 @@
+"""Questions to prompts and their answers, mixed in batches.
+
+Labels are compared, free answers are written token by token (at the masks in a masked model). The
+numbers of a comparison are on their way from the device while the next batch is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backbone.traits import ModelKind
+from ..devices import fetched
+from ..errors import InputError, PtuningError
+from ..forward.engine import Engine
+from ..forward.plain import by_label
+from ..forward.together import biased, first_rows, mean_log_probabilities
+from ..rendering.collate import Batch
+from ..rendering.render import Rendered, Renderer
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer.
+
+    Attributes:
+        answer: a label of the verbalizer, a candidate, or free text.
+        probability: of the label among the labels, or of the free answer's tokens.
+        probabilities: label -> probability; empty for free answers.
+    """
+
+    answer: str
+    probability: float
+    probabilities: dict[str, float] = field(default_factory=dict)
+
+
+Later = Callable[[], list[Prediction]]
+"""Waits for the answers, if the device still computes them."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One row as one prompt has it.
+
+    Attributes:
+        renderer: the prompt's, on the engine's model.
+        example: rendered by it, without an answer.
+        first_id: of the prompt's first virtual token; 0 for a manual task.
+    """
+
+    renderer: Renderer
+    example: Rendered
+    first_id: int = 0
+
+
+@dataclass(frozen=True)
+class Question(Reading):
+    """One row for one task: how a prompt reads it, or the first member of an ensemble.
+
+    Attributes:
+        limit: longest free answer in tokens; by default the task's.
+        watch: is shown each token of a free answer as it comes, and says whether it is enough.
+        others: how the further members of an ensemble read the row.
+    """
+
+    limit: int | None = None
+    watch: Callable[[int], bool] | None = None
+    others: tuple[Reading, ...] = ()
+
+    @property
+    def most(self) -> int | None:
+        """The longest free answer in tokens."""
+        return self.limit or self.renderer.task.answer_tokens
+
+    @property
+    def readings(self) -> list[Reading]:
+        """Of all who answer together."""
+        return [self, *self.others]
+
+
+@torch.no_grad()
+def answers(
+    engine: Engine, questions: Sequence[Question], batch_size: int = 32
+) -> Iterator[tuple[int, Prediction]]:
+    """Questions of any tasks, mixed in batches: number of the question and its answer.
+
+    They come as they are known: label comparisons first, then free answers.
+
+    Args:
+        engine: its model is in eval mode and has the prompts attached.
+        questions: each has the answer that it would have alone.
+        batch_size: rows per forward.
+
+    Raises:
+        InputError: a free answer without a limit.
+    """
+    groups: dict[Any, list[int]] = {}
+    waiting: list[tuple[list[int], Later]] = []
+    for number, question in enumerate(questions):
+        words = len(question.renderer.owner) if question.renderer.compares else 0
+        masks = question.most if not words and engine.base.kind is ModelKind.MASKED else None
+        groups.setdefault((not words, words, masks or 0), []).append(number)
+    for key in sorted(groups):
+        numbers = groups[key]
+        size = batch_size // max(len(questions[n].readings) for n in numbers)
+        for chunk in engine.chunks([questions[n].example for n in numbers], max(1, size)):
+            asked = [numbers[i] for i in chunk]
+            waiting.append((asked, in_one_batch(engine, [questions[n] for n in asked])))
+            if len(waiting) > 1:  # a batch is read when the device has the next one
+                yield from _read(*waiting.pop(0))
+        for one in waiting:
+            yield from _read(*one)
+        waiting.clear()
+
+
+def _read(numbers: list[int], later: Later) -> Iterator[tuple[int, Prediction]]:
+    return zip(numbers, later(), strict=True)
+
+
+def in_one_batch(engine: Engine, questions: list[Question]) -> Later:
+    """The answers to questions that compare as many words each, or none; the device is asked for
+    them now.
+
+    Raises:
+        PtuningError: numbers are not finite; when the answers are asked for.
+    """
+    readings = [reading for question in questions for reading in question.readings]
+    rows = [(reading.example, row) for row, reading in enumerate(readings)]
+    batch = engine.prediction_batch(rows, [reading.first_id for reading in readings])
+    if questions[0].renderer.compares:
+        scores = fetched(engine.word_scores(batch, len(questions[0].renderer.owner)))
+        return lambda: _checked(engine, _compared(questions, scores()))
+    decoded = _decode(engine, questions, batch)
+    return lambda: _checked(engine, decoded)
+
+
+def _checked(engine: Engine, predictions: list[Prediction]) -> list[Prediction]:
+    if any(math.isnan(prediction.probability) for prediction in predictions):
+        dtype = str(engine.base.model.dtype).removeprefix("torch.")
+        raise PtuningError(
+            f"the model ({dtype}) answers with numbers that are not finite (NaN): its weights are "
+            "damaged, or what it computes is too large for its precision; load it in another one "
+            "(--dtype float32 or bfloat16)"
+        )
+    return predictions
+
+
+def _watching(questions: list[Question]) -> Callable[[Tensor], Tensor] | None:
+    """For `continue_greedily`: each row ends at its own limit, or where its watch says so."""
+    if len({question.most for question in questions}) == 1 and not any(
+        question.watch for question in questions
+    ):
+        return None
+    counts = [0] * len(questions)
+
+    def watch(ids: Tensor) -> Tensor:
+        for row, token in enumerate(ids.tolist()):
+            question, counts[row] = questions[row], counts[row] + 1
+            if done[row] or question.most is None:
+                continue
+            enough = question.watch is not None and question.watch(token)
+            done[row] = enough or counts[row] >= question.most
+        return done.to(ids.device)
+
+    done = torch.zeros(len(questions), dtype=torch.bool)
+    return watch
+
+
+def _compared(questions: list[Question], scores: Tensor) -> list[Prediction]:
+    """The most likely label of each question; those of one task together.
+
+    Args:
+        questions: that compare as many words each.
+        scores: ``(R, words)`` of all their readings, on the CPU.
+    """
+    sizes = [len(question.readings) for question in questions]
+    first = first_rows(sizes)
+    of_task: dict[int, list[int]] = {}
+    for number, question in enumerate(questions):
+        of_task.setdefault(id(question.renderer), []).append(number)
+    predictions = [Prediction("", 0.0)] * len(questions)
+    for numbers in of_task.values():
+        renderer = questions[numbers[0]].renderer
+        rows = [row for n in numbers for row in range(first[n], first[n] + sizes[n])]
+        of_members = by_label(scores[rows], torch.tensor(renderer.owner))
+        means = mean_log_probabilities(of_members, [sizes[n] for n in numbers])
+        labels = list(renderer.labels)
+        found = biased(means, renderer.bias).exp().tolist()
+        for number, shares in zip(numbers, found, strict=True):
+            best = max(range(len(shares)), key=shares.__getitem__)
+            probabilities = dict(zip(labels, shares, strict=True))
+            predictions[number] = Prediction(labels[best], shares[best], probabilities)
+    return predictions
+
+
+def _decode(engine: Engine, questions: list[Question], batch: Batch) -> list[Prediction]:
+    """The most likely text of each question: at the masks, or token by token."""
+    limits, sizes = [q.most for q in questions], [len(q.readings) for q in questions]
+    if engine.base.kind is ModelKind.MASKED:
+        empty = batch.answers.new_zeros(len(batch.input_ids), limits[0] or 1)
+        best = mean_log_probabilities(engine.logits(replace(batch, answers=empty)), sizes).max(-1)
+        return _texts(engine.base.tokenizer, best.indices, best.values)
+    known = [limit for limit in limits if limit is not None]
+    if len(known) < len(limits):
+        raise InputError(
+            "how long may a free answer be? Give answer_tokens (--answer-tokens N), or candidates"
+        )
+    ids, scores = engine.continue_greedily(batch, max(known), _watching(questions), sizes)
+    behind = torch.arange(ids.shape[1]) >= torch.tensor(known)[:, None]
+    scores = scores.masked_fill(behind.to(scores.device), 0.0)
+    cut = [row[:limit] for row, limit in zip(ids.tolist(), known, strict=True)]
+    return _texts(engine.base.tokenizer, cut, scores)
+
+
+def _texts(tokenizer: Any, ids: Tensor | list[list[int]], scores: Tensor) -> list[Prediction]:
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    probabilities = scores.sum(1).exp().tolist()
+    return [
+        Prediction(text.strip(), probability)
+        for text, probability in zip(texts, probabilities, strict=True)
+    ]
