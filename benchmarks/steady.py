@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,19 +94,15 @@ def _scores(
 def table(found: dict[str, Figures]) -> list[str]:
     """Markdown: mean and deviation over the groups, of test."""
     lines = ["| | " + " | ".join(TEMPLATES) + " |", "|---" * (1 + len(TEMPLATES)) + "|"]
-    ways = {
+    ways: dict[str, Callable[[Figures], list[float]]] = {
         "one prompt": lambda f: f["alone"],
-        f"the best of {MEMBERS} by dev": lambda f: [f["alone"][0]],
+        f"the best of {MEMBERS} by dev": lambda f: f["alone"][:1],
         f"{MEMBERS} together": lambda f: [f["together"]],
         "their vectors averaged": lambda f: [f["averaged"]],
-        **{
-            f"{name}, calibrated by {method}": lambda f, n=name, m=method: [
-                f[f"{n}, calibrated"][m]
-            ]
-            for name in ("alone", "together")
-            for method in ("context", "batch", "dev")
-        },
     }
+    for name in ("alone", "together"):
+        for method in ("context", "batch", "dev"):
+            ways[f"{name}, calibrated by {method}"] = partial(_calibrated, name, method)
     for part in ("test", "dev"):
         for way, of in ways.items():
             cells = []
@@ -119,6 +117,10 @@ def table(found: dict[str, Figures]) -> list[str]:
                 )
             lines.append(f"| {way} ({part}) | " + " | ".join(cells) + " |")
     return lines
+
+
+def _calibrated(name: str, method: str, figures: Figures) -> list[float]:
+    return [figures[f"{name}, calibrated"][method]]
 
 
 def main() -> None:
