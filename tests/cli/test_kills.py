@@ -23,10 +23,13 @@ from .. import tiny
 from ..experiments.test_lama import one_token_words
 from ..scaffold import in_child, killed_at
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("on_cpu")]
-
-STEP = int(os.environ.get("KILL_STEP", "11"))
+STEP = int(os.environ.get("KILL_STEP", "7"))
 """Each so-manieth change is tried; KILL_STEP=1 tries all, which takes a quarter of an hour."""
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("on_cpu"),
+    pytest.mark.timeout(600 if STEP > 1 else 0),
+]
 CAPITALS = [("France", "Paris"), ("Italy", "Rome"), ("Spain", "Madrid"), ("Austria", "Vienna")]
 
 DIFFER = ("seconds", "date", "save_id", "sha256")
@@ -49,6 +52,12 @@ class Place:
         """A command that must end well."""
         code, said = self.run(*arguments)
         assert code == 0, said[-2000:]
+
+    def ends_here(self, *arguments: Any) -> None:
+        """The same in this process, so that children find all modules imported."""
+        with pytest.raises(SystemExit) as end:
+            self._command(arguments)()
+        assert end.value.code == 0, self.said.read_text()[-2000:]
 
     def killed(self, number: int, *arguments: Any) -> bool:
         """A command is killed at its so-manieth change of a file in `here`."""
@@ -123,7 +132,7 @@ def _every_kill(
     fresh()
     before()
     shutil.copytree(place.here, place.folder / "kept")
-    place.ends(*command)
+    place.ends_here(*command)
     right, number, kills = place.result(), 1, 0
     while True:
         fresh()
