@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import bz2
+import dataclasses
 import gzip
 import io
 import json
@@ -132,6 +133,7 @@ class Fuzz:
         prompt.save(folder / "both")
         self._ensemble(prompt).save(folder / "ensemble")
         shutil.copytree(folder / "both", folder / "peft", ignore=shutil.ignore_patterns("prompt.*"))
+        _ensemble().save(folder / "ensemble")
 
     @staticmethod
     def _ensemble(trained: ptuning.Prompt) -> ptuning.Prompt:
@@ -248,6 +250,18 @@ class Fuzz:
         path.write_bytes(_damaged(_parquet_file(numbers), numbers))
         ptuning.read_examples(path)
         return path.name
+
+
+def _ensemble() -> ptuning.Prompt:
+    """Two members with labels and a label bias."""
+    members = []
+    for template in ("[P*2] {country} [MASK]", "{country} [P] is [MASK]"):
+        words = {"yes": ["Paris", "the Rome"], "no": ["Oslo"]}
+        member = ptuning.Prompt(template, answer="label", verbalizer=words)
+        member.vectors = torch.randn(member.num_virtual_tokens or 0, 32)
+        members.append(member)
+    first, *others = members
+    return dataclasses.replace(first, others=others, label_bias={"yes": 0.5, "no": -0.5})
 
 
 def _parquet_file(numbers: random.Random) -> bytes:
