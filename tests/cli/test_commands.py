@@ -611,6 +611,16 @@ def test_the_demo_writes_prompt_picture_and_figures(
     assert all(0 <= metrics[f"{name}_p1"] <= 1 for name in ("manual", "majority", "ptuned"))
     assert (here / "demo_output/curve.png").is_file()
     assert Prompt.load(here / "demo_output").num_virtual_tokens == 6
+    Prompt.load(here / "demo_output").save(here / "mine")
+    before = (here / "mine/prompt.json").read_bytes()
+    code, _, err = run("demo", "--model", model_folder, "--output", "mine")
+    assert code == 2 and (here / "mine/prompt.json").read_bytes() == before
+    assert_one_line(err, "mine is not empty, and no demo has made what it holds")
+    code, _, err = run("demo", "--model", model_folder)
+    assert code == 0, err  # its own it replaces
+    code, _, err = run("demo", "--model", model_folder, "--output", "x" * 300)
+    assert code == 1
+    assert_one_line(err, "choose a shorter name")
 
 
 def test_the_demos_facts_are_sound() -> None:
@@ -622,3 +632,12 @@ def test_the_demos_facts_are_sound() -> None:
     answers = [row["profession"] for part in parts for row in part]
     assert max(map(answers.count, set(answers))) < len(answers) / 5
     assert all(row["profession"] not in row["person"] for part in parts for row in part)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes of files")
+def test_a_training_over_another_one_keeps_the_files_modes(train: Run, here: Path) -> None:
+    assert train()[0] == 0
+    for path in (here / "out").iterdir():
+        path.chmod(0o600)
+    assert train("--overwrite", seed=1)[0] == 0
+    assert {path.stat().st_mode & 0o777 for path in (here / "out").iterdir()} == {0o600}

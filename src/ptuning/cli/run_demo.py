@@ -27,7 +27,7 @@ def demo(
     from .. import distributed
     from ..experiments import demo as facts
 
-    with distributed.together():
+    with distributed.together(), distributed.locked(output):
         main = distributed.state().is_main_process
         console.speak_if(main)
         with console.training_bar() as listener:

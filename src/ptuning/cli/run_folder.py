@@ -122,13 +122,16 @@ def begin(output: Path, run_file: bytes, anew: bool) -> None:
         run_file: the settings.
         anew: checkpoints and result that are there are another run's.
     """
+    from ..formats import pack_json
     from ..storage import write_folder
     from ..training import checkpoint
 
+    files = {SETTINGS: run_file}
     if anew:
         checkpoint.delete_all(output)
-        (output / RESULT).unlink(missing_ok=True)
-    write_folder(output, {SETTINGS: run_file})
+        if (output / RESULT).exists():  # not deleted: the next one keeps its mode
+            files[RESULT] = pack_json({"complete": False})
+    write_folder(output, files)
 
 
 def how_to_go_on(output: Path, command: str = "train") -> str:

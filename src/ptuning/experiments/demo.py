@@ -23,10 +23,11 @@ from ..formats import pack_json
 from ..inference.evaluation import manual_score, teacher_forced
 from ..inference.nearest_words import Neighbours, nearest_words
 from ..inference.prediction import predict
+from ..prompts import peft_files
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task, majority_answer
 from ..reporting import training_curve, versions
-from ..storage import check_writable, write_folder
+from ..storage import check_writable, holds_something, write_folder
 from ..training.progress import Pace, Progress, in_words
 from ..training.train import train
 from .splits import cut
@@ -42,6 +43,7 @@ MANUAL_TEMPLATES = (
     "{person} worked as a [MASK]",
     "{person} was a famous [MASK]",
 )
+_METRICS = "metrics.json"
 EPOCHS, BATCH_SIZE, ENCODER = 8, 32, "mlp"
 
 
@@ -90,9 +92,7 @@ def run(
         InputError: `output` is a file, or holds what no demo made.
     """
     started = time.monotonic()
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output} is a file; give a folder")
-    distributed.from_main(lambda: check_writable(output))
+    distributed.from_main(lambda: _check_free(output))
     if model_name in SOURCES and not Path(model_name).exists():
         fetch(model_name)
     chosen = distributed.from_main(lambda: choose_dtype(model_name, dtype))
@@ -136,9 +136,11 @@ def run(
     }
 
     def save() -> None:
-        prompt.save(output)
-        curve = training_curve(result.history, TITLE, {"best manual template": manual_on_dev})
-        write_folder(output, {"curve.png": curve, "metrics.json": pack_json(metrics)})
+        files = prompt.files(output)
+        files["curve.png"] = training_curve(
+            result.history, TITLE, {"best manual template": manual_on_dev}
+        )
+        write_folder(output, {**files, _METRICS: pack_json(metrics)}, remove=peft_files.NAMES)
 
     distributed.from_main(save)
     return DemoResult(
@@ -152,6 +154,15 @@ def run(
         neighbours,
         mean_norm,
     )
+
+
+def _check_free(output: Path) -> None:
+    if holds_something(output) and not (output / _METRICS).is_file():
+        raise InputError(
+            f"--output {output} is not empty, and no demo has made what it holds; choose another "
+            "folder"
+        )
+    check_writable(output)
 
 
 def _with_duration(

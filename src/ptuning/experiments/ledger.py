@@ -69,8 +69,6 @@ class Ledger:
 
     def _open(self, settings: dict[str, Any], overwrite: bool) -> None:
         output = self.output
-        if output.is_file():
-            raise InputError(f"--output {output} is a file; give a folder")
         check_writable(output)
         if overwrite:
             self._forget()
