@@ -253,10 +253,24 @@ def test_what_needs_one_prompt_refuses_an_ensemble_and_takes_its_best_member(
     assert len(merged.prompts["one"]["virtual_ids"]) == 4
 
 
+def test_members_may_say_the_labels_in_words_of_their_own() -> None:
+    model, tokenizer, (first, _, third) = setting("llama", LABELS["one token"])
+    third.verbalizer = {"a": ["does"], "b": ["capital of Italy"]}
+    alone = [ptuning.predict_details(model, tokenizer, one, ROWS) for one in (first, third)]
+    said = ptuning.predict_details(model, tokenizer, together([first, third]), ROWS)
+    for number, prediction in enumerate(said):
+        products = [
+            alone[0][number].probabilities[k] * alone[1][number].probabilities[k] for k in "ab"
+        ]
+        roots = [math.sqrt(product) for product in products]
+        expected = {k: root / sum(roots) for k, root in zip("ab", roots, strict=True)}
+        assert prediction.probabilities == pytest.approx(expected, abs=1e-5)
+
+
 def test_members_that_answer_something_else_are_refused() -> None:
     _, _, members = setting("llama", LABELS["one token"])
     other = Prompt(TEMPLATES[0], **LABELS["several words"])
-    with pytest.raises(InputError, match="members of an ensemble answer the same: verbalizer"):
+    with pytest.raises(InputError, match="members of an ensemble answer the same: labels"):
         together([members[0], other])
     with pytest.raises(InputError, match="that is no ensemble"):
         together([members[0], together(members)])

@@ -378,9 +378,14 @@ def _check_alike(first: Prompt, other: Prompt) -> None:
             f"a member of an ensemble is {other!r}; expected a trained prompt that is no ensemble "
             "and was trained without further modules"
         )
-    for name in ("verbalizer", "label_mode", "answer_end"):
-        if getattr(first, name) != getattr(other, name):
+    for name in ("labels", "label_mode", "answer_end"):
+        one, another = getattr(first, name), getattr(other, name)
+        same = one == another
+        if name == "labels":  # each may say them in its own words
+            counts = [[(k, len(words)) for k, words in labels.items()] for labels in (one, another)]
+            same = counts[0] == counts[1]
+        if not same:
             raise InputError(
-                f"members of an ensemble answer the same: {name} is {getattr(first, name)!r} of "
-                f"one and {getattr(other, name)!r} of another"
+                f"members of an ensemble answer the same: {name} is {one!r} of one and "
+                f"{another!r} of another"
             )

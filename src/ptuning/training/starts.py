@@ -20,7 +20,7 @@ from itertools import chain, zip_longest
 from typing import NamedTuple
 
 from ..errors import InputError
-from ..prompts.task import Task, fill
+from ..prompts.task import Task, fill, named_fields
 from ..rendering.render import Example, Rendered, Renderer
 
 _LEAST = 4
@@ -49,7 +49,8 @@ def check_start(task: Task, init: str) -> None:
         raise InputError(
             "init is labels, and there are none; give a verbalizer (--labels), or another start"
         )
-    if init == "labels" and any("{" in word for words in task.labels.values() for word in words):
+    words = (word for of_label in task.labels.values() for word in of_label)
+    if init == "labels" and any(map(named_fields, words)):
         raise InputError("init is labels, and the label words name columns; take another start")
 
 
@@ -69,7 +70,7 @@ def start_of(
     free = [number for number, word in enumerate(words) if word is None]
     came_from: dict[int, frozenset[int]] = {}
     if init == "labels":
-        texts = [of_label[0] for of_label in renderer.labels.values()]
+        texts = [fill(of_label[0], {}) for of_label in renderer.labels.values()]
         known = chain.from_iterable(_ids(renderer, f" {text}") for text in texts)
         for number, word in zip(free, known, strict=False):
             words[number] = word
