@@ -209,6 +209,7 @@ _ELSEWHERE = {
     "calibrate": "the published figures were made without",
     "max_minutes": "an experiment's parts are resumed one by one, and none is half done",
     "folds": "each has a dev set",
+    "init": "their templates name the words to begin at",
 }
 OF_LAMA = Fields(
     LamaOptions,

@@ -60,7 +60,7 @@ class TrainSettings:
             is one after each epoch too.
         halving: drop members of a population that fall behind on dev, half of them at each rung.
         ensemble: the so many best members of a population answer together (mean of their
-            log-probabilities): steadier over seeds, at the price of as many forwards.
+            log-probabilities), at the price of as many forwards.
         calibrate: a bias for each label that takes back what the model prefers whatever the input
             says: ``context`` measures it on inputs without content, ``batch`` on the dev texts (or
             the training's) without their answers, ``dev`` learns it on dev; ``none``.
