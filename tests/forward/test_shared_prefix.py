@@ -210,9 +210,9 @@ def test_a_member_that_is_not_finite_harms_no_other() -> None:
     members = [
         Member(p, model, 0, [None] * r.count) for p, r in zip(prompts, renderers, strict=True)
     ]
-    members[0].encoder.embedding.weight.data.fill_(float("nan"))
     examples = [render_all(renderer, ROWS, "training") for renderer in renderers]
     with Population(tiny.engine(model, tokenizer), members) as population:
+        members[0].encoder.embedding.weight.data.fill_(float("nan"))  # it went astray
         first = population.first_ids()
         chosen = [(e, n) for n, some in enumerate(examples) for e in some]
         made = tiny.batch(
