@@ -64,6 +64,7 @@ LEFT_OUT = {
     "Unnamed: 0": ([*range(24)], "number"),
     "ticket": ([7 * n for n in range(24)], "code"),
     "user_id": ([(n * 7) % 24 for n in range(24)], "code"),
+    "userId": ([f"{'x' * n}" for n in range(1, 25)], "code"),
     "ref": ([f"A{n:03}-x" for n in range(24)], "code"),
     "source": (["web"] * 24, "always 'web'"),
     "note": ([None, ""] * 12, "empty"),
@@ -93,6 +94,11 @@ def test_columns_that_help_nobody_are_left_out(name: str) -> None:
 )
 def test_names_figures_and_kinds_are_read(cells: list[Any]) -> None:
     assert columns_of(rows(label=TEAMS, more=cells)).read == ("text", "more")
+
+
+def test_a_name_that_only_ends_like_one_of_codes_is_read() -> None:
+    names = [f"{'x' * n}" for n in range(1, 25)]
+    assert columns_of(rows(label=TEAMS, paid=names, piano=names)).read == ("text", "paid", "piano")
 
 
 def test_a_column_that_some_rows_lack_is_left_out() -> None:

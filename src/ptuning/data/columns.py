@@ -20,10 +20,11 @@ _FIRST = ("answer", "label")
 _USUAL = ("labels", "class", "category", "target", "intent", "sentiment", "topic")
 _MOST_LABELS, _LONGEST_LABEL = 500, 100
 _OFTEN = 4
+"""Rows of each value by which two columns say the same, and do not only happen to."""
 _MOST_READ = 12
 """Columns that are read; of more those with the longest texts."""
 _ID_NAME = re.compile(
-    r"(?:^|[\W_])(?:id|uuid|guid|index|idx|key|nr|no|number)$|[a-z](?:Id|ID)$", re.I
+    r"(?i:(?:^|[\W_])(?:id|uuid|guid|index|idx|key|nr|no|number))$|[a-z](?:Id|ID)$"
 )
 _TWIN = "the answer in other words"
 _CODE = "a code of its own in every row"
