@@ -302,7 +302,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the folder of the four tasks")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--rows", default=",".join(ROWS))
-    parser.add_argument("--tasks", default="banking,trec,sst2,subj")
+    parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--sizes", default="200,32,1000")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dtype", default="float32", help="of SmolLM2: float32 or bfloat16")
