@@ -44,7 +44,8 @@ class Batch:
             predicts: the frozen prefix.
         openings: each row's ids in front of its first field, virtual ones included, without the
             last of all: what rows of one prompt share.
-        origin: of a batch that was moved to a device the one on the CPU.
+        origin: of a batch that was moved to a device the one on the CPU; what is changed of one
+            is to be changed before it moves.
     """
 
     kind: str
@@ -67,7 +68,8 @@ class Batch:
     @property
     def here(self) -> Batch:
         """The inputs on the CPU: who looks at their values does not wait for the device."""
-        return self.origin or self
+        on_cpu = self.input_ids.device.type == "cpu"
+        return self if on_cpu or self.origin is None else self.origin
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
