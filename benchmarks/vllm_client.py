@@ -16,12 +16,16 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
+import psutil
 from openai import AsyncOpenAI
 
 TOKENS = 16
 SERVE = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "64"]
 SERVE += ["--enable-prefix-caching", "--generation-config", "vllm", "--served-model-name", "model"]
+PROCESSES: dict[int, int] = {}
+"""Port -> the process that serves there."""
 EMBEDS = ["--enable-prompt-embeds", "--trust-request-chat-template"]
 
 
@@ -50,6 +54,7 @@ def running(command: list[str], environment: dict[str, str]) -> Iterator[str]:
         port = free.getsockname()[1]
     where = ["--host", "127.0.0.1", "--port", str(port)]
     server = subprocess.Popen([*command, *where], env={**os.environ, **environment})
+    PROCESSES[port] = server.pid
     try:
         address = f"http://127.0.0.1:{port}"
         while True:
@@ -83,28 +88,39 @@ async def load(address: str, prompts: list[list[int]], clients: int) -> float:
         return len(prompts) / (time.perf_counter() - begin)
 
 
+class Round(NamedTuple):
+    """What a model did in a round: requests per second, seconds of CPU for each request."""
+
+    speed: float
+    work: float
+
+
 def compared(
     base: str, merged: str, virtual: Sequence[list[int]], requests: int, clients: int, rounds: int
-) -> tuple[list[float], list[float]]:
-    """Requests per second of both in each of many short rounds, one after the other.
+) -> tuple[list[Round], list[Round]]:
+    """Both models in each of many short rounds, one after the other.
 
     What else the machine does changes slowly against a round, so it falls on both; which goes
-    first changes from round to round.
+    first changes from round to round. On a busy machine the seconds of CPU tell more.
     """
-    speeds: dict[bool, list[float]] = {False: [], True: []}
+    found: dict[bool, list[Round]] = {False: [], True: []}
     for number in range(-1, rounds):
         for has in (True, False) if number % 2 else (False, True):
+            address = merged if has else base
             prompts = prompts_of(virtual, requests, has, seed=number)
-            speed = asyncio.run(load(merged if has else base, prompts, clients))
-            if number >= 0:  # the first warms up
-                speeds[has].append(speed)
-        if number >= 0:
-            ratio = speeds[True][-1] / speeds[False][-1]
-            print(
-                f"round {number}: base {speeds[False][-1]:.2f}, merged / base {ratio:.3f}",
-                flush=True,
-            )
-    return speeds[False], speeds[True]
+            before = worked(address)
+            speed = asyncio.run(load(address, prompts, clients))
+            found[has].append(Round(speed, (worked(address) - before) / requests))
+        print(f"round {number}: base {found[False][-1]}, merged {found[True][-1]}", flush=True)
+    return found[False][1:], found[True][1:]  # the first warmed up
+
+
+def worked(address: str) -> float:
+    """Seconds of CPU that a server's processes have used."""
+    port = int(address.removesuffix("/v1").rpartition(":")[2])
+    first = psutil.Process(PROCESSES[port])
+    times = [one.cpu_times() for one in [first, *first.children(recursive=True)]]
+    return sum(t.user + t.system for t in times)
 
 
 def prompts_of(
@@ -120,13 +136,19 @@ def prompts_of(
     return made
 
 
-def told(base: list[float], merged: list[float]) -> str:
-    """The speeds and the median of the rounds' ratios, with its 95 % interval."""
-    ratios = [m / b for m, b in zip(merged, base, strict=True)]
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
-    return (
-        f"requests per second: base {statistics.median(base):.2f}, merged "
-        f"{statistics.median(merged):.2f}; merged / base, median of {len(ratios)} rounds: "
-        f"{statistics.median(ratios):.3f} ({medians[50]:.3f} to {medians[-51]:.3f})"
-    )
+def told(base: list[Round], merged: list[Round]) -> str:
+    """The medians of both and of the rounds' ratios, with 95 % intervals."""
+    lines = []
+    for what, of in (("requests per second", 0), ("seconds of CPU for a request", 1)):
+        ratios = [m[of] / b[of] for m, b in zip(merged, base, strict=True)]
+        draw = random.Random(0)
+        medians = sorted(
+            statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000)
+        )
+        of_base, of_merged = (statistics.median(r[of] for r in side) for side in (base, merged))
+        lines.append(
+            f"{what}: base {of_base:.2f}, merged {of_merged:.2f}; merged / base, median of "
+            f"{len(ratios)} rounds: {statistics.median(ratios):.3f} ({medians[50]:.3f} to "
+            f"{medians[-51]:.3f})"
+        )
+    return "\n".join(lines)
