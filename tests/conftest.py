@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from hypothesis import settings
 
 from . import tiny
 from .scaffold import Run, saved
 
+settings.register_profile("repeatable", derandomize=True)  # `make fuzz` looks for what is new
+settings.load_profile("repeatable")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

@@ -263,6 +263,7 @@ def test_real_tokenizer_gives_the_whole_string_s_ids(
     @settings(deadline=None, max_examples=25)
     @given(x=texts, y=texts, answer=answers)
     def check(x: str, y: str, answer: str) -> None:
+        assume(oracle(answer)["input_ids"])  # SmolLM2 has no token for some control characters
         whole = Whole.of(parts, {"x": x, "y": y})
         expected = [meaning.get(i, i) for i in oracle(whole.answered(answer))["input_ids"]]
         before = [meaning.get(i, i) for i in oracle(whole.before)["input_ids"]]
