@@ -2,7 +2,7 @@
 
 The package gguf knows llama.cpp's names of tensors; what stands here beside them are the settings
 of the few architectures that were run in llama.cpp and compared with transformers. llama.cpp's own
-``convert_hf_to_gguf.py`` reads a merged folder too, and knows many more.
+``convert_hf_to_gguf.py`` knows many more.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def write_gguf(merged: Merged, path: str | Path) -> None:
             writer.add_tensor_info(name, list(tensor.shape), np.dtype(np.float32), size, kind)
     except InputError as error:
         raise InputError(
-            f"this model cannot be written as GGUF: {error}; llama.cpp's convert_hf_to_gguf.py "
-            "reads the folder of a merged model too, and knows more, or serve it with vLLM"
+            f"this model cannot be written as GGUF: {error}; merge it, and try llama.cpp's "
+            "convert_hf_to_gguf.py on the folder, which knows more of them, or serve it with vLLM"
         ) from error
     try:
         writer.write_header_to_file()
