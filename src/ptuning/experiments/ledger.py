@@ -125,6 +125,7 @@ class Ledger:
             if found.get("data") != data:
                 raise self._other(f"whose part {part} was made of other data")
             self._end(part)  # a kill behind the result may have left them
+            remove_own(self._done)  # and what wrote it
             return found["result"]
 
         return distributed.from_main(read)
