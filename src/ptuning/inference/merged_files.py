@@ -135,17 +135,18 @@ def _bytes(tensor: Any) -> int:
 
 
 def _write_weights(model: Any, folder: Path) -> None:
+    refused = InputError(
+        "the model's quantized weights cannot be written; merge into the model without "
+        "quantization, and quantize the merged folder when you load it"
+    )
+    if _is_packed(model):
+        raise refused
     try:
-        if _is_packed(model):
-            raise NotImplementedError
         model.save_pretrained(folder)
     except (NotImplementedError, ValueError) as error:  # as transformers has it for each method
         if getattr(model, "hf_quantizer", None) is None:
             raise
-        raise InputError(
-            "the model's quantized weights cannot be written; merge into the model without "
-            "quantization, and quantize the merged folder when you load it"
-        ) from error
+        raise refused from error
 
 
 def _is_packed(model: nn.Module) -> bool:
