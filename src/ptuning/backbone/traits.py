@@ -185,10 +185,15 @@ def packs_rows(model: nn.Module) -> bool:
     return bool(rotary) and kinds == {"full_attention"} and not window
 
 
+def looks_attention_up(model: nn.Module) -> bool:
+    """Its layers look PyTorch's attention up by name."""
+    return attention_of(getattr(model, "config", None)) == "sdpa"
+
+
 def groups_queries(model: nn.Module) -> bool:
     """Several query heads read the same keys and values, through PyTorch's attention."""
     config: Any = getattr(model, "config", None)
-    if config is None or attention_of(config) != "sdpa":
+    if config is None or not looks_attention_up(model):
         return False
     text = config.get_text_config()
     queries = getattr(text, "num_attention_heads", None)

@@ -25,7 +25,7 @@ from transformers import Cache
 
 from ..backbone.base_model import device_of
 from ..backbone.traits import layer_weights, repeated_layers
-from .grouped_queries import grouped_on_gpu
+from .attention import grouped_on_gpu
 
 DYNAMIC = True
 _SECONDS = {"cuda": 25.0, "cpu": 90.0}

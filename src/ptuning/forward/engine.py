@@ -28,10 +28,10 @@ from ..prompts.task import Task
 from ..rendering.collate import Batch
 from ..rendering.render import Rendered, Renderer
 from . import chunked, plain
+from .attention import own_attention
 from .batching import Row, batch_for, by_length, chunks_by_length, computed_tokens
 from .compiled import CompiledLayers as CompiledLayers
 from .compiled import compiled_layers
-from .grouped_queries import grouped_queries
 from .kv_cache import pooled_cache
 from .label_words import label_word_scores
 from .packing import pack
@@ -247,7 +247,7 @@ class Engine:
                 return watch(ids[first, -1]).repeat_interleave(counts)
 
             more["stopping_criteria"] = StoppingCriteriaList([enough])
-        with grouped_queries(model):
+        with own_attention(model):
             output = _without_own_settings(model).generate(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,

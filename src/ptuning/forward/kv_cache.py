@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .grouped_queries import grouped_queries
+from .attention import own_attention
 from .kv_pool import KeyValuePool
 from .plain import positions
 
@@ -74,7 +74,7 @@ def keys_and_values(model: nn.Module, ids: Tensor, mask: Tensor) -> list[tuple[T
     """What each layer makes of rows ``(R, T)``: ``(R, heads, T, head width)``; without logits."""
     body = getattr(model, "base_model", model)
     cache = DynamicCache()  # without a configuration layers with a window keep every column
-    with grouped_queries(model):
+    with own_attention(model):
         body(
             input_ids=ids,
             attention_mask=mask,

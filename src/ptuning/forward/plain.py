@@ -21,7 +21,7 @@ from ..backbone.traits import first_position, forward_parameters
 from ..errors import InputError
 from ..rendering.collate import IGNORED, Batch
 from . import divergence
-from .grouped_queries import grouped_queries
+from .attention import own_attention
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ def answer_outputs(
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,
     }
-    if batch.kind == "seq2seq":
-        inputs["decoder_input_ids"] = batch.decoder_input_ids
-        return model(**inputs, use_cache=False).logits, _all
     count = batch.answers.shape[1]
-    if batch.kind == "masked":
-        return _masked_outputs(model, batch.slots, count, inputs)
-    shortened = shortener(batch) if shortener else None
-    with grouped_queries(model):
+    with own_attention(model):
+        if batch.kind == "seq2seq":
+            inputs["decoder_input_ids"] = batch.decoder_input_ids
+            return model(**inputs, use_cache=False).logits, _all
+        if batch.kind == "masked":
+            return _masked_outputs(model, batch.slots, count, inputs)
+        shortened = shortener(batch) if shortener else None
         if shortened is not None:
             return model(**{"use_cache": True, **shortened.inputs}).logits, shortened.rows
         inputs |= positions(model, batch.attention_mask, batch.input_ids.shape[1], count)

@@ -1,4 +1,4 @@
-"""Grouped queries against transformers' attention: the same numbers, and the model as it was."""
+"""Our attention against transformers' own: the same numbers, and the model as it was."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 
-from ptuning.forward import grouped_queries as module
-from ptuning.forward.grouped_queries import grouped_queries
+from ptuning.forward import attention as module
+from ptuning.forward.attention import own_attention
 
 from .. import tiny
 
@@ -64,7 +64,7 @@ def found(model: Any, grouped: bool, behind: int = 0) -> tuple[Tensor, Tensor]:
             body(inputs_embeds=vectors[:, :behind], attention_mask=MASK[:, :behind],
                  past_key_values=cache, use_cache=True)  # fmt: skip
     asked = vectors[:, behind:].detach().requires_grad_()
-    with grouped_queries(model) if grouped else nullcontext():
+    with own_attention(model) if grouped else nullcontext():
         logits = model(inputs_embeds=asked, attention_mask=MASK, past_key_values=cache).logits
     logits[:, -1].float().logsumexp(-1).sum().backward()
     assert asked.grad is not None
@@ -84,17 +84,76 @@ def test_logits_and_gradients_are_the_plain_ones(
     torch.testing.assert_close(grouped, plain, atol=1e-6, rtol=1e-5)
 
 
-def test_half_precision_is_as_near_to_float32_as_the_plain_one() -> None:
-    model = model_of("Llama")
+@pytest.mark.parametrize("pairs", [2, 4])
+def test_half_precision_is_as_near_to_float32_as_the_plain_one(pairs: int) -> None:
+    model = model_of("Llama", num_key_value_heads=pairs)
     exact = found(model, False)[1]
     model.to(torch.bfloat16)
-    plain, grouped = (found(model, g)[1].float() for g in (False, True))
-    assert (grouped - exact).norm() < 1.5 * (plain - exact).norm() + 1e-3
+    plain, ours = (found(model, own)[1].float() for own in (False, True))
+    assert (ours - exact).norm() < 1.5 * (plain - exact).norm() + 1e-3
+
+
+HALF, FULL = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("columns", "trains", "dtype", "computed_in"),
+    [
+        (20, True, HALF, FULL),
+        (20, True, FULL, FULL),
+        (20, False, HALF, HALF),
+        (300, True, HALF, HALF),
+    ],
+)
+def test_only_gradients_of_short_rows_in_half_precision_are_computed_in_float32(
+    columns: int,
+    trains: bool,
+    dtype: torch.dtype,
+    computed_in: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+    plain = module.sdpa_attention_forward
+
+    def theirs(layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(query.dtype)
+        return plain(layer, query, *args, **kwargs)
+
+    monkeypatch.setattr(module, "sdpa_attention_forward", theirs)
+    model = model_of("Llama", num_key_value_heads=4, max_position_embeddings=512)
+    model.requires_grad_(False).to(dtype)
+    vectors = torch.randn(2, columns, 32, dtype=dtype, requires_grad=trains)
+    with own_attention(model):
+        logits = model(inputs_embeds=vectors).logits
+    assert seen == [computed_in] * 2
+    assert logits.dtype == dtype
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "gpt2"])
+def test_masked_models_and_those_with_two_parts_keep_their_gradients(family: str) -> None:
+    model = tiny.model(family)
+    ids = torch.randint(5, 40, (2, 9))
+    mask = torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
+    more = {"decoder_input_ids": ids[:, :3]} if family == "t5" else {}
+
+    def gradient(own: bool, dtype: torch.dtype) -> Tensor:
+        model.to(dtype)
+        vectors = model.get_input_embeddings()(ids).detach().requires_grad_()
+        with own_attention(model) if own else nullcontext():
+            logits = model(inputs_embeds=vectors, attention_mask=mask, **more).logits
+        logits.float().logsumexp(-1).sum().backward()
+        assert vectors.grad is not None
+        return vectors.grad.float()
+
+    exact = gradient(False, torch.float32)
+    torch.testing.assert_close(gradient(True, torch.float32), exact, atol=1e-6, rtol=1e-5)
+    plain, ours = (gradient(own, torch.bfloat16) for own in (False, True))
+    assert (ours - exact).norm() < 1.5 * (plain - exact).norm() + 1e-3
 
 
 def test_without_a_mask_or_with_one_query_transformers_computes(groups: list[bool]) -> None:
     model = model_of("Llama")
-    with grouped_queries(model), torch.no_grad():
+    with own_attention(model), torch.no_grad():
         cache = DynamicCache()
         model(input_ids=torch.ones(2, 3, dtype=torch.long), past_key_values=cache, use_cache=True)
         model(input_ids=torch.ones(2, 1, dtype=torch.long), past_key_values=cache,
@@ -110,16 +169,16 @@ def test_other_attentions_and_models_without_groups_stay_as_they_are(
     if eager:
         model.set_attn_implementation("eager")
     found(model, True)
-    assert groups == []
+    assert groups == ([] if eager else [False] * 2)
 
 
 def test_the_name_stands_for_its_own_attention_again_even_after_an_error() -> None:
     model, plain = model_of("Llama"), AttentionInterface()["sdpa"]
 
     def fails() -> None:
-        with grouped_queries(model):
+        with own_attention(model):
             assert AttentionInterface()["sdpa"] is module.attention
-            with grouped_queries(model):  # as another thread may
+            with own_attention(model):  # as another thread may
                 raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -129,7 +188,7 @@ def test_the_name_stands_for_its_own_attention_again_even_after_an_error() -> No
 
 def test_forwards_that_overlap_take_ours_away_with_the_last() -> None:
     model, plain = model_of("Llama"), AttentionInterface()["sdpa"]
-    first, second = grouped_queries(model), grouped_queries(model)
+    first, second = own_attention(model), own_attention(model)
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
@@ -138,8 +197,9 @@ def test_forwards_that_overlap_take_ours_away_with_the_last() -> None:
     assert AttentionInterface()["sdpa"] is plain
 
 
-def test_what_has_no_groups_runs_as_ever() -> None:
+def test_what_looks_no_attention_up_runs_as_ever() -> None:
     model, line = tiny.model("gpt2"), nn.Linear(2, 2)
-    with grouped_queries(model), grouped_queries(line):
+    model.set_attn_implementation("eager")
+    with own_attention(model), own_attention(line):
         assert AttentionInterface()["sdpa"] is module.sdpa_attention_forward
         assert line(torch.zeros(1, 2)).shape == (1, 2)
