@@ -83,6 +83,13 @@ def test_text_of_a_chat_prompt_is_the_whole_chat(kind: str, bos: bool) -> None:
         assert text.startswith("<s>") is not bos
 
 
+@pytest.mark.parametrize("kind", tiny.TOKENIZERS)
+def test_text_for_a_tokenizer_that_splits_special_tokens(kind: str) -> None:
+    tokenizer = tiny.tokenizer(kind, around=True)
+    tokenizer.split_special_tokens = True
+    _check(tokenizer, _prompt(template="[P*2] {country} of [P] {name} [MASK]"), "seq2seq")
+
+
 def test_labels_are_words_as_they_continue_the_text() -> None:
     tokenizer = tiny.tokenizer()
     prompt = _prompt(

@@ -15,7 +15,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, processors
 from tokenizers.normalizers import BertNormalizer, Lowercase
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 from ptuning.errors import DataError, InputError
 from ptuning.prompts.prompt import Prompt
@@ -954,6 +954,56 @@ def test_a_tokenizer_that_its_owner_changes_is_copied_anew(change: str) -> None:
     after = render("[P*2] {x} [MASK]", example, tokenizer=tokenizer)
     assert after != before
     assert after == render("[P*2] {x} [MASK]", example, tokenizer=copy.deepcopy(tokenizer))
+
+
+@pytest.mark.parametrize("kind", tiny.TOKENIZERS)
+def test_special_tokens_in_a_text_are_split_where_the_tokenizer_splits_them(kind: str) -> None:
+    tokenizer = tiny.tokenizer(kind, around=True)
+    tokenizer.split_special_tokens = True
+    row = {"x": "Oslo </s><mask> Rome", "answer": "a </s>"}
+    sequence = render("{x}[P*2][MASK]", row, tokenizer=tokenizer, answer_end=False)
+    split = ids_of(row["x"], tokenizer)
+    assert split != ids_of(row["x"], plain(kind)) and tokenizer.eos_token_id not in split
+    assert sequence.ids == (tokenizer.bos_token_id, *split, -1, -2)
+    assert tokenizer.eos_token_id not in sequence.answer
+    assert sequence.fields == (("x", 1, 1 + len(split)),)
+
+
+def test_a_tokenizer_that_splits_all_added_tokens_is_refused() -> None:
+    tokenizer = ByT5Tokenizer()  # in Python
+    row = {"x": "Oslo </s>"}
+    assert render("[P]{x}[MASK]", row, "seq2seq", tokenizer=tokenizer).ids[0] == -1
+    tokenizer.split_special_tokens = True
+    with pytest.raises(InputError, match=r"ByT5Tokenizer.*load it with split_special_tokens=False"):
+        render("[P]{x}[MASK]", row, "seq2seq", tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("kind", tiny.TOKENIZERS)
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"clean_up_tokenization_spaces": True},
+        {"clean_up_tokenization_spaces": False},
+        {"add_prefix_space": True},
+        {"model_max_length": 2},
+        {"padding_side": "left"},
+        {"truncation_side": "left"},
+        {"model_input_names": ["input_ids"]},
+        {"pad_token": None},
+    ],
+    ids=str,
+)
+def test_what_does_not_say_how_text_is_cut_changes_nothing(
+    state: dict[str, Any], kind: str
+) -> None:
+    row = {"x": "Oslo </s> , does it rain ?", "answer": "yes"}
+    wanted = render("[P*2] {x} [P] [MASK]", row, tokenizer=plain(kind, "around"))
+    tokenizer = tiny.tokenizer(kind, around=True)
+    for name, value in state.items():
+        setattr(tokenizer, name, value)
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    tokenizer.backend_tokenizer.enable_padding(length=50)
+    assert render("[P*2] {x} [P] [MASK]", row, tokenizer=tokenizer) == wanted
 
 
 def test_an_extended_copy_goes_with_its_tokenizer() -> None:

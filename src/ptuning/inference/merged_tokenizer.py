@@ -17,7 +17,7 @@ from typing import Any
 from ..backbone.base_model import first_free_id
 from ..errors import InputError, PromptFileError
 from ..formats import parse_json
-from ..rendering.virtual_ids import virtual_token
+from ..rendering.virtual_ids import add_virtual_tokens
 
 _FREE = re.compile(r"<\|ptuning-free:[0-9]+\|>")
 _BEGIN, _END = "{#- ptuning prompts #}", "{#- end of ptuning prompts +#}"
@@ -40,7 +40,7 @@ def with_names(tokenizer: Any, names: list[str]) -> tuple[Any, list[int]]:
     taken = {free_name: name for (_, free_name), name in zip(free, names, strict=False)}
     result = _renamed(tokenizer, taken) if taken else copy.deepcopy(tokenizer)
     first = first_free_id(result)
-    result.add_tokens([virtual_token(name) for name in names[len(taken) :]])
+    add_virtual_tokens(result, names[len(taken) :])
     ids = list(result.convert_tokens_to_ids(names))
     expected = [i for i, _ in free] + list(range(first, first + len(names) - len(taken)))
     if ids != expected:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -127,16 +128,29 @@ def _extended(tokenizer: Any, prefix: str, count: int) -> NamedTokenizer:
     tokenizer.model_max_length = 10**30  # rendering sees to the length, without a warning
     named = NamedTokenizer(tokenizer, prefix, {})
     names = {named.name(i): -1 - i for i in range(count)} | {named.slot: SLOT}
-    tokenizer.add_tokens([virtual_token(name) for name in names])
+    add_virtual_tokens(tokenizer, names)
     for name, meaning in names.items():
         named.meaning[tokenizer.convert_tokens_to_ids(name)] = meaning
     named.ids("")  # ends padding and truncation of the owner's last call: threads only read then
     return named
 
 
-def virtual_token(name: str) -> AddedToken:
-    """The one form of added token that leaves the tokens around it as they are."""
-    return AddedToken(name, special=True, normalized=False, lstrip=False, rstrip=False)
+def add_virtual_tokens(tokenizer: Any, names: Iterable[str]) -> None:
+    """Give a tokenizer names in the one form that leaves the tokens around them as they are.
+
+    They are special, unless the tokenizer splits special tokens of a text: names stay whole.
+
+    Raises:
+        InputError: the tokenizer splits all tokens that were added to it.
+    """
+    splits = getattr(tokenizer, "split_special_tokens", False)
+    if splits and not tokenizer.is_fast:
+        raise InputError(
+            f"this tokenizer ({type(tokenizer).__name__}) splits every added token of a text, and "
+            "virtual tokens are such; load it with split_special_tokens=False"
+        )
+    form = {"special": not splits, "normalized": False, "lstrip": False, "rstrip": False}
+    tokenizer.add_tokens([AddedToken(name, **form) for name in names])
 
 
 def resolve_words(tokenizer: Any, task: Task) -> list[list[int | None]]:
