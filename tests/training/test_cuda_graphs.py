@@ -20,8 +20,7 @@ from ptuning.rendering.collate import IGNORED, Batch
 from ptuning.rendering.lesson import Lesson, Lessons
 from ptuning.training import checkpoint, loop, static_shapes
 from ptuning.training.cuda_graphs import GraphedStep, Outputs, obstacle
-from ptuning.training.progress import Progress
-from ptuning.training.static_shapes import COARSE, FINE, StaticInputs, rows_for
+from ptuning.training.static_shapes import COARSE, FINE, StaticInputs, rows_for, shape_of
 from ptuning.training.update import Update
 
 from .. import tiny
@@ -110,12 +109,13 @@ class Trained:
         def chosen(population: Any, plain: Any, _: Any, __: Any, say: Any) -> Any:
             if graph is None:
                 return plain
-            self.made.append(GraphedStep(population, plain, nullcontext, graph, 1e-3, say))
-            return self.made[0]
 
-        def listen(heard: Progress) -> None:
-            if heard.note:
-                self.notes.append(heard.note)
+            def note(text: str) -> None:  # a slow machine makes the training say more
+                self.notes.append(text)
+                say(text)
+
+            self.made.append(GraphedStep(population, plain, nullcontext, graph, 1e-3, note))
+            return self.made[0]
 
         tokenizer = tiny.tokenizer()
         column = {"answer": "label", "verbalizer": words} if words else {"answer": "answer"}
@@ -132,7 +132,6 @@ class Trained:
                 self.prompt,
                 rows,
                 rows[:4],
-                listener=listen,
                 lessons=lessons,
                 **{"epochs": 5, "batch_size": 4, "learning_rate": 1e-2, **options},
             )
@@ -399,9 +398,26 @@ def batch_of(ids: list[list[int]], answers: list[int]) -> Batch:
     )
 
 
+def test_a_prefix_that_padding_leaves_no_column_is_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Eight tokens of text and 24 behind them: both are 32 columns of the coarse grain."""
+    template, text = "{text} [P*18] is it so [MASK]", "is " * 7
+    rows = [{"text": text, "answer": "not"}] * 6
+    options: dict[str, Any] = {"template": template, "rows": rows, "epochs": 6, "batch_size": 2}
+    plain = Trained(None, monkeypatch, **options)
+    graphed = Trained(Again, monkeypatch, **options)
+    assert graphed.replays > 3, graphed.notes
+    assert [(shape.columns, shape.kept) for shape in graphed.made[0].shapes] == [(32, 0)]
+    torch.testing.assert_close(
+        graphed.prompt.trained_vectors(), plain.prompt.trained_vectors(), atol=1e-5, rtol=0
+    )
+
+
 def test_rows_and_columns_that_are_missing_are_filled_without_an_answer() -> None:
     whole = batch_of([[1, 2, 3], [4, 5, 6], [7, 8, 9]], [5, 6, 7])
-    inputs = StaticInputs(whole, 2, torch.device("cpu"), FINE, kept=4)
+    shape = shape_of(whole, FINE, kept=False)._replace(kept=4)
+    inputs = StaticInputs(whole, shape, 2, torch.device("cpu"))
     slots = torch.arange(12).view(3, 4).numpy()
     inputs.fill(whole, [3.0, 1.5], slots)
     inputs.fill(batch_of([[1, 2], [3, 4]], [5, 6]), [2.0, 0.25], slots[:2])

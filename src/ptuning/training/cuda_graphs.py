@@ -36,7 +36,7 @@ from ..forward.plain import Shortened, positions
 from ..rendering.collate import Batch
 from .population import Population
 from .settings import TrainSettings
-from .static_shapes import Grain, StaticInputs, columns_for, grain_for, shape_of, suffix_for
+from .static_shapes import Shape, StaticInputs, grain_for, shape_of
 
 MicroStep = Callable[[Batch, Tensor], Tensor]
 """From a batch and each member's divisor to its share of the mean loss; its gradient is added to
@@ -124,14 +124,14 @@ class GraphedStep:
         self.new_graph, self.tolerance, self.say = new_graph, tolerance, say
         self.fast_layers: CompiledLayers | None = None
         self._trims = False
-        self.shapes: dict[Any, tuple[StaticInputs, Graph]] = {}
+        self.shapes: dict[Shape, tuple[StaticInputs, Graph]] = {}
         self.replays = 0
         self.table = population.tables().detach().clone()
         self.device = self.table.device
         self.gradient = torch.zeros_like(self.table)
         self.losses = torch.zeros(len(population.members), device=self.device)
-        self._seen: set[Any] = set()
-        self._plain_shapes: set[Any] = set()
+        self._seen: set[Shape] = set()
+        self._plain_shapes: set[Shape] = set()
         self._weights = layer_weights(population.base)
         self._agreed = self._refused = False
         self._pool_version = -1
@@ -157,8 +157,7 @@ class GraphedStep:
         """
         kept = self.population.engine.serves_kept(batch)
         full = self._trims and not kept and len(set(batch.lengths)) == 1
-        grain = grain_for(batch, self._weights, kept)
-        shape = shape_of(batch, grain, kept, full)
+        shape = shape_of(batch, grain_for(batch, self._weights, kept), kept, full)
         if self._refused or shape in self._plain_shapes or shape not in self._seen:
             self._seen.add(shape)
             self._plain(batch, divisor)
@@ -167,9 +166,9 @@ class GraphedStep:
             self._plain_shapes.add(shape)
             self._plain(batch, divisor)
             return
-        slots = self._slots(batch, grain) if kept and shape in self.shapes else None
+        slots = self._slots(batch, shape) if shape in self.shapes else None
         if shape not in self.shapes:  # or not any more
-            self._first(batch, divisor, grain, kept, full, shape)
+            self._first(batch, divisor, shape)
             return
         inputs, graph = self.shapes[shape]
         inputs.fill(batch, divisor, slots)
@@ -180,14 +179,15 @@ class GraphedStep:
         """A graph of the step is possible, and there is room for it."""
         return len(self.shapes) < _MOST and self.population.engine.stands_still(batch)
 
-    def _slots(self, batch: Batch, grain: Grain) -> Any:
-        """Of the batch's kept columns, as the store's `slots` gives them."""
+    def _slots(self, batch: Batch, shape: Shape) -> Any:
+        """Of the batch's kept columns, as the store's `slots` gives them; None without such."""
+        if not shape.kept:
+            return None
         store = self.population.engine.store
         assert store is not None
-        columns, suffix = columns_for(batch, grain), suffix_for(batch, grain)
-        counts = [max(0, length - suffix) for length in batch.lengths]
+        counts = [max(0, length - (shape.columns - shape.kept)) for length in batch.lengths]
         with self.autocast():
-            slots = store.slots(batch.prefixes, counts, columns - suffix, self.device)
+            slots = store.slots(batch.prefixes, counts, shape.kept, self.device)
         assert store.pool is not None
         if store.pool.version != self._pool_version:  # captured graphs read where it was
             self._pool_version = store.pool.version
@@ -213,28 +213,21 @@ class GraphedStep:
         self.gradient += table.grad
         return losses, table.grad
 
-    def _first(
-        self,
-        batch: Batch,
-        divisor: Sequence[float],
-        grain: Grain,
-        kept: bool,
-        full: bool,
-        shape: Any,
-    ) -> None:
+    def _first(self, batch: Batch, divisor: Sequence[float], shape: Shape) -> None:
         """The plain step, and beside it a graph that is kept if it gives the same."""
         expected = self._plain(batch, divisor)
         if self._refused:
             return
-        off = self._capture(batch, divisor, grain, kept, full, shape, expected)
+        off = self._capture(batch, divisor, shape, expected)
         while self.fast_layers is not None and not self._agrees(off):
+            self.shapes.pop(shape, None)
             if self._trims:
-                self._trims = full = False
+                self._trims, shape = False, shape._replace(full=False)
             else:
                 fault = off if isinstance(off, str) else f"they are off by {off:.1e}"
                 self.say(f"compiled layers are off: {fault}; the layers run as they are")
                 self.fast_layers = None
-            off = self._capture(batch, divisor, grain, kept, full, shape, expected)
+            off = self._capture(batch, divisor, shape, expected)
         if isinstance(off, str):
             self._refuse(f"capturing the step failed ({off})")
         elif self._agrees(off):
@@ -255,21 +248,13 @@ class GraphedStep:
         return not isinstance(off, str) and off <= self.tolerance
 
     def _capture(
-        self,
-        batch: Batch,
-        divisor: Sequence[float],
-        grain: Grain,
-        kept: bool,
-        full: bool,
-        shape: Any,
-        expected: Outputs,
+        self, batch: Batch, divisor: Sequence[float], shape: Shape, expected: Outputs
     ) -> float | str:
         """A graph of a part, into `shapes`; gives how far off it is, or what went wrong."""
         added = self.losses.clone(), self.gradient.clone()
         try:
-            slots = self._slots(batch, grain) if kept else None
-            columns = 0 if slots is None else slots.shape[1]
-            inputs = StaticInputs(batch, len(self.losses), self.device, grain, columns, full)
+            slots = self._slots(batch, shape)
+            inputs = StaticInputs(batch, shape, len(self.losses), self.device)
             inputs.fill(batch, divisor, slots)
             graph = self.new_graph()
             graph.capture(partial(self._run, batch, inputs.tensors))

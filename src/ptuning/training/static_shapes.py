@@ -47,6 +47,32 @@ _READ = (
 _FRACTIONS = ("divisor", "taught")
 
 
+class Shape(NamedTuple):
+    """Sizes of a step's inputs; batches of one shape are served by one graph.
+
+    Attributes:
+        examples: of the static batch.
+        rows: of each example.
+        words: that are compared, None where answers are free.
+        labelled: the right ones are known.
+        lesson: sizes of what a teacher says of an example, None without one.
+        full: rows are equally long, and padded on the right: nothing stands in front of them.
+        answers: columns of the answer.
+        columns: of the whole input.
+        kept: those of them that are not computed: the frozen prefix's; 0 for none.
+    """
+
+    examples: int
+    rows: int
+    words: int | None
+    labelled: bool
+    lesson: tuple[int, ...] | None
+    full: bool
+    answers: int
+    columns: int
+    kept: int
+
+
 def grain_for(batch: Batch, weights: int, kept: bool) -> Grain:
     """Coarse where even the padded batch is little work.
 
@@ -81,22 +107,27 @@ def _multiple(count: int, of: int) -> int:
     return -(-count // of) * of
 
 
-def shape_of(batch: Batch, grain: Grain, kept: bool, full: bool = False) -> tuple[Any, ...]:
-    """What decides the shapes of all inputs.
+def shape_of(batch: Batch, grain: Grain, kept: bool, full: bool = False) -> Shape:
+    """The shape that serves a batch.
 
     Args:
         batch: of a causal model.
         grain: of rows and columns.
         kept: its frozen prefix is not computed with it.
-        full: its rows are equally long, and padded on the right.
+        full: its rows are equally long.
     """
-    examples = len(batch.member)
-    words = None if batch.label_ids is None else batch.label_ids.shape[1]
-    rows = len(batch.input_ids) // examples
-    suffix = suffix_for(batch, grain) if kept else None
-    sizes = (columns_for(batch, grain), batch.answers.shape[1], suffix)
-    lesson = None if batch.taught is None else tuple(batch.taught.shape[1:])
-    return rows_for(examples, grain), rows, words, batch.labels is not None, lesson, full, *sizes
+    examples, columns = len(batch.member), columns_for(batch, grain)
+    return Shape(
+        rows_for(examples, grain),
+        len(batch.input_ids) // examples,
+        None if batch.label_ids is None else batch.label_ids.shape[1],
+        batch.labels is not None,
+        None if batch.taught is None else tuple(batch.taught.shape[1:]),
+        full,
+        batch.answers.shape[1],
+        columns,
+        columns - suffix_for(batch, grain) if kept else 0,
+    )
 
 
 class StaticInputs:
@@ -104,11 +135,9 @@ class StaticInputs:
 
     Args:
         batch: one of the shape.
+        shape: of them.
         members: of the population.
         device: where the step runs.
-        grain: of rows and columns.
-        kept: columns of the frozen prefix, 0 for none.
-        full: rows are equally long, and padded on the right: nothing stands in front of them.
 
     Attributes:
         tensors: by the names of `Batch`'s fields; ``slots`` ``(R, kept)`` and ``divisor``
@@ -116,31 +145,23 @@ class StaticInputs:
             answer. ``divisor`` and ``taught`` are in float64.
     """
 
-    def __init__(
-        self,
-        batch: Batch,
-        members: int,
-        device: torch.device,
-        grain: Grain,
-        kept: int = 0,
-        full: bool = False,
-    ):
-        self._full = full
+    def __init__(self, batch: Batch, shape: Shape, members: int, device: torch.device):
+        self._full = shape.full
         examples = len(batch.member)
         shapes: dict[str, tuple[int, ...]] = {}
         for name in _READ:
             value = getattr(batch, name)
             if value is not None:
-                rows = len(value) * rows_for(examples, grain) // examples
+                rows = len(value) * shape.examples // examples
                 shapes[name] = (rows, *value.shape[1:])
         rows = shapes["input_ids"][0]
-        shapes["input_ids"] = shapes["attention_mask"] = (rows, columns_for(batch, grain))
-        if kept:
-            shapes["slots"] = (rows, kept)
-        if full:
-            shapes["keep"] = (batch.answers.shape[1],)
+        shapes["input_ids"] = shapes["attention_mask"] = (rows, shape.columns)
+        if shape.kept:
+            shapes["slots"] = (rows, shape.kept)
+        if shape.full:
+            shapes["keep"] = (shape.answers,)
         shapes["divisor"] = (members,)
-        sizes = [int(numpy.prod(shape)) for shape in shapes.values()]
+        sizes = [int(numpy.prod(size)) for size in shapes.values()]
         pinned = device.type == "cuda"
         self._here = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=pinned)
         self._there = self._here.to(device, copy=True)
@@ -149,12 +170,11 @@ class StaticInputs:
         here = numpy.split(self._here.numpy(), ends[:-1])
         there = self._there.split(sizes)
         self._arrays = {
-            name: part.reshape(shape)
-            for part, (name, shape) in zip(here, shapes.items(), strict=True)
+            name: part.reshape(size)
+            for part, (name, size) in zip(here, shapes.items(), strict=True)
         }
         self.tensors = {
-            name: part.view(shape)
-            for part, (name, shape) in zip(there, shapes.items(), strict=True)
+            name: part.view(size) for part, (name, size) in zip(there, shapes.items(), strict=True)
         }
         for name in _FRACTIONS:
             if name in shapes:
