@@ -385,6 +385,45 @@ def test_a_missing_option_an_unknown_one_and_an_unknown_command_are_one_line(run
     assert_one_line(err, "'gpt9'", "smollm2")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["train", "--model", "", "--data", "train.jsonl"], "what stands behind --model is empty"),
+        (["train", "--model", "m", "--output="], "--output is empty"),
+        (["evaluate", "", "--data", "dev.csv"], "what stands behind evaluate is empty"),
+    ],
+)
+def test_an_empty_argument_is_not_the_current_folder(
+    run: Run, arguments: list[str], name: str
+) -> None:
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert_one_line(err, name, "give it a value")
+
+
+def test_wrong_options_of_a_saved_prompt_are_one_line(train: Run, run: Run) -> None:
+    """Found before the model is loaded, but for what only it can tell."""
+    train()
+    train(output="labelled", labels="Paris=a,Rome=b,Madrid=c,Vienna=d")
+    Path("candidates.txt").write_text("Paris\nRome\n")
+    asked = ["out", "--data", "train.jsonl"]
+    wrong: list[tuple[list[str], list[str]]] = [
+        *(([command, *asked, option, "0"], [option, "greater than or equal to 1"])
+          for command in ("evaluate", "predict", "report")
+          for option in ("--batch-size", "--answer-tokens")),
+        (["inspect", "out", "--words", "-2"], ["--words", "greater than or equal to 1"]),
+        (["evaluate", *asked, "--manual", "[P] {country}"],
+         ["a manual template has no virtual tokens", "[P] {country}"]),
+        (["report", *asked, "--manual", "{contry}"], ["'contry'", "'country'"]),
+        (["evaluate", "labelled", *asked[1:], "--candidates", "candidates.txt"],
+         ["candidates are for free answers"]),
+    ]  # fmt: skip
+    for arguments, parts in wrong:
+        code, _, err = run(*arguments)
+        assert code == 2, (arguments, err)
+        assert_one_line(err, *parts)
+
+
 def test_an_unknown_key_of_a_run_file_is_named(run: Run) -> None:
     Path("run.yaml").write_text("epoks: 3\n")
     code, _, err = run("train", "--config", "run.yaml")

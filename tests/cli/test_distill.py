@@ -92,6 +92,8 @@ def test_a_run_that_was_stopped_goes_on(
     [
         ({"teacher": "missing.txt"}, "missing.txt"),
         ({"template": None}, "no --template"),
+        ({"template": "auto"}, "distill needs none; write --template and --labels"),
+        ({"labels": "auto"}, "distill needs none; write --template and --labels"),
         ({"labels": None}, "how long may the teacher's answers be"),
         ({"label_weight": 2}, "label_weight is 2"),
         ({"data": "teacher.txt"}, "teacher.txt"),

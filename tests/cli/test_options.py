@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from io import StringIO
 from typing import Any
 
 import pytest
 import typer.main
+from rich.console import Console
+from rich.markdown import Markdown
 
 from ptuning.cli import options
 from ptuning.cli.app import app
@@ -42,6 +45,14 @@ EARLIER = {
     "overwrite json",
 }
 """Options of the first release: none may change its name."""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_what_is_written_and_takes_none_of_it_for_markup(command: str) -> None:
+    for param in COMMANDS[command].params:
+        shown = StringIO()
+        Console(file=shown, width=2000).print(Markdown(param.help or ""))
+        assert shown.getvalue().strip() == (param.help or "").replace("`", ""), param.name
 
 
 def _params(command: str) -> dict[str, Any]:

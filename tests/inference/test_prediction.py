@@ -339,3 +339,28 @@ def test_rows_that_are_rendered_in_a_thread_have_the_answers_that_they_have(
     assert [len(next(stream)), len(next(stream))] == [5, 1]
     with pytest.raises(DataError, match="prediction example 7"):
         next(stream)
+
+
+@pytest.mark.parametrize("size", [0, -2, 1.5])
+def test_a_batch_has_at_least_one_row(size: Any) -> None:
+    model, tokenizer, prompt = setting("llama")
+    for answer in (ptuning.predict, ptuning.evaluate):
+        with pytest.raises(InputError, match=f"batch_size is {size}; give a whole number"):
+            answer(model, tokenizer, prompt, ROWS, batch_size=size)
+    with pytest.raises(InputError, match=f"batch_size is {size}; give a whole number"):
+        list(stream_predictions(model, tokenizer, prompt, [ROWS], batch_size=size))
+
+
+def test_a_manual_task_with_virtual_tokens_is_refused() -> None:
+    """Nobody has vectors for them, and words of the vocabulary would stand in their place."""
+    model, tokenizer, prompt = setting("llama")
+    with pytest.raises(InputError, match=r"no virtual tokens; leave them out of: \[P"):
+        ptuning.predict(model, tokenizer, Task(TEMPLATE, answer="capital"), ROWS)
+    with pytest.raises(InputError, match="no virtual tokens"):
+        ptuning.evaluate(model, tokenizer, prompt, ROWS, manual="[P] {country} [MASK]")
+
+
+def test_candidates_are_for_free_answers() -> None:
+    model, tokenizer, prompt = setting("llama", answer="label", verbalizer={"0": "no", "1": "yes"})
+    with pytest.raises(InputError, match="candidates are for free answers"):
+        ptuning.evaluate(model, tokenizer, prompt, ROWS, candidates=["no", "yes"])

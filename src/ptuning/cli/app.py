@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
 
-from ..errors import PtuningError
+from ..errors import InputError, PtuningError
 from . import (
     console,
     distill,
@@ -103,6 +104,7 @@ def main() -> None:
     console.speak_if(os.environ.get("RANK", "0") == "0")
     console.on_stop(lambda: "stopped")
     try:
+        _check_filled(arguments)
         code = app(
             [a for a in arguments if a != "--debug"], standalone_mode=False, prog_name="ptuning"
         )
@@ -127,6 +129,15 @@ def main() -> None:
     if code == _INTERRUPTED:
         console.say(console.stopped())
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _check_filled(arguments: list[str]) -> None:
+    """Refuse an empty argument: as a path it would be the current folder."""
+    for before, argument in pairwise(["ptuning", *arguments]):
+        name, assigned, value = argument.partition("=")
+        if not argument or (name.startswith("--") and assigned and not value):
+            place = name or f"what stands behind {before}"
+            raise InputError(f"{place} is empty; give it a value (is a shell variable not set?)")
 
 
 def _complain(error: Exception, text: str) -> None:

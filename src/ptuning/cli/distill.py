@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
+from ..prompts.from_table import AUTO
 from . import console, loading, run_files, training_report
 from .fields import filled
 from .options import (
@@ -118,6 +119,11 @@ def distill(
         if not distributed.from_main(lambda: is_open(output, resume, overwrite)):
             console.say(f"{output} holds a finished run; there is nothing to resume")
             return
+        if AUTO in (prompt["template"], prompt["verbalizer"]):
+            raise InputError(
+                f"{AUTO} is made of a table with answers, and distill needs none; write --template "
+                "and --labels"
+            )
         if prompt["template"] is None and init_from is None:
             raise InputError(
                 "no --template; it says where columns, virtual tokens and answer stand, for "

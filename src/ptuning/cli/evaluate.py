@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from . import console, loading, saved_prompt
 from .options import Dtype, Json, Separator
-from .saved_prompt import AnswerTokens, BatchSize, Candidates, Model, PromptFolder
+from .saved_prompt import (
+    AnswerColumn,
+    Answered,
+    AnswerTokens,
+    BatchSize,
+    Candidates,
+    Manual,
+    Model,
+    PromptFolder,
+)
 
 if TYPE_CHECKING:
     from ..data.rows import Row
@@ -18,17 +25,10 @@ if TYPE_CHECKING:
 
 def evaluate(
     prompt_folder: PromptFolder,
-    data: Annotated[str, typer.Option(help="Examples with answers: JSONL, CSV, Parquet, hub.")],
-    answer: Annotated[
-        str | None, typer.Option(help="Column of the right answer. [default: as in the training]")
-    ] = None,
+    data: Answered,
+    answer: AnswerColumn = None,
     model: Model = None,
-    manual: Annotated[
-        str | None,
-        typer.Option(
-            help="Manual template to compare with. [default: the best of some plain ones]"
-        ),
-    ] = None,
+    manual: Manual = None,
     candidates: Candidates = None,
     answer_tokens: AnswerTokens = None,
     batch_size: BatchSize = 32,
@@ -41,17 +41,13 @@ def evaluate(
     Shows accuracy beside a manual template and the majority answer, and the most confident
     mistakes; for labels also macro F1, the confusion matrix and the mean probability of each label.
     """
-    from ..data import read_examples
     from ..inference.evaluation import evaluate as measure
-    from ..rendering.render import check_rows
 
     prompt = saved_prompt.load(prompt_folder)
     prompt.answer = answer or prompt.answer
     chosen = saved_prompt.read_candidates(candidates)
     name = saved_prompt.base_name(prompt, model)
-    rows = read_examples(data, separator)
-    check_rows(prompt, rows, "evaluation")
-    check_rows(prompt.manual(manual), rows, "evaluation", answered=False)
+    rows = saved_prompt.answered_rows(prompt, data, separator, manual)
     base, tokenizer = loading.base_model(name, dtype)
     result = measure(
         base,

@@ -39,7 +39,7 @@ def lama(
     wanted: dict[str, Any],
     settings: dict[str, Any],
     model: Model,
-    data: Annotated[Path, typer.Option(help="LAMA's folder: relations.jsonl and P*.jsonl.")],
+    data: Annotated[Path, typer.Option(help="LAMA's folder: relations.jsonl and `P*.jsonl`.")],
     output: Annotated[Path, typer.Option(help="Folder for figures, picture and prompts.")],
     relations: Annotated[
         str | None, typer.Option(help="Such as P36,P19. [default: all that have facts]")

@@ -76,7 +76,8 @@ def merge(
     if json_output:
         console.print_json({"output": str(output), "prompts": merged.prompts})
         return
-    console.tell(f"{len(merged.prompts)} prompts in {output}: {', '.join(merged.prompts)}")
+    count = len(merged.prompts)
+    console.tell(f"{count} prompt{'s' * (count != 1)} in {output}: {', '.join(merged.prompts)}")
 
 
 def _names(folders: list[str], names: list[str]) -> dict[str, str]:

@@ -59,9 +59,7 @@ Config = Annotated[
         is_eager=True,
     ),
 ]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the run that --output holds.")
-]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --output holds.")]
 Output = Annotated[
     Path,
     typer.Option(
@@ -138,7 +136,7 @@ OF_PROMPT = Fields(
         "template": (
             str | None,
             None,
-            "Where columns, virtual tokens and answer stand: '[P*3] {country} [P*3] [MASK]'. "
+            "Where columns, virtual tokens and answer stand: `[P*3] {country} [P*3] [MASK]`. "
             "[default: auto, made of the columns' names]",
         ),
         "verbalizer": (
@@ -158,7 +156,7 @@ OF_LEARNER = replace(
         "template": (
             str | None,
             None,
-            "Where columns, virtual tokens and answer stand: '[P*20] {text} Kind: [MASK]'.",
+            "Where columns, virtual tokens and answer stand: `[P*20] {text} Kind: [MASK]`.",
         ),
         "verbalizer": (
             str | None,

@@ -15,7 +15,7 @@ import typer
 
 from ..errors import DataError, InputError
 from . import console, loading, saved_prompt
-from .options import Dtype, Separator
+from .options import Dtype, Overwrite, Separator
 from .saved_prompt import AnswerTokens, BatchSize, Candidates, Model, PromptFolder
 
 if TYPE_CHECKING:
@@ -47,9 +47,7 @@ def predict(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the interrupted run beside --output.")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output file.")
-    ] = False,
+    overwrite: Overwrite = False,
     json_output: Annotated[
         bool, typer.Option("--json", help="Print a summary as JSON on stdout.")
     ] = False,
@@ -73,8 +71,6 @@ def predict(
         console.on_stop(lambda: kept)
     if resume and (place is None or place.special):
         raise InputError("--resume needs an --output file, beside which the interrupted run stands")
-    if batch_size < 1:
-        raise InputError(f"--batch-size is {batch_size}; give a whole number of at least 1")
     prompt = saved_prompt.load(prompt_folder)
     chosen = saved_prompt.read_candidates(candidates)
     name = saved_prompt.base_name(prompt, model)

@@ -10,21 +10,25 @@ import typer
 from ..errors import InputError
 from . import console, loading, saved_prompt
 from .options import Dtype, Overwrite, Separator
-from .saved_prompt import AnswerTokens, BatchSize, Candidates, Model, PromptFolder
+from .saved_prompt import (
+    AnswerColumn,
+    Answered,
+    AnswerTokens,
+    BatchSize,
+    Candidates,
+    Manual,
+    Model,
+    PromptFolder,
+)
 
 
 def report(
     prompt_folder: PromptFolder,
-    data: Annotated[str, typer.Option(help="Examples with answers: JSONL, CSV, Parquet, hub.")],
+    data: Answered,
     output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
-    answer: Annotated[
-        str | None, typer.Option(help="Column of the right answer. [default: as in the training]")
-    ] = None,
+    answer: AnswerColumn = None,
     model: Model = None,
-    manual: Annotated[
-        str | None,
-        typer.Option(help="Manual template to compare with. [default: the prompt's words alone]"),
-    ] = None,
+    manual: Manual = None,
     candidates: Candidates = None,
     answer_tokens: AnswerTokens = None,
     batch_size: BatchSize = 32,
@@ -38,12 +42,10 @@ def report(
     the surest mistakes, calibration, the training's curve, nearest words, settings.
     """
     from .. import places, storage
-    from ..data import read_examples
     from ..inference.evaluation import evaluate
     from ..inference.nearest_words import nearest_words
     from ..inference.report import report_on, training_history
     from ..inference.report_page import page
-    from ..rendering.render import check_rows
     from ..reporting import versions
 
     storage.check_file(output)
@@ -53,9 +55,7 @@ def report(
     prompt.answer = answer or prompt.answer
     chosen = saved_prompt.read_candidates(candidates)
     name = saved_prompt.base_name(prompt, model)
-    rows = read_examples(data, separator)
-    check_rows(prompt, rows, "evaluation")
-    check_rows(prompt.manual(manual), rows, "evaluation", answered=False)
+    rows = saved_prompt.answered_rows(prompt, data, separator, manual)
     base, tokenizer = loading.base_model(name, dtype)
     options: dict[str, Any] = {"candidates": chosen, "answer_tokens": answer_tokens}
     result = evaluate(

@@ -10,6 +10,7 @@ import typer
 from ..errors import DataError, InputError
 
 if TYPE_CHECKING:
+    from ..data.rows import Row
     from ..prompts.prompt import Prompt
 
 PromptFolder = Annotated[
@@ -21,9 +22,22 @@ Model = Annotated[
 Candidates = Annotated[
     Path | None, typer.Option(help="File of answers to choose among, one per line.")
 ]
-AnswerTokens = Annotated[int | None, typer.Option(help="Longest free answer in tokens.")]
+AnswerTokens = Annotated[int | None, typer.Option(help="Longest free answer in tokens.", min=1)]
 Alone = Annotated[bool, typer.Option("--alone", help="Of an ensemble take the best member alone.")]
-BatchSize = Annotated[int, typer.Option(help="Examples per forward.")]
+BatchSize = Annotated[int, typer.Option(help="Examples per forward.", min=1)]
+Answered = Annotated[
+    str, typer.Option(help="Examples with answers: JSONL, CSV, Parquet, or a hub data set.")
+]
+AnswerColumn = Annotated[
+    str | None, typer.Option(help="Column of the right answer. [default: as in the training]")
+]
+Manual = Annotated[
+    str | None,
+    typer.Option(
+        help="Template without virtual tokens to compare with. [default: the best of the prompt's "
+        "words and some plain ones]"
+    ),
+]
 
 
 def load(folder: str) -> Prompt:
@@ -66,6 +80,24 @@ def base_name(prompt: Prompt, name: str | None) -> str:
     if not name:
         raise InputError("the prompt does not say which model it is for; give --model")
     return name
+
+
+def answered_rows(
+    prompt: Prompt, data: str, separator: str | None, manual: str | None
+) -> list[Row]:
+    """Examples that a prompt and a manual template can be measured on.
+
+    Raises:
+        DataError, InputError: they lack a column or an answer, or `manual` is no manual template.
+    """
+    from ..data import read_examples
+    from ..rendering.render import check_rows
+
+    by_hand = prompt.manual(manual)
+    rows = read_examples(data, separator)
+    check_rows(prompt, rows, "evaluation")
+    check_rows(by_hand, rows, "evaluation", answered=False)
+    return rows
 
 
 def read_candidates(path: Path | None) -> list[str] | None:

@@ -14,7 +14,7 @@ from .saved_prompt import Model, PromptFolder
 def inspect(
     prompt_folder: PromptFolder,
     model: Model = None,
-    words: Annotated[int, typer.Option(help="Nearest words to show.")] = 5,
+    words: Annotated[int, typer.Option(help="Nearest words to show.", min=1)] = 5,
     dtype: Dtype = "float32",
     json_output: Json = False,
 ) -> None:

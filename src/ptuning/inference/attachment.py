@@ -143,9 +143,11 @@ def placed(model: nn.Module, tokenizer: Any, task: Task) -> Iterator[int]:
     """The first id of a prompt, which is attached meanwhile if it is not; 0 for a manual task.
 
     Raises:
-        InputError: an ensemble, whose members stand in places of their own.
+        InputError: an ensemble, whose members stand in places of their own; a manual task with
+            virtual tokens.
     """
     if not isinstance(task, Prompt):
+        task.check_manual()
         yield 0
         return
     task.check_alone("read as one range of ids")

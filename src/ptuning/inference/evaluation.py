@@ -14,12 +14,12 @@ from torch import nn
 from ..backbone.base_model import BaseModel
 from ..backbone.modes import eval_mode
 from ..data import Rows, as_rows
-from ..errors import DataError
+from ..errors import DataError, InputError
 from ..forward.engine import Engine
 from ..forward.scoring import score, score_together
 from ..forward.together import biased
 from ..prompts.prompt import Prompt
-from ..prompts.task import Task, majority_answer
+from ..prompts.task import Task, at_least_one, majority_answer
 from ..rendering.render import Example, answer_column, render_all
 from ..reporting import html_picture, html_table, percent, shares
 from ..training.calibration import bias_against, without_content
@@ -145,6 +145,11 @@ def evaluate(
     Warns:
         UserWarning: the accuracy is far below what dev had promised.
     """
+    at_least_one("batch_size", batch_size)
+    if candidates and prompt.labels:
+        raise InputError(
+            "candidates are for free answers, and this prompt compares its labels; leave them out"
+        )
     rows = as_rows(rows)
     if not rows:
         raise DataError("there is no example to evaluate on; give at least one")

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..backbone.injection import input_embedding
 from ..prompts.prompt import Prompt
+from ..prompts.task import at_least_one
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ def nearest_words(
 
     The vocabulary is read through the embedding module, so scaled embeddings compare rightly.
     """
+    at_least_one("count", count)
     embedding = input_embedding(model)
     size = min(embedding.num_embeddings, len(tokenizer))
     ids = torch.arange(size, device=embedding.weight.device)

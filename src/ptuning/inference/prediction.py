@@ -17,7 +17,7 @@ from ..backbone.modes import eval_mode
 from ..data import Row, Rows, as_rows
 from ..forward.engine import Engine
 from ..prompts.prompt import Prompt
-from ..prompts.task import Task
+from ..prompts.task import Task, at_least_one
 from ..rendering.render import Rendered, Renderer, render_each, tell_shortened
 from .answering import Later, Prediction, Question, Reading, in_one_batch
 from .attachment import placed
@@ -79,6 +79,7 @@ def predict_details(
     batch_size: int = 32,
 ) -> list[Any]:
     """Like `predict`, with probabilities: a `Prediction` for each row."""
+    at_least_one("batch_size", batch_size)
     tasks = [prompt] if isinstance(prompt, Task) else list(prompt)
     whole = as_rows(rows)
     at_once = _AHEAD * batch_size if device_of(model).type != "cpu" else max(1, len(whole))
@@ -114,6 +115,7 @@ def stream_predictions(
     Raises:
         InputError, DataError: prompt, model or rows do not fit together.
     """
+    at_least_one("batch_size", batch_size)
     options = candidates, answer_tokens, batch_size
     for (predictions,) in _predicted(model, tokenizer, [prompt], blocks, *options, first):
         yield predictions

@@ -130,7 +130,20 @@ class Task:
         """The same task with a hand-written template; by default this one's words alone."""
         text = template if template is not None else self.parsed.without_virtual().text
         settings = {**Task.settings(self), "template": text, "special_tokens": "around"}
-        return Task(**{**settings, "label_bias": None})  # which is another template's
+        made = Task(**{**settings, "label_bias": None})  # which is another template's
+        made.check_manual()
+        return made
+
+    def check_manual(self) -> None:
+        """Refuse virtual tokens: a task that is no prompt has no vectors for them.
+
+        Raises:
+            InputError: the template has some.
+        """
+        if self.parsed.virtual:
+            raise InputError(
+                f"a manual template has no virtual tokens; leave them out of: {self.template}"
+            )
 
 
 def majority_answer(answers: Iterable[str]) -> str:
