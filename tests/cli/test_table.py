@@ -38,7 +38,7 @@ def test_a_table_is_enough(train: Run, run: Run) -> None:
     assert "answers: 'team' (3 labels); reads: 'subject', 'body'; left out: '' (it" in err
     assert "6 of 30 examples are set aside" in err
     prompt = Prompt.load("out")
-    assert prompt.template == "[P*3] Subject: {subject}\nBody: {body} [P*3] Team: [MASK]"
+    assert prompt.template == "[P*20] Subject: {subject}\nBody: {body} [P*20] Team: [MASK]"
     assert prompt.answer == "team" and set(prompt.labels) == set(TEAMS)
     assert prompt.training["examples"] == 24 and prompt.training["dev_examples"] == 6
     code, out, err = run("evaluate", "out", "--data", "tickets.csv", "--json")
@@ -52,12 +52,18 @@ def test_the_run_file_keeps_what_was_found(train: Run, run: Run) -> None:
     settings, prompt = yaml.safe_load(Path("out/run.yaml").read_text()), Prompt.load("out")
     assert settings["template"] == prompt.template and settings["answer"] == "team"
     assert settings["labels"] == {label: list(words) for label, words in prompt.labels.items()}
-    assert settings["dev_share"] == 0.2
+    assert settings["dev_share"] == 0.2 and settings["encoder"] == prompt.encoder == "none"
     code, _, err = run("train", "--config", "out/run.yaml", "--output", "again")
     assert code == 0, err
     again = Prompt.load("again")
     assert again.trained_vectors().equal(prompt.trained_vectors())
     assert "answers:" not in err
+
+
+def test_an_encoder_of_ones_own_for_a_made_template(train: Run) -> None:
+    code, _, err = train("--encoder", "mlp")
+    assert code == 0, err
+    assert Prompt.load("out").encoder == "mlp"
 
 
 def test_an_interrupted_run_goes_on_with_what_was_found(

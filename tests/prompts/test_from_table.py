@@ -30,25 +30,33 @@ def words_of(prompt: Prompt) -> dict[str, str]:
 
 def test_virtual_tokens_stand_around_the_text_and_the_answers_name_before_it() -> None:
     prompt = prompt_for(["good", "bad"], "ticket_type")
-    assert prompt.template == "[P*3] {text} [P*3] Ticket type: [MASK]"
-    assert prompt.answer == "ticket_type" and prompt.num_virtual_tokens == 6
+    assert prompt.template == "[P*20] {text} [P*20] Ticket type: [MASK]"
+    assert prompt.answer == "ticket_type" and prompt.num_virtual_tokens == 40
 
 
 def test_several_columns_stand_with_their_names() -> None:
     prompt = prompt_for(["good", "bad"], subjectLine=[f"Re: {text}" for text in TEXTS])
-    assert prompt.template == "[P*3] Text: {text}\nSubject Line: {subjectLine} [P*3] Label: [MASK]"
+    assert prompt.template == "[P*20] Text: {text}\nSubject Line: {subjectLine} [P*20] Type: [MASK]"
 
 
 def test_names_like_words_of_the_template_language_are_text() -> None:
     table = {"[MASK]": TEXTS, "a\nb": [f"{t} again" for t in TEXTS], "[P*3]": ["x", "y", "z"] * 8}
     prompt = Prompt.for_rows(table)
-    assert prompt.template == ("[P*3] [[MASK]]: {[MASK]}\nA b: {a\nb} [P*3] [[P*3]]: [MASK]")
-    assert prompt.parsed.fields == ("[MASK]", "a\nb") and prompt.num_virtual_tokens == 6
+    assert prompt.template == ("[P*20] [[MASK]]: {[MASK]}\nA b: {a\nb} [P*20] [[P*3]]: [MASK]")
+    assert prompt.parsed.fields == ("[MASK]", "a\nb") and prompt.num_virtual_tokens == 40
+
+
+def test_names_of_columns_that_say_nothing_do_not_stand_before_a_label() -> None:
+    said = {
+        name: prompt_for(["a", "b"], name).template[20:] for name in ("Label", "y", "class", "kind")
+    }
+    assert said == {"Label": " Type: [MASK]", "y": " Type: [MASK]", "class": " Type: [MASK]",
+                    "kind": " Kind: [MASK]"}  # fmt: skip
 
 
 @pytest.mark.parametrize(("count", "template"), [
-    (1, "{text} [P*1] Label: [MASK]"),
-    (5, "[P*2] {text} [P*3] Label: [MASK]"),
+    (1, "{text} [P*1] Type: [MASK]"),
+    (5, "[P*2] {text} [P*3] Type: [MASK]"),
 ])  # fmt: skip
 def test_so_many_virtual_tokens_as_are_wanted(count: int, template: str) -> None:
     table = {"text": TEXTS, "label": ["a", "b"] * 12}
@@ -99,7 +107,7 @@ def test_labels_that_differ_only_in_case_are_two_and_said() -> None:
 def test_answers_that_never_come_again_are_free_text() -> None:
     prompt = Prompt.for_rows([{"question": f"q {n}", "answer": f"a {n}"} for n in range(9)])
     assert prompt.verbalizer is None
-    assert prompt.template == "[P*3] {question} [P*3] Answer: [MASK]"
+    assert prompt.template == "[P*20] {question} [P*20] Answer: [MASK]"
 
 
 def test_one_kind_of_answer_is_refused() -> None:
@@ -111,6 +119,9 @@ def test_what_is_given_is_not_looked_for() -> None:
     table = {"id": [*range(24)], "label": ["a", "b"] * 12, "kind": ["c", "d", "e"] * 8}
     prompt = Prompt.for_rows(table, "kind", "[P] {id} [MASK]", encoder="none")
     assert (prompt.template, prompt.answer, prompt.encoder) == ("[P] {id} [MASK]", "kind", "none")
+    assert Prompt.for_rows(table, "kind", "[P] {id} [MASK]").encoder == "mlp"
+    assert Prompt.for_rows(table, "kind").encoder == "none"
+    assert Prompt.for_rows(table, "kind", encoder="lstm").encoder == "lstm"
     own = Prompt.for_rows(table, "kind", verbalizer={"c": "x", "d": "y", "e": "z"})
     assert words_of(own) == {"c": "x", "d": "y", "e": "z"} and not own.names_are_words
     with pytest.raises(InputError, match="no virtual token"):
@@ -131,7 +142,7 @@ def test_two_lines_say_what_was_chosen() -> None:
         "answers: 'label' (2 labels); reads: 'text'; left out: 'no' (the row's number)"
     )
     assert second == (
-        "template: '[P*3] {text} [P*3] Label: [MASK]'; words: a b=a b, b=b; 5 of 24 examples are "
+        "template: '[P*20] {text} [P*20] Type: [MASK]'; words: a b=a b, b=b; 5 of 24 examples are "
         "set aside to choose with"
     )
 

@@ -46,6 +46,24 @@ def test_label_words_fill_the_first_virtual_tokens_in_order() -> None:
     assert start.words == expected[: len(given) + 12] and not start.came_from
 
 
+def test_random_words_fill_what_the_template_gives_no_words_and_are_the_vectors() -> None:
+    tokenizer = tiny.tokenizer()
+    model = tiny.model("llama", vocab_size=len(tokenizer))
+    prompt = fresh(template="[P:does] {text} [P*12] [MASK]")
+    renderer = Renderer(tokenizer, prompt, "causal")
+    start = start_of(renderer, ROWS, ANSWERS, "words", 0)
+    given = renderer.groups[0]
+    assert start.words[: len(given)] == given and None not in start.words
+    assert not set(start.words[len(given) :]) & set(tokenizer.all_special_ids)
+    assert start == start_of(renderer, ROWS, ANSWERS, "words", 0)
+    assert start != start_of(renderer, ROWS, ANSWERS, "words", 1)
+    words = start_of(Renderer(tokenizer, fresh(), "causal"), ROWS, ANSWERS, "words", 0).words
+    expected = model.get_input_embeddings()(torch.tensor(words))
+    for encoder in ("mlp", "lstm", "none"):
+        member = Member(fresh(encoder=encoder), model, 0, words)
+        torch.testing.assert_close(member.table(), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_examples_fill_all_and_say_where_each_token_is_from() -> None:
     tokenizer = tiny.tokenizer()
     renderer = Renderer(tokenizer, fresh(), "causal")

@@ -211,6 +211,8 @@ def prompt_of(
     if start_folder is None:
         if chosen["template"] is None or any(found.values()):
             template = None if found["template"] else chosen["template"]
+            if "encoder" not in OF_PROMPT.given(context):
+                chosen.pop("encoder")
             return Prompt.for_rows(rows, **{**chosen, "template": template})
         return Prompt(**chosen)
     given = {field: chosen[field] for field in OF_PROMPT.given(context)}
@@ -226,7 +228,8 @@ def _found(trained: Prompt, chosen: dict[str, Any], start_folder: Path | None) -
         return {}
     labels = {label: list(words) for label, words in trained.labels.items()} or None
     given = labels if chosen["verbalizer"] in (None, AUTO) else chosen["verbalizer"]
-    return {"template": trained.template, "answer": trained.answer, "labels": given}
+    made = {"template": trained.template, "answer": trained.answer, "labels": given}
+    return {**made, "encoder": trained.encoder}
 
 
 def grid_of(first: str | None, more: list[str]) -> dict[str, Any] | None:

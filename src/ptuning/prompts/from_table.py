@@ -1,7 +1,7 @@
 """From a table to a task: a template out of its column names, words out of its labels.
 
-    subject,body,team          [P*3] Subject: {subject}
-    "Refund?","I …",billing    Body: {body} [P*3] Team: [MASK]
+    subject,body,team          [P*20] Subject: {subject}
+    "Refund?","I …",billing    Body: {body} [P*20] Team: [MASK]
 
 Knows no tokenizer: whether a label's word is one token shows later, and then another may take its
 place (`rendering.short_words`).
@@ -26,8 +26,14 @@ from .template import escape
 
 AUTO = "auto"
 """What stands for a template or for labels that are to be found in the table."""
-VIRTUAL = 6
-"""Virtual tokens of a template that is made, half of them in front."""
+VIRTUAL, ENCODER = 40, "none"
+"""Virtual tokens of a template that is made, half of them in front, and what makes them.
+
+Chosen on dev examples of four tasks (benchmarks/README.md, "A template that is made").
+"""
+_SAY_NOTHING = frozenset(("answer", "class", "gold", "label", "labels", "output", "target", "y"))
+_CAPTION = "Type"
+"""Before a label whose column is named so."""
 _TRUTH = {"0": "no", "1": "yes", "true": "yes", "false": "no", "True": "yes", "False": "no"}
 _SIGNS = {"-1": "negative", "0": "neutral", "1": "positive"}
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -60,25 +66,28 @@ def from_table(
         rows: column -> value.
         answer: the answer's column, where it is known.
         template: where there is one already.
-        virtual: how many virtual tokens a template gets that is made; by default 6.
+        virtual: how many virtual tokens a template gets that is made; by default 40.
 
     Raises:
         DataError: the table does not say enough (`columns_of`), or all answers are one.
     """
     columns = columns_of(rows, answer, reads=template is None)
-    made = template or template_of(columns, virtual or VIRTUAL)
-    return FromTable(columns, made, label_words(rows, columns))
+    words = label_words(rows, columns)
+    made = template or template_of(columns, virtual or VIRTUAL, words is not None)
+    return FromTable(columns, made, words)
 
 
-def template_of(columns: Columns, virtual: int) -> str:
+def template_of(columns: Columns, virtual: int, labelled: bool) -> str:
     """Virtual tokens around what is read, and the answer's name before the answer."""
     read = columns.read
+    vague = labelled and columns.answer.casefold() in _SAY_NOTHING
     texts = [f"{{{name}}}" for name in read]
     if len(read) > 1:
         texts = [f"{_caption(name)}: {text}" for name, text in zip(read, texts, strict=True)]
     body = "\n".join(texts)
     front, back = (f"[P*{n}]" if n else "" for n in (virtual // 2, virtual - virtual // 2))
-    return f"{front} {body} {back} {_caption(columns.answer)}: [MASK]".lstrip()
+    asked = _CAPTION if vague else _caption(columns.answer)
+    return f"{front} {body} {back} {asked}: [MASK]".lstrip()
 
 
 def label_words(rows: Sequence[Mapping[str, Any]], columns: Columns) -> dict[str, str] | None:

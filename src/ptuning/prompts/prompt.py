@@ -20,7 +20,7 @@ from ..data import Rows, as_rows
 from ..errors import InputError, PromptFileError, PtuningError
 from . import peft_files, prompt_files
 from .encoder_config import CONFIG_NAME, PromptEncoderConfig, PromptEncoderReparameterizationType
-from .from_table import as_verbalizer, from_table
+from .from_table import ENCODER, as_verbalizer, from_table
 from .prompt_settings import PromptSettings
 from .task import check_type
 from .transfer import groups_of, resampled
@@ -124,7 +124,8 @@ class Prompt(PromptSettings):
                 with few values.
             template: one of your own instead.
             verbalizer: label words of your own instead.
-            settings: others of the prompt, such as ``encoder``.
+            settings: others of the prompt, such as ``encoder``, which is ``none`` where the
+                template is made.
 
         Raises:
             DataError: the table does not say what is the answer, or what to read.
@@ -132,9 +133,11 @@ class Prompt(PromptSettings):
         Example:
             >>> rows = [{"text": "a joy", "label": "good"}, {"text": "dull", "label": "bad"}] * 9
             >>> Prompt.for_rows(rows).template
-            '[P*3] {text} [P*3] Label: [MASK]'
+            '[P*20] {text} [P*20] Type: [MASK]'
         """
         virtual = settings.get("num_virtual_tokens")
+        if template is None:
+            settings = {"encoder": ENCODER, **settings}
         found = from_table(as_rows(rows), answer, template, virtual)
         prompt = cls(found.template, found.columns.answer, verbalizer, **settings)
         if verbalizer is None and found.words is not None:

@@ -33,7 +33,8 @@ class PromptSettings(Task):
             so many virtual tokens in front of everything.
         encoder: what makes the virtual tokens: ``mlp``, ``lstm``, ``none`` (they are trained
             themselves), ``residual`` (themselves plus a small network of them), or ``mixture``
-            (learned mixtures of the vocabulary's vectors).
+            (learned mixtures of the vocabulary's vectors). A template that is made for a table has
+            ``none``.
         encoder_hidden_size: width of the encoder; by default the embedding's (half of it for LSTM,
             so that both directions together are as wide, and for residual); of a mixture the number
             of words, by default 128.

@@ -15,7 +15,7 @@ LEARNING_RATES = {"mlp": 1e-3, "lstm": 2e-3, "none": 1e-2, "residual": 2e-3, "mi
 
 SCHEDULES = ("linear", "cosine", "constant")
 CHOICES = ("accuracy", "loss")
-STARTS = ("encoder", "labels", "examples")
+STARTS = ("encoder", "words", "labels", "examples")
 CALIBRATIONS = ("none", "context", "batch", "dev")
 CHANGE_NO_RESULT = (
     *("tracker", "checkpoint_seconds", "max_minutes", "prefix_cache", "graphs", "compile"),
@@ -68,7 +68,8 @@ class TrainSettings:
             epoch are chosen by their mean, and the prompt then trains on all examples. For few
             examples; costs as many trainings more.
         init: where virtual tokens begin that the template gives no words: ``encoder`` (as it makes
-            them), ``labels`` (at the label words), or ``examples`` (at the ends of some training
+            them), ``words`` (at random words, which is steadier behind an MLP or LSTM),
+            ``labels`` (at the label words), or ``examples`` (at the ends of some training
             examples, which are left out of their own rows).
         prefix_cache: keep the keys and values of text before the first virtual token: ``auto``
             (part of the free memory), ``off`` (every row is computed as a whole), or bytes such as

@@ -1,8 +1,9 @@
 """Where virtual tokens begin that the template gives no words.
 
     encoder    as the encoder makes them
-    labels     at the label words, in order, as far as they go: Lester et al. 2021
-               (arXiv 2104.08691), "class labels"
+    words      at random words of the vocabulary, where virtual tokens without a network begin
+               anyway: Lester et al. 2021 (arXiv 2104.08691), "sampled vocabulary"
+    labels     at the label words, in order, as far as they go: the same, "class labels"
     examples   at the ends of some training examples, text and answer, of different answers: Lu et
                al. 2025 (CT-Prompt, arXiv 2507.04221); while an example is trained on, the virtual
                tokens that came from it are left out of its row (leave-one-out masking), so that it
@@ -17,7 +18,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, zip_longest
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..prompts.task import Task, fill, named_fields
@@ -64,11 +65,14 @@ def start_of(
         rows: training examples.
         answers: of these.
         init: one of `settings.STARTS`.
-        seed: which examples.
+        seed: which words or examples.
     """
     words = [word for group in renderer.groups for word in group]
     free = [number for number, word in enumerate(words) if word is None]
     came_from: dict[int, frozenset[int]] = {}
+    if init == "words":
+        for number, word in zip(free, _drawn(renderer.tokenizer, len(free), seed), strict=True):
+            words[number] = word
     if init == "labels":
         texts = [fill(of_label[0], {}) for of_label in renderer.labels.values()]
         known = chain.from_iterable(_ids(renderer, f" {text}") for text in texts)
@@ -97,6 +101,13 @@ def left_out(examples: Sequence[Rendered], start: Start) -> list[Rendered]:
         )
         for number, one in enumerate(examples)
     ]
+
+
+def _drawn(tokenizer: Any, count: int, seed: int) -> list[int]:
+    """So many words of the vocabulary, none of them special."""
+    special = set(tokenizer.all_special_ids)
+    ordinary = [token for token in range(tokenizer.vocab_size) if token not in special]
+    return random.Random(seed).choices(ordinary, k=count)
 
 
 def _of_different_answers(answers: Sequence[str], count: int, seed: int) -> list[int]:
