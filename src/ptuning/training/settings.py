@@ -68,7 +68,7 @@ class TrainSettings:
             epoch are chosen by their mean, and the prompt then trains on all examples. For few
             examples; costs as many trainings more.
         init: where virtual tokens begin that the template gives no words: ``encoder`` (as it makes
-            them), ``words`` (at random words, which is steadier behind an MLP or LSTM),
+            them), ``words`` (at random words, which learns sooner behind an MLP or LSTM),
             ``labels`` (at the label words), or ``examples`` (at the ends of some training
             examples, which are left out of their own rows).
         prefix_cache: keep the keys and values of text before the first virtual token: ``auto``
