@@ -30,7 +30,7 @@ _BATCHES_AT_ONCE = 8
 
 def predict(
     prompt_folder: PromptFolder,
-    data: Annotated[str, typer.Option(help="Examples: JSONL, CSV, Parquet, hub.")],
+    data: Annotated[str, typer.Option(help="Examples: JSONL, CSV, Parquet, or a hub data set.")],
     output: Annotated[
         Path,
         typer.Option(
