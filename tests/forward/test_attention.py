@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -34,7 +33,7 @@ def model_of(family: str, **changes: Any) -> Any:
 
 
 @pytest.fixture
-def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+def groups(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each attention in groups: true; for each that transformers computes there: false."""
     seen: list[bool] = []
     plain, attention = module.sdpa_attention_forward, module.attention
@@ -49,8 +48,7 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
 
     monkeypatch.setattr(module, "attention", ours)
     monkeypatch.setattr(module, "sdpa_attention_forward", theirs)
-    yield seen
-    AttentionInterface.register("sdpa", plain)
+    return seen
 
 
 def found(model: Any, grouped: bool, behind: int = 0) -> tuple[Tensor, Tensor]:
@@ -184,6 +182,21 @@ def test_the_name_stands_for_its_own_attention_again_even_after_an_error() -> No
     with pytest.raises(ZeroDivisionError):
         fails()
     assert AttentionInterface()["sdpa"] is plain
+
+
+def test_what_the_name_stood_for_before_stands_there_again() -> None:
+    plain = AttentionInterface()["sdpa"]
+
+    def somebodys(*args: Any, **kwargs: Any) -> Any:
+        return plain(*args, **kwargs)
+
+    AttentionInterface.register("sdpa", somebodys)
+    try:
+        with own_attention(model_of("Llama")):
+            assert AttentionInterface()["sdpa"] is module.attention
+        assert AttentionInterface()["sdpa"] is somebodys
+    finally:
+        AttentionInterface.register("sdpa", plain)
 
 
 def test_forwards_that_overlap_take_ours_away_with_the_last() -> None:

@@ -38,6 +38,8 @@ _LONG = 2**16
 """Queries x keys of a row: from 256 x 256 on both formats take as long."""
 
 _forwards = 0
+_theirs: Any = sdpa_attention_forward
+"""What the name stands for while no forward is ours."""
 _here = threading.local()
 
 
@@ -91,11 +93,13 @@ def _asked_for() -> bool:
 
 
 def _count(change: int) -> None:
-    """The first forward brings our attention, the last takes it away: threads may overlap."""
-    global _forwards
+    """The first forward brings our attention, the last what was there: threads may overlap."""
+    global _forwards, _theirs
     with CHANGING:
+        if not _forwards:
+            _theirs = AttentionInterface()["sdpa"]
         _forwards += change
-        AttentionInterface.register("sdpa", attention if _forwards else sdpa_attention_forward)
+        AttentionInterface.register("sdpa", attention if _forwards else _theirs)
 
 
 def attention(
