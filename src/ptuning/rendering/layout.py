@@ -17,11 +17,9 @@ import numpy
 from ..errors import DataError, InputError
 from ..prompts.task import Task
 from ..prompts.template import Field, Slot, Virtual
+from .known import Known, Tokenize
 from .virtual_ids import SLOT, NamedTokenizer, Names
 
-Known = dict[tuple[str, str], Any]
-"""What was tokenized of one example already, by the names' prefix and the text; the text of an
-input holds the slot's name, that before an answer does not."""
 Spans = tuple[tuple[str, int, int], ...]
 
 
@@ -75,6 +73,33 @@ class Sequence:
         return min(self.fields[0][1], len(self.ids) - 1) if self.fields else 0
 
 
+@dataclass(frozen=True, eq=False)
+class Written:
+    """An example as one string, before it is tokenized.
+
+    Attributes:
+        named: has names that do not occur in the example.
+        text: with names for virtual tokens and slot.
+        characters: the fields' ranges.
+        space: the answer begins with a space.
+        tail: the end of what stands before the answer, which decides how that is tokenized.
+    """
+
+    named: NamedTokenizer
+    text: str
+    characters: list[tuple[str, int, int]]
+    space: bool
+    tail: str
+
+    def continued(self, word: str) -> str:
+        """The answer as it continues the text."""
+        return f" {word}" if self.space and not word.startswith(" ") else word
+
+
+Draft = tuple[Written, str | None]
+"""An example's string, and its answer if there is one."""
+
+
 class Layout:
     """Tokenizes a task's template with its fields filled in.
 
@@ -92,35 +117,55 @@ class Layout:
 
     def __call__(self, fields: dict[str, str], word: str | None) -> Sequence:
         """Tokenize an example's fields, with `word` as the answer if there is one."""
-        return next(self.each(fields, [word]))
+        return next(self.each(self.drafts(fields, [word]), Known()))
 
-    def each(self, fields: dict[str, str], words: Iterable[str | None]) -> Iterator[Sequence]:
-        """The same for several words: what is the same for all is tokenized once."""
-        known: Known = {}
+    def drafts(self, fields: dict[str, str], words: Iterable[str | None]) -> list[Draft]:
+        """An example's string, written for each of several answers."""
+        spelled, before = self._spelled(fields)
+        written: dict[str, Written] = {}
+        drafts = []
         for word in words:
-            yield self._with(fields, word, known)
+            named = self._names.avoiding(f"{spelled}\n{before}{word or ''}")
+            if named.prefix not in written:
+                text, characters, space = self.string(fields, named)
+                tail = named.tail(text.partition(named.slot)[0])
+                written[named.prefix] = Written(named, text, characters, space, tail)
+            drafts.append((written[named.prefix], word))
+        return drafts
 
-    def _with(self, fields: dict[str, str], word: str | None, known: Known) -> Sequence:
-        named = self._names.avoiding(self._spelled(fields, word or ""))
-        text, characters, space = self.string(fields, named)
-        if (named.prefix, text) not in known:
-            known[named.prefix, text] = named.tokenizer(
-                text,
-                add_special_tokens=not self.task.chat,
-                return_offsets_mapping=named.tokenizer.is_fast,
-            )
-        encoding = known[named.prefix, text]
-        ids = named.rename(encoding["input_ids"])
+    def wanted(self, drafts: Iterable[Draft]) -> Iterator[tuple[Tokenize, str]]:
+        """The strings that `each` will look up, but for rare cases."""
+        for written, word in drafts:
+            yield self._whole(written), written.text
+            if word is None:
+                continue
+            if self.kind == "seq2seq":
+                yield self._decoder_answers, word
+            else:
+                yield written.named.ids_of, written.tail
+                yield written.named.ids_of, written.tail + written.continued(word)
+
+    def each(self, drafts: Iterable[Draft], known: Known) -> Iterator[Sequence]:
+        """The sequences of an example; what is not known yet is tokenized."""
+        last = None
+        for written, word in drafts:
+            if written is not last:
+                ids, spans = self._read(written, known)
+                last = written
+            answer = () if word is None else self._answer(word, written, known)
+            yield self._fill_slot(ids, answer, spans)
+
+    def _whole(self, written: Written) -> Tokenize:
+        return written.named.inner if self.task.chat else written.named.whole
+
+    def _read(self, written: Written, known: Known) -> tuple[list[int], Spans]:
+        ids, offsets = known(self._whole(written), written.text)
         shift = self.count if self.task.special_tokens == "after" else 0
-        ids = [-1 - i for i in range(shift)] + ids
-        answer = () if word is None else self._answer(word, space, text, named, known)
-        spans: Spans = ()
-        if named.tokenizer.is_fast:
-            spans = _token_spans(characters, encoding["offset_mapping"], shift)
-        return self._fill_slot(ids, answer, spans)
+        spans = () if offsets is None else _token_spans(written.characters, *offsets, shift)
+        return [-1 - i for i in range(shift)] + ids, spans
 
-    def _spelled(self, fields: dict[str, str], word: str) -> str:
-        """All text of the example, joined as it is tokenized: without and with the answer."""
+    def _spelled(self, fields: dict[str, str]) -> tuple[str, str]:
+        """All text of the example, joined as it is tokenized, and what stands before the answer."""
         parts: list[str] = []
         slot = -1
         for piece in self.task.parsed.pieces:
@@ -128,8 +173,7 @@ class Layout:
                 slot = len(parts)
             elif not isinstance(piece, Virtual):
                 parts.append(fields[piece.name] if isinstance(piece, Field) else piece.text)
-        before = "".join(parts if slot < 0 else parts[:slot])
-        return "".join(parts) + "\n" + before + word
+        return "".join(parts), "".join(parts if slot < 0 else parts[:slot])
 
     def _fill_slot(self, ids: list[int], answer: tuple[int, ...], spans: Spans) -> Sequence:
         at = ids.index(SLOT)
@@ -211,30 +255,28 @@ class Layout:
                 f"this model's chat template takes no turns of {who} ({reason})"
             ) from error
 
-    def _answer(
-        self, word: str, space: bool, text: str, named: NamedTokenizer, known: Known
-    ) -> tuple[int, ...]:
+    def _answer(self, word: str, written: Written, known: Known) -> tuple[int, ...]:
         if self.kind == "seq2seq":
-            ids = self._decoder_answer(word)
+            ids = known(self._decoder_answers, word)
         else:
-            before = text.partition(named.slot)[0]
-            answer = f" {word}" if space and not word.startswith(" ") else word
-            if (named.prefix, before) not in known:
-                known[named.prefix, before] = named.ids(before)
-            alone, whole = known[named.prefix, before], named.ids(before + answer)
-            if len(whole) > len(alone) and whole[: len(alone)] == alone:
-                ids = whole[len(alone) :]
+            named, tail, answer = written.named, written.tail, written.continued(word)
+            alone, both = known(named.ids_of, tail), known(named.ids_of, tail + answer)
+            if len(both) > len(alone) and both[: len(alone)] == alone:
+                ids = both[len(alone) :]
             else:  # the answer would merge with the word before it: keep the two apart
-                marked = named.ids(before + named.slot + answer)
-                ids = marked[marked.index(SLOT) + 1 :]
+                apart = named.ids(tail + named.slot + answer)
+                ids = apart[len(apart) - apart[::-1].index(SLOT) :]
         if not ids:
             raise DataError(f"the answer {word!r} has no token in this tokenizer")
         if self.kind == "causal" and self.task.ends_answer:
             ids = [*ids, self.tokenizer.eos_token_id]
         return tuple(ids)
 
-    def _decoder_answer(self, word: str) -> list[int]:
+    def _decoder_answers(self, words: list[str]) -> list[list[int]]:
         """The decoder's labels, with the special tokens that the model was trained on."""
+        return [self._decoder_answer(word) for word in words]
+
+    def _decoder_answer(self, word: str) -> list[int]:
         ids = list(self.tokenizer(text_target=word)["input_ids"])
         if not self.task.ends_answer:
             while ids and ids[-1] in self.tokenizer.all_special_ids:
@@ -243,12 +285,14 @@ class Layout:
 
 
 def _token_spans(
-    spans: list[tuple[str, int, int]], offsets: list[tuple[int, int]], shift: int
+    spans: list[tuple[str, int, int]], begins: tuple[int, ...], ends: tuple[int, ...], shift: int
 ) -> Spans:
     """Character ranges as token ranges: the tokens that overlap a field's text."""
     result = []
     for name, start, end in spans:
-        inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
+        inside = [
+            i for i, (a, b) in enumerate(zip(begins, ends, strict=True)) if a < end and b > start
+        ]
         if inside:
             result.append((name, inside[0] + shift, inside[-1] + 1 + shift))
     return tuple(result)

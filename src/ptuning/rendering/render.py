@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from ..data.rows import brief, named
@@ -17,7 +18,8 @@ from ..errors import DataError, InputError
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task, as_label, fill, named_fields
 from ..prompts.template import Virtual
-from .layout import Layout, Sequence
+from .known import Known, blocks
+from .layout import Draft, Layout, Sequence
 from .lesson import Lesson
 from .short_words import settle_words
 from .virtual_ids import resolve_words
@@ -55,6 +57,23 @@ class Rendered:
     def shortened(self) -> bool:
         """A field was cut to fit the length limit."""
         return any(sequence.shortened for sequence in self.sequences)
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """An example before it is tokenized.
+
+    Attributes:
+        fields: field -> text.
+        words: the answers that it is rendered with; None for none.
+        label: index of the right label.
+        drafts: its strings.
+    """
+
+    fields: dict[str, str]
+    words: list[str | None]
+    label: int | None
+    drafts: list[Draft]
 
 
 class Renderer:
@@ -146,6 +165,15 @@ class Renderer:
             DataError: a column is missing, the answer is empty or no known label, or the example
                 does not fit the model's context.
         """
+        asked = self.asked(example, answered)
+        return self.rendered(asked, self.known([asked]))
+
+    def asked(self, example: Example, answered: bool) -> Asked:
+        """What an example asks of the tokenizer; the first half of rendering it.
+
+        Raises:
+            DataError: a column is missing, or the answer is empty or no known label.
+        """
         fields = _texts(example, self.task.parsed.fields, "template")
         in_words = _texts(example, self._in_words, "verbalizer")
         gold = _gold(self.task, example, self.labels) if answered else None
@@ -154,17 +182,32 @@ class Renderer:
             if gold not in self.labels:
                 raise _unknown_label(gold, self.labels)
             label = list(self.labels).index(gold)
+        words: list[str | None] = [gold]
+        if self.compares:
+            words = [self._word(w, in_words) for words in self.labels.values() for w in words]
+        elif gold is not None and self.labels:
+            words = [self._word(self.labels[gold][0], in_words)]
+        return Asked(fields, words, label, self.layout.drafts(fields, words))
+
+    def known(self, examples: Iterable[Asked]) -> Known:
+        """What some examples ask for, tokenized together."""
+        known = Known()
+        known.ahead(chain.from_iterable(self.layout.wanted(one.drafts) for one in examples))
+        return known
+
+    def rendered(self, asked: Asked, known: Known) -> Rendered:
+        """The second half of rendering.
+
+        Raises:
+            DataError: the example does not fit the model's context.
+        """
+        sequences = self._fitting(asked.drafts, known) or self._shortened(asked, known)
         if not self.compares:
-            word = gold
-            if gold is not None and self.labels:
-                word = self._word(self.labels[gold][0], in_words)
-            return Rendered(self._sequences(fields, [word]), label=label)
-        words = [self._word(w, in_words) for words in self.labels.values() for w in words]
-        sequences = self._sequences(fields, words)
-        alike = all(s.ids == sequences[0].ids and len(s.answer) == 1 for s in sequences)
-        if alike:
-            return Rendered(sequences[:1], tuple(s.answer[0] for s in sequences), label)
-        return Rendered(sequences, label=label)
+            return Rendered(sequences, label=asked.label)
+        first = sequences[0].ids
+        if all(len(s.answer) == 1 and s.ids == first for s in sequences):
+            return Rendered(sequences[:1], tuple(s.answer[0] for s in sequences), asked.label)
+        return Rendered(sequences, label=asked.label)
 
     def _word(self, word: str, columns: dict[str, str]) -> str:
         if self._literal:
@@ -174,18 +217,14 @@ class Renderer:
             raise DataError(f"the label word {word!r} is empty in this example")
         return filled
 
-    def _sequences(
-        self, fields: dict[str, str], words: Iterable[str | None]
-    ) -> tuple[Sequence, ...]:
-        """One sequence per word, all with the same fields, shortened where the limit asks."""
-        sequences = self._fitting(fields, words)
-        if sequences:
-            return sequences
-        low, high = 0, max(map(len, fields.values()), default=0)
+    def _shortened(self, asked: Asked, known: Known) -> tuple[Sequence, ...]:
+        """One sequence per word, all with the same fields: as much of them as fits."""
+        low, high = 0, max(map(len, asked.fields.values()), default=0)
         best: tuple[Sequence, ...] = ()
         while low <= high:  # the longest fields are cut to one common length: as long as fits
             middle = (low + high) // 2
-            shorter = self._fitting({k: _cut(v, middle) for k, v in fields.items()}, words)
+            fields = {name: _cut(text, middle) for name, text in asked.fields.items()}
+            shorter = self._fitting(self.layout.drafts(fields, asked.words), known)
             if shorter:
                 best, low = shorter, middle + 1
             else:
@@ -198,10 +237,10 @@ class Renderer:
             )
         return tuple(replace(sequence, shortened=True) for sequence in best)
 
-    def _fitting(self, fields: dict[str, str], words: Iterable[str | None]) -> tuple[Sequence, ...]:
+    def _fitting(self, drafts: Iterable[Draft], known: Known) -> tuple[Sequence, ...]:
         """The sequences, or none where one of them does not fit."""
         sequences = []
-        for sequence in self.layout.each(fields, words):
+        for sequence in self.layout.each(drafts, known):
             room = self._room(sequence)
             if room is not None and len(sequence.ids) > room:
                 return ()
@@ -238,13 +277,26 @@ def render_each(
     Raises:
         DataError: names the example at fault by its number.
     """
-    rendered = []
-    for number, row in enumerate(rows, first):
-        try:
-            rendered.append(renderer(row, answered=answered))
-        except DataError as error:
-            raise DataError(f"{what} example {number}: {error}") from None
+    rendered: list[Rendered] = []
+    for block in blocks(rows):
+        asked = [_asked(renderer, row, answered) for row in block]
+        known = renderer.known(one for one in asked if isinstance(one, Asked))
+        for number, one in enumerate(asked, first + len(rendered)):
+            try:
+                if isinstance(one, Exception):
+                    raise one
+                rendered.append(renderer.rendered(one, known))
+            except DataError as error:
+                raise DataError(f"{what} example {number}: {error}") from None
     return rendered
+
+
+def _asked(renderer: Renderer, row: Example, answered: bool) -> Asked | Exception:
+    """What a row asks of the tokenizer, or what is wrong with it: the rows before it come first."""
+    try:
+        return renderer.asked(row, answered)
+    except Exception as error:
+        return error
 
 
 def taught(example: Rendered, lesson: Lesson, labels: Iterable[str]) -> Rendered:

@@ -23,23 +23,27 @@ from ..errors import InputError
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
 from ..threads import CHANGING
+from .spaces import cuts_at_spaces, last_word
 
 SLOT = -(10**9)
 """The answer slot among rendered ids; virtual token i is ``-1 - i``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NamedTokenizer:
     """A tokenizer extended by names for virtual tokens and the slot.
 
     Attributes:
         tokenizer: the extended copy.
         prefix: what every name begins with.
+        meaning: an added token's id -> what it is among rendered ids.
+        spaced: cuts text at spaces (`spaces.cuts_at_spaces`).
     """
 
     tokenizer: Any
     prefix: str
     meaning: dict[int, int]
+    spaced: bool = False
 
     def name(self, index: int) -> str:
         """The name of virtual token `index`."""
@@ -54,9 +58,56 @@ class NamedTokenizer:
         """Ids without special tokens around; names as negative numbers."""
         return self.rename(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def ids_of(self, texts: list[str]) -> list[list[int]]:
+        """`ids` of each text."""
+        if not self.tokenizer.is_fast:
+            return [self.ids(text) for text in texts]
+        backend = self.tokenizer.backend_tokenizer
+        found = backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [self.rename(encoding.ids) for encoding in found]
+
+    def whole(self, texts: list[str]) -> list[Whole]:
+        """Each text with the tokenizer's special tokens around."""
+        return self._with_offsets(texts, special=True)
+
+    def inner(self, texts: list[str]) -> list[Whole]:
+        """Each text without special tokens around."""
+        return self._with_offsets(texts, special=False)
+
+    def _with_offsets(self, texts: list[str], special: bool) -> list[Whole]:
+        if not self.tokenizer.is_fast:
+            found = [self.tokenizer(text, add_special_tokens=special) for text in texts]
+            return [(self.rename(one["input_ids"]), None) for one in found]
+        backend = self.tokenizer.backend_tokenizer
+        return [  # pairs of numbers by the thousand would keep the garbage collector busy
+            (self.rename(one.ids), tuple(zip(*one.offsets, strict=True)) or ((), ()))
+            for one in backend.encode_batch(texts, add_special_tokens=special)
+        ]
+
     def rename(self, ids: list[int]) -> list[int]:
         """Replace the added tokens' ids by what they mean here."""
-        return [self.meaning.get(i, i) for i in ids]
+        meaning = self.meaning.get
+        return [meaning(i, i) for i in ids]
+
+    def tail(self, text: str) -> str:
+        """The end of a text that decides how what continues it is tokenized.
+
+            <|virtual-0:0|> It rains.<|virtual-0:1|> The answer is   text
+                                     <|virtual-0:1|> The answer is   of a fast tokenizer
+                                              <|virtual-0:slot|> is   of one that cuts at spaces
+
+        Fast tokenizers look for added tokens first, and at what stands between them part by part.
+        """
+        if not self.tokenizer.is_fast:
+            return text
+        start = max(0, text.rfind(self.prefix))
+        word = last_word(text, start) if self.spaced else -1
+        return text[start:] if word < 0 else self.slot + text[word:]
+
+
+Whole = tuple[list[int], tuple[tuple[int, ...], tuple[int, ...]] | None]
+"""A text's ids, names as negative numbers; and where the characters of each begin and end, if the
+tokenizer tells."""
 
 
 class Names:
@@ -126,7 +177,7 @@ def _state(tokenizer: Any) -> str | None:
 def _extended(tokenizer: Any, prefix: str, count: int) -> NamedTokenizer:
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.model_max_length = 10**30  # rendering sees to the length, without a warning
-    named = NamedTokenizer(tokenizer, prefix, {})
+    named = NamedTokenizer(tokenizer, prefix, {}, cuts_at_spaces(tokenizer))
     names = {named.name(i): -1 - i for i in range(count)} | {named.slot: SLOT}
     add_virtual_tokens(tokenizer, names)
     for name, meaning in names.items():
