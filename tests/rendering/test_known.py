@@ -205,6 +205,7 @@ rows = st.lists(
 
 
 @pytest.mark.filterwarnings("ignore:a causal model answers at")
+@pytest.mark.filterwarnings("ignore:This sequence already has </s>")  # ByT5's
 @pytest.mark.parametrize("kind", ["causal", "masked", "seq2seq"])
 def test_rows_together_are_the_rows_one_by_one(tokenizer: Any, kind: str) -> None:
     if kind == "masked" and tokenizer.mask_token is None:
@@ -219,7 +220,7 @@ def test_rows_together_are_the_rows_one_by_one(tokenizer: Any, kind: str) -> Non
         key = f"{template} {verbalizer} {context}"
         return made.get(key) or made.setdefault(key, Renderer(tokenizer, task, kind, context))
 
-    @settings(deadline=None, max_examples=40)
+    @settings(deadline=None, max_examples=25)
     @given(
         rows=rows,
         template=st.sampled_from(TEMPLATES),
@@ -273,7 +274,7 @@ def test_a_tokenizer_s_tokens_in_front_of_a_space_and_behind_it_are_those_of_the
     if not named.spaced:
         return
 
-    @settings(deadline=None, max_examples=150)
+    @settings(deadline=None, max_examples=100)
     @given(text=st.tuples(texts, texts, texts).map("a b".join), virtual=st.booleans())
     @example(text="Σ a b1 1", virtual=False)
     def check(text: str, virtual: bool) -> None:
@@ -388,7 +389,6 @@ def test_the_first_row_that_is_wrong_is_named(
 
 
 def test_a_row_that_does_not_fit_comes_before_a_later_one_that_is_wrong() -> None:
-    task = Task("[P] {x} one one one [MASK]", verbalizer={"yes": "yes", "no": "no Oslo one one"})
-    renderer = Renderer(words_alone(), task, "causal", 6)
-    with pytest.raises(DataError, match=r"test example 1: anchors.*longer than the 6 tokens"):
-        render_each(renderer, [{"x": "one", "answer": "no"}, {}], "test")
+    renderer = Renderer(tiny.tokenizer(), Task("[P*3] The capital is {x} [MASK]"), "causal", 8)
+    with pytest.raises(DataError, match=r"test example 1: anchors.*longer than the 8 tokens"):
+        render_each(renderer, [{"x": "Oslo", "answer": "yes, it does"}, {}], "test")
