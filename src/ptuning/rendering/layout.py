@@ -285,7 +285,7 @@ class Layout:
 
 
 def _token_spans(
-    spans: list[tuple[str, int, int]], begins: tuple[int, ...], ends: tuple[int, ...], shift: int
+    spans: list[tuple[str, int, int]], begins: list[int], ends: list[int], shift: int
 ) -> Spans:
     """Character ranges as token ranges: the tokens that overlap a field's text."""
     result = []

@@ -78,11 +78,13 @@ class NamedTokenizer:
         if not self.tokenizer.is_fast:
             found = [self.tokenizer(text, add_special_tokens=special) for text in texts]
             return [(self.rename(one["input_ids"]), None) for one in found]
-        backend = self.tokenizer.backend_tokenizer
-        return [  # pairs of numbers by the thousand would keep the garbage collector busy
-            (self.rename(one.ids), tuple(zip(*one.offsets, strict=True)) or ((), ()))
-            for one in backend.encode_batch(texts, add_special_tokens=special)
-        ]
+        made: list[Whole] = []
+        for one in self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=special):
+            # In two lists: pairs by the thousand would keep the garbage collector busy.
+            offsets = one.offsets
+            begins, ends = [a for a, _ in offsets], [b for _, b in offsets]
+            made.append((self.rename(one.ids), (begins, ends)))
+        return made
 
     def rename(self, ids: list[int]) -> list[int]:
         """Replace the added tokens' ids by what they mean here."""
@@ -105,7 +107,7 @@ class NamedTokenizer:
         return text[start:] if word < 0 else self.slot + text[word:]
 
 
-Whole = tuple[list[int], tuple[tuple[int, ...], tuple[int, ...]] | None]
+Whole = tuple[list[int], tuple[list[int], list[int]] | None]
 """A text's ids, names as negative numbers; and where the characters of each begin and end, if the
 tokenizer tells."""
 
