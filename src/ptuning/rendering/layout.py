@@ -161,7 +161,7 @@ class Layout:
     def _read(self, written: Written, known: Known) -> tuple[list[int], Spans]:
         ids, offsets = known(self._whole(written), written.text)
         shift = self.count if self.task.special_tokens == "after" else 0
-        spans = () if offsets is None else _token_spans(written.characters, *offsets, shift)
+        spans = () if offsets is None else _token_spans(written.characters, offsets, shift)
         return [-1 - i for i in range(shift)] + ids, spans
 
     def _spelled(self, fields: dict[str, str]) -> tuple[str, str]:
@@ -285,14 +285,13 @@ class Layout:
 
 
 def _token_spans(
-    spans: list[tuple[str, int, int]], begins: list[int], ends: list[int], shift: int
+    spans: list[tuple[str, int, int]], offsets: tuple[list[int], list[int]], shift: int
 ) -> Spans:
     """Character ranges as token ranges: the tokens that overlap a field's text."""
     result = []
     for name, start, end in spans:
-        inside = [
-            i for i, (a, b) in enumerate(zip(begins, ends, strict=True)) if a < end and b > start
-        ]
+        places = enumerate(zip(*offsets, strict=True))
+        inside = [i for i, (a, b) in places if a < end and b > start]
         if inside:
             result.append((name, inside[0] + shift, inside[-1] + 1 + shift))
     return tuple(result)
