@@ -22,6 +22,7 @@ from .known import Known, blocks
 from .layout import Draft, Layout, Sequence
 from .lesson import Lesson
 from .short_words import settle_words
+from .spaces import cut
 from .virtual_ids import resolve_words
 
 Example = Mapping[str, Any]
@@ -223,7 +224,7 @@ class Renderer:
         best: tuple[Sequence, ...] = ()
         while low <= high:  # the longest fields are cut to one common length: as long as fits
             middle = (low + high) // 2
-            fields = {name: _cut(text, middle) for name, text in asked.fields.items()}
+            fields = {name: cut(text, middle) for name, text in asked.fields.items()}
             shorter = self._fitting(self.layout.drafts(fields, asked.words), known)
             if shorter:
                 best, low = shorter, middle + 1
@@ -397,13 +398,3 @@ def _unknown_label(label: str, labels: Iterable[str]) -> DataError:
         f"the label {brief(repr(label))} is not in the verbalizer; it knows "
         f"{named(map(repr, labels))}"
     )
-
-
-def _cut(text: str, length: int) -> str:
-    """At most `length` characters, without the broken word at the end."""
-    if len(text) <= length:
-        return text
-    kept = text[:length]
-    if length and not text[length].isspace() and (space := kept.rfind(" ")) > 0:
-        kept = kept[:space]
-    return kept.rstrip()
