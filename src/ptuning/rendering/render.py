@@ -166,10 +166,10 @@ class Renderer:
             DataError: a column is missing, the answer is empty or no known label, or the example
                 does not fit the model's context.
         """
-        asked = self.asked(example, answered)
-        return self.rendered(asked, self.known([asked]))
+        asked = self._asked(example, answered)
+        return self._rendered(asked, self._known([asked]))
 
-    def asked(self, example: Example, answered: bool) -> Asked:
+    def _asked(self, example: Example, answered: bool) -> Asked:
         """What an example asks of the tokenizer; the first half of rendering it.
 
         Raises:
@@ -190,13 +190,13 @@ class Renderer:
             words = [self._word(self.labels[gold][0], in_words)]
         return Asked(fields, words, label, self.layout.drafts(fields, words))
 
-    def known(self, examples: Iterable[Asked]) -> Known:
+    def _known(self, examples: Iterable[Asked]) -> Known:
         """What some examples ask for, tokenized together."""
         known = Known()
         known.ahead(chain.from_iterable(self.layout.wanted(one.drafts) for one in examples))
         return known
 
-    def rendered(self, asked: Asked, known: Known) -> Rendered:
+    def _rendered(self, asked: Asked, known: Known) -> Rendered:
         """The second half of rendering.
 
         Raises:
@@ -281,12 +281,12 @@ def render_each(
     rendered: list[Rendered] = []
     for block in blocks(rows):
         asked = [_asked(renderer, row, answered) for row in block]
-        known = renderer.known(one for one in asked if isinstance(one, Asked))
+        known = renderer._known(one for one in asked if isinstance(one, Asked))
         for number, one in enumerate(asked, first + len(rendered)):
             try:
                 if isinstance(one, Exception):
                     raise one
-                rendered.append(renderer.rendered(one, known))
+                rendered.append(renderer._rendered(one, known))
             except DataError as error:
                 raise DataError(f"{what} example {number}: {error}") from None
     return rendered
@@ -295,7 +295,7 @@ def render_each(
 def _asked(renderer: Renderer, row: Example, answered: bool) -> Asked | Exception:
     """What a row asks of the tokenizer, or what is wrong with it: the rows before it come first."""
     try:
-        return renderer.asked(row, answered)
+        return renderer._asked(row, answered)
     except Exception as error:
         return error
 
