@@ -174,7 +174,9 @@ def as_embeds(address: str, questions: list[Question]) -> None:
         if not ids:
             found.append(choice.message.content)
             continue
-        top = {t.token: t.logprob for t in choice.logprobs.content[0].top_logprobs}  # type: ignore
+        said = choice.logprobs
+        assert said is not None and said.content, "asked for log-probabilities, got none"
+        top = {t.token: t.logprob for t in said.content[0].top_logprobs}
         found.append(shares(question, {i: top[f"token_id:{i}"] for i in ids}))
     judged("as prompt_embeds", questions, found)
 

@@ -92,7 +92,7 @@ KeepEncoder = Annotated[
     bool,
     typer.Option(
         "--keep-encoder/--no-keep-encoder",
-        help="Save the encoder too, to train on from it; the vectors are a few kilobytes.",
+        help="Save the encoder too, to train on from it; the vectors alone are some kilobytes.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")]
