@@ -9,7 +9,8 @@ import pytest
 from ptuning import Prompt
 from ptuning.data.columns import columns_of
 from ptuning.errors import DataError, InputError
-from ptuning.prompts.from_table import in_two_lines, readable
+from ptuning.prompts.from_table import in_two_lines
+from ptuning.prompts.label_names import readable, telling_words
 from ptuning.rendering.render import Renderer
 from ptuning.rendering.short_words import one_token_words
 
@@ -104,6 +105,30 @@ def test_labels_that_differ_only_in_case_are_two_and_said() -> None:
     assert words_of(prompt) == {"Spam": "Spam", "spam": "spam"}
 
 
+def test_texts_tell_which_word_of_a_name_stands_for_its_label() -> None:
+    rows = [
+        {"text": "My PIN, please", "label": "change_pin"},
+        {"text": "Which pin? Change it", "label": "change_pin"},
+        {"text": "The card was stolen", "label": "lost_or_stolen_card"},
+        {"text": "Stolen or lost: my card", "label": "lost_or_stolen_card"},
+        {"text": "Where is my card?", "label": "card_arrival"},
+        {"text": None, "label": "card_arrival"},
+    ]
+    assert Prompt.for_rows(rows * 3, "label").name_words == {
+        "change_pin": ("pin", "change"),
+        "lost_or_stolen_card": ("stolen", "lost", "or", "card"),
+        "card_arrival": ("arrival", "card"),
+    }
+
+
+def test_words_that_no_text_has_go_by_their_length() -> None:
+    labels = ["up_failed", "age_limits"] * 12
+    assert prompt_for(labels).name_words == {
+        "up_failed": ("failed", "up"),
+        "age_limits": ("limits", "age"),
+    }
+
+
 def test_answers_that_never_come_again_are_free_text() -> None:
     prompt = Prompt.for_rows([{"question": f"q {n}", "answer": f"a {n}"} for n in range(9)])
     assert prompt.verbalizer is None
@@ -123,7 +148,7 @@ def test_what_is_given_is_not_looked_for() -> None:
     assert Prompt.for_rows(table, "kind").encoder == "none"
     assert Prompt.for_rows(table, "kind", encoder="lstm").encoder == "lstm"
     own = Prompt.for_rows(table, "kind", verbalizer={"c": "x", "d": "y", "e": "z"})
-    assert words_of(own) == {"c": "x", "d": "y", "e": "z"} and not own.names_are_words
+    assert words_of(own) == {"c": "x", "d": "y", "e": "z"} and own.name_words is None
     with pytest.raises(InputError, match="no virtual token"):
         Prompt.for_rows(table, template="{id} [MASK]")
 
@@ -156,7 +181,10 @@ def chosen(*names: str, known: str) -> dict[str, str] | None:
         return (numbers[word],) if word in numbers else tuple(letters[c] for c in word)
 
     texts = {number: word for word, number in {**letters, **numbers}.items()}
-    return one_token_words({name: name for name in names}, tokens, texts.__getitem__)
+    of = {name: name for name in names}
+    columns = columns_of([{"text": "t", "label": "l"}], "label")
+    parts = telling_words(of, [], columns)
+    return one_token_words(of, parts, tokens, texts.__getitem__)
 
 
 @pytest.mark.parametrize(

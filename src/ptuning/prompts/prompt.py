@@ -20,7 +20,8 @@ from ..data import Rows, as_rows
 from ..errors import InputError, PromptFileError, PtuningError
 from . import peft_files, prompt_files
 from .encoder_config import CONFIG_NAME, PromptEncoderConfig, PromptEncoderReparameterizationType
-from .from_table import ENCODER, as_verbalizer, from_table
+from .from_table import ENCODER, from_table
+from .label_names import as_verbalizer
 from .prompt_settings import PromptSettings
 from .task import check_type
 from .transfer import groups_of, resampled
@@ -40,8 +41,9 @@ class Prompt(PromptSettings):
         peft_config: the configuration that `peft_compat` made it from; empty for others.
         others: further members of an ensemble, which answer together with this one; empty for a
             prompt alone.
-        names_are_words: its label words are the labels' own names (`for_rows`), and the first
-            tokenizer that it meets may bring words of one token in their place.
+        name_words: where its label words are the labels' own names (`for_rows`): the words of each
+            name, the most telling first. The first tokenizer that the prompt meets may bring words
+            of one token in the names' place.
 
     Raises:
         InputError, TemplateError: settings that contradict each other or the template language.
@@ -59,7 +61,7 @@ class Prompt(PromptSettings):
     modules: dict[str, Tensor] = field(default_factory=dict, repr=False)
     peft_config: dict[str, Any] = field(default_factory=dict, repr=False)
     others: Sequence[Prompt] = field(default=(), repr=False)
-    names_are_words: bool = field(default=False, repr=False)
+    name_words: dict[str, tuple[str, ...]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_type(self, dict, "base_model", "training", "peft_config")
@@ -142,7 +144,7 @@ class Prompt(PromptSettings):
         prompt = cls(found.template, found.columns.answer, verbalizer, **settings)
         if verbalizer is None and found.words is not None:
             prompt.verbalizer = as_verbalizer(found.words)
-            prompt.names_are_words = True
+            prompt.name_words = found.telling
         return prompt
 
     def encoder_config(self, token_dim: int) -> PromptEncoderConfig:
@@ -193,7 +195,7 @@ class Prompt(PromptSettings):
 
     def become(self, other: Prompt) -> None:
         """Take over another prompt's settings, such as the winner's of a population."""
-        for name in (*other.settings(), "num_virtual_tokens", "names_are_words"):
+        for name in (*other.settings(), "num_virtual_tokens", "name_words"):
             setattr(self, name, getattr(other, name))
         self.__dict__.pop("parsed", None)  # of the template before
 
@@ -287,7 +289,7 @@ class Prompt(PromptSettings):
         tensors: dict[str, Tensor],
         edited: list[str],
     ) -> Prompt:
-        known = {f.name for f in fields(cls)} - {"modules", "others", "names_are_words"}
+        known = {f.name for f in fields(cls)} - {"modules", "others", "name_words"}
         members = description.pop(prompt_files.ENSEMBLE, [])
         described = set(description).union(*members) - known
         if ignored := sorted(described - set(prompt_files.OF_FILES)):

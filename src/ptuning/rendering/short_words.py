@@ -1,22 +1,21 @@
 """Label words of one token each: then an example is one row of a batch, not one for every label.
 
-A label's own name where it is one token, else a word of it, those first that no other label has,
-else how it begins. Labels that have none of these get letters. Where it does not work out for all
-labels their names stay: words of several tokens are compared word by word.
+A label's own name where it is one token, else a word of it, those first that tell most of it
+(`prompts.label_names`), else how it begins. Labels that have none of these get letters. Where it
+does not work out for all labels their names stay: words of several tokens are compared word by
+word.
 """
 
 from __future__ import annotations
 
 import itertools
-import re
 import string
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from ..errors import DataError
-from ..prompts.from_table import as_verbalizer
+from ..prompts.label_names import as_verbalizer
 from ..prompts.prompt import Prompt
 from ..prompts.task import fill
 from .layout import Layout
@@ -31,9 +30,9 @@ def settle_words(prompt: Prompt, tokenizer: Any, kind: str) -> None:
 
     Afterwards its words stand fast. The arguments are those of `Renderer`.
     """
-    if not prompt.names_are_words:
+    if prompt.name_words is None:
         return
-    prompt.names_are_words = False
+    parts, prompt.name_words = prompt.name_words, None
     groups = resolve_words(tokenizer, prompt)
     layout = Layout(tokenizer, prompt, kind, [len(group) for group in groups])
     names = {label: fill(words[0], {}) for label, words in prompt.labels.items()}
@@ -48,12 +47,13 @@ def settle_words(prompt: Prompt, tokenizer: Any, kind: str) -> None:
     def text(token: int) -> str:
         return str(tokenizer.decode([token])).strip()
 
-    if words := one_token_words(names, tokens, text):
+    if words := one_token_words(names, parts, tokens, text):
         prompt.verbalizer = as_verbalizer(words)
 
 
 def one_token_words(
     names: Mapping[str, str],
+    parts: Mapping[str, Sequence[str]],
     tokens: Callable[[str], tuple[int, ...]],
     text: Callable[[int], str],
 ) -> dict[str, str] | None:
@@ -61,22 +61,21 @@ def one_token_words(
 
     Args:
         names: label -> its name in words.
+        parts: label -> words of its name, those first that are to be preferred.
         tokens: a word's ids as an answer.
         text: an id's text.
 
     Example:
-        >>> one_token_words({"a": "card lost", "b": "card"}, ids_of_words, words_of_ids)
+        >>> parts = {"a": ("lost", "card"), "b": ("card",)}
+        >>> one_token_words({"a": "card lost", "b": "card"}, parts, ids_of_words, words_of_ids)
         {'a': 'lost', 'b': 'card'}
     """
     tokens = cache(tokens)
-    parts = {label: list(dict.fromkeys(re.findall(r"\w+", name))) for label, name in names.items()}
-    shared = Counter(part.casefold() for of_one in parts.values() for part in of_one)
 
     def options(label: str) -> dict[int, str]:
         """One-token words for a label by their ids, the best first."""
         name = names[label]
         known = [part for part in parts[label] if len(part) >= _SHORTEST]
-        known.sort(key=lambda part: (shared[part.casefold()], -len(part)))
         begins = [text(tokens(word)[0]) for word in (name, *known) if tokens(word)]
         spelled = [form for word in (name, *known) for form in (word, word.lower())]
         return _single((*spelled, *(word for word in begins if len(word) > 1)), tokens)

@@ -1,0 +1,151 @@
+"""Labels as words: what a table's labels are called, and which words of a name tell most.
+
+    lost_or_stolen_card    lost or stolen card    (stolen, lost, card, or)
+
+The texts of a label show which words of its name stand for it: in "lost or stolen card" these are
+"stolen" and "lost", while "card" stands in every label's texts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..data.columns import Columns, are_labels
+from ..data.values import plain, text_of
+from ..errors import DataError
+
+_TRUTH = {"0": "no", "1": "yes", "true": "yes", "false": "no", "True": "yes", "False": "no"}
+_SIGNS = {"-1": "negative", "0": "neutral", "1": "positive"}
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def label_words(rows: Sequence[Mapping[str, Any]], columns: Columns) -> dict[str, str] | None:
+    """The name of each label in words that differ; None where answers are free text.
+
+    Raises:
+        DataError: there are several examples, and one label.
+    """
+    cells = [plain(row.get(columns.answer)) for row in rows]
+    labels = [_label(columns.answer, cell) for cell in cells]
+    known = list(dict.fromkeys(label for label in labels if label))
+    if len(known) == 1 and len(labels) > 1:
+        raise DataError(
+            f"every answer in the column {columns.answer!r} is {known[0]!r}; give examples of at "
+            "least two kinds, or another column (answer=, --answer)"
+        )
+    if not (are_labels(labels) or all(isinstance(cell, bool) for cell in cells)):
+        return None
+    if pair := _alike_but_for_case(known):
+        warnings.warn(
+            f"the labels {pair[0]!r} and {pair[1]!r} differ only in case, and count as two; make "
+            "them one in the data if that is what they are",
+            stacklevel=4,
+        )
+    names = _names(known)
+    if columns.twin is not None and not any(map(_has_letters, known)):
+        twins = {
+            label: text_of(columns.twin, row[columns.twin]).strip()
+            for label, row in zip(labels, rows, strict=True)
+        }
+        names = [twins[label] for label in known]
+    return dict(zip(known, _distinct(known, names), strict=True))
+
+
+def telling_words(
+    names: Mapping[str, str], rows: Sequence[Mapping[str, Any]], columns: Columns
+) -> dict[str, tuple[str, ...]]:
+    """The words of each label's name, those that tell most of it first.
+
+    That is a word that no other name has; of these one that stands in more of the label's texts,
+    compared with the label that has it most often of the others; of these the longest.
+
+    Args:
+        names: label -> its name.
+        rows: column -> value.
+        columns: of the rows.
+    """
+    words = {label: list(dict.fromkeys(_words(name))) for label, name in names.items()}
+    asked = {word.casefold() for of_label in words.values() for word in of_label}
+    examples: Counter[str] = Counter()
+    having: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        label = _label(columns.answer, plain(row.get(columns.answer)))
+        if label in names:
+            text = " ".join(str(row.get(name) or "") for name in columns.read)
+            examples[label] += 1
+            for word in asked.intersection(_words(text.casefold())):
+                having[word][label] += 1
+
+    def tells(word: str, label: str) -> float:
+        shares = {other: n / examples[other] for other, n in having[word].items()}
+        own = shares.pop(label, 0.0)
+        return own - max(shares.values(), default=0.0)
+
+    sharing = Counter(word.casefold() for of_label in words.values() for word in of_label)
+
+    def order(word: str, label: str) -> tuple[int, float, int]:
+        folded = word.casefold()
+        return sharing[folded], -tells(folded, label), -len(word)
+
+    return {
+        label: tuple(sorted(of_label, key=lambda word: order(word, label)))
+        for label, of_label in words.items()
+    }
+
+
+def _label(column: str, cell: Any) -> str:
+    """A cell of the answer column as a label: JSON's true is ``true``, and 1.0 is ``1``."""
+    if isinstance(cell, bool):
+        return json.dumps(cell)
+    if isinstance(cell, float) and cell.is_integer():
+        cell = int(cell)
+    return text_of(column, cell).strip()
+
+
+def _names(labels: Sequence[str]) -> list[str]:
+    """What labels of numbers and truths stand for, and the others as they are."""
+    for meaning in (_TRUTH, _SIGNS):
+        if set(labels) <= set(meaning) and len({meaning[label] for label in labels}) == len(labels):
+            return [meaning[label] for label in labels]
+    numbers = {str(n): word for n, word in enumerate(_NUMBERS)}
+    return [numbers.get(label, label) for label in labels]
+
+
+def _distinct(labels: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Readable names, but for those that would be alike: these labels stay as they are."""
+    words = [readable(name) for name in names]
+    count = Counter(words)
+    return [w if count[w] == 1 and w else label for w, label in zip(words, labels, strict=True)]
+
+
+def readable(name: str) -> str:
+    """``top_up-failed``, ``topUpFailed`` as words: ``top up failed``."""
+    spaced = re.sub(r"(?<=[^\W_])[_\s/-]+(?=[^\W_])|(?<=[a-z])(?=[A-Z][a-z])", " ", name)
+    return " ".join(spaced.split())
+
+
+def _alike_but_for_case(labels: Sequence[str]) -> tuple[str, str] | None:
+    """The first two labels that differ in case alone."""
+    first: dict[str, str] = {}
+    for label in labels:
+        if (other := first.setdefault(label.casefold(), label)) != label:
+            return other, label
+    return None
+
+
+def _has_letters(text: str) -> bool:
+    return any(c.isalpha() for c in text)
+
+
+def as_verbalizer(words: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Label -> word as a verbalizer, in which braces would name columns."""
+    return {label: (w.replace("{", "{{").replace("}", "}}"),) for label, w in words.items()}
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text)
