@@ -121,6 +121,13 @@ def test_texts_tell_which_word_of_a_name_stands_for_its_label() -> None:
     }
 
 
+def test_labels_of_signs_have_no_words_and_get_letters() -> None:
+    prompt = prompt_for(["++", "--"])
+    assert prompt.name_words == {"++": (), "--": ()}
+    Renderer(tiny.tokenizer(), prompt, "causal", 128)
+    assert len(set(words_of(prompt).values())) == 2
+
+
 def test_words_that_no_text_has_go_by_their_length() -> None:
     labels = ["up_failed", "age_limits"] * 12
     assert prompt_for(labels).name_words == {
@@ -172,7 +179,7 @@ def test_two_lines_say_what_was_chosen() -> None:
     )
 
 
-def chosen(*names: str, known: str) -> dict[str, str] | None:
+def chosen(*names: str, known: str) -> dict[str, tuple[str, ...]] | None:
     """Words for labels of these names, with a tokenizer that knows some words, else letters."""
     numbers = {word: n for n, word in enumerate(known.split())}
     letters = {chr(n): 1000 + n for n in range(0x10000)}
@@ -196,11 +203,14 @@ def chosen(*names: str, known: str) -> dict[str, str] | None:
         (["top up failed", "top up"], "top up failed", ["failed", "top"]),
         (["card arrival", "card linking"], "card arrival", ["arrival", "card"]),
         (["Spam", "spam"], "Spam spam", ["Spam", "spam"]),
+        (["cash or card fee", "lost card"], "cash card fee or lost", ["cash|fee", "lost"]),
+        (["lost luggage", "luggage"], "lost luggage", ["lost", "luggage"]),
+        (["red blue grey teal"], "red blue grey teal", ["blue|grey|teal"]),
         (["東京", "京都"], "good", ["A", "B"]),
     ],
 )
-def test_each_label_gets_one_token(names: list[str], known: str, words: list[str]) -> None:
-    assert list((chosen(*names, known=known) or {}).values()) == words
+def test_each_label_gets_words_of_one_token(names: list[str], known: str, words: list[str]) -> None:
+    assert ["|".join(of) for of in (chosen(*names, known=known) or {}).values()] == words
 
 
 def test_labels_that_begin_alike_stay_apart_and_many_find_words() -> None:

@@ -3,7 +3,7 @@
     subject,body,team          [P*20] Subject: {subject}
     "Refund?","I …",billing    Body: {body} [P*20] Team: [MASK]
 
-Knows no tokenizer: whether a label's word is one token shows later, and then another may take its
+Knows no tokenizer: whether a label's name is one token shows later, and then others may take its
 place (`rendering.short_words`).
 """
 

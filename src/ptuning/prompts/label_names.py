@@ -1,6 +1,6 @@
 """Labels as words: what a table's labels are called, and which words of a name tell most.
 
-    lost_or_stolen_card    lost or stolen card    (stolen, lost, card, or)
+    lost_or_stolen_card    lost or stolen card    stolen, lost, card
 
 The texts of a label show which words of its name stand for it: in "lost or stolen card" these are
 "stolen" and "lost", while "card" stands in every label's texts.
@@ -62,7 +62,8 @@ def telling_words(
     """The words of each label's name, those that tell most of it first.
 
     That is a word that no other name has; of these one that stands in more of the label's texts,
-    compared with the label that has it most often of the others; of these the longest.
+    compared with the label that has it most often of the others; of these the longest. Words of one
+    name alone that others' texts have more often are left out, but for the first.
 
     Args:
         names: label -> its name.
@@ -72,7 +73,7 @@ def telling_words(
     words = {label: list(dict.fromkeys(_words(name))) for label, name in names.items()}
     asked = {word.casefold() for of_label in words.values() for word in of_label}
     examples: Counter[str] = Counter()
-    having: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    having: defaultdict[str, Counter[str]] = defaultdict(Counter)  # word -> label -> examples
     for row in rows:
         label = _label(columns.answer, plain(row.get(columns.answer)))
         if label in names:
@@ -87,15 +88,13 @@ def telling_words(
         return own - max(shares.values(), default=0.0)
 
     sharing = Counter(word.casefold() for of_label in words.values() for word in of_label)
-
-    def order(word: str, label: str) -> tuple[int, float, int]:
-        folded = word.casefold()
-        return sharing[folded], -tells(folded, label), -len(word)
-
-    return {
-        label: tuple(sorted(of_label, key=lambda word: order(word, label)))
-        for label, of_label in words.items()
-    }
+    made = {}
+    for label, of_label in words.items():
+        gain = {word: tells(word.casefold(), label) for word in of_label}
+        of_label.sort(key=lambda word: (sharing[word.casefold()], -gain[word], -len(word)))
+        kept = (w for w in of_label[1:] if sharing[w.casefold()] > 1 or gain[w] >= 0)
+        made[label] = (*of_label[:1], *kept)
+    return made
 
 
 def _label(column: str, cell: Any) -> str:
@@ -142,9 +141,12 @@ def _has_letters(text: str) -> bool:
     return any(c.isalpha() for c in text)
 
 
-def as_verbalizer(words: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Label -> word as a verbalizer, in which braces would name columns."""
-    return {label: (w.replace("{", "{{").replace("}", "}}"),) for label, w in words.items()}
+def as_verbalizer(words: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Label -> words as a verbalizer, in which braces would name columns."""
+    return {
+        label: tuple(word.replace("{", "{{").replace("}", "}}") for word in of_label)
+        for label, of_label in words.items()
+    }
 
 
 def _words(text: str) -> list[str]:

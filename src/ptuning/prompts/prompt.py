@@ -143,7 +143,9 @@ class Prompt(PromptSettings):
         found = from_table(as_rows(rows), answer, template, virtual)
         prompt = cls(found.template, found.columns.answer, verbalizer, **settings)
         if verbalizer is None and found.words is not None:
-            prompt.verbalizer = as_verbalizer(found.words)
+            prompt.verbalizer = as_verbalizer(
+                {label: [name] for label, name in found.words.items()}
+            )
             prompt.name_words = found.telling
         return prompt
 

@@ -1,9 +1,8 @@
 """Label words of one token each: then an example is one row of a batch, not one for every label.
 
-A label's own name where it is one token, else a word of it, those first that tell most of it
-(`prompts.label_names`), else how it begins. Labels that have none of these get letters. Where it
-does not work out for all labels their names stay: words of several tokens are compared word by
-word.
+A label's own name where it is one token, else the words of it that no other label has, else how it
+begins. Labels that have none of these get letters. Where it does not work out for all labels their
+names stay: words of several tokens are compared word by word.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ from .virtual_ids import resolve_words
 
 _SHORTEST = 3
 """Letters of a word that may stand for a label: "up" and "or" say little."""
+_MOST = 3
+"""Words of a label."""
 
 
 def settle_words(prompt: Prompt, tokenizer: Any, kind: str) -> None:
@@ -56,28 +57,33 @@ def one_token_words(
     parts: Mapping[str, Sequence[str]],
     tokens: Callable[[str], tuple[int, ...]],
     text: Callable[[int], str],
-) -> dict[str, str] | None:
-    """A word of one token for each label, no token twice; None where there are not enough.
+) -> dict[str, tuple[str, ...]] | None:
+    """Words of one token for each label, no token twice; None where there are not enough.
 
     Args:
         names: label -> its name in words.
-        parts: label -> words of its name, those first that are to be preferred.
+        parts: label -> words of its name, those first that tell most of it
+            (`prompts.label_names`).
         tokens: a word's ids as an answer.
         text: an id's text.
 
     Example:
         >>> parts = {"a": ("lost", "card"), "b": ("card",)}
         >>> one_token_words({"a": "card lost", "b": "card"}, parts, ids_of_words, words_of_ids)
-        {'a': 'lost', 'b': 'card'}
+        {'a': ('lost',), 'b': ('card',)}
     """
     tokens = cache(tokens)
 
+    known = {
+        label: [part for part in of_label if len(part) >= _SHORTEST]
+        for label, of_label in parts.items()
+    }
+
     def options(label: str) -> dict[int, str]:
         """One-token words for a label by their ids, the best first."""
-        name = names[label]
-        known = [part for part in parts[label] if len(part) >= _SHORTEST]
-        begins = [text(tokens(word)[0]) for word in (name, *known) if tokens(word)]
-        spelled = [form for word in (name, *known) for form in (word, word.lower())]
+        candidates = names[label], *known[label]
+        begins = [text(tokens(word)[0]) for word in candidates if tokens(word)]
+        spelled = [form for word in candidates for form in (word, word.lower())]
         return _single((*spelled, *(word for word in begins if len(word) > 1)), tokens)
 
     whole_first = sorted(names, key=lambda label: len(tokens(names[label])) != 1)
@@ -86,7 +92,24 @@ def one_token_words(
     if words is None:
         letters = _single(_letters(), tokens, len(names))
         words = _matched({label: {**of_label, **letters} for label, of_label in found.items()})
-    return words and {label: words[label] for label in names}
+    if words is None:
+        return None
+    longer = [label for label in names if len(tokens(names[label])) != 1]
+    made = {label: [words[label]] for label in names}
+    taken = {tokens(word) for word in words.values()}
+    for label in longer:
+        for part in _of_one_alone(known, label):
+            for more in _single((part, part.lower()), tokens, 1).values():
+                if tokens(more) not in taken and len(made[label]) < _MOST:
+                    made[label].append(more)
+                    taken.add(tokens(more))
+    return {label: tuple(of_label) for label, of_label in made.items()}
+
+
+def _of_one_alone(parts: Mapping[str, Sequence[str]], label: str) -> list[str]:
+    """The words of a label's name that no other label's has."""
+    others = {part.casefold() for other, of in parts.items() if other != label for part in of}
+    return [part for part in parts[label] if part.casefold() not in others]
 
 
 def _single(
