@@ -18,7 +18,7 @@ from ptuning.prompts.task import Task
 from ptuning.rendering import known
 from ptuning.rendering.known import Known, blocks
 from ptuning.rendering.layout import Layout, Spans, Written
-from ptuning.rendering.render import Rendered, Renderer, render_each
+from ptuning.rendering.render import Rendered, Renderer
 from ptuning.rendering.spaces import cuts_at_spaces, last_word
 from ptuning.rendering.virtual_ids import SLOT, NamedTokenizer, Names
 
@@ -247,7 +247,7 @@ def test_rows_together_are_the_rows_one_by_one(tokenizer: Any, kind: str) -> Non
 
 
 def together(renderer: Renderer, rows: list[Any], answered: bool) -> list[Rendered]:
-    return render_each(renderer, rows, "test", answered=answered)
+    return renderer.each(rows, "test", answered=answered)
 
 
 def test_chats_together_are_chats_one_by_one(smollm2_folder: Path) -> None:
@@ -347,7 +347,7 @@ def test_rows_are_tokenized_in_one_call_and_words_behind_literal_text_once(
     task = Task("[P*2] {x} [P] Label: [MASK]", verbalizer={"a": "yes", "b": "no"})
     renderer = Renderer(tiny.tokenizer("wordpiece"), task, "causal")
     rows = [{"x": f"Oslo {number}"} for number in range(9)]
-    render_each(renderer, rows, "test", answered=False)
+    renderer.each(rows, "test", answered=False)
     (whole,), (continuations,) = calls["whole"], calls["ids_of"]
     assert len(whole) == 9
     assert [text.partition("|>")[2] for text in continuations] == [
@@ -391,4 +391,4 @@ def test_the_first_row_that_is_wrong_is_named(
 def test_a_row_that_does_not_fit_comes_before_a_later_one_that_is_wrong() -> None:
     renderer = Renderer(tiny.tokenizer(), Task("[P*3] The capital is {x} [MASK]"), "causal", 8)
     with pytest.raises(DataError, match=r"test example 1: anchors.*longer than the 8 tokens"):
-        render_each(renderer, [{"x": "Oslo", "answer": "yes, it does"}, {}], "test")
+        renderer.each([{"x": "Oslo", "answer": "yes, it does"}, {}], "test")

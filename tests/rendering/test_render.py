@@ -22,7 +22,7 @@ from ptuning.prompts.prompt import Prompt
 from ptuning.prompts.task import Task
 from ptuning.rendering import virtual_ids
 from ptuning.rendering.layout import Sequence
-from ptuning.rendering.render import Rendered, Renderer, answer_column
+from ptuning.rendering.render import Rendered, Renderer
 
 from .. import tiny
 
@@ -831,15 +831,10 @@ def test_missing_column_is_an_error_that_lists_those_there() -> None:
         renderer({"x": "a", "country": "b"})
 
 
-def test_answer_column_is_the_task_s_own_else_answer_else_label() -> None:
-    free, own = Task("{x} [MASK]"), Task("{x} [MASK]", answer="capital")
-    assert answer_column(free, {"label": 1, "answer": 2}) == "answer"
-    assert answer_column(free, {"x": 0, "label": 1}) == "label"
-    assert answer_column(own, {"answer": 1, "capital": 2}) == "capital"
-    with pytest.raises(DataError, match="no answer column 'capital'"):
-        answer_column(own, {"answer": 1, "label": 2})
+def test_the_answer_of_the_answer_column_is_rendered() -> None:
     both = {"x": "a", "answer": "Paris", "label": "Rome"}
-    assert one(Renderer(plain(), free, "causal")(both)).answer[:-1] == ids_of(" Paris")
+    rendered = Renderer(plain(), Task("{x} [MASK]"), "causal")(both)
+    assert one(rendered).answer[:-1] == ids_of(" Paris")
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked", "seq2seq"])

@@ -116,7 +116,7 @@ def _survey(
 ) -> tuple[int, list[str]]:
     """How many rows there are, and their columns; all are fit to be answered."""
     from ..data.sources import stream_examples
-    from ..rendering.render import check_rows
+    from ..rendering.example import check_rows
 
     columns: dict[str, None] = {}
 

@@ -91,7 +91,7 @@ def answered_rows(
         DataError, InputError: they lack a column or an answer, or `manual` is no manual template.
     """
     from ..data import read_examples
-    from ..rendering.render import check_rows
+    from ..rendering.example import check_rows
 
     by_hand = prompt.manual(manual)
     rows = read_examples(data, separator)

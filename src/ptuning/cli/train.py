@@ -96,7 +96,7 @@ def train(
     from ..data.columns import columns_of
     from ..data.setting_aside import set_aside, usual_share
     from ..prompts.from_table import in_two_lines
-    from ..rendering.render import answer_column
+    from ..rendering.example import answer_column
     from ..rendering.short_words import settle_words
     from ..training import checkpoint
     from ..training.checks import check_run

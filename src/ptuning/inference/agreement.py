@@ -17,7 +17,6 @@ from ..data import Row
 from ..forward.engine import Engine
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
-from ..rendering.render import render_each
 from .answering import Question, answers
 from .attachment import placed
 from .teaching import own_label, teacher_renderer
@@ -83,7 +82,7 @@ def compare(
         asked, taught = (
             [
                 Question(renderer, example, first)
-                for example in render_each(renderer, rows, what, answered=False)
+                for example in renderer.each(rows, what, answered=False)
             ]
             for renderer, first, what in ((ours, first_id, "test"), (theirs, 0, "teacher"))
         )

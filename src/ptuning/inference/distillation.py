@@ -23,8 +23,8 @@ from ..errors import DataError, InputError
 from ..forward.engine import Engine
 from ..prompts.prompt import Prompt
 from ..prompts.teacher import Teacher
+from ..rendering.example import check_rows
 from ..rendering.lesson import Lessons
-from ..rendering.render import check_rows
 from ..rendering.short_words import settle_words
 from ..training.checks import check_run
 from ..training.progress import Progress

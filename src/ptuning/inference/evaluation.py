@@ -20,7 +20,8 @@ from ..forward.scoring import score, score_together
 from ..forward.together import biased
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task, at_least_one, majority_answer
-from ..rendering.render import Example, answer_column, render_all
+from ..rendering.example import Example, answer_column
+from ..rendering.render import render_all
 from ..reporting import html_picture, html_table, percent, shares
 from ..training.calibration import bias_against, without_content
 from ..training.guidance import dev_far_above

@@ -18,7 +18,7 @@ from ..data import Row, Rows, as_rows
 from ..forward.engine import Engine
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task, at_least_one
-from ..rendering.render import Rendered, Renderer, render_each, tell_shortened
+from ..rendering.render import Rendered, Renderer, tell_shortened
 from .answering import Later, Prediction, Question, Reading, in_one_batch
 from .attachment import placed
 
@@ -203,7 +203,7 @@ class _Asked:
 
     def rendered(self, rows: Sequence[Row], first: int) -> list[Rendered]:
         """A block, whose rows are counted from `first`, as the member has it."""
-        return render_each(self.renderer, rows, "prediction", answered=False, first=first)
+        return self.renderer.each(rows, "prediction", answered=False, first=first)
 
     def take_up(self, examples: list[Rendered]) -> None:
         """The next block is this."""

@@ -15,7 +15,7 @@ from typing import Any
 from .. import formats
 from ..errors import PromptFileError
 from ..prompts.prompt import Prompt
-from ..rendering.render import Example
+from ..rendering.example import Example
 from .evaluation import Evaluation
 from .nearest_words import Neighbours
 

@@ -18,15 +18,9 @@ from ..backbone.traits import ModelKind
 from ..errors import DataError, InputError
 from ..forward.engine import Engine
 from ..prompts.task import Task
+from ..rendering.example import Example, answer_column
 from ..rendering.lesson import Lesson
-from ..rendering.render import (
-    Example,
-    Rendered,
-    Renderer,
-    answer_column,
-    render_each,
-    tell_shortened,
-)
+from ..rendering.render import Rendered, Renderer, render_all
 from ..training.calibration import bias_against
 from .answering import Question, answers
 
@@ -80,9 +74,7 @@ def lessons(
     Raises:
         DataError: a row lacks a column, or has a label that is none.
     """
-    examples = render_each(renderer, rows, "teacher", answered=False)
-    shortened = sum(example.shortened for example in examples)
-    tell_shortened(renderer, shortened, len(rows), "teacher")
+    examples = render_all(renderer, rows, "teacher", answered=False)
     with eval_mode(engine.base.model):
         if not renderer.compares:
             return _spoken(engine, renderer, examples, batch_size)

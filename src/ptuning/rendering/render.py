@@ -1,31 +1,28 @@
 """Template + example + tokenizer -> token ids, and where fields and answer stand.
 
-What an example says (fields, labels, answer) is settled here, and what must be cut for it to fit;
-how one string becomes ids is `layout`'s. Knows nothing of the model.
+What an example says is `example`'s, and how one string becomes ids is `layout`'s; here answers and
+strings are settled, and what must be cut for them to fit. Knows nothing of the model.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
-from ..data.rows import brief, named
-from ..data.values import text_of
 from ..errors import DataError, InputError
 from ..prompts.prompt import Prompt
-from ..prompts.task import Task, as_label, fill, named_fields
+from ..prompts.task import Task, fill
 from ..prompts.template import Virtual
+from .example import Example, column_texts, columns_in_words, right_answer
 from .known import Known, blocks
 from .layout import Draft, Layout, Sequence
 from .lesson import Lesson
 from .short_words import settle_words
 from .spaces import cut
 from .virtual_ids import resolve_words
-
-Example = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ class Renderer:
         self.owner = [n for n, words in enumerate(self.labels.values()) for _ in words]
         given = None if candidates else task.label_bias
         self.bias = None if given is None else [given[label] for label in self.labels]
-        self._in_words = () if candidates else _columns_in_words(task)
+        self._in_words = () if candidates else columns_in_words(task)
         self._literal = candidates is not None
         self.layout = Layout(tokenizer, task, kind, [len(group) for group in self.groups])
         self._check_kind()
@@ -169,20 +166,50 @@ class Renderer:
         asked = self._asked(example, answered)
         return self._rendered(asked, self._known([asked]))
 
+    def each(
+        self, rows: Iterable[Example], what: str, *, answered: bool = True, first: int = 1
+    ) -> list[Rendered]:
+        """Render examples, the strings of many in one call of the tokenizer.
+
+        Args:
+            rows: column -> value.
+            what: they are for, such as ``"training"``.
+            answered: the answer column must be there, and it is tokenized.
+            first: the number of the first of them.
+
+        Raises:
+            DataError: names the example at fault by its number.
+        """
+        rendered: list[Rendered] = []
+        for block in blocks(rows):
+            asked = [self._asked_or_wrong(row, answered) for row in block]
+            known = self._known(one for one in asked if isinstance(one, Asked))
+            for number, one in enumerate(asked, first + len(rendered)):
+                try:
+                    if isinstance(one, Exception):
+                        raise one
+                    rendered.append(self._rendered(one, known))
+                except DataError as error:
+                    raise DataError(f"{what} example {number}: {error}") from None
+        return rendered
+
+    def _asked_or_wrong(self, example: Example, answered: bool) -> Asked | Exception:
+        """What an example asks, or what is wrong with it: the rows before it come first."""
+        try:
+            return self._asked(example, answered)
+        except Exception as error:
+            return error
+
     def _asked(self, example: Example, answered: bool) -> Asked:
         """What an example asks of the tokenizer; the first half of rendering it.
 
         Raises:
             DataError: a column is missing, or the answer is empty or no known label.
         """
-        fields = _texts(example, self.task.parsed.fields, "template")
-        in_words = _texts(example, self._in_words, "verbalizer")
-        gold = _gold(self.task, example, self.labels) if answered else None
-        label = None
-        if gold is not None and self.labels:
-            if gold not in self.labels:
-                raise _unknown_label(gold, self.labels)
-            label = list(self.labels).index(gold)
+        fields = column_texts(example, self.task.parsed.fields, "template")
+        in_words = column_texts(example, self._in_words, "verbalizer")
+        gold = right_answer(self.task, example, self.labels) if answered else None
+        label = list(self.labels).index(gold) if gold is not None and self.labels else None
         words: list[str | None] = [gold]
         if self.compares:
             words = [self._word(w, in_words) for words in self.labels.values() for w in words]
@@ -264,40 +291,10 @@ def render_all(
     Warns:
         UserWarning: fields were cut to fit the length limit.
     """
-    rendered = render_each(renderer, rows, what, answered=answered)
+    rendered = renderer.each(rows, what, answered=answered)
     shortened = sum(example.shortened for example in rendered)
     tell_shortened(renderer, shortened, len(rendered), what)
     return rendered
-
-
-def render_each(
-    renderer: Renderer, rows: Iterable[Example], what: str, *, answered: bool = True, first: int = 1
-) -> list[Rendered]:
-    """Render some of the examples, of which the first has the number `first`.
-
-    Raises:
-        DataError: names the example at fault by its number.
-    """
-    rendered: list[Rendered] = []
-    for block in blocks(rows):
-        asked = [_asked(renderer, row, answered) for row in block]
-        known = renderer._known(one for one in asked if isinstance(one, Asked))
-        for number, one in enumerate(asked, first + len(rendered)):
-            try:
-                if isinstance(one, Exception):
-                    raise one
-                rendered.append(renderer._rendered(one, known))
-            except DataError as error:
-                raise DataError(f"{what} example {number}: {error}") from None
-    return rendered
-
-
-def _asked(renderer: Renderer, row: Example, answered: bool) -> Asked | Exception:
-    """What a row asks of the tokenizer, or what is wrong with it: the rows before it come first."""
-    try:
-        return renderer._asked(row, answered)
-    except Exception as error:
-        return error
 
 
 def taught(example: Rendered, lesson: Lesson, labels: Iterable[str]) -> Rendered:
@@ -321,80 +318,3 @@ def tell_shortened(renderer: Renderer, shortened: int, count: int, what: str) ->
             f"{shortened} of {count} {what} examples were shortened to {renderer.limit} tokens",
             stacklevel=2,
         )
-
-
-def check_rows(task: Task, rows: Iterable[Example], what: str, *, answered: bool = True) -> int:
-    """Look at all rows before a model is loaded for them; gives how many there are.
-
-    Args:
-        task: whose columns and labels the rows must have.
-        rows: column -> value; they may be a stream.
-        what: they are for, such as ``"training"``.
-        answered: the answer column must be there.
-
-    Raises:
-        DataError: names the first example at fault by its number, counted from 1.
-    """
-    in_words = _columns_in_words(task)
-    fields, labels, number = task.columns, task.labels, 0
-    for number, row in enumerate(rows, 1):
-        try:
-            _texts(row, fields, "template")
-            _texts(row, in_words, "verbalizer")
-            if answered and (gold := _gold(task, row, labels)) not in labels and labels:
-                raise _unknown_label(gold, labels)
-        except DataError as error:
-            raise DataError(f"{what} example {number}: {error}") from None
-    return number
-
-
-def _columns_in_words(task: Task) -> tuple[str, ...]:
-    """The columns that label words name."""
-    words = [word for words in task.labels.values() for word in words]
-    return tuple(dict.fromkeys(name for word in words for name in named_fields(word)))
-
-
-def answer_column(task: Task, example: Example) -> str:
-    """The column of the right answer: the task's own, else ``answer``, else ``label``.
-
-    Raises:
-        DataError: the example has no such column.
-    """
-    choices = [task.answer] if task.answer else ["answer", "label"]
-    for name in choices:
-        if name in example:
-            return name
-    remedy = (
-        "rename that column, or correct the prompt's answer column"
-        if task.answer
-        else "say in which column the answer is (answer=, or train --answer COLUMN)"
-    )
-    raise DataError(
-        f"the example has no answer column {' or '.join(map(repr, choices))}; it has "
-        f"{named(map(repr, example)) or 'none'}; {remedy}"
-    )
-
-
-def _texts(example: Example, names: Iterable[str], what: str) -> dict[str, str]:
-    for name in names:
-        if name not in example:
-            raise DataError(
-                f"the {what} names the column {name!r}, and the example has "
-                f"{named(map(repr, example)) or 'none'}; rename one of the two"
-            )
-    return {name: text_of(name, example[name]) for name in names}
-
-
-def _gold(task: Task, example: Example, labels: Container[str]) -> str:
-    column = answer_column(task, example)
-    text = text_of(column, as_label(example[column], labels))
-    if not text.strip():
-        raise DataError(f"the answer column {column!r} is empty; every example needs an answer")
-    return text if text in labels or text.strip() not in labels else text.strip()
-
-
-def _unknown_label(label: str, labels: Iterable[str]) -> DataError:
-    return DataError(
-        f"the label {brief(repr(label))} is not in the verbalizer; it knows "
-        f"{named(map(repr, labels))}"
-    )

@@ -30,7 +30,7 @@ from ..forward.scoring import label_log_probabilities
 from ..forward.together import biased
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task, named_fields
-from ..rendering.render import Example, render_each
+from ..rendering.example import Example
 from ..threads import CHANGING
 
 CONTENT_FREE = ("N/A", "[MASK]", "")
@@ -120,7 +120,7 @@ def calibrate(
     with attached(base, prompt.members) as first_ids:
 
         def asked(rows: Sequence[Example], answered: bool) -> tuple[Tensor, list[int | None]]:
-            examples = [render_each(r, rows, "calibration", answered=answered) for r in renderers]
+            examples = [r.each(rows, "calibration", answered=answered) for r in renderers]
             found = label_log_probabilities(engine, renderers, examples, first_ids, batch_size)
             return found, [example.label for example in examples[0]]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import DataError, InputError
 from ..prompts.prompt import Prompt
-from ..rendering.render import Example, answer_column, check_rows
+from ..rendering.example import Example, answer_column, check_rows
 from .accelerator import check_tracker
 from .calibration import check_calibration
 from .ensemble import check_ensemble

@@ -21,7 +21,7 @@ from typing import Any
 from ..backbone.base_model import BaseModel
 from ..errors import InputError, TrainingError
 from ..prompts.prompt import Prompt
-from ..rendering.render import Example
+from ..rendering.example import Example
 from . import checkpoint
 from .grid import Variant
 from .loop import Loop

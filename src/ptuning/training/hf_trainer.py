@@ -21,7 +21,8 @@ from ..errors import DataError
 from ..forward.engine import Engine
 from ..prompts.prompt import Prompt
 from ..rendering.collate import IGNORED, Batch
-from ..rendering.render import Rendered, Renderer, answer_column, render_all
+from ..rendering.example import answer_column
+from ..rendering.render import Rendered, Renderer, render_all
 from .population import Member, Population
 from .train import learn_answer_length
 

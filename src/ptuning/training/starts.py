@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..prompts.task import Task, fill, named_fields
-from ..rendering.render import Example, Rendered, Renderer
+from ..rendering.example import Example
+from ..rendering.render import Rendered, Renderer
 
 _LEAST = 4
 """Virtual tokens that an example has at the least."""

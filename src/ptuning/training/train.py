@@ -23,8 +23,9 @@ from ..data.setting_aside import set_aside
 from ..errors import DataError, InputError
 from ..prompts.prompt import Prompt
 from ..prompts.task import majority_answer
+from ..rendering.example import Example, answer_column
 from ..rendering.lesson import Lesson, Lessons
-from ..rendering.render import Example, Rendered, Renderer, answer_column, render_all, taught
+from ..rendering.render import Rendered, Renderer, render_all, taught
 from ..reporting import html_picture, html_table, percent, training_curve
 from . import checkpoint, guidance
 from .calibration import calibrate
