@@ -219,7 +219,7 @@ class Ways:
             "dev": result.best["dev_accuracy"],
             "epochs": len(result.history),
             "template": prompt.template,
-            "words": {label: words[0] for label, words in prompt.labels.items()},
+            "words": {label: "|".join(of) for label, of in prompt.labels.items()},
         }
 
 
