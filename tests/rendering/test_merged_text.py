@@ -90,6 +90,33 @@ def test_text_for_a_tokenizer_that_splits_special_tokens(kind: str) -> None:
     _check(tokenizer, _prompt(template="[P*2] {country} of [P] {name} [MASK]"), "seq2seq")
 
 
+@pytest.mark.parametrize(
+    ("kind", "around", "settings", "token"),
+    [
+        ("masked", False, {"template": "[P*2] {country} [P] [MASK]"}, "<mask>"),
+        ("masked", True, {"template": "[P] {country} [MASK] and {name}."}, "<mask>"),
+        ("masked", False, {"template": "[P] {country} [MASK]", "answer_tokens": 2}, "<mask>"),
+        ("causal", True, {"template": "[P*2] {country} [MASK]"}, "<s>"),
+        (
+            "seq2seq",
+            True,
+            {"template": "[P*2] {country} [MASK]", "special_tokens": "after"},
+            "<s> and </s>",
+        ),
+    ],
+)
+@pytest.mark.parametrize("spelled", tiny.TOKENIZERS)
+def test_a_text_whose_special_tokens_the_tokenizer_splits_is_refused_for_that(
+    spelled: str, kind: str, around: bool, settings: dict[str, Any], token: str
+) -> None:
+    tokenizer, prompt = tiny.tokenizer(spelled, around=around), _prompt(**settings)
+    tokenizer.split_special_tokens = True
+    with pytest.raises(InputError, match=f"its text has {token} in it.*split_special_tokens=False"):
+        _check(tokenizer, prompt, kind)
+    tokenizer.split_special_tokens = False  # as it says
+    _check(tokenizer, prompt, kind)
+
+
 def test_labels_are_words_as_they_continue_the_text() -> None:
     tokenizer = tiny.tokenizer()
     prompt = _prompt(

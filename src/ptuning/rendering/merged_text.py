@@ -61,7 +61,7 @@ def merged_text(
         ids: of the prompt's virtual tokens in `merged`.
 
     Raises:
-        InputError: no text has the prompt's ids in this tokenizer.
+        InputError: no text has the prompt's ids in this tokenizer; says why.
     """
     task = _with_masks(_templated(prompt, len(ids)), kind, tokenizer)
     renderer = Renderer(tokenizer, task, kind)
@@ -79,13 +79,34 @@ def merged_text(
         rendered = renderer.layout(example, None).ids
         wanted.append([i if i >= 0 else ids[-1 - i] for i in rendered])
     names = names_of(name, len(ids))
-    for candidate, special in _candidates(string, task, kind, names, tokenizer):
-        text = _in_braces(candidate, fields)
-        filled = [fill(text, example) for example in examples]
-        if wanted == [merged(t, add_special_tokens=special)["input_ids"] for t in filled]:
-            turn = _parts(renderer.layout.turn(marks, named), fields) if task.chat else None
-            continues = space and kind != "seq2seq"
-            return MergedText(text, special, _labels(task, continues), turn)
+    candidates = [
+        (_in_braces(candidate, fields), special)
+        for candidate, special in _candidates(string, task, kind, names, tokenizer)
+    ]
+
+    def first(**how: bool) -> tuple[str, bool] | None:
+        """The first candidate that has the ids, tokenized in such a way."""
+        for text, special in candidates:
+            filled = [fill(text, example) for example in examples]
+            if wanted == [
+                merged(t, add_special_tokens=special, **how)["input_ids"] for t in filled
+            ]:
+                return text, special
+        return None
+
+    if found := first():
+        turn = _parts(renderer.layout.turn(marks, named), fields) if task.chat else None
+        continues = space and kind != "seq2seq"
+        return MergedText(*found, _labels(task, continues), turn)
+    splits = getattr(merged, "split_special_tokens", False)
+    if splits and (whole := first(split_special_tokens=False)):
+        spelled = " and ".join(token for token in merged.all_special_tokens if token in whole[0])
+        raise InputError(
+            f"the prompt {name!r} cannot be merged: its text has {spelled} in it, and this "
+            "tokenizer splits the special tokens of a text; load it with "
+            "split_special_tokens=False (a folder says it in tokenizer_config.json), or attach the "
+            "prompt (ptuning.attach)"
+        )
     raise InputError(
         f"the prompt {name!r} cannot be merged: no text has its ids in this tokenizer, since what "
         f"stands beside its virtual tokens or its answer slot merges otherwise: {task.template}; "
