@@ -16,7 +16,7 @@ from ptuning.errors import DataError, InputError
 from ptuning.forward.engine import Engine
 from ptuning.forward.plain import by_label, word_scores
 from ptuning.inference.agreement import compare
-from ptuning.inference.teaching import lessons, measured_bias, teacher_renderer
+from ptuning.inference.teaching import lessons, measured_bias, own_label, teacher_renderer
 from ptuning.prompts.teacher import Teacher
 
 from .. import tiny
@@ -378,3 +378,18 @@ def test_a_chat_without_a_system_s_turn_is_told() -> None:
     prompt = ptuning.Prompt("[P*4] {text}", chat=True, answer_tokens=3)
     with pytest.raises(InputError, match=r"no turns of system and user \(no system role\)"):
         ptuning.distill(model, tokenizer, prompt, TEXTS, teacher="Be brief.", verbose=False)
+
+
+def test_a_row_s_own_label_is_read_as_a_training_reads_it() -> None:
+    task = prompt_of(verbalizer={"0": "no", "1": "yes"})
+    own = [own_label(task, {"text": "it rains", "label": cell}) for cell in (1.0, " 0 ", "1")]
+    assert own == ["1", "0", "1"]
+    assert own_label(prompt_of(verbalizer=None), {"text": "x", "label": " Oslo "}) == "Oslo"
+    with pytest.raises(DataError, match="example 3: the label '2' is not in the verbalizer"):
+        own_label(task, {"text": "it rains", "label": 2}, 3)
+
+
+@pytest.mark.parametrize("cell", [None, "", " ", float("nan")])
+def test_a_row_with_nothing_in_its_answer_column_has_no_label_of_its_own(cell: Any) -> None:
+    assert own_label(prompt_of(), {"text": "it rains", "label": cell}) is None
+    assert own_label(prompt_of(), {"text": "it rains"}) is None

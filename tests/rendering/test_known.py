@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from ptuning.errors import DataError
 from ptuning.prompts.task import Task
-from ptuning.rendering import known
-from ptuning.rendering.known import Known, blocks
+from ptuning.rendering import render
+from ptuning.rendering.known import Known
 from ptuning.rendering.layout import Layout, Spans, Written
 from ptuning.rendering.render import Rendered, Renderer
 from ptuning.rendering.spaces import cuts_at_spaces, last_word
@@ -355,15 +355,6 @@ def test_rows_are_tokenized_in_one_call_and_words_behind_literal_text_once(
     ]  # fmt: skip
 
 
-def test_blocks_are_smaller_where_rows_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(known, "_ROWS", 3)
-    monkeypatch.setattr(known, "_CHARACTERS", 10)
-    rows = [{"x": "a" * size, "y": 1.5} for size in (1, 2, 3, 4, 9, 12, 1)]
-    sizes = [[len(row["x"]) for row in block] for block in blocks(iter(rows))]
-    assert sizes == [[1, 2, 3], [4, 9], [12], [1]]
-    assert list(blocks([])) == []
-
-
 @pytest.mark.parametrize("block", [1, 2, 256])
 @pytest.mark.parametrize(
     ("spoilt", "message"),
@@ -379,7 +370,7 @@ def test_blocks_are_smaller_where_rows_are_long(monkeypatch: pytest.MonkeyPatch)
 def test_the_first_row_that_is_wrong_is_named(
     monkeypatch: pytest.MonkeyPatch, block: int, spoilt: dict[int, Any], message: str
 ) -> None:
-    monkeypatch.setattr(known, "_ROWS", block)
+    monkeypatch.setattr(render, "_ROWS", block)
     task = Task("[P] {x} [MASK]", verbalizer={"yes": "yes", "no": "no"})
     rows = [spoilt.get(n, {"x": "one Oslo", "answer": "no"}) for n in range(6)]
     renderer = Renderer(words_alone(), task, "causal", 8)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from ..errors import DataError
 
 Row = dict[str, Any]
 """One example: column -> value."""
+AnyRow = TypeVar("AnyRow", bound=Mapping[str, Any])
 
 
-def in_blocks(rows: Iterable[Row], most: int, size: int = 4 * 2**20) -> Iterator[list[Row]]:
+def in_blocks(rows: Iterable[AnyRow], most: int, size: int = 4 * 2**20) -> Iterator[list[AnyRow]]:
     """Rows in blocks of at most `most`, smaller ones where `size` characters are reached."""
-    block: list[Row] = []
+    block: list[AnyRow] = []
     room = size
     for row in rows:
         block.append(row)
@@ -28,7 +29,7 @@ def in_blocks(rows: Iterable[Row], most: int, size: int = 4 * 2**20) -> Iterator
 def _size(value: Any) -> int:
     if isinstance(value, str | bytes):
         return len(value)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return sum(_size(name) + _size(inner) for name, inner in value.items())
     if isinstance(value, list | tuple):
         return sum(map(_size, value))

@@ -15,10 +15,11 @@ import torch
 
 from ..backbone.modes import eval_mode
 from ..backbone.traits import ModelKind
+from ..data.values import text_of
 from ..errors import DataError, InputError
 from ..forward.engine import Engine
 from ..prompts.task import Task
-from ..rendering.example import Example, answer_column
+from ..rendering.example import Example, answer_column, right_answer
 from ..rendering.lesson import Lesson
 from ..rendering.render import Rendered, Renderer, render_all
 from ..training.calibration import bias_against
@@ -102,21 +103,19 @@ def own_label(task: Task, row: Example, number: int = 1) -> str | None:
     """The answer that a row has of its own, as it is compared; None where it has none.
 
     Raises:
-        DataError: it is no label of the task's.
+        DataError: it has no text, or is no label of the task's.
     """
     try:
-        cell = row[answer_column(task, row)]
+        column = answer_column(task, row)
     except DataError:
         return None
-    if cell is None or not str(cell).strip():
-        return None
-    label = task.label_text(cell)
-    if task.labels and label not in task.labels:
-        raise DataError(
-            f"example {number}: the label {label!r} is not in the verbalizer; it knows "
-            f"{', '.join(map(repr, task.labels))}"
-        )
-    return label
+    try:
+        if not text_of(column, row[column]).strip():
+            return None
+        answer = right_answer(task, row, task.labels)
+    except DataError as error:
+        raise DataError(f"example {number}: {error}") from None
+    return answer if task.labels else answer.strip()
 
 
 def _spoken(

@@ -25,8 +25,6 @@ from .task import at_least_one, check_type
 CONFIG_NAME = "adapter_config.json"
 REFERENCE_VERSION = "0.21.2"
 """The PEFT release whose files and behaviour this package reproduces."""
-
-
 _HUB_OPTIONS = (
     "revision",
     "cache_dir",
@@ -36,8 +34,6 @@ _HUB_OPTIONS = (
     "proxies",
     "repo_type",
 )
-
-
 _COUNTS = (
     "num_virtual_tokens",
     "token_dim",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
-_ROWS, _CHARACTERS = 256, 2**18
 Tokenize = Callable[[list[str]], list[Any]]
 """Strings -> what each is tokenized to."""
 
@@ -40,17 +39,3 @@ class Known:
         if text not in found:
             (found[text],) = tokenize([text])
         return found[text]
-
-
-def blocks(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
-    """As many rows at a time as are tokenized together, fewer where they are long."""
-    block: list[Mapping[str, Any]] = []
-    size = 0
-    for row in rows:
-        block.append(row)
-        size += sum(len(value) for value in row.values() if isinstance(value, str))
-        if len(block) == _ROWS or size >= _CHARACTERS:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block

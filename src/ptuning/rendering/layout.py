@@ -1,6 +1,6 @@
 """One string of a template, tokenized: where virtual tokens, fields and answer stand in it.
 
-The string is tokenized at once (`vocabulary`), so it has the ids that a merged model's tokenizer
+The string is tokenized at once (`virtual_ids`), so it has the ids that a merged model's tokenizer
 gives. Virtual token i of the prompt is written as id ``-1 - i``; `collate` puts attached ids in.
 """
 

@@ -99,8 +99,8 @@ def merged_text(
         continues = space and kind != "seq2seq"
         return MergedText(*found, _labels(task, continues), turn)
     splits = getattr(merged, "split_special_tokens", False)
-    if splits and (whole := first(split_special_tokens=False)):
-        spelled = " and ".join(token for token in merged.all_special_tokens if token in whole[0])
+    if splits and (unsplit := first(split_special_tokens=False)):
+        spelled = " and ".join(token for token in merged.all_special_tokens if token in unsplit[0])
         raise InputError(
             f"the prompt {name!r} cannot be merged: its text has {spelled} in it, and this "
             "tokenizer splits the special tokens of a text; load it with "

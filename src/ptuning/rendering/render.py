@@ -12,17 +12,20 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
+from ..data.rows import in_blocks
 from ..errors import DataError, InputError
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task, fill
 from ..prompts.template import Virtual
 from .example import Example, column_texts, columns_in_words, right_answer
-from .known import Known, blocks
+from .known import Known
 from .layout import Draft, Layout, Sequence
 from .lesson import Lesson
 from .short_words import settle_words
-from .spaces import cut
 from .virtual_ids import resolve_words
+
+_ROWS, _CHARACTERS = 256, 2**18
+"""At most so many are tokenized together."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class Renderer:
         given = None if candidates else task.label_bias
         self.bias = None if given is None else [given[label] for label in self.labels]
         self._in_words = () if candidates else columns_in_words(task)
-        self._literal = candidates is not None
+        self._literal = bool(candidates)
         self.layout = Layout(tokenizer, task, kind, [len(group) for group in self.groups])
         self._check_kind()
 
@@ -181,7 +184,7 @@ class Renderer:
             DataError: names the example at fault by its number.
         """
         rendered: list[Rendered] = []
-        for block in blocks(rows):
+        for block in in_blocks(rows, _ROWS, _CHARACTERS):
             asked = [self._asked_or_wrong(row, answered) for row in block]
             known = self._known(one for one in asked if isinstance(one, Asked))
             for number, one in enumerate(asked, first + len(rendered)):
@@ -251,7 +254,7 @@ class Renderer:
         best: tuple[Sequence, ...] = ()
         while low <= high:  # the longest fields are cut to one common length: as long as fits
             middle = (low + high) // 2
-            fields = {name: cut(text, middle) for name, text in asked.fields.items()}
+            fields = {name: _cut(text, middle) for name, text in asked.fields.items()}
             shorter = self._fitting(self.layout.drafts(fields, asked.words), known)
             if shorter:
                 best, low = shorter, middle + 1
@@ -279,6 +282,16 @@ class Renderer:
         if self.limit is None or self.kind != "causal":
             return self.limit
         return self.limit + 1 - max(len(sequence.answer), self.task.answer_tokens or 1)
+
+
+def _cut(text: str, length: int) -> str:
+    """At most `length` characters, without the broken word at the end."""
+    if len(text) <= length:
+        return text
+    kept = text[:length]
+    if length and not text[length].isspace() and (space := kept.rfind(" ")) > 0:
+        kept = kept[:space]
+    return kept.rstrip()
 
 
 def render_all(

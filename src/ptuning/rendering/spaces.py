@@ -38,16 +38,6 @@ def last_word(text: str, start: int) -> int:
     return at
 
 
-def cut(text: str, length: int) -> str:
-    """At most `length` characters, without the broken word at the end."""
-    if len(text) <= length:
-        return text
-    kept = text[:length]
-    if length and not text[length].isspace() and (space := kept.rfind(" ")) > 0:
-        kept = kept[:space]
-    return kept.rstrip()
-
-
 def cuts_at_spaces(tokenizer: Any) -> bool:
     """Whether a tokenizer's parts are known to cut at such spaces; others may do it too."""
     if not tokenizer.is_fast or any(map(_may_hold_space, tokenizer.added_tokens_decoder.values())):
