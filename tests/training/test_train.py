@@ -594,8 +594,7 @@ def test_a_real_model_learns_what_a_constant_answer_does_not_reach(
     model, tokenizer = smollm2
     training, dev, test = demo.facts()
     prompt = Prompt(demo.TEMPLATE, answer=demo.ANSWER)
-    how: dict[str, Any] = {"epochs": demo.EPOCHS, "batch_size": demo.BATCH_SIZE}
-    train(model, tokenizer, prompt, training, dev, init=demo.START, **how)
+    train(model, tokenizer, prompt, training, dev, epochs=demo.EPOCHS, batch_size=demo.BATCH_SIZE)
     result = ptuning.evaluate(model, tokenizer, prompt, test)
     assert result.accuracy > result.majority_accuracy + 0.1
     assert result.accuracy > result.manual_accuracy + 0.1

@@ -45,8 +45,6 @@ MANUAL_TEMPLATES = (
 )
 _METRICS = "metrics.json"
 EPOCHS, BATCH_SIZE, ENCODER = 8, 16, "mlp"
-START = "words"
-"""At words every seed comes through, in bfloat16 too (benchmarks/README.md)."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,6 @@ def run(
         dev,
         epochs=EPOCHS,
         batch_size=BATCH_SIZE,
-        init=START,
         patience=0,  # the published figures are of all epochs
         listener=_with_duration(listener, tell),
     )

@@ -143,6 +143,8 @@ def identity_of(
         if chosen[name] == default:
             del chosen[name]
     chosen["patience"] = chosen["patience"] or None  # both were "never" in the first release
+    if chosen.get("init") == "encoder":  # older releases do not name the start, and had no other
+        del chosen["init"]
     start = first.prompt.vectors
     chosen["the prompt to begin from"] = None if start is None else start.double().sum().item()
     chosen["the base model"] = base.describe()["embedding"]["values"]

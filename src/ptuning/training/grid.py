@@ -49,7 +49,7 @@ class Variant:
     def has_start(self) -> bool:
         """Its virtual tokens begin as something: as trained vectors, or as words."""
         begun = any(None not in group for group in self.renderer.groups)
-        meant = self.settings.init not in ("encoder", "words")  # what is random is no result yet
+        meant = self.settings.init in ("labels", "examples")  # random words are no result yet
         return begun or self.prompt.vectors is not None or meant
 
 

@@ -24,6 +24,8 @@ from ..rendering.collate import IGNORED, Batch
 from ..rendering.example import answer_column
 from ..rendering.render import Rendered, Renderer, render_all
 from .population import Member, Population
+from .settings import TrainSettings
+from .starts import start_of
 from .train import learn_answer_length
 
 
@@ -31,7 +33,8 @@ class PromptModule(Population):
     """A `Population` of one prompt that hands its result over when training is done."""
 
     def __init__(self, engine: Engine, renderer: Renderer, prompt: Prompt, seed: int):
-        words = [word for group in renderer.groups for word in group]
+        start = TrainSettings().start_for(prompt.encoder)
+        words = start_of(renderer, (), (), start, seed).words
         owner = renderer.owner if renderer.compares else None
         member = Member(prompt, engine.base.model, seed, words)
         super().__init__(engine, [member], owner)

@@ -26,9 +26,7 @@ from ..prompts.encoder import PromptEncoder, initialise
 from ..prompts.prompt import Prompt
 from ..rendering.collate import Batch
 from ..threads import CHANGING
-
-AT_WORDS = ("none", "residual", "mixture")
-"""Encoders whose virtual tokens begin at random words of the vocabulary."""
+from .settings import AT_WORDS
 
 
 class Member(nn.Module):

@@ -12,6 +12,8 @@ from ..prompts.task import at_least_one
 
 LEARNING_RATES = {"mlp": 1e-3, "lstm": 2e-3, "none": 1e-2, "residual": 2e-3, "mixture": 1e-2}
 """Default by encoder type; the smaller the network before the vectors, the larger the rate."""
+AT_WORDS = ("none", "residual", "mixture")
+"""Encoders that begin at random words of the vocabulary by themselves."""
 
 SCHEDULES = ("linear", "cosine", "constant")
 CHOICES = ("accuracy", "loss")
@@ -21,7 +23,7 @@ CHANGE_NO_RESULT = (
     *("tracker", "checkpoint_seconds", "max_minutes", "prefix_cache", "graphs", "compile"),
 )
 """Settings that a run may be resumed with others of."""
-LATER = {"ensemble": 1, "calibrate": "none", "folds": 0, "init": "encoder", "label_bias": None}
+LATER = {"ensemble": 1, "calibrate": "none", "folds": 0, "init": None, "label_bias": None}
 """Settings that older releases do not have: at its default one is no part of a run's identity."""
 PATIENCE = 4
 """Epochs without a gain that a training takes where the user says nothing.
@@ -67,10 +69,11 @@ class TrainSettings:
         folds: so many splits of the training examples take the place of a dev set: settings and
             epoch are chosen by their mean, and the prompt then trains on all examples. For few
             examples; costs as many trainings more.
-        init: where virtual tokens begin that the template gives no words: ``encoder`` (as it makes
-            them), ``words`` (at random words, which learns sooner behind an MLP or LSTM),
-            ``labels`` (at the label words), or ``examples`` (at the ends of some training
-            examples, which are left out of their own rows).
+        init: where virtual tokens begin that the template gives no words: ``words`` (at random
+            words of the vocabulary, by default), ``encoder`` (as an MLP or LSTM makes them, which
+            is the paper's and PEFT's way, and learns late with some seeds), ``labels`` (at the
+            label words), or ``examples`` (at the ends of some training examples, which are left out
+            of their own rows).
         prefix_cache: keep the keys and values of text before the first virtual token: ``auto``
             (part of the free memory), ``off`` (every row is computed as a whole), or bytes such as
             ``2G``. Changes no result.
@@ -106,7 +109,7 @@ class TrainSettings:
     ensemble: int = 1
     calibrate: str = "none"
     folds: int = 0
-    init: str = "encoder"
+    init: str | None = None
     prefix_cache: str = "auto"
     tune_model: bool = False
     model_learning_rate: float = 1e-5
@@ -138,7 +141,7 @@ class TrainSettings:
             raise InputError(f"schedule is {self.schedule!r}; expected one of {SCHEDULES}")
         if self.choose_by not in CHOICES:
             raise InputError(f"choose_by is {self.choose_by!r}; expected one of {CHOICES}")
-        if self.init not in STARTS:
+        if self.init is not None and self.init not in STARTS:
             raise InputError(f"init is {self.init!r}; expected one of {STARTS}")
         if self.calibrate not in CALIBRATIONS:
             raise InputError(f"calibrate is {self.calibrate!r}; expected one of {CALIBRATIONS}")
@@ -164,6 +167,10 @@ class TrainSettings:
     def rate_for(self, encoder: str) -> float:
         """The learning rate for an encoder type."""
         return self.learning_rate or LEARNING_RATES[encoder]
+
+    def start_for(self, encoder: str) -> str:
+        """One of `STARTS` for an encoder type."""
+        return self.init or ("encoder" if encoder in AT_WORDS else "words")
 
 
 def with_options(settings: TrainSettings, options: dict[str, Any]) -> TrainSettings:

@@ -41,7 +41,7 @@ class Start(NamedTuple):
     came_from: dict[int, frozenset[int]]
 
 
-def check_start(task: Task, init: str) -> None:
+def check_start(task: Task, init: str | None) -> None:
     """Refuse a start that the task cannot give.
 
     Raises:

@@ -297,7 +297,7 @@ def _rendered(
         prompt.answer_tokens, prompt.verbalizer = task.answer_tokens, task.verbalizer
         prompt.set_count(renderer.count)
         answers = _answers(prompt, rows, learnt[0])
-        start = start_of(renderer, rows, answers, settings.init, settings.seed)
+        start = start_of(renderer, rows, answers, settings.start_for(prompt.encoder), settings.seed)
         own = left_out(examples, start)
         variants.append(Variant(name, prompt, settings, renderer, own, dev_examples, start.words))
     return variants
