@@ -6,7 +6,7 @@
     small  float32: what takes the time there is not multiplication
 
 Prompts, their gradients and the optimizer are float32 in every format (`injection`). It is a
-choice and not the default: in bfloat16 some seeds learn late (benchmarks/README.md).
+choice and not the default: figures differ as they do between seeds (benchmarks/README.md).
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ Dtype = Annotated[
     str,
     typer.Option(
         help="Of the frozen model: float32, bfloat16, float16, own (as it is saved), or auto: what "
-        "this machine multiplies fastest in. Less than float32 is faster, but some seeds then "
-        "learn late or not at all."
+        "this machine multiplies fastest in. Less than float32 is faster and rounds: figures "
+        "differ as they do between seeds."
     ),
 ]
 DtypeAsSaved = Annotated[
