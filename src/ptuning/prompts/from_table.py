@@ -68,7 +68,8 @@ def from_table(
     columns = columns_of(rows, answer, reads=template is None)
     words = label_words(rows, columns)
     made = template or template_of(columns, virtual or VIRTUAL, words is not None)
-    return FromTable(columns, made, words, telling_words(words or {}, rows, columns))
+    telling = telling_words(words, rows, columns) if words else {}
+    return FromTable(columns, made, words, telling)
 
 
 def template_of(columns: Columns, virtual: int, labelled: bool) -> str:

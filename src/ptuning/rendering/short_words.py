@@ -73,7 +73,6 @@ def one_token_words(
         {'a': ('lost',), 'b': ('card',)}
     """
     tokens = cache(tokens)
-
     known = {
         label: [part for part in of_label if len(part) >= _SHORTEST]
         for label, of_label in parts.items()
