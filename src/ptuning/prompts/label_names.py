@@ -12,7 +12,7 @@ import json
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..data.columns import Columns, are_labels
@@ -87,7 +87,7 @@ def telling_words(
         own = shares.pop(label, 0.0)
         return own - max(shares.values(), default=0.0)
 
-    sharing = Counter(word.casefold() for of_label in words.values() for word in of_label)
+    sharing = names_having(words)
     made = {}
     for label, of_label in words.items():
         gain = {word: tells(word.casefold(), label) for word in of_label}
@@ -95,6 +95,11 @@ def telling_words(
         kept = (w for w in of_label[1:] if sharing[w.casefold()] > 1 or gain[w] >= 0)
         made[label] = (*of_label[:1], *kept)
     return made
+
+
+def names_having(words: Mapping[str, Iterable[str]]) -> Counter[str]:
+    """How many labels' names have each word, in lower case."""
+    return Counter(word for of in words.values() for word in {one.casefold() for one in of})
 
 
 def _label(column: str, cell: Any) -> str:

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from ..errors import DataError
-from ..prompts.label_names import as_verbalizer
+from ..prompts.label_names import as_verbalizer, names_having
 from ..prompts.prompt import Prompt
 from ..prompts.task import fill
 from .layout import Layout
@@ -96,19 +96,14 @@ def one_token_words(
     longer = [label for label in names if len(tokens(names[label])) != 1]
     made = {label: [words[label]] for label in names}
     taken = {tokens(word) for word in words.values()}
+    having = names_having(known)
     for label in longer:
-        for part in _of_one_alone(known, label):
+        for part in (part for part in known[label] if having[part.casefold()] == 1):
             for more in _single((part, part.lower()), tokens, 1).values():
                 if tokens(more) not in taken and len(made[label]) < _MOST:
                     made[label].append(more)
                     taken.add(tokens(more))
     return {label: tuple(of_label) for label, of_label in made.items()}
-
-
-def _of_one_alone(parts: Mapping[str, Sequence[str]], label: str) -> list[str]:
-    """The words of a label's name that no other label's has."""
-    others = {part.casefold() for other, of in parts.items() if other != label for part in of}
-    return [part for part in parts[label] if part.casefold() not in others]
 
 
 def _single(
