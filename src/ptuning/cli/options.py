@@ -207,7 +207,7 @@ _ELSEWHERE = {
     "calibrate": "the published figures were made without",
     "max_minutes": "an experiment's parts are resumed one by one, and none is half done",
     "folds": "each has a dev set",
-    "init": "their templates name the words to begin at",
+    "init": "the published figures were made as the encoder begins: it is encoder here",
 }
 OF_LAMA = Fields(
     LamaOptions,

@@ -40,7 +40,9 @@ class LamaOptions:
     virtual_tokens: int = 3
     population: int = 1
     epochs: int | None = None
-    settings: TrainSettings = field(default_factory=lambda: TrainSettings(patience=0))
+    settings: TrainSettings = field(
+        default_factory=lambda: TrainSettings(patience=0, init="encoder")
+    )
 
     def __post_init__(self) -> None:
         for name in ("virtual_tokens", "population", "epochs"):

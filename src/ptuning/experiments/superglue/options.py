@@ -35,7 +35,7 @@ class SuperGlueOptions:
     grid: dict[str, list[Any]] = field(default_factory=lambda: {"encoder": ["none"]})
     population: int = 1
     settings: TrainSettings = field(
-        default_factory=lambda: TrainSettings(choose_by="loss", patience=0)
+        default_factory=lambda: TrainSettings(choose_by="loss", patience=0, init="encoder")
     )
 
     def __post_init__(self) -> None:
