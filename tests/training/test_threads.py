@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import Any
 
@@ -95,6 +96,16 @@ def test_trainings_of_two_models_at_the_same_time_get_the_numbers_of_one_alone()
     alone = [train() for train in kinds]
     for _ in range(6):
         assert all(map(torch.equal, together(*kinds), alone))
+
+
+def test_a_training_leaves_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained(tiny.model())  # what is imported by the first one may set variables
+    changed: list[Any] = []
+    monkeypatch.setattr(os, "putenv", lambda *change: changed.append(change))
+    monkeypatch.setattr(os, "unsetenv", lambda *change: changed.append(change))
+    trained(tiny.model())
+    trained(tiny.model(), mixed_precision="bf16", dev=FACTS, population=2)
+    assert changed == []  # tokenizers read a variable with each batch, without Python's lock
 
 
 def test_predictions_of_a_model_in_train_mode_never_see_dropout() -> None:

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, tracking
 from accelerate.state import is_initialized
+from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 
 from .. import distributed
@@ -71,6 +73,19 @@ def check_tracker(name: str | None) -> None:
         )
 
 
+class _WholeSteps(GradientAccumulationPlugin):
+    """Accumulating is the training's own affair.
+
+    accelerate's way to what differs from its defaults empties the process's environment for a
+    moment. Other threads' subprocesses would begin without one, and native code that reads a
+    variable just then, as tokenizers do with each batch, ends the process.
+    """
+
+    def to_kwargs(self) -> dict[str, Any]:
+        """What differs from accelerate's defaults."""
+        return {"num_steps": 1}
+
+
 def make_accelerator(settings: TrainSettings, output: Path | None) -> Accelerator:
     """Accelerate, set up as the settings say; of several processes the main one has trackers.
 
@@ -83,6 +98,7 @@ def make_accelerator(settings: TrainSettings, output: Path | None) -> Accelerato
         with CHANGING:
             accelerator = Accelerator(
                 mixed_precision=settings.mixed_precision,
+                gradient_accumulation_plugin=_WholeSteps(num_steps=1),
                 log_with=settings.tracker,
                 project_dir=None if output is None else str(output),
             )
