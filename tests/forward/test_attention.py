@@ -149,6 +149,62 @@ def test_masked_models_and_those_with_two_parts_keep_their_gradients(family: str
     assert (ours - exact).norm() < 1.5 * (plain - exact).norm() + 1e-3
 
 
+@pytest.mark.parametrize("columns", [63, 64, 128, 192])
+def test_on_a_gpu_no_gradient_in_half_precision_reads_half_a_tile_of_keys(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    plain = module.sdpa_attention_forward
+
+    def theirs(layer: Any, *args: Any, **more: Any) -> Any:
+        _, key, value, mask = args
+        seen.append((key.shape[2], value.shape[2], None if mask is None else mask.shape[3]))
+        return plain(layer, *args, **more)
+
+    monkeypatch.setattr(module, "sdpa_attention_forward", theirs)
+    # What a GPU's tensors say; the numbers are the same on every device.
+    monkeypatch.setattr(Tensor, "is_cuda", property(lambda tensor: True), raising=False)
+    monkeypatch.setattr(module, "_slow_backwards", lambda query, key: False)
+    model = model_of("Llama", max_position_embeddings=256).requires_grad_(False)
+    mask = torch.ones(2, columns)
+    mask[0, : columns - 5] = 0
+    vectors = torch.randn(2, columns, 32)
+
+    def gradient(dtype: torch.dtype, mask: Tensor | None = mask) -> Tensor:
+        seen.clear()
+        model.to(dtype)
+        asked = vectors.detach().to(dtype).clone().requires_grad_()
+        with own_attention(model):
+            logits = model(inputs_embeds=asked, attention_mask=mask).logits
+        logits[:, -1].float().logsumexp(-1).sum().backward()
+        assert asked.grad is not None
+        return asked.grad.float()
+
+    exact = gradient(FULL)
+    assert seen == [(columns, columns, columns)] * 2  # float32 has other kernels
+    got = gradient(HALF)
+    keys = columns + 8 if columns % 128 == 64 else columns
+    assert seen == [(keys, keys, keys)] * 2
+    assert (got - exact).norm() < 0.05 * exact.norm()
+    gradient(HALF, mask=None)
+    assert seen == [(columns, columns, None)] * 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("columns", [63, 64, 192])
+def test_gradients_in_half_precision_are_numbers_on_a_gpu(columns: int) -> None:
+    model = model_of("Llama", max_position_embeddings=256).requires_grad_(False)
+    model.to(device="cuda", dtype=HALF)
+    mask = torch.ones(2, columns, device="cuda")
+    mask[0, : columns - 5] = 0
+    vectors = torch.randn(2, columns, 32, device="cuda", dtype=HALF, requires_grad=True)
+    with own_attention(model):
+        logits = model(inputs_embeds=vectors, attention_mask=mask).logits
+    logits[:, -1].float().logsumexp(-1).sum().backward()
+    assert vectors.grad is not None
+    assert vectors.grad.isfinite().all()
+
+
 def test_without_a_mask_or_with_one_query_transformers_computes(groups: list[bool]) -> None:
     model = model_of("Llama")
     with own_attention(model), torch.no_grad():

@@ -11,6 +11,10 @@ copies and their gradients were a sixth of a training step.
 On a CPU the gradient of short rows in bfloat16 takes PyTorch's attention 4 to 9 times as long as in
 float32 (8 rows of 20: 6.7 and 1.4 ms on a processor with AMX), so there it is computed in float32.
 
+On an H100 or H200 torch's first choice since 2.11 is cuDNN's attention. Behind a mask its gradient
+in half precision is no number for a row that sees nothing, such as padding, if the last tile of
+keys is half full (pytorch/pytorch#196678): then there are eight keys more, which nobody sees.
+
 Layers look their attention up by name, here ``sdpa``; for the time of our forwards that name stands
 for `attention`, which in threads that do not ask for it is the plain path, transformers' own. A
 test holds the two together.
@@ -37,6 +41,9 @@ from ..threads import CHANGING
 _LONG = 2**16
 """Queries x keys of a row: from 256 x 256 on both formats take as long."""
 
+_TILE, _MORE = 128, 8
+"""Keys that cuDNN's kernels read at once, and those that are added to half a tile."""
+
 _forwards = 0
 _theirs: Any = sdpa_attention_forward
 """What the name stands for while no forward is ours."""
@@ -45,8 +52,9 @@ _here = threading.local()
 
 @contextmanager
 def own_attention(model: nn.Module) -> Iterator[None]:
-    """The model's layers use `attention` meanwhile, in this thread, if that is of use: on a CPU."""
-    if is_compiled(model) or not looks_attention_up(model) or device_of(model).type != "cpu":
+    """The model's layers use `attention` meanwhile, in this thread, if that is of use."""
+    known = device_of(model).type in ("cpu", "cuda")
+    if is_compiled(model) or not looks_attention_up(model) or not known:
         yield
         return
     with _ours():
@@ -55,7 +63,8 @@ def own_attention(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def grouped_on_gpu(model: nn.Module) -> Iterator[bool]:
-    """The same on a GPU, for cuDNN's attention, if the model and the GPU are such that it serves.
+    """Groups of query heads are read as they are on a GPU too, by cuDNN's attention, if the model
+    and the GPU are such that it serves.
 
     It takes seconds to get ready for each new shape, so it is for shapes that come again and again.
 
@@ -72,24 +81,30 @@ def grouped_on_gpu(model: nn.Module) -> Iterator[bool]:
     if not half or width > 128 or width % 8 or torch.cuda.get_device_capability(device) < (9, 0):
         yield False
         return
-    with _ours():
+    with _ours(grouped=True):
         yield True
 
 
 @contextmanager
-def _ours() -> Iterator[None]:
-    before, _here.ours = _asked_for(), True
+def _ours(grouped: bool = False) -> Iterator[None]:
+    before = _asked_for(), _reads_groups()
+    _here.ours, _here.grouped = True, grouped or _reads_groups()
     _count(1)
     try:
         yield
     finally:
         _count(-1)
-        _here.ours = before
+        _here.ours, _here.grouped = before
 
 
 def _asked_for() -> bool:
     # A layer is compiled for us alone, and compilers do not know threads.
     return torch.compiler.is_compiling() or getattr(_here, "ours", False)
+
+
+def _reads_groups() -> bool:
+    """On a GPU, in this thread."""
+    return getattr(_here, "grouped", False)
 
 
 def _count(change: int) -> None:
@@ -123,8 +138,10 @@ def attention(
         query, key, value = query.float(), key.float(), value.float()
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.float()
+    if attention_mask is not None and query.is_cuda and _spoils_gradient(query, key):
+        key, value, attention_mask = _with_more(key, value, attention_mask)
     alike = query.shape[1] == key.shape[1] or query.shape[2] == 1
-    if attention_mask is None or alike:
+    if attention_mask is None or alike or not _serves_groups(query):
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **others)
         return output.to(before), None
     output = F.scaled_dot_product_attention(
@@ -135,6 +152,29 @@ def attention(
 
 def _slow_backwards(query: Tensor, key: Tensor) -> bool:
     """On a CPU, in half precision, and not yet so long that float32 takes longer."""
-    if not (query.requires_grad and torch.is_grad_enabled()) or query.device.type != "cpu":
+    if query.device.type != "cpu" or not _trains_in_half(query):
         return False
-    return query.dtype.itemsize < 4 and query.shape[2] * key.shape[2] <= _LONG
+    return query.shape[2] * key.shape[2] <= _LONG
+
+
+def _trains_in_half(query: Tensor) -> bool:
+    return query.dtype.itemsize < 4 and query.requires_grad and torch.is_grad_enabled()
+
+
+def _serves_groups(query: Tensor) -> bool:
+    """Attention reads groups of query heads as they are, sooner than copies are made."""
+    if not query.is_cuda:
+        return True
+    return query.dtype.itemsize < 4 if torch.compiler.is_compiling() else _reads_groups()
+
+
+def _spoils_gradient(query: Tensor, key: Tensor) -> bool:
+    """cuDNN's may be no number (see above)."""
+    return _trains_in_half(query) and key.shape[2] % _TILE == _TILE // 2
+
+
+def _with_more(key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and a mask ``(…, S, T)`` with columns that nobody sees."""
+    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    key, value = F.pad(key, (0, 0, 0, _MORE)), F.pad(value, (0, 0, 0, _MORE))
+    return key, value, F.pad(mask, (0, _MORE), value=hidden)

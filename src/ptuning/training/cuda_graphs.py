@@ -11,8 +11,9 @@ causal models; what does not fit, or cannot be captured, takes the plain step.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -59,10 +60,12 @@ class Graph(Protocol):
 class CudaGraph:
     """`torch.cuda.CUDAGraph`; all of one training share a memory pool.
 
-    That is safe since each replay's outputs are used before the next replay.
+    That is safe since each replay's outputs are used before the next replay. Of the threads of a
+    process one captures at a time: a capture has the device's random state.
     """
 
     _libraries_are_up = False
+    _capturing = threading.Lock()
 
     def __init__(self, pool: Any):
         self._pool = pool
@@ -70,6 +73,10 @@ class CudaGraph:
 
     def capture(self, function: Callable[[], Any]) -> None:
         """Record, after runs on another stream: some that set libraries up, later one."""
+        with CudaGraph._capturing:
+            self._capture(function)
+
+    def _capture(self, function: Callable[[], Any]) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -83,6 +90,8 @@ class CudaGraph:
         except Exception:  # torch stays on the capture's stream then, and in its pool
             torch.cuda.set_stream(outer)
             end_capture_pool(outer.device_index, self._pool)
+            with suppress(RuntimeError):
+                self._graph.reset()  # not while another thread captures
             raise
         CudaGraph._libraries_are_up = True
 
