@@ -161,7 +161,6 @@ def rendered(ids: Tensor, after: bool) -> list[Rendered]:
     for row in ids.tolist():
         text = tuple(row[:-1])
         whole = (*text, *virtual) if after else (*virtual, *text)
-        start = 0 if after else VIRTUAL
-        fields = (("text", start, start + len(text)),)
-        examples.append(Rendered((Sequence(whole, len(whole), (row[-1],), fields),)))
+        opening = 0 if after else VIRTUAL
+        examples.append(Rendered((Sequence(whole, len(whole), (row[-1],), opening),)))
     return examples

@@ -133,7 +133,7 @@ def batch_of(rests: list[int], prefixes: list[tuple[int, ...]]) -> Batch:
     rows = []
     for rest, prefix in zip(rests, prefixes, strict=True):
         ids = (*prefix, *range(5, 5 + rest))
-        rows.append(Rendered((Sequence(ids, len(ids), (9,), (("x", len(prefix), len(ids)),)),)))
+        rows.append(Rendered((Sequence(ids, len(ids), (9,), len(prefix)),)))
     return replace(collate(rows, "causal", [400] * len(rows)), prefixes=tuple(prefixes))
 
 

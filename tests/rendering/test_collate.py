@@ -133,9 +133,7 @@ def rows_of(lengths: list[tuple[int, int]], head: int) -> list[tuple[Rendered, i
     """Rows with `head` virtual tokens in front of a field, as (text length, member)."""
     return [
         (
-            Rendered(
-                (Sequence((-1,) * head + (5,) * n, head + n, (20,), (("x", head, head + n),)),)
-            ),
+            Rendered((Sequence((-1,) * head + (5,) * n, head + n, (20,), head),)),
             m,
         )
         for n, m in lengths

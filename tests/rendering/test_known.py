@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from ptuning.errors import DataError
 from ptuning.prompts.task import Task
 from ptuning.rendering import render
 from ptuning.rendering.known import Known
-from ptuning.rendering.layout import Layout, Spans, Written
+from ptuning.rendering.layout import Draft, Layout, Written
 from ptuning.rendering.render import Rendered, Renderer
 from ptuning.rendering.spaces import cuts_at_spaces, last_word
 from ptuning.rendering.virtual_ids import SLOT, NamedTokenizer, Names
@@ -116,24 +118,35 @@ def fetched(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-class Plain(Layout):
-    """Every string as a whole in a call of its own."""
+class Alone(Names):
+    """Every virtual token has a name of its own."""
 
-    def _read(self, written: Written, known: Known) -> tuple[list[int], Spans]:
-        named = written.named
+    def avoiding(self, text: str) -> NamedTokenizer:
+        return replace(super().avoiding(text), by_group=False)
+
+
+class Plain(Layout):
+    """Every string as a whole in a call of its own, every virtual token by its own name."""
+
+    def drafts(self, fields: dict[str, str], words: Iterable[str | None]) -> list[Draft]:
+        self._names = Alone(self.tokenizer, self.count)
+        return super().drafts(fields, words)
+
+    def _read(self, written: Written, known: Known) -> tuple[list[int], int]:
+        named, field = written.named, written.field
         fast = named.tokenizer.is_fast
         encoding = named.tokenizer(
             written.text, add_special_tokens=not self.task.chat, return_offsets_mapping=fast
         )
         shift = self.count if self.task.special_tokens == "after" else 0
-        spans = []
-        for name, start, end in written.characters if fast else ():
-            places = enumerate(encoding["offset_mapping"], shift)
-            inside = [i for i, (a, b) in places if a < end and b > start]
-            if inside:
-                spans.append((name, inside[0], inside[-1] + 1))
-        ids = named.rename(encoding["input_ids"])
-        return [-1 - i for i in range(shift)] + ids, tuple(spans)
+        ids = [-1 - i for i in range(shift)] + named.rename(encoding["input_ids"])
+        before = written.text[: field.start].rstrip()
+        if field and before.endswith("|>") and not self.task.chat:  # right behind virtual tokens
+            last = before.rpartition(named.prefix)[2].removesuffix("|>")
+            return ids, ids.index(-1 - int(last)) + 1
+        places = enumerate(encoding["offset_mapping"] if fast else (), shift)
+        inside = [i for i, (a, b) in places if a < field.stop and b > field.start]
+        return ids, inside[0] if inside else 0
 
     def _answer(self, word: str, written: Written, known: Known) -> tuple[int, ...]:
         if self.kind == "seq2seq":
@@ -335,7 +348,7 @@ def test_added_tokens_that_may_hold_a_space_are_not_trusted(
 def test_rows_are_tokenized_in_one_call_and_words_behind_literal_text_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    calls: dict[str, list[list[str]]] = {"whole": [], "ids_of": []}
+    calls: dict[str, list[list[str]]] = {"whole": [], "whole_placed": [], "ids_of": []}
     for name, seen in calls.items():
         plain = getattr(NamedTokenizer, name)
 
@@ -349,7 +362,7 @@ def test_rows_are_tokenized_in_one_call_and_words_behind_literal_text_once(
     rows = [{"x": f"Oslo {number}"} for number in range(9)]
     renderer.each(rows, "test", answered=False)
     (whole,), (continuations,) = calls["whole"], calls["ids_of"]
-    assert len(whole) == 9
+    assert len(whole) == 9 and calls["whole_placed"] == []  # the field stands behind virtual tokens
     assert [text.partition("|>")[2] for text in continuations] == [
         " Label:", " Label: yes", " Label: no"
     ]  # fmt: skip

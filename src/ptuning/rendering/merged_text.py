@@ -65,7 +65,7 @@ def merged_text(
     """
     task = _with_masks(_templated(prompt, len(ids)), kind, tokenizer)
     renderer = Renderer(tokenizer, task, kind)
-    named = NamedTokenizer(merged, f"<|{name}:", {})
+    named = NamedTokenizer(merged, f"<|{name}:", {}, by_group=False)
     fields = task.parsed.fields
     marks = {field: f"\ue000{index}\ue001" for index, field in enumerate(fields)}
     whole, _, space = renderer.layout.string(marks, named)

@@ -1,8 +1,8 @@
 """Virtual tokens as names in a tokenizer.
 
-A whole rendered string is tokenized at once by a copy of the tokenizer in which each virtual token,
-and the answer slot, is an added token. The names are chosen to occur in no text of the example, so
-text never becomes a virtual token.
+A whole rendered string is tokenized at once by a copy of the tokenizer in which each group of
+virtual tokens, and the answer slot, is an added token. The names are chosen to occur in no text of
+the example, so text never becomes a virtual token.
 
 A copy takes a tenth of a second, so the last one of a tokenizer is kept for all who render with it,
 as long as the tokenizer is what it was.
@@ -38,16 +38,22 @@ class NamedTokenizer:
         prefix: what every name begins with.
         meaning: an added token's id -> what it is among rendered ids.
         spaced: cuts text at spaces (`spaces.cuts_at_spaces`).
+        by_group: a group of virtual tokens has one name; else each of its tokens.
     """
 
     tokenizer: Any
     prefix: str
     meaning: dict[int, int]
     spaced: bool = False
+    by_group: bool = True
 
     def name(self, index: int) -> str:
-        """The name of virtual token `index`."""
+        """The name of number `index`."""
         return f"{self.prefix}{index}|>"
+
+    def group(self, number: int, tokens: range) -> str:
+        """How a group of virtual tokens is written."""
+        return self.name(number) if self.by_group else "".join(map(self.name, tokens))
 
     @property
     def slot(self) -> str:
@@ -60,25 +66,32 @@ class NamedTokenizer:
 
     def ids_of(self, texts: list[str]) -> list[list[int]]:
         """`ids` of each text."""
+        return self._ids_of(texts, special=False)
+
+    def whole(self, texts: list[str]) -> list[list[int]]:
+        """Each text with the tokenizer's special tokens around."""
+        return self._ids_of(texts, special=True)
+
+    def placed(self, texts: list[str]) -> list[Placed]:
+        """`ids` of each text, and where they stand in it."""
+        return self._placed(texts, special=False)
+
+    def whole_placed(self, texts: list[str]) -> list[Placed]:
+        """The same with the tokenizer's special tokens around."""
+        return self._placed(texts, special=True)
+
+    def _ids_of(self, texts: list[str], special: bool) -> list[list[int]]:
         if not self.tokenizer.is_fast:
-            return [self.ids(text) for text in texts]
+            return [ids for ids, _ in self._placed(texts, special)]
         backend = self.tokenizer.backend_tokenizer
-        found = backend.encode_batch_fast(texts, add_special_tokens=False)
+        found = backend.encode_batch_fast(texts, add_special_tokens=special)
         return [self.rename(encoding.ids) for encoding in found]
 
-    def whole(self, texts: list[str]) -> list[Whole]:
-        """Each text with the tokenizer's special tokens around."""
-        return self._with_offsets(texts, special=True)
-
-    def inner(self, texts: list[str]) -> list[Whole]:
-        """Each text without special tokens around."""
-        return self._with_offsets(texts, special=False)
-
-    def _with_offsets(self, texts: list[str], special: bool) -> list[Whole]:
+    def _placed(self, texts: list[str], special: bool) -> list[Placed]:
         if not self.tokenizer.is_fast:
             found = [self.tokenizer(text, add_special_tokens=special) for text in texts]
             return [(self.rename(one["input_ids"]), None) for one in found]
-        made: list[Whole] = []
+        made: list[Placed] = []
         for one in self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=special):
             # In two lists: pairs by the thousand would keep the garbage collector busy.
             offsets = one.offsets
@@ -107,7 +120,7 @@ class NamedTokenizer:
         return text[start:] if word < 0 else self.slot + text[word:]
 
 
-Whole = tuple[list[int], tuple[list[int], list[int]] | None]
+Placed = tuple[list[int], tuple[list[int], list[int]] | None]
 """A text's ids, names as negative numbers; and where the characters of each begin and end, if the
 tokenizer tells."""
 
@@ -117,7 +130,7 @@ class Names:
 
     Args:
         tokenizer: stays unchanged.
-        count: virtual tokens to name.
+        count: how many names there are to be.
     """
 
     def __init__(self, tokenizer: Any, count: int):
