@@ -28,21 +28,26 @@ _SAME_MODEL = 0.35
 
 def describe(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
     """The base model's name and fingerprints, as kept in ``prompt.json``."""
+    return {
+        "name": name_of(model),
+        "kind": _kind(model),
+        "revision": commit_of(getattr(model, "config", None)),
+        "embedding": sample_of(model),
+        "tokenizer": None if tokenizer is None else tokenizer_hash(tokenizer),
+    }
+
+
+def sample_of(model: nn.Module) -> dict[str, Any]:
+    """Some values of the model's embedding, and where they stand."""
     embedding = input_embedding(model)
     rows = torch.linspace(3, embedding.num_embeddings - 1, _SAMPLED_ROWS).long()
     columns = torch.linspace(0, embedding.embedding_dim - 1, _SAMPLED_COLUMNS).long()
     sample = _sample(embedding, rows, columns)
     return {
-        "name": name_of(model),
-        "kind": _kind(model),
-        "revision": commit_of(getattr(model, "config", None)),
-        "embedding": {
-            "width": embedding.embedding_dim,
-            "rows": " ".join(map(str, rows.tolist())),
-            "columns": " ".join(map(str, columns.tolist())),
-            "values": [" ".join(f"{float(x):.6f}" for x in row) for row in sample],
-        },
-        "tokenizer": None if tokenizer is None else tokenizer_hash(tokenizer),
+        "width": embedding.embedding_dim,
+        "rows": " ".join(map(str, rows.tolist())),
+        "columns": " ".join(map(str, columns.tolist())),
+        "values": [" ".join(f"{float(x):.6f}" for x in row) for row in sample],
     }
 
 

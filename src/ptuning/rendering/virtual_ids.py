@@ -171,22 +171,38 @@ class _Kept(NamedTuple):
 _USUAL = "<|virtual-0:"
 _ROUND = 32
 """Copies for more names than are asked for serve the next prompt too."""
+_OF_MODELS = (
+    *("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk"),
+    *("byte_fallback", "ignore_merges", "max_input_chars_per_word"),
+)
+"""What changes the ids that a vocabulary gives."""
 _kept: WeakKeyDictionary[Any, _Kept] = WeakKeyDictionary()
 
 
 def _state(tokenizer: Any) -> str | None:
     """What tells a tokenizer from what its owner makes of it, such as by adding tokens.
 
-    None where it cannot be told: without a backend that writes itself down.
+    None where it cannot be told: without a backend whose parts write themselves down. Padding and
+    truncation are whatever the last call asked for. A vocabulary as a whole takes a tenth of a
+    second to write, so of that there are the size and some tokens.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
     plain = (bool, int, str, list, tuple, type(None))
     own = {name: value for name, value in vars(tokenizer).items() if isinstance(value, plain)}
-    # Padding and truncation stand first; they are whatever the last call asked for.
-    written = backend.to_str().partition('"added_tokens"')[2]
-    return hashlib.sha256((repr(own) + written).encode("utf-8", "surrogatepass")).hexdigest()
+    parts = backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder
+    size = backend.get_vocab_size(with_added_tokens=False)
+    try:
+        state = (
+            *(own, type(backend.model), size, str(backend.get_added_tokens_decoder())),
+            *(part if part is None else part.__getstate__() for part in parts),
+            *(getattr(backend.model, name, None) for name in _OF_MODELS),
+            *(backend.id_to_token(i) for i in range(0, size, max(1, size // 99))),
+        )
+    except Exception:  # a part that is written in Python
+        return None
+    return hashlib.sha256(repr(state).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _extended(tokenizer: Any, prefix: str, count: int) -> NamedTokenizer:

@@ -22,6 +22,7 @@ import torch
 
 from .. import distributed, formats, storage
 from ..backbone.base_model import BaseModel
+from ..backbone.identity import sample_of
 from ..errors import InputError, PromptFileError
 from .grid import Variant
 from .settings import CHANGE_NO_RESULT, LATER
@@ -147,7 +148,7 @@ def identity_of(
         del chosen["init"]
     start = first.prompt.vectors
     chosen["the prompt to begin from"] = None if start is None else start.double().sum().item()
-    chosen["the base model"] = base.describe()["embedding"]["values"]
+    chosen["the base model"] = sample_of(base.model)["values"]
     if teacher is not None:  # the examples have its answers: another one's are other data
         chosen["the teacher"] = teacher
     chosen["the population"] = [variant.name for variant in variants]

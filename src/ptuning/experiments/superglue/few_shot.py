@@ -1,6 +1,7 @@
 """SuperGLUE: majority, the best manual template, and a P-tuned prompt for each seed.
 
-What is chosen (template, verbalizer, encoder, epoch) is chosen on dev; the figures are from test.
+What is chosen (template, verbalizer, encoder, epoch, bias) is chosen on dev; the figures are from
+test.
 """
 
 from __future__ import annotations
@@ -8,27 +9,31 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import log
+from math import log, prod
 from pathlib import Path
 from sys import float_info
 from typing import Any
 
 from torch import nn
 
+from ...backbone.base_model import BaseModel
 from ...backbone.traits import ModelKind, kind_of
 from ...data import Row
 from ...inference.evaluation import teacher_forced
 from ...inference.prediction import predict, predict_details
 from ...prompts.prompt import Prompt
-from ...prompts.task import Task, majority_answer
+from ...prompts.task import Task, majority_answer, named_fields
+from ...training.calibration import calibrate
 from ...training.progress import Progress
-from ...training.train import train
+from ...training.train import TrainResult, train
 from .examples import Splits
 from .metrics import METRICS, same_noun
 from .options import SuperGlueOptions
 from .tasks import SuperGlueTask
 
 Figures = dict[str, float]
+_NEAR = 1.2
+"""A member whose dev loss is more than this share of the best one's has no say."""
 
 
 def baselines(
@@ -104,13 +109,17 @@ def tuned(
         encoder=options.grid["encoder"][0],
         max_length=task.max_length,
     )
+    members = len(templates) * options.population * prod(map(len, options.grid.values()))
+    together = options.together and not task.generates
+    settings = replace(options.settings, ensemble=members if together else 1)
+    rows, dev = _answerable(task, splits.train), _answerable(task, splits.dev)
     result = train(
         model,
         tokenizer,
         prompt,
-        _answerable(task, splits.train),
-        _answerable(task, splits.dev),
-        settings=options.settings,
+        rows,
+        dev,
+        settings=settings,
         population=options.population,
         grid={"template": list(templates), **options.grid},
         listener=listener,
@@ -118,9 +127,16 @@ def tuned(
         output=running,
         resume=running is not None,
     )
+    if together:
+        _leave_out(prompt, result)
+        if has_fixed_words(prompt):
+            base = BaseModel.of(model, tokenizer)
+            calibrate(base, prompt, "dev", rows, dev, settings.batch_size)
     (on_dev,) = measured(model, tokenizer, task, [prompt], splits.dev)
     figures = {
         "dev": on_dev,
+        "together": [member.template for member in prompt.members],
+        "label_bias": prompt.label_bias,
         "template": prompt.template,
         "encoder": prompt.encoder,
         "epoch": result.best["epoch"],
@@ -128,6 +144,21 @@ def tuned(
         "seconds": round(time.monotonic() - started, 1),
     }
     return figures, prompt
+
+
+def has_fixed_words(asked: Task) -> bool:
+    """A label has the same words in every row, so that there is something to be biased to."""
+    return not any(named_fields(word) for words in asked.labels.values() for word in words)
+
+
+def _leave_out(prompt: Prompt, result: TrainResult) -> None:
+    """Members of an ensemble that are far worse on dev than its best have no say any more."""
+    if not prompt.others:
+        return
+    losses = [result.members[n]["best"]["dev_loss"] for n in result.ensemble["members"]]
+    most = _NEAR * min(losses)
+    others = zip(prompt.others, losses[1:], strict=True)
+    prompt.others = tuple(member for member, loss in others if loss <= most)
 
 
 def measured(

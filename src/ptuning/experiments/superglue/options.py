@@ -24,6 +24,8 @@ class SuperGlueOptions:
         best_templates: so many of the task's own templates: those best on dev as words alone.
         grid: what members differ in beside it: ``encoder`` and others of `train`'s keys.
         population: seeds of each template, encoder and rate.
+        together: all members that are about as good on dev as the best one answer together, with a
+            bias for each label that is learned there; else the best one alone.
         settings: how to train.
 
     Raises:
@@ -34,6 +36,7 @@ class SuperGlueOptions:
     best_templates: int = 2
     grid: dict[str, list[Any]] = field(default_factory=lambda: {"encoder": ["none"]})
     population: int = 1
+    together: bool = True
     settings: TrainSettings = field(
         default_factory=lambda: TrainSettings(choose_by="loss", patience=0, init="encoder")
     )
