@@ -114,7 +114,7 @@ class Task:
     @property
     def ends_answer(self) -> bool:
         """Answers end with the end-of-sequence token: free ones do, label words do not."""
-        return self.answer_end and not self.labels
+        return self.answer_end and not self.verbalizer
 
     def turns(self, text: str) -> list[dict[str, str]]:
         """The turns of a chat in which a user says `text`."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..errors import TemplateError
 
@@ -75,7 +76,7 @@ class Template:
     text: str
     pieces: tuple[Piece, ...]
 
-    @property
+    @cached_property
     def fields(self) -> tuple[str, ...]:
         """Column names in the order of their first use."""
         return tuple(dict.fromkeys(p.name for p in self.pieces if isinstance(p, Field)))

@@ -153,9 +153,12 @@ class Layout:
         for written, word in drafts:
             if written is not last:
                 ids, opening = self._read(written, known)
-                last = written
+                front, last = self._filled(ids, (), opening), written
             answer = () if word is None else self._answer(word, written, known)
-            yield self._fill_slot(ids, answer, opening)
+            if self.kind == "causal":  # all words stand behind the same
+                yield Sequence(front.ids, front.slot, answer, front.opening)
+            else:
+                yield self._filled(ids, answer, opening)
 
     def _whole(self, written: Written) -> Tokenize:
         named = written.named
@@ -198,7 +201,8 @@ class Layout:
                 parts.append(fields[piece.name] if isinstance(piece, Field) else piece.text)
         return "".join(parts), "".join(parts if slot < 0 else parts[:slot])
 
-    def _fill_slot(self, ids: list[int], answer: tuple[int, ...], opening: int) -> Sequence:
+    def _filled(self, ids: list[int], answer: tuple[int, ...], opening: int) -> Sequence:
+        """The input with the slot filled: by masks, by nothing, or as a causal model's end."""
         at = ids.index(SLOT)
         filling: list[int] = []
         if self.kind == "masked":
