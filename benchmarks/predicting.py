@@ -123,11 +123,11 @@ def classify_many(
             found = ptuning.predict_details(base, tokenizer, ours[0], rows, batch_size=size)
             return [list(prediction.probabilities.values()) for prediction in found]
         engine = Engine(BaseModel.of(base, tokenizer))
-        asked = [(engine.renderer(prompt), side.attachment.first_id(prompt)) for prompt in ours]
-        questions = []
-        for number, row in enumerate(rows):
-            renderer, first_id = asked[number % prompts]
-            questions.append(Question(renderer, renderer(row, answered=False), first_id))
+        questions: list[Any] = [None] * texts
+        for number, prompt in enumerate(ours):
+            renderer, first_id = engine.renderer(prompt), side.attachment.first_id(prompt)
+            rendered = renderer.each(rows[number::prompts], "prediction", answered=False)
+            questions[number::prompts] = [Question(renderer, one, first_id) for one in rendered]
         shares: list[list[float]] = [[]] * texts
         for number, prediction in answers(engine, questions, size):
             shares[number] = list(prediction.probabilities.values())
