@@ -14,10 +14,12 @@ from ptuning.errors import DataError
 from ptuning.experiments.superglue import few_shot as experiment
 from ptuning.experiments.superglue import metrics as metrics
 from ptuning.experiments.superglue.examples import read_few, read_full, read_rows
+from ptuning.experiments.superglue.options import SuperGlueOptions
 from ptuning.experiments.superglue.tasks import TASKS
 from ptuning.inference.evaluation import teacher_forced
 from ptuning.prompts.task import Task
 from ptuning.rendering.render import Renderer
+from ptuning.training.settings import TrainSettings
 
 from .. import tiny
 from ..scaffold import Run, saved
@@ -357,6 +359,33 @@ def test_where_training_examples_have_one_label_the_majority_is_devs(
     assert code == 0, err
     task = json.loads((tmp_path / "out/superglue.json").read_text())["tasks"]["wsc"]
     assert task["baselines"]["majority_answer"] == "false"
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("name", ["boolq", "copa", "wsc"])
+def test_members_near_the_best_answer_together_with_a_bias_from_dev(
+    name: str, together: bool, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer, task = tiny.model("llama"), tiny.tokenizer(), TASKS[name]
+    splits = read_few(data, task, None)
+    found = experiment.baselines(model, tokenizer, task, splits)
+    settings = TrainSettings(choose_by="loss", patience=0, epochs=1, learning_rate=0.3)
+    options = SuperGlueOptions(best_templates=3, together=together, settings=settings)
+    for near in (1.0, 100.0):
+        monkeypatch.setattr(experiment, "_NEAR", near)
+        figures, prompt = experiment.tuned(model, tokenizer, task, splits, found, options)
+        every = sum(
+            t["verbalizer"] == found["templates"][0]["verbalizer"] for t in found["templates"]
+        )
+        several = together and name != "wsc" and near > 1
+        assert len(figures["together"]) == len(prompt.members) == (min(3, every) if several else 1)
+        assert figures["together"][0] == prompt.template == figures["template"]
+        # Of choices that each row names itself, none can be preferred.
+        assert (prompt.label_bias is not None) == (together and name == "boolq")
+        assert figures["label_bias"] == prompt.label_bias
+    assert (found["bias"] is not None) == (name == "boolq")
+    by_hand = experiment.best_by_hand(task, found, found["bias"])
+    assert by_hand.label_bias == found["bias"]
 
 
 @pytest.mark.parametrize("name", ["boolq", "copa", "wsc"])

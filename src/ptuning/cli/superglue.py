@@ -189,12 +189,14 @@ def _tell(found: dict[str, Any], means: dict[str, Any]) -> None:
             name if t["measured_on"] == "test" else f"{name} (dev: no test file)",
             share(t["majority"]),
             share(t["best_manual"]),
+            "" if t["best_manual_biased"] is None else share(t["best_manual_biased"]),
             f"{share(t['mean'])} ± {share(t['deviation'])}",
             ", ".join(f"{metric} {share(value)}" for metric, value in t["metrics"].items()),
         ]
         for name, t in found.items()
     ]
     of = "" if len(means["tasks"]) == len(found) else f" of {', '.join(means['tasks'])}"
-    rows.append([f"mean{of}", *(share(means[n]) for n in ("majority", "best_manual", "mean")), ""])
-    header = ["task", "majority", "best manual", "P-tuned", "metrics"]
+    always, by_hand, ours = (share(means[n]) for n in ("majority", "best_manual", "mean"))
+    rows.append([f"mean{of}", always, by_hand, "", ours, ""])
+    header = ["task", "majority", "best manual", "with a bias", "P-tuned", "metrics"]
     console.table("Score (%), the mean of a task's metrics", header, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from ..experiments.superglue.examples import Splits
     from ..experiments.superglue.options import SuperGlueOptions
     from ..experiments.superglue.tasks import SuperGlueTask
+    from ..prompts.task import Task
 
 
 class TaskRun:
@@ -87,11 +89,12 @@ class TaskRun:
         from ..experiments.superglue.few_shot import majority, score
 
         rows = self.splits.test or self.splits.dev
-        by_hand = manual["templates"][0]["dev"]
+        by_hand, biased = manual["templates"][0]["dev"], None
         measured = False
         if self.splits.test:
-            (by_hand, *figures), measured = self._on_test(manual, [run["seed"] for run in runs])
-            runs = [{**run, "test": one} for run, one in zip(runs, figures, strict=True)]
+            found, measured = self._on_test(manual, [run["seed"] for run in runs])
+            by_hand, biased = found["manual"], found.get("manual-biased")
+            runs = [{**run, "test": found[str(run["seed"])]} for run in runs]
         part = "test" if self.splits.test else "dev"
         scores = [score(run[part]) for run in runs]
         line = f"P-tuned, {len(runs)} seeds, {part}, mean {console.percent(mean(scores))}"
@@ -102,6 +105,7 @@ class TaskRun:
             "test_examples": len(self.splits.test),
             "majority": score(always),
             "best_manual": score(by_hand),
+            "best_manual_biased": None if biased is None else score(biased),
             "best_manual_template": manual["templates"][0]["manual"],
             "mean": mean(scores),
             "deviation": stdev(scores) if len(scores) > 1 else 0.0,
@@ -112,27 +116,31 @@ class TaskRun:
 
     def _on_test(
         self, manual: dict[str, Any], seeds: list[int]
-    ) -> tuple[list[dict[str, float]], bool]:
-        """Of the best manual template and each seed's prompt; and whether any was measured now.
+    ) -> tuple[dict[str, dict[str, float]], bool]:
+        """Of the best manual template, with and without a bias, and each seed's prompt; and whether
+        any was measured now.
 
         What they share is computed once.
         """
         from ..experiments.superglue.few_shot import best_by_hand, measured
         from ..prompts.prompt import Prompt
 
-        asked = {f"{self.task.name}-manual-test": lambda: best_by_hand(self.task, manual)}
+        asked: dict[str, Callable[[], Task]] = {"manual": partial(best_by_hand, self.task, manual)}
+        if bias := manual.get("bias"):
+            asked["manual-biased"] = partial(best_by_hand, self.task, manual, bias)
         for seed in seeds:
-            asked[f"{self.task.name}-{seed}-test"] = partial(Prompt.load, self._folder(seed))
-        found = {part: self.ledger.get(part, self._tested_with) for part in asked}
+            asked[str(seed)] = partial(Prompt.load, self._folder(seed))
+        parts = {part: f"{self.task.name}-{part}-test" for part in asked}
+        found = {part: self.ledger.get(name, self._tested_with) for part, name in parts.items()}
         missing = [part for part, figures in found.items() if figures is None]
         if missing:
             self.bar.begin(f"{self.task.name}, test")
             tasks = [asked[part]() for part in missing]
             figures = measured(self.model, self.tokenizer, self.task, tasks, self.splits.test)
             for part, of_one in zip(missing, figures, strict=True):
-                self.ledger.put(part, self._tested_with, of_one)
+                self.ledger.put(parts[part], self._tested_with, of_one)
                 found[part] = of_one
-        return [figures for figures in found.values() if figures is not None], bool(missing)
+        return {part: of_one for part, of_one in found.items() if of_one}, bool(missing)
 
     def _folder(self, seed: int) -> Path:
         return self.ledger.prompt(f"{self.task.name}-{seed}")

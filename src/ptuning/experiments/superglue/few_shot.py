@@ -14,6 +14,7 @@ from pathlib import Path
 from sys import float_info
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...backbone.base_model import BaseModel
@@ -23,7 +24,7 @@ from ...inference.evaluation import teacher_forced
 from ...inference.prediction import predict, predict_details
 from ...prompts.prompt import Prompt
 from ...prompts.task import Task, majority_answer, named_fields
-from ...training.calibration import calibrate
+from ...training.calibration import calibrate, fitted_bias
 from ...training.progress import Progress
 from ...training.train import TrainResult, train
 from .examples import Splits
@@ -43,7 +44,8 @@ def baselines(
 
     Returns:
         plain values; ``templates`` has each prompt's template, its words alone (``manual``),
-        verbalizer and their dev figures.
+        verbalizer and their dev figures; ``bias`` is what dev teaches the best of them to add to
+        its labels, or None.
     """
     prompts = task.prompts()
     by_hand = [prompt.manual() for prompt in prompts]
@@ -52,8 +54,10 @@ def baselines(
     numbers = sorted(range(len(prompts)), key=quality.__getitem__, reverse=True)
     several = len({row["label"] for row in splits.train}) > 1  # WSC's are all true
     known = splits.train if several else splits.dev
+    best = by_hand[numbers[0]]
     return {
         "majority_answer": majority_answer(row["label"] for row in known),
+        "bias": None if task.generates else _learned_bias(model, tokenizer, best, splits.dev),
         "templates": [
             {
                 "template": prompts[number].template,
@@ -68,7 +72,24 @@ def baselines(
     }
 
 
-def best_by_hand(task: SuperGlueTask, found: dict[str, Any]) -> Task:
+def _learned_bias(
+    model: nn.Module, tokenizer: Any, asked: Task, dev: list[Row]
+) -> dict[str, float] | None:
+    if not has_fixed_words(asked):
+        return None
+    labels = list(asked.labels)
+    shares = [
+        [prediction.probabilities[label] for label in labels]
+        for prediction in predict_details(model, tokenizer, asked, dev, batch_size=8)
+    ]
+    right = torch.tensor([labels.index(row["label"]) for row in dev])
+    known = torch.tensor(shares).clamp(min=float_info.min).log()
+    return dict(zip(labels, fitted_bias(known, right).tolist(), strict=True))
+
+
+def best_by_hand(
+    task: SuperGlueTask, found: dict[str, Any], bias: dict[str, float] | None = None
+) -> Task:
     """The manual template that is best on dev; `found` are the task's `baselines`."""
     first = found["templates"][0]
     return Task(
@@ -76,6 +97,7 @@ def best_by_hand(task: SuperGlueTask, found: dict[str, Any]) -> Task:
         answer=task.answer,
         verbalizer=first["verbalizer"],
         max_length=task.max_length,
+        label_bias=bias,
     )
 
 
