@@ -33,7 +33,7 @@ class SuperGlueOptions:
     """
 
     templates: tuple[str, ...] = ()
-    best_templates: int = 2
+    best_templates: int = 3
     grid: dict[str, list[Any]] = field(default_factory=lambda: {"encoder": ["none"]})
     population: int = 1
     together: bool = True
