@@ -254,15 +254,20 @@ class Engine:
                 generation_config=config,
                 **more,
             )
-        steps = len(output.logits if alone else output.scores)
-        chosen = output.sequences[first, -steps:]
-        by_step = [scores[first] for scores in (output.logits if alone else output.scores)]
-        logits = torch.stack(by_step, dim=1).float().log_softmax(-1)
-        scores = logits.gather(2, chosen.unsqueeze(-1)).squeeze(-1)
+        by_step = output.logits if alone else output.scores
+        chosen = output.sequences[first, -len(by_step) :]
+        steps = zip(by_step, chosen.split(1, dim=1), strict=True)
+        scores = torch.cat([_log_probability(logits[first], ids) for logits, ids in steps], dim=1)
         if end is not None:  # what is filled in after the end has no probability of its own
             ends = (chosen == end).long()
             scores = scores.masked_fill(ends.cumsum(1) - ends > 0, 0.0)
         return chosen, scores
+
+
+def _log_probability(logits: Tensor, ids: Tensor) -> Tensor:
+    """Of ids ``(R, 1)`` by logits ``(R, vocabulary)``."""
+    logits = logits.float()
+    return logits.gather(1, ids) - logits.logsumexp(1, keepdim=True)
 
 
 def _without_own_settings(model: nn.Module) -> Any:

@@ -107,7 +107,7 @@ class Layout:
     """
 
     def __init__(self, tokenizer: Any, task: Task, kind: str, sizes: list[int]):
-        self.tokenizer, self.task, self.kind, self.sizes = tokenizer, task, kind, sizes
+        self.tokenizer, self.task, self.kind = tokenizer, task, kind
         self.count = sum(sizes)
         ends = accumulate(sizes)
         self._groups = [
