@@ -249,7 +249,12 @@ OF_SUPERGLUE_TRAINING = Fields(
     TrainSettings,
     "Training",
     defaults={"choose_by": "loss"},
-    left_out={**_AS_MEASURED, **_ELSEWHERE},
+    left_out={
+        **_AS_MEASURED,
+        **_ELSEWHERE,
+        "ensemble": "SuperGlueOptions has it: --together",
+        "calibrate": "SuperGlueOptions has it: --together, on dev",
+    },
 )
 
 

@@ -68,10 +68,10 @@ def superglue(
 ) -> None:
     """SuperGLUE, few-shot or supervised: manual templates and P-tuned prompts.
 
-    For each task the majority label, the zero-shot manual template that is best on dev, and a
-    P-tuned prompt for each seed; the official metrics on test, with mean and deviation. The same
-    command goes on where it stopped, inside a training too. --output gets superglue.json,
-    superglue.png, run.yaml and the prompts.
+    For each task the majority label, the zero-shot manual template that is best on dev, without
+    and with a label bias, and for each seed P-tuned prompts that answer together; the official
+    metrics on test, with mean and deviation. The same command goes on where it stopped, inside a
+    training too. --output gets superglue.json, superglue.png, run.yaml and the prompts.
 
     Example:
 

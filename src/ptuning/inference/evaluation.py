@@ -209,20 +209,24 @@ def calibrated_manual(
     gold: Sequence[str],
 ) -> float:
     """Accuracy of a manual template with a label bias that is measured as the prompt's was."""
-
-    def log_probabilities(asked: Sequence[Example]) -> torch.Tensor:
-        found = predict_details(model, tokenizer, by_hand, asked)
-        shares = [[p.probabilities[label] for label in by_hand.labels] for p in found]
-        return torch.tensor(shares).clamp(min=torch.finfo(torch.float32).tiny).log()
-
-    on_rows = log_probabilities(rows)
+    on_rows = log_shares(model, tokenizer, by_hand, rows)
     if prompt.training.get("calibrate") == "context":
-        bias = bias_against(log_probabilities(without_content(by_hand.columns)))
+        content_free = without_content(by_hand.columns)
+        bias = bias_against(log_shares(model, tokenizer, by_hand, content_free))
     else:
         bias = bias_against(on_rows)
     labels = list(by_hand.labels)
     said = [labels[number] for number in biased(on_rows, bias.tolist()).argmax(1).tolist()]
     return _share(a == b for a, b in zip(said, gold, strict=True))
+
+
+def log_shares(
+    model: nn.Module, tokenizer: Any, task: Task, rows: Sequence[Example]
+) -> torch.Tensor:
+    """Log-probabilities ``(N, labels)`` of a task's labels among themselves."""
+    found = predict_details(model, tokenizer, task, rows)
+    shares = [[p.probabilities[label] for label in task.labels] for p in found]
+    return torch.tensor(shares).clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
 def _best_manual(

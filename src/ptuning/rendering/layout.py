@@ -153,12 +153,11 @@ class Layout:
         for written, word in drafts:
             if written is not last:
                 ids, opening = self._read(written, known)
-                front, last = self._filled(ids, (), opening), written
+                asked, last = None, written
             answer = () if word is None else self._answer(word, written, known)
-            if self.kind == "causal":  # all words stand behind the same
-                yield Sequence(front.ids, front.slot, answer, front.opening)
-            else:
-                yield self._filled(ids, answer, opening)
+            if asked is None or self.kind == "masked":  # with a mask for each token of the answer
+                asked = self._filled(ids, answer, opening)
+            yield Sequence(asked.ids, asked.slot, answer, asked.opening)
 
     def _whole(self, written: Written) -> Tokenize:
         named = written.named

@@ -20,10 +20,11 @@ from torch import nn
 from ...backbone.base_model import BaseModel
 from ...backbone.traits import ModelKind, kind_of
 from ...data import Row
-from ...inference.evaluation import teacher_forced
+from ...inference.evaluation import log_shares, teacher_forced
 from ...inference.prediction import predict, predict_details
 from ...prompts.prompt import Prompt
-from ...prompts.task import Task, majority_answer, named_fields
+from ...prompts.task import Task, majority_answer
+from ...rendering.example import columns_in_words
 from ...training.calibration import calibrate, fitted_bias
 from ...training.progress import Progress
 from ...training.train import TrainResult, train
@@ -75,16 +76,13 @@ def baselines(
 def _learned_bias(
     model: nn.Module, tokenizer: Any, asked: Task, dev: list[Row]
 ) -> dict[str, float] | None:
-    if not has_fixed_words(asked):
+    """None where each row has label words of its own: then there is nothing to be biased to."""
+    if columns_in_words(asked):
         return None
     labels = list(asked.labels)
-    shares = [
-        [prediction.probabilities[label] for label in labels]
-        for prediction in predict_details(model, tokenizer, asked, dev, batch_size=8)
-    ]
     right = torch.tensor([labels.index(row["label"]) for row in dev])
-    known = torch.tensor(shares).clamp(min=float_info.min).log()
-    return dict(zip(labels, fitted_bias(known, right).tolist(), strict=True))
+    bias = fitted_bias(log_shares(model, tokenizer, asked, dev), right)
+    return dict(zip(labels, bias.tolist(), strict=True))
 
 
 def best_by_hand(
@@ -151,7 +149,7 @@ def tuned(
     )
     if together:
         _leave_out(prompt, result)
-        if has_fixed_words(prompt):
+        if not columns_in_words(prompt):
             base = BaseModel.of(model, tokenizer)
             calibrate(base, prompt, "dev", rows, dev, settings.batch_size)
     (on_dev,) = measured(model, tokenizer, task, [prompt], splits.dev)
@@ -166,11 +164,6 @@ def tuned(
         "seconds": round(time.monotonic() - started, 1),
     }
     return figures, prompt
-
-
-def has_fixed_words(asked: Task) -> bool:
-    """A label has the same words in every row, so that there is something to be biased to."""
-    return not any(named_fields(word) for words in asked.labels.values() for word in words)
 
 
 def _leave_out(prompt: Prompt, result: TrainResult) -> None:
