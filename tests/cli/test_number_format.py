@@ -1,4 +1,4 @@
-"""``--dtype auto``: what is chosen is said, written down, and kept wherever the run goes on."""
+"""The number format that commands choose is said, written down, and kept where a run goes on."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def train(run: Run, model_folder: Path) -> Run:
     def call(output: str, *flags: str) -> tuple[int, str, str]:
         template = ("--template", "[P*2] {country} [MASK]", "--answer", "capital")
         where = ("--model", model_folder, "--data", "rows.jsonl", "--output", output)
-        return run("train", *where, *template, "--epochs", "3", "--dtype", "auto", *flags)
+        return run("train", *where, *template, "--epochs", "3", *flags)
 
     return call
 
@@ -63,6 +63,8 @@ def test_the_format_is_said_written_down_and_kept_on_another_machine(
     code, _, err = run("train", "--output", "out", "--resume")
     assert code == 0, err
     assert settings("out")["dtype"] == settings("whole")["dtype"] == "bfloat16"
+    code, _, _ = train("named", "--dtype", "bfloat16")
+    assert code == 0 and settings("named")["dtype"] == "bfloat16"
     whole, out = (Prompt.load(folder).trained_vectors() for folder in ("whole", "out"))
     assert torch.equal(whole, out)
     code, _, err = train("slow")
@@ -85,7 +87,7 @@ def test_a_prediction_goes_on_in_the_format_that_it_was_begun_in(
 ) -> None:
     machine(4.0)
     train("prompt")
-    given = ("predict", "prompt", "--data", "rows.jsonl", "--dtype", "auto", "--batch-size", "1")
+    given = ("predict", "prompt", "--data", "rows.jsonl", "--batch-size", "1")
     assert run(*given, "--output", "whole.jsonl")[0] == 0
     add = Partial.add
 
@@ -100,7 +102,7 @@ def test_a_prediction_goes_on_in_the_format_that_it_was_begun_in(
     code, _, err = run(*given, "--output", "out.jsonl", "--resume")
     assert code == 0 and "in bfloat16: the interrupted run was begun in it" in err
     assert Path("out.jsonl").read_text() == Path("whole.jsonl").read_text()
-    code, _, err = run("evaluate", "prompt", "--data", "rows.jsonl", "--dtype", "auto")
+    code, _, err = run("evaluate", "prompt", "--data", "rows.jsonl")
     assert code == 0 and "bfloat16" not in err  # on a machine that gains nothing
 
 
@@ -119,7 +121,7 @@ def test_an_experiment_goes_on_in_the_format_that_it_was_begun_in(
 
     def lama(*more: str) -> str:
         options = ("--data", "lama", "--epochs", "1", "--encoder", "none", "--output", "out")
-        code, _, err = run("lama", "--model", model_folder, *options, "--dtype", "auto", *more)
+        code, _, err = run("lama", "--model", model_folder, *options, *more)
         assert code == 0, err
         return str(json.loads(Path("out/lama.json").read_text())["settings"]["dtype"])
 

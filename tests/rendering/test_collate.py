@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptuning.forward.batching import by_length
+from ptuning.forward.batching import by_length, chunks_by_length
 from ptuning.rendering.collate import IGNORED, collate
 from ptuning.rendering.layout import Sequence
 from ptuning.rendering.render import Rendered
@@ -167,3 +167,35 @@ def test_what_is_kept_does_not_count_as_computed() -> None:
     rows = rows_of([(20, 0)] * 8, 500)
     assert len(list(by_length(rows, torch.device("cpu")))) == 8
     assert len(list(by_length(rows, torch.device("cpu"), kept=True))) == 2  # kept: four times 512
+
+
+def sizes_of(
+    examples: list[Rendered], rows: int | None, device: str = "cuda", members: int = 1
+) -> list[int]:
+    """Of the chunks; each example is in one, and none is longer than those of a later chunk."""
+    chunks = list(chunks_by_length(examples, rows, torch.device(device), members))
+    assert sorted(number for chunk in chunks for number in chunk) == list(range(len(examples)))
+    spans = [[len(examples[number].sequences[0].ids) for number in chunk] for chunk in chunks]
+    assert all(max(a) <= min(b) for a, b in itertools.pairwise(spans))
+    return [len(chunk) for chunk in chunks]
+
+
+def test_a_gpu_computes_more_short_rows_at_once_unless_their_number_is_given() -> None:
+    short = [example for example, _ in rows_of([(26, 0)] * 1000, 6)]  # 32 tokens: 512 keep it busy
+    assert sizes_of(short, None) == [512, 488]
+    assert sizes_of(short, None, members=4) == [128] * 7 + [104]
+    assert sizes_of(short, None, "cpu") == [32] * 31 + [8]
+    assert sizes_of(short, 300) == [300, 300, 300, 100]
+    assert sizes_of(short[:5], 8, members=4) == [2, 2, 1]
+    assert sizes_of(short[:3], 2, members=4) == [1, 1, 1]
+    mixed = [example for example, _ in rows_of([(1018, 0)] * 40 + [(10, 0)] * 1024, 6)]
+    assert sizes_of(mixed, None) == [1024, 32, 8]
+    assert sizes_of([], None) == []
+
+
+def test_long_answers_have_logits_so_that_no_more_rows_are_computed_at_once() -> None:
+    said = [Rendered((Sequence((5,) * 8, 8, (20,) * 64),)) for _ in range(70)]
+    assert sizes_of(said, None) == [32, 32, 6]
+    assert sizes_of(said, 50) == [50, 20]
+    compared = [Rendered((Sequence((5,) * 8, 8, (20,) * 8),) * 9) for _ in range(70)]
+    assert sizes_of(compared, None) == [32, 32, 6]

@@ -5,8 +5,8 @@
            with matrix units for bfloat16 are several times as fast in it, others half as fast
     small  float32: what takes the time there is not multiplication
 
-Prompts, their gradients and the optimizer are float32 in every format (`injection`). It is a
-choice and not the default: figures differ as they do between seeds (benchmarks/README.md).
+Prompts, their gradients and the optimizer are float32 in every format (`injection`). Commands
+choose so by default: figures differ as they do between seeds (benchmarks/README.md).
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def distill(
     ] = None,
     population: Population = 1,
     population_grid: PopulationGrid = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     keep_encoder: KeepEncoder = True,
     config: Config = None,
     resume: Resume = False,

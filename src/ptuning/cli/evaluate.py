@@ -31,8 +31,8 @@ def evaluate(
     manual: Manual = None,
     candidates: Candidates = None,
     answer_tokens: AnswerTokens = None,
-    batch_size: BatchSize = 32,
-    dtype: Dtype = "float32",
+    batch_size: BatchSize = None,
+    dtype: Dtype = "auto",
     separator: Separator = None,
     json_output: Json = False,
 ) -> None:

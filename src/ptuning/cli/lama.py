@@ -50,7 +50,7 @@ def lama(
         Path | None,
         typer.Option(help="File of answers that compete, one per line. [default: all tokens]"),
     ] = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     config: Config = None,
     overwrite: Overwrite = False,
     json_output: Json = False,

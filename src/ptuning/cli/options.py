@@ -23,9 +23,9 @@ Model = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        help="Of the frozen model: float32, bfloat16, float16, own (as it is saved), or auto: what "
-        "this machine multiplies fastest in. Less than float32 is faster and rounds: figures "
-        "differ as they do between seeds."
+        help="Of the frozen model: auto (what this machine multiplies fastest in, float32 or "
+        "bfloat16), float32, bfloat16, float16, own (as it is saved). Less than float32 rounds: "
+        "figures differ as they do between seeds."
     ),
 ]
 DtypeAsSaved = Annotated[

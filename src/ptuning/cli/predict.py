@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from ..prompts.prompt import Prompt
 
 _ADDED = ("prediction", "probability", "probabilities")
-_BATCHES_AT_ONCE = 8
-"""Batches of rows that are read, answered and written together."""
+_ROWS_AT_ONCE, _BATCHES_AT_ONCE = 256, 8
+"""Rows that are read, answered and written together, and batches where their size is given."""
 
 
 def predict(
@@ -41,8 +41,8 @@ def predict(
     model: Model = None,
     candidates: Candidates = None,
     answer_tokens: AnswerTokens = None,
-    batch_size: BatchSize = 32,
-    dtype: Dtype = "float32",
+    batch_size: BatchSize = None,
+    dtype: Dtype = "auto",
     separator: Separator = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the interrupted run beside --output.")
@@ -144,12 +144,15 @@ def _answered(
 ) -> Iterator[list[dict[str, Any]]]:
     """Blocks of rows with their predictions, from row `done` on, of `count`."""
     from ..data.rows import in_blocks
-    from ..inference.prediction import stream_predictions
+    from ..inference.prediction import rows_ahead, stream_predictions
 
+    size = options["batch_size"]
+    on_cpu = _ROWS_AT_ONCE if size is None else _BATCHES_AT_ONCE * size
+    at_once = rows_ahead(base[0], size) or on_cpu
     waiting: deque[list[dict[str, Any]]] = deque()  # blocks may be read ahead
 
     def blocks() -> Iterator[list[dict[str, Any]]]:
-        for block in in_blocks(rows, _BATCHES_AT_ONCE * options["batch_size"]):
+        for block in in_blocks(rows, at_once):
             waiting.append(block)
             yield block
 

@@ -16,7 +16,7 @@ def demo(
         Path("demo_output")
     ),
     model: Annotated[str, typer.Option(help="Base model; fetched if it is not here.")] = "smollm2",
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     json_output: Json = False,
 ) -> None:
     """See a frozen model learn a task: two to three minutes on two free CPU cores.

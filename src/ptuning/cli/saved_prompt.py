@@ -24,7 +24,12 @@ Candidates = Annotated[
 ]
 AnswerTokens = Annotated[int | None, typer.Option(help="Longest free answer in tokens.", min=1)]
 Alone = Annotated[bool, typer.Option("--alone", help="Of an ensemble take the best member alone.")]
-BatchSize = Annotated[int, typer.Option(help="Examples per forward.", min=1)]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Examples per forward. [default: 32, on a GPU more where they are short]", min=1
+    ),
+]
 Answered = Annotated[
     str, typer.Option(help="Examples with answers: JSONL, CSV, Parquet, or a hub data set.")
 ]

@@ -66,7 +66,7 @@ def serve(
     body_timeout: Annotated[
         float, typer.Option(help="Seconds in which a request's body has come.", min=0.1)
     ] = 10.0,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
 ) -> None:
     """Serve prompts on one base model by HTTP, with a page to try them at /.
 

@@ -61,7 +61,7 @@ def superglue(
     seeds: Annotated[int, typer.Option(help="Trainings of each task.", min=1)] = 5,
     encoder: Encoders = "none",
     learning_rate: LearningRates = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     config: Config = None,
     overwrite: Overwrite = False,
     json_output: Json = False,

@@ -15,7 +15,7 @@ def inspect(
     prompt_folder: PromptFolder,
     model: Model = None,
     words: Annotated[int, typer.Option(help="Nearest words to show.", min=1)] = 5,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     json_output: Json = False,
 ) -> None:
     """Show what a prompt is: template, training, and the nearest words of its virtual tokens."""

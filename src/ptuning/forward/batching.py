@@ -17,6 +17,9 @@ from ..rendering.render import Rendered
 Row = tuple[Rendered, int]
 """An example and the number of its prompt among those of a call."""
 _BUSY = {"cpu": 512, "cuda": 16384}
+_ROWS, _ANSWERED = 32, 2048
+"""Rows of a batch that computes no gradient, and tokens of answers up to which it may have more:
+each has logits over the whole vocabulary."""
 
 
 def batch_for(base: BaseModel, rows: Sequence[Row], first_ids: Sequence[int]) -> Batch:
@@ -47,11 +50,31 @@ def batch_for(base: BaseModel, rows: Sequence[Row], first_ids: Sequence[int]) ->
     return replace(batch, member=members)
 
 
-def chunks_by_length(examples: Sequence[Rendered], size: int) -> Iterator[list[int]]:
-    """The numbers of the examples, `size` at a time, the shortest inputs first."""
+def chunks_by_length(
+    examples: Sequence[Rendered], rows: int | None, device: torch.device, members: int = 1
+) -> Iterator[list[int]]:
+    """The numbers of some examples at a time, the shortest inputs first.
+
+    Args:
+        examples: to be computed without gradients.
+        rows: of a forward at most; None for 32, or more where that does not keep the device busy.
+        device: that will compute them.
+        members: rows that each example is, one for each that answers.
+    """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].sequences[0].ids))
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+    size = max(1, (rows or _ROWS) // members)
+    enough = busy_with(device) if rows is None else 0
+    chunk: list[int] = []
+    computed = answered = 0
+    for index in order:
+        chunk.append(index)
+        computed += members * computed_tokens(examples[index], False)
+        answered += members * sum(len(s.answer) for s in examples[index].sequences)
+        if len(chunk) >= size and (computed >= enough or answered >= _ANSWERED):
+            yield chunk
+            chunk, computed, answered = [], 0, 0
+    if chunk:
+        yield chunk
 
 
 def by_length(

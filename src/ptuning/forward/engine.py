@@ -91,9 +91,11 @@ class Engine:
             batch = for_prediction(batch, self._common)
         return batch.to(self.base.device)
 
-    def chunks(self, examples: Sequence[Rendered], size: int) -> Iterator[list[int]]:
-        """As `batching.chunks_by_length`."""
-        return chunks_by_length(examples, size)
+    def chunks(
+        self, examples: Sequence[Rendered], rows: int | None, members: int = 1
+    ) -> Iterator[list[int]]:
+        """As `batching.chunks_by_length`, for the model's device."""
+        return chunks_by_length(examples, rows, self.base.device, members)
 
     # What serves several batches.
 

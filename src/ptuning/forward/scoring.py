@@ -21,7 +21,11 @@ from .together import biased, first_rows, mean_log_probabilities
 
 
 def score(
-    engine: Engine, renderer: Renderer, examples: list[Rendered], first_id: int, batch_size: int
+    engine: Engine,
+    renderer: Renderer,
+    examples: list[Rendered],
+    first_id: int,
+    batch_size: int | None,
 ) -> tuple[float, float]:
     """Fraction answered right, and mean loss per answer token (or per label).
 
@@ -30,7 +34,7 @@ def score(
         renderer: that made `examples`.
         examples: rendered with their answers.
         first_id: id of the prompt's first virtual token; 0 for a manual template.
-        batch_size: examples per forward.
+        batch_size: examples per forward (`batching.chunks_by_length`).
     """
     if renderer.compares and renderer.bias is not None:
         return score_together(engine, [renderer], [examples], [first_id], batch_size)
@@ -81,7 +85,7 @@ def score_together(
     renderers: Sequence[Renderer],
     examples: Sequence[list[Rendered]],
     first_ids: Sequence[int],
-    batch_size: int,
+    batch_size: int | None,
 ) -> tuple[float, float]:
     """As `score`, of the members of an ensemble, which answer together (`together`).
 
@@ -114,7 +118,7 @@ def label_log_probabilities(
     renderers: Sequence[Renderer],
     examples: Sequence[list[Rendered]],
     first_ids: Sequence[int],
-    batch_size: int,
+    batch_size: int | None,
 ) -> Tensor:
     """The labels' log-probabilities ``(N, labels)``, on the CPU; of several members together.
 
@@ -131,12 +135,15 @@ def label_log_probabilities(
 
 
 def _batches_together(
-    engine: Engine, examples: Sequence[list[Rendered]], first_ids: Sequence[int], batch_size: int
+    engine: Engine,
+    examples: Sequence[list[Rendered]],
+    first_ids: Sequence[int],
+    batch_size: int | None,
 ) -> Iterator[tuple[Batch, list[int], list[int]]]:
     """Batches in which the members' rows of an example stand together; how many of each; which
     examples."""
     members = range(len(examples))
     with engine.one_document(examples):
-        for chunk in engine.chunks(examples[0], max(1, batch_size // len(members))):
+        for chunk in engine.chunks(examples[0], batch_size, len(members)):
             rows = [(examples[member][i], member) for i in chunk for member in members]
             yield engine.prediction_batch(rows, first_ids), [len(members)] * len(chunk), chunk

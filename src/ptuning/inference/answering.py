@@ -85,7 +85,7 @@ class Question(Reading):
 
 @torch.no_grad()
 def answers(
-    engine: Engine, questions: Sequence[Question], batch_size: int = 32
+    engine: Engine, questions: Sequence[Question], batch_size: int | None = None
 ) -> Iterator[tuple[int, Prediction]]:
     """Questions of any tasks, mixed in batches: number of the question and its answer.
 
@@ -94,7 +94,7 @@ def answers(
     Args:
         engine: its model is in eval mode and has the prompts attached.
         questions: each has the answer that it would have alone.
-        batch_size: rows per forward.
+        batch_size: rows per forward (`batching.chunks_by_length`).
 
     Raises:
         InputError: a free answer without a limit.
@@ -107,8 +107,8 @@ def answers(
         groups.setdefault((not words, words, masks or 0), []).append(number)
     for key in sorted(groups):
         numbers = groups[key]
-        size = batch_size // max(len(questions[n].readings) for n in numbers)
-        for chunk in engine.chunks([questions[n].example for n in numbers], max(1, size)):
+        members = max(len(questions[n].readings) for n in numbers)
+        for chunk in engine.chunks([questions[n].example for n in numbers], batch_size, members):
             asked = [numbers[i] for i in chunk]
             waiting.append((asked, in_one_batch(engine, [questions[n] for n in asked])))
             if len(waiting) > 1:  # a batch is read when the device has the next one

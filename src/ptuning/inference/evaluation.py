@@ -125,7 +125,7 @@ def evaluate(
     manual: str | None = None,
     candidates: Sequence[str] | None = None,
     answer_tokens: int | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
 ) -> Evaluation:
     """Measure a trained prompt on rows with answers.
 
@@ -139,7 +139,7 @@ def evaluate(
             (`baselines.automatic_templates`): more than a template of one's own would get.
         candidates: choose free answers among these.
         answer_tokens: longest free answer in tokens.
-        batch_size: rows per forward.
+        batch_size: rows per forward; by default 32, and on a GPU more of short ones.
 
     Raises:
         InputError, DataError: prompt, model or rows do not fit together.
@@ -243,7 +243,11 @@ def _best_manual(
 
 
 def teacher_forced(
-    model: nn.Module, tokenizer: Any, task: Task, rows: Sequence[Example], batch_size: int = 32
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    rows: Sequence[Example],
+    batch_size: int | None = None,
 ) -> tuple[float, float]:
     """Accuracy and loss of a prompt or manual template by one forward per batch (`score`)."""
     members = members_of(task)
@@ -259,7 +263,11 @@ def teacher_forced(
 
 
 def manual_score(
-    model: nn.Module, tokenizer: Any, task: Task, rows: Sequence[Example], batch_size: int = 32
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    rows: Sequence[Example],
+    batch_size: int | None = None,
 ) -> float:
     """Accuracy of a hand-written template, whose free answers need not end."""
     lenient = Task(**{**task.settings(), "answer_end": False})

@@ -24,8 +24,8 @@ from .attachment import placed
 
 _KEPT = 64 * 2**20
 """What one prompt's prediction keeps of the parts that its rows share."""
-_AHEAD = 64
-"""Batches of rows that a GPU computes while the next ones are rendered."""
+_AHEAD = 2048
+"""Rows that a GPU computes while the next ones are rendered."""
 
 
 def predict(
@@ -36,7 +36,7 @@ def predict(
     *,
     candidates: Sequence[str] | None = None,
     answer_tokens: int | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
 ) -> list[Any]:
     """The answer to each row; `predict_details` also gives probabilities.
 
@@ -49,7 +49,7 @@ def predict(
         rows: examples, as `train` takes them; the answer column is not needed.
         candidates: choose among these answers.
         answer_tokens: longest free answer in tokens; by default the training's.
-        batch_size: rows per forward.
+        batch_size: rows per forward; by default 32, and on a GPU more of short ones.
 
     Returns:
         a string for each row; for several prompts a list of strings for each prompt.
@@ -76,17 +76,29 @@ def predict_details(
     *,
     candidates: Sequence[str] | None = None,
     answer_tokens: int | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
 ) -> list[Any]:
     """Like `predict`, with probabilities: a `Prediction` for each row."""
     at_least_one("batch_size", batch_size)
     tasks = [prompt] if isinstance(prompt, Task) else list(prompt)
     whole = as_rows(rows)
-    at_once = _AHEAD * batch_size if device_of(model).type != "cpu" else max(1, len(whole))
+    at_once = rows_ahead(model, batch_size) or max(1, len(whole))
     blocks = [whole[at : at + at_once] for at in range(0, max(1, len(whole)), at_once)]
     found = _predicted(model, tokenizer, tasks, blocks, candidates, answer_tokens, batch_size)
     results = [list(chain.from_iterable(of_task)) for of_task in zip(*found, strict=True)]
     return results[0] if isinstance(prompt, Task) else results
+
+
+def rows_ahead(model: nn.Module, batch_size: int | None = None) -> int | None:
+    """Rows of a block where a GPU computes one while the next is rendered; None for a CPU.
+
+    Args:
+        model: says which it is.
+        batch_size: rows per forward, of which a block has eight at least.
+    """
+    if device_of(model).type == "cpu":
+        return None
+    return max(_AHEAD, 8 * (batch_size or 1))
 
 
 def stream_predictions(
@@ -97,7 +109,7 @@ def stream_predictions(
     *,
     candidates: Sequence[str] | None = None,
     answer_tokens: int | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     first: int = 1,
 ) -> Iterator[list[Prediction]]:
     """The predictions of each block of rows when it comes, so that only one is in memory.
@@ -109,7 +121,7 @@ def stream_predictions(
         blocks: some rows at a time; rows of like length share a batch within a block.
         candidates: choose among these answers.
         answer_tokens: longest free answer in tokens; by default the training's.
-        batch_size: rows per forward.
+        batch_size: rows per forward; by default 32, and on a GPU more of short ones.
         first: number of the first row, for errors.
 
     Raises:
@@ -129,7 +141,7 @@ def _predicted(
     blocks: Iterable[Sequence[Row]],
     candidates: Sequence[str] | None,
     answer_tokens: int | None,
-    batch_size: int,
+    batch_size: int | None,
     first: int = 1,
 ) -> Iterator[list[list[Prediction]]]:
     """Block by block each task's predictions."""
@@ -212,7 +224,7 @@ class _Asked:
 
 
 def _of_block(
-    engine: Engine, asked: list[list[_Asked]], count: int, batch_size: int
+    engine: Engine, asked: list[list[_Asked]], count: int, batch_size: int | None
 ) -> list[list[Prediction]]:
     """Each task's answers to a block of rows, in batches of rows of like length; a row's tasks,
     and their members, stand together."""
@@ -227,8 +239,8 @@ def _of_block(
 
     with engine.one_document([reader.examples for reader in chain.from_iterable(asked)]):
         for numbers in _sharing_batches([readers[0].renderer for readers in asked]):
-            size = max(1, batch_size // sum(len(asked[number]) for number in numbers))
-            for chunk in engine.chunks(asked[numbers[0]][0].examples, size):
+            members = sum(len(asked[number]) for number in numbers)
+            for chunk in engine.chunks(asked[numbers[0]][0].examples, batch_size, members):
                 cells = [(index, number) for index in chunk for number in numbers]
                 group = [_question(asked[number], index) for index, number in cells]
                 waiting.append((cells, in_one_batch(engine, group)))

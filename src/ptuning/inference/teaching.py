@@ -27,8 +27,8 @@ from .answering import Question, answers
 
 LIKELIEST = 64
 """Tokens whose probabilities are kept at each place of a free answer."""
-_LOGITS = 2**26
-"""Numbers that may be there at once while these are found."""
+_ROWS, _LOGITS = 32, 2**26
+"""Rows, and numbers that may be there at once while these are found."""
 
 
 def teacher_renderer(engine: Engine, teacher: Task) -> Renderer:
@@ -61,7 +61,7 @@ def lessons(
     renderer: Renderer,
     rows: Sequence[Example],
     label_weight: float = 0.0,
-    batch_size: int = 32,
+    batch_size: int | None = None,
 ) -> list[Lesson]:
     """A teacher's lesson for each row.
 
@@ -70,7 +70,7 @@ def lessons(
         renderer: the teacher's (`teacher_renderer`).
         rows: column -> value; answers are not needed.
         label_weight: how much of a lesson is the row's own label, where it has one.
-        batch_size: rows per forward.
+        batch_size: rows per forward (`batching.chunks_by_length`).
 
     Raises:
         DataError: a row lacks a column, or has a label that is none.
@@ -119,16 +119,16 @@ def own_label(task: Task, row: Example, number: int = 1) -> str | None:
 
 
 def _spoken(
-    engine: Engine, renderer: Renderer, examples: Sequence[Rendered], batch_size: int
+    engine: Engine, renderer: Renderer, examples: Sequence[Rendered], batch_size: int | None
 ) -> list[Lesson]:
     """Free answers, the likeliest token each time, and then all their distributions at once."""
     limit, tokenizer = renderer.task.answer_tokens, engine.base.tokenizer
     if limit is None:
         raise InputError("how long may the teacher's answers be? Give answer_tokens")
     width = limit * len(tokenizer)
-    size = max(1, min(batch_size, _LOGITS // width))
+    rows = max(1, min(batch_size or _ROWS, _LOGITS // width))
     made: dict[int, Lesson] = {}
-    for chunk in engine.chunks(examples, size):
+    for chunk in engine.chunks(examples, rows):
         batch = engine.prediction_batch([(examples[i], 0) for i in chunk], [0])
         spoken, _ = engine.continue_greedily(batch, limit)
         ends = renderer.task.ends_answer
