@@ -234,6 +234,11 @@ def test_a_prompt_learns_labels_of_every_kind_of_model(family: str) -> None:
     found = compare(model, tokenizer, prompt, teacher, TEXTS)
     same = [a == b for a, b in zip(*answers, strict=True)]
     assert found.agreement == sum(same) / len(same)
+    told = ptuning.predict_details(model, tokenizer, teacher, TEXTS)
+    most = [sorted(prediction.probabilities.values()) for prediction in told]
+    sure = [alike for alike, shares in zip(same, most, strict=True) if shares[-1] >= 2 * shares[-2]]
+    assert found.sure == len(sure)
+    assert found.sure_agreement == (sum(sure) / len(sure) if sure else None)
     assert found.teacher_tokens - found.tokens == pytest.approx(
         len(tokenizer(TEACHER.strip() + "\n\n")["input_ids"]) - 4, abs=1
     )
@@ -264,6 +269,8 @@ def test_who_has_the_teacher_s_very_text_agrees_with_it(
     model = sharp(family, tokenizer)
     _, _, result = distilled(family, prompt, teacher, model=model, epochs=1, learning_rate=1e-9)
     assert result.agreement.agreement == 1
+    assert result.agreement.sure_agreement in (None, 1)
+    assert not (settings and result.agreement.sure)  # a free answer has nothing to compare with
     assert result.training.best["dev_accuracy"] == 1
     assert result.training.best["dev_loss"] == pytest.approx(0, abs=1e-5)
 

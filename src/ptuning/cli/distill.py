@@ -188,6 +188,11 @@ def _tell(found: Agreement, which: str) -> None:
     """What became of the teacher's answers, and what is saved."""
     share = console.percent(found.agreement)
     console.tell(f"{share} % of {found.examples} texts {which} are answered as the teacher does")
+    if found.sure_agreement is not None:
+        console.tell(
+            f"{console.percent(found.sure_agreement)} % of the {found.sure} that the teacher is "
+            "sure of: its label is at least twice as likely as the next"
+        )
     if found.accuracy is not None and found.teacher_accuracy is not None:
         ours, theirs = map(console.percent, (found.accuracy, found.teacher_accuracy))
         console.tell(f"right: prompt {ours} %, teacher {theirs} %")

@@ -17,12 +17,14 @@ from ..data import Row
 from ..forward.engine import Engine
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
-from .answering import Question, answers
+from .answering import Prediction, Question, answers
 from .attachment import placed
 from .teaching import own_label, teacher_renderer
 
 _TIMED = 8
 """Requests whose time is taken."""
+_SURE = 2.0
+"""How many times as likely as the next one a sure teacher's label is: rounding turns no such."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class Agreement:
     Attributes:
         examples: how many texts.
         agreement: share of them to which both give the same answer.
+        sure: how many texts the teacher is sure of: its label is at least twice as likely as the
+            next one; 0 for free answers.
+        sure_agreement: share of these to which both give the same answer; None where there are
+            none.
         accuracy: share that the prompt answers right; None where the texts have no answers.
         teacher_accuracy: likewise the teacher.
         tokens: of a request, on average, without the answer.
@@ -44,6 +50,8 @@ class Agreement:
 
     examples: int
     agreement: float
+    sure: int
+    sure_agreement: float | None
     accuracy: float | None
     teacher_accuracy: float | None
     tokens: float
@@ -86,16 +94,21 @@ def compare(
             ]
             for renderer, first, what in ((ours, first_id, "test"), (theirs, 0, "teacher"))
         )
-        said, wanted = (_answered(Engine(base), questions) for questions in (asked, taught))
+        found, known = (_answered(Engine(base), questions) for questions in (asked, taught))
         some = slice(0, _TIMED * max(1, len(rows) // _TIMED), max(1, len(rows) // _TIMED))
         keeping = Engine(base)
         seconds = _seconds(Engine(base, 0), asked[some])
         teacher_seconds = _seconds(Engine(base, 0), taught[some])
         kept_seconds = _seconds(keeping, taught[some])
         kept = keeping.store.bytes if keeping.store is not None else 0
+    said, wanted = ([prediction.answer for prediction in of_one] for of_one in (found, known))
+    same = [a == b for a, b in zip(said, wanted, strict=True)]
+    sure = [alike for alike, prediction in zip(same, known, strict=True) if _is_sure(prediction)]
     return Agreement(
         examples=len(rows),
-        agreement=mean(a == b for a, b in zip(said, wanted, strict=True)),
+        agreement=mean(same),
+        sure=len(sure),
+        sure_agreement=mean(sure) if sure else None,
         accuracy=_right(said, own),
         teacher_accuracy=_right(wanted, own),
         tokens=_tokens(asked),
@@ -108,9 +121,15 @@ def compare(
 
 
 @torch.no_grad()
-def _answered(engine: Engine, questions: Sequence[Question]) -> list[str]:
+def _answered(engine: Engine, questions: Sequence[Question]) -> list[Prediction]:
     found = dict(answers(engine, questions))
-    return [found[number].answer for number in range(len(questions))]
+    return [found[number] for number in range(len(questions))]
+
+
+def _is_sure(prediction: Prediction) -> bool:
+    """Of its label; free answers have no others that they could be compared with."""
+    first, *others = sorted((prediction.probabilities or {}).values(), reverse=True) or [0.0]
+    return bool(others) and first >= _SURE * others[0]
 
 
 def _seconds(engine: Engine, questions: Sequence[Question]) -> float:
