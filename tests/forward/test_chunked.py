@@ -11,7 +11,7 @@ from torch import nn
 
 import ptuning
 from ptuning.backbone.injection import Injector
-from ptuning.forward import chunked
+from ptuning.forward import chunked, output_head
 from ptuning.forward.plain import answer_logits, example_losses, examples_right
 from ptuning.forward.prefix_store import PrefixStore
 from ptuning.rendering.collate import IGNORED, Batch
@@ -113,7 +113,7 @@ def test_a_model_that_does_something_else_takes_the_plain_path(
     rows = torch.randn(3, 32).requires_grad_()
     Injector(model).add(rows)
     hold_together(model, rows, batch_of("llama", examples_for("causal")))
-    assert chunks == [] and model in chunked._other_heads
+    assert chunks == [] and model in output_head._other
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -14,33 +14,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
-from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbone.traits import finished_logits, output_head, vocabulary_bias
 from ..rendering.collate import IGNORED, Batch
 from . import divergence
 from .label_words import label_word_scores
-from .output_head import seeing
+from .output_head import compared, frozen_head, leave, logits_of, seeing
 from .plain import (
     Shortener,
-    answer_logits,
     answer_outputs,
     example_losses,
     examples_right,
     losses_of_labels,
 )
+from .vocabulary import vocabulary_logits
 
 LARGEST = 2**24
 """Logits of more numbers than this are never there at once."""
 POSITIONS = 256
 """Of one chunk: enough for the head to run as fast as with all."""
 _SCALE = 2.0**10  # keeps small gradients of half precision; a power of two changes no other bit
-_other_heads: WeakSet[nn.Module] = WeakSet()  # models whose logits are not what we compute
 
 
 @dataclass(frozen=True)
@@ -156,45 +154,26 @@ class _Chunks(torch.autograd.Function):
 
 def _read(model: nn.Module, batch: Batch, shortener: Shortener | None) -> Tensor | _Unread:
     """Logits where they are small, else what is before the head."""
-    head = output_head(model)
-    if head is None or not _serves(model, head, batch):
-        return answer_logits(model, batch, shortener)
+    head = frozen_head(model)
+    if head is None or not _are_many(batch, head):
+        return vocabulary_logits(model, batch, shortener)
     with seeing(head, slice(0, 1)) as hidden:
         logits, rows = answer_outputs(model, batch, shortener)
     if not hidden:  # a compiled model takes no notice of hooks
         return rows(logits)
-
-    def finished(states: Tensor) -> Tensor:
-        logits = finished_logits(model, head(states))
-        bias = vocabulary_bias(model)
-        return logits if bias is None else logits + bias
-
-    with torch.no_grad():
-        same = len(hidden) == 1 and _same(finished(hidden[0][:, :1]), logits)
-    if not same:
-        _other_heads.add(model)
-        return answer_logits(model, batch, shortener)
-    return _Unread(rows(hidden[0]), finished)
+    finished = partial(logits_of, model, head)
+    if len(hidden) != 1:
+        leave(model)
+    elif compared(model, finished(hidden[0][:, :1]), logits):
+        return _Unread(rows(hidden[0]), finished)
+    return vocabulary_logits(model, batch, shortener)
 
 
 def reads_in_chunks(model: nn.Module, batch: Batch) -> bool:
     """`losses` of the batch without label words looks at values, which no CUDA graph can hold."""
-    head = output_head(model)
-    return head is not None and batch.labels is None and _serves(model, head, batch)
+    head = frozen_head(model)
+    return head is not None and batch.labels is None and _are_many(batch, head)
 
 
-def _serves(model: nn.Module, head: nn.Module, batch: Batch) -> bool:
-    large = batch.answers.numel() * getattr(head, "out_features", 0) > LARGEST
-    return large and model not in _other_heads and not _is_trained(head)
-
-
-def _is_trained(head: nn.Module) -> bool:
-    """Its weights want a gradient, which the chunks do not make."""
-    return torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())
-
-
-def _same(ours: Tensor, models: Tensor) -> bool:
-    """Numbers that are not finite are the same where both are: a member may have gone astray."""
-    return ours.shape == models.shape and torch.allclose(
-        ours.float(), models.float(), rtol=1e-5, atol=1e-5, equal_nan=True
-    )
+def _are_many(batch: Batch, head: nn.Module) -> bool:
+    return batch.answers.numel() * getattr(head, "out_features", 0) > LARGEST

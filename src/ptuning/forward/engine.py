@@ -39,6 +39,7 @@ from .plain import Shortened, Shortener
 from .prefix_store import Common, PrefixStore, for_prediction, in_common
 from .shared_prefix import SharedPrefix, share_openings
 from .together import Together, first_rows
+from .vocabulary import vocabulary_logits
 
 
 class Engine:
@@ -176,7 +177,7 @@ class Engine:
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits ``(R, K, vocabulary)``, as `plain.answer_logits`."""
-        return plain.answer_logits(self.base.model, batch, self._shorten)
+        return vocabulary_logits(self.base.model, batch, self._shorten)
 
     def losses(
         self, batch: Batch, words: Tensor | None, shortener: Shortener | None = None

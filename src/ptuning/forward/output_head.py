@@ -1,8 +1,12 @@
-"""What a model's output head is given, taken down while the model runs.
+"""What a model's output head is given, taken down while the model runs, and logits made of it.
 
-Who computes logits of some positions or some words only (`chunked`, `label_words`) runs the model
-with a head that sees less, takes down what it would have seen, and holds the result against the
-model's own logits.
+    plain     the model's own logits: head(hidden), and what it does behind that
+    here      the same of some positions or words; in half precision the products are float32
+
+Logits of 16 to 32 are an eighth apart in bfloat16: likely words tie, and probabilities jump. Who
+makes logits here (`chunked`, `label_words`, `vocabulary`) runs the model with a head that sees
+less, and holds the result against the model's own logits; a model that does anything else with
+what its head gives keeps these.
 """
 
 from __future__ import annotations
@@ -11,8 +15,18 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
+
+from ..backbone.traits import finished_logits, output_head, vocabulary_bias
+from ..backbone.upstream import is_offloaded
+
+_WORDS = 4096
+"""Rows of the head's weight that are there in float32 at once."""
+_alike: WeakSet[nn.Module] = WeakSet()
+_other: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
@@ -36,3 +50,103 @@ def seeing(head: nn.Module, positions: slice) -> Iterator[list[Tensor]]:
         yield inputs
     finally:
         handle.remove()
+
+
+def frozen_head(model: nn.Module) -> nn.Module | None:
+    """The head, if nobody trains it, and the model's logits are made of it as here as far as is
+    known."""
+    head = output_head(model)
+    if head is None or model in _other:
+        return None
+    trained = torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())
+    return None if trained else head
+
+
+def frozen_matrix(model: nn.Module) -> nn.Linear | None:
+    """`frozen_head`, if it is a matrix of this process."""
+    head = frozen_head(model)
+    if type(head) is not nn.Linear or head.weight.is_meta or is_offloaded(head):
+        return None
+    return head
+
+
+def is_known(model: nn.Module) -> bool:
+    """Its logits were compared, and are made as here."""
+    return model in _alike
+
+
+def leave(model: nn.Module) -> None:
+    """Its logits are made in another way, or nobody can see what its head is given."""
+    _other.add(model)
+
+
+@torch.no_grad()
+def compared(model: nn.Module, ours: Tensor, own: Tensor) -> bool:
+    """Whether logits made here are the model's own, up to the rounding of its head and of sums in
+    another order; that is remembered."""
+    tolerance = max(1e-4, 8 * torch.finfo(own.dtype).eps)
+    finite = torch.isfinite(own)  # a member may have gone astray
+    allowed = tolerance * own[finite].abs().max().clamp(min=1.0) if finite.any() else 0.0
+    same = ours.shape == own.shape and bool(((ours - own).abs() <= allowed)[finite].all())
+    (_alike if same else _other).add(model)
+    return same
+
+
+def logits_of(model: nn.Module, head: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits ``(…, vocabulary)`` of hidden states ``(…, width)``, float32 in half precision."""
+    logits = finished_logits(model, _product(head, hidden))
+    bias = vocabulary_bias(model)
+    return logits if bias is None else logits + bias
+
+
+def logits_of_words(model: nn.Module, head: nn.Linear, hidden: Tensor, words: Tensor) -> Tensor:
+    """Logits ``(N, W)`` of the words ``(N, W)`` alone, of hidden states ``(N, width)``; without a
+    `vocabulary_bias`."""
+    products = (_single(head.weight[words]) @ _single(hidden).unsqueeze(-1)).squeeze(-1)
+    if head.bias is not None:
+        products = products + head.bias[words]
+    return finished_logits(model, products)
+
+
+def is_half(head: nn.Linear) -> bool:
+    """Its products would be rounded to half precision."""
+    return head.weight.is_floating_point() and head.weight.dtype.itemsize == 2
+
+
+def _product(head: nn.Module, hidden: Tensor) -> Tensor:
+    """What the head makes of hidden states ``(…, width)``: ``(…, vocabulary)``."""
+    if type(head) is not nn.Linear or not is_half(head) or is_offloaded(head):
+        made: Tensor = head(hidden)
+        return made
+    found: Tensor = _Unrounded.apply(hidden, head.weight)
+    return found if head.bias is None else found + head.bias
+
+
+class _Unrounded(torch.autograd.Function):
+    """Hidden states ``(…, width)`` times a frozen weight ``(vocabulary, width)`` of half precision:
+    float32. The gradient is that of the plain product."""
+
+    @staticmethod
+    def forward(context: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        context.save_for_backward(weight)
+        context.dtype = hidden.dtype
+        flat = hidden.flatten(0, -2).to(weight.dtype)
+        if flat.is_cuda:
+            found = torch.mm(flat, weight.T, out_dtype=torch.float32)
+        else:
+            found = flat.new_empty(len(flat), len(weight), dtype=torch.float32)
+            flat = flat.float()
+            for start in range(0, len(weight), _WORDS):
+                words = weight[start : start + _WORDS].float()
+                torch.mm(flat, words.T, out=found[:, start : start + _WORDS])
+        return found.view(*hidden.shape[:-1], len(weight))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (weight,) = context.saved_tensors
+        return (gradient.to(weight.dtype) @ weight).to(context.dtype), None
+
+
+def _single(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype.itemsize == 2 else tensor

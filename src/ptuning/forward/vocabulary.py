@@ -1,0 +1,31 @@
+"""Logits over the vocabulary: in half precision of the hidden states, in float32.
+
+plain     `plain.answer_logits`: the model's own, and so those of whole precision
+here      `output_head.logits_of` of what the head is given
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..rendering.collate import Batch
+from .output_head import compared, frozen_matrix, is_half, is_known, leave, logits_of, seeing
+from .plain import Shortener, answer_logits, answer_outputs
+
+
+def vocabulary_logits(model: nn.Module, batch: Batch, shortener: Shortener | None = None) -> Tensor:
+    """Logits ``(R, K, vocabulary)`` at the K positions that predict `batch.answers`.
+
+    The arguments are those of `plain.answer_logits`.
+    """
+    head = frozen_matrix(model)
+    if head is None or not is_half(head):
+        return answer_logits(model, batch, shortener)
+    known = is_known(model)
+    with seeing(head, slice(0, 0) if known else slice(None)) as inputs:
+        own, rows = answer_outputs(model, batch, shortener)
+    if len(inputs) != 1:  # a compiled model takes no notice of hooks
+        leave(model)
+        return rows(own)
+    ours = logits_of(model, head, rows(inputs[0]))
+    return ours if known or compared(model, ours, rows(own)) else rows(own)

@@ -1,0 +1,132 @@
+"""In half precision logits are made in float32 of what the head is given, for all who ask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from ptuning.backbone.injection import Injector
+from ptuning.backbone.traits import output_head
+from ptuning.forward import chunked
+from ptuning.forward import output_head as module
+from ptuning.forward.label_words import label_word_scores
+from ptuning.forward.plain import answer_logits, example_losses
+from ptuning.forward.vocabulary import vocabulary_logits
+from ptuning.rendering.collate import Batch
+
+from .. import tiny
+from .test_plain import KIND, batch_of, examples_for
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def no_model_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_alike", set())
+    monkeypatch.setattr(module, "_other", set())
+
+
+def model_of(family: str, dtype: torch.dtype, scale: float = 30.0) -> tuple[Any, Tensor]:
+    """With large logits, which are coarse in half precision."""
+    torch.manual_seed(0)
+    model: Any = tiny.model(family).requires_grad_(False)
+    head: Any = output_head(model)
+    head.weight = torch.nn.Parameter(head.weight * scale, requires_grad=False)
+    model.to(dtype)
+    rows = torch.randn(3, model.get_input_embeddings().weight.shape[1]).requires_grad_()
+    Injector(model).add(rows)
+    return model, rows
+
+
+def exact(model: Any, batch: Batch) -> Tensor:
+    """The model's own logits with a head in float32 behind the same hidden states."""
+    head: Any = output_head(model)
+    weight, bias = head.weight.float(), None if head.bias is None else head.bias.float()
+
+    def unrounded(module: Any, args: Any, output: Tensor) -> Tensor:
+        return torch.nn.functional.linear(args[0].float(), weight, bias)
+
+    handle = head.register_forward_hook(unrounded)
+    try:
+        return answer_logits(model, batch).float()
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+def test_logits_are_those_of_a_head_in_float32(family: str, dtype: torch.dtype) -> None:
+    model, rows = model_of(family, dtype)
+    batch = batch_of(family, examples_for(KIND[family]))
+    expected, own = exact(model, batch), answer_logits(model, batch)
+    assert (own.float() - expected).abs().max() > 1e-4  # what rounding takes
+    for _ in range(2):  # a model that is not known yet, and one that is
+        got = vocabulary_logits(model, batch)
+        assert got.dtype == torch.float32 and got.shape == own.shape
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert model in module._alike
+    weights = torch.linspace(-1, 1, got.numel()).view_as(got)
+    (found,) = torch.autograd.grad((got * weights).sum(), rows)
+    (plain,) = torch.autograd.grad((own.float() * weights).sum(), rows)
+    assert plain.abs().max() > 0
+    torch.testing.assert_close(found, plain, atol=0.03 * float(plain.abs().max()), rtol=0.03)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5", "bart"])
+def test_losses_with_the_vocabulary_in_chunks_are_those_of_such_logits(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows = model_of(family, torch.bfloat16)
+    batch = batch_of(family, examples_for(KIND[family]))
+    expected = example_losses(exact(model, batch), batch, None)
+    whole = chunked.losses(model, batch, None)
+    torch.testing.assert_close(whole, expected, atol=1e-4, rtol=1e-5)
+    (wanted,) = torch.autograd.grad(whole.sum(), rows)
+    monkeypatch.setattr(chunked, "LARGEST", 0)
+    monkeypatch.setattr(chunked, "POSITIONS", 4)
+    parts = chunked.losses(model, batch, None)
+    torch.testing.assert_close(parts, expected, atol=1e-4, rtol=1e-5)
+    (found,) = torch.autograd.grad(parts.sum(), rows)
+    torch.testing.assert_close(found, wanted, atol=0.03 * float(wanted.abs().max()), rtol=0.03)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5", "bart"])
+def test_label_words_get_such_logits(family: str) -> None:
+    model, _ = model_of(family, torch.bfloat16)
+    batch = batch_of(family, examples_for(KIND[family]))
+    count = len(batch.answers)
+    words = torch.tensor([[5, 17, 300]]).expand(count, -1)
+    column = -1 if batch.kind == "causal" else 0
+    expected = exact(model, batch)[:, column].gather(1, words)
+    asked = Batch(**{**vars(batch), "label_ids": words})
+    for _ in range(2):
+        torch.testing.assert_close(
+            label_word_scores(model, asked, 3), expected, atol=1e-5, rtol=1e-5
+        )
+
+
+def test_a_model_that_does_something_else_with_its_logits_keeps_its_own() -> None:
+    class Odd(transformers.LlamaForCausalLM):
+        def forward(self, *args: Any, **options: Any) -> Any:
+            output = super().forward(*args, **options)
+            output.logits = output.logits.roll(1, -1)
+            return output
+
+    model = Odd(tiny.model("llama").config).eval().requires_grad_(False).to(torch.bfloat16)
+    Injector(model).add(torch.randn(3, 32))
+    batch = batch_of("llama", examples_for("causal"))
+    for _ in range(2):
+        assert torch.equal(vocabulary_logits(model, batch), answer_logits(model, batch))
+    assert model in module._other
+
+
+def test_weights_that_are_trained_get_their_gradient_from_the_model_s_own_logits() -> None:
+    model, _ = model_of("llama", torch.bfloat16)
+    model.requires_grad_(True)
+    vocabulary_logits(model, batch_of("llama", examples_for("causal"))).float().sum().backward()
+    head: Any = output_head(model)
+    assert head.weight.grad is not None and head.weight.grad.abs().max() > 0
