@@ -28,6 +28,7 @@ HALVES = [torch.bfloat16, torch.float16]
 def no_model_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_alike", set())
     monkeypatch.setattr(module, "_other", set())
+    monkeypatch.setattr(module, "_LIKELY", 400)  # all, as on a GPU
 
 
 def model_of(family: str, dtype: torch.dtype, scale: float = 30.0) -> tuple[Any, Tensor]:
@@ -74,6 +75,19 @@ def test_logits_are_those_of_a_head_in_float32(family: str, dtype: torch.dtype) 
     (plain,) = torch.autograd.grad((own.float() * weights).sum(), rows)
     assert plain.abs().max() > 0
     torch.testing.assert_close(found, plain, atol=0.03 * float(plain.abs().max()), rtol=0.03)
+
+
+def test_on_a_cpu_the_likeliest_words_are_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LIKELY", 8)
+    model, _ = model_of("llama", torch.bfloat16)
+    batch = batch_of("llama", examples_for("causal"))
+    expected, own = exact(model, batch), answer_logits(model, batch).float()
+    got = vocabulary_logits(model, batch)
+    likely = own.topk(8).indices
+    kept = torch.zeros_like(got, dtype=torch.bool).scatter(-1, likely, True)
+    torch.testing.assert_close(got[kept], expected[kept], atol=1e-5, rtol=1e-5)
+    assert torch.equal(got[~kept], own[~kept]) and not torch.equal(got[kept], own[kept])
+    assert torch.equal(got.argmax(-1), expected.argmax(-1))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5", "bart"])

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from ..backbone.traits import finished_logits, output_head, vocabulary_bias
 from ..backbone.upstream import is_offloaded
 
-_WORDS = 4096
-"""Rows of the head's weight that are there in float32 at once."""
+_LIKELY = 64
+"""Words of a position whose products are float32 on a CPU: torch has none there that multiplies
+half precision and does not round to it."""
 _alike: WeakSet[nn.Module] = WeakSet()
 _other: WeakSet[nn.Module] = WeakSet()
 
@@ -102,7 +103,7 @@ def logits_of(model: nn.Module, head: nn.Module, hidden: Tensor) -> Tensor:
 def logits_of_words(model: nn.Module, head: nn.Linear, hidden: Tensor, words: Tensor) -> Tensor:
     """Logits ``(N, W)`` of the words ``(N, W)`` alone, of hidden states ``(N, width)``; without a
     `vocabulary_bias`."""
-    products = (_single(head.weight[words]) @ _single(hidden).unsqueeze(-1)).squeeze(-1)
+    products = _of_words(head.weight[words], hidden)
     if head.bias is not None:
         products = products + head.bias[words]
     return finished_logits(model, products)
@@ -124,7 +125,7 @@ def _product(head: nn.Module, hidden: Tensor) -> Tensor:
 
 class _Unrounded(torch.autograd.Function):
     """Hidden states ``(…, width)`` times a frozen weight ``(vocabulary, width)`` of half precision:
-    float32. The gradient is that of the plain product."""
+    float32, on a CPU for each position's likeliest words. The gradient is the plain product's."""
 
     @staticmethod
     def forward(context: Any, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -134,11 +135,9 @@ class _Unrounded(torch.autograd.Function):
         if flat.is_cuda:
             found = torch.mm(flat, weight.T, out_dtype=torch.float32)
         else:
-            found = flat.new_empty(len(flat), len(weight), dtype=torch.float32)
-            flat = flat.float()
-            for start in range(0, len(weight), _WORDS):
-                words = weight[start : start + _WORDS].float()
-                torch.mm(flat, words.T, out=found[:, start : start + _WORDS])
+            found = (flat @ weight.T).float()
+            likely = found.topk(min(_LIKELY, len(weight)), dim=1, sorted=False).indices
+            found.scatter_(1, likely, _of_words(weight[likely], flat))
         return found.view(*hidden.shape[:-1], len(weight))
 
     @staticmethod
@@ -146,6 +145,11 @@ class _Unrounded(torch.autograd.Function):
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (weight,) = context.saved_tensors
         return (gradient.to(weight.dtype) @ weight).to(context.dtype), None
+
+
+def _of_words(weights: Tensor, hidden: Tensor) -> Tensor:
+    """Products ``(N, W)`` of each position's own words ``(N, W, width)``."""
+    return (_single(weights) @ _single(hidden).unsqueeze(-1)).squeeze(-1)
 
 
 def _single(tensor: Tensor) -> Tensor:
