@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 from weakref import WeakSet
 
@@ -24,8 +25,8 @@ from ..backbone.traits import finished_logits, output_head, vocabulary_bias
 from ..backbone.upstream import is_offloaded
 
 _LIKELY = 64
-"""Words of a position whose products are float32 on a CPU: torch has none there that multiplies
-half precision and does not round to it."""
+"""Words of a position whose products are float32 where there is no product for all of them: torch
+has none on a CPU that multiplies half precision and does not round to it."""
 _alike: WeakSet[nn.Module] = WeakSet()
 _other: WeakSet[nn.Module] = WeakSet()
 
@@ -125,14 +126,15 @@ def _product(head: nn.Module, hidden: Tensor) -> Tensor:
 
 class _Unrounded(torch.autograd.Function):
     """Hidden states ``(…, width)`` times a frozen weight ``(vocabulary, width)`` of half precision:
-    float32, on a CPU for each position's likeliest words. The gradient is the plain product's."""
+    float32; on a CPU those of each position's likeliest words are not rounded before. The gradient
+    is the plain product's."""
 
     @staticmethod
     def forward(context: Any, hidden: Tensor, weight: Tensor) -> Tensor:
         context.save_for_backward(weight)
         context.dtype = hidden.dtype
         flat = hidden.flatten(0, -2).to(weight.dtype)
-        if flat.is_cuda:
+        if _multiplies_unrounded(weight.device, weight.dtype):
             found = torch.mm(flat, weight.T, out_dtype=torch.float32)
         else:
             found = (flat @ weight.T).float()
@@ -145,6 +147,18 @@ class _Unrounded(torch.autograd.Function):
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (weight,) = context.saved_tensors
         return (gradient.to(weight.dtype) @ weight).to(context.dtype), None
+
+
+@cache
+def _multiplies_unrounded(device: torch.device, dtype: torch.dtype) -> bool:
+    """torch has a product of half precision that gives float32 there."""
+    if device.type != "cuda":
+        return False
+    few = torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        return torch.mm(few, few, out_dtype=torch.float32).dtype == torch.float32
+    except (RuntimeError, TypeError):
+        return False
 
 
 def _of_words(weights: Tensor, hidden: Tensor) -> Tensor:
