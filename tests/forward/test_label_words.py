@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import ptuning
-from ptuning.forward import output_head
+from ptuning.forward import label_words, output_head
 from ptuning.forward.label_words import label_word_scores
 from ptuning.forward.plain import answer_logits, word_scores
 from ptuning.forward.prefix_store import PrefixStore
@@ -29,7 +29,7 @@ TEMPLATE = "{text} [P*3] city? [MASK]"
 
 @pytest.fixture(autouse=True)
 def no_model_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output_head, "_alike", set())
+    monkeypatch.setattr(label_words, "_alike", set())
     monkeypatch.setattr(output_head, "_other", set())
 
 
@@ -75,7 +75,7 @@ def test_scores_and_gradients_are_the_plain_ones(family: str) -> None:
     for got in found:
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     if family != "bart":  # its logits get a bias of the whole vocabulary
-        assert model in output_head._alike
+        assert model in label_words._alike
 
 
 def test_the_vocabulary_is_computed_the_first_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_words_of_several_tokens_take_the_plain_path() -> None:
     _, (expected, _) = twice("llama", plain, words)
     model, found = twice("llama", fast, words)
     torch.testing.assert_close(found[1], expected)
-    assert model not in output_head._alike
+    assert model not in label_words._alike
 
 
 def test_a_model_that_makes_its_logits_in_another_way_takes_the_plain_path() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ptuning.backbone.injection import Injector
 from ptuning.backbone.traits import output_head
-from ptuning.forward import chunked
+from ptuning.forward import chunked, label_words, vocabulary
 from ptuning.forward import output_head as module
 from ptuning.forward.label_words import label_word_scores
 from ptuning.forward.plain import answer_logits, example_losses
@@ -26,7 +26,8 @@ HALVES = [torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True)
 def no_model_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_alike", set())
+    monkeypatch.setattr(vocabulary, "_alike", set())
+    monkeypatch.setattr(label_words, "_alike", set())
     monkeypatch.setattr(module, "_other", set())
     monkeypatch.setattr(module, "_LIKELY", 400)  # all, as on a GPU
 
@@ -69,7 +70,7 @@ def test_logits_are_those_of_a_head_in_float32(family: str, dtype: torch.dtype) 
         got = vocabulary_logits(model, batch)
         assert got.dtype == torch.float32 and got.shape == own.shape
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-    assert model in module._alike
+    assert model in vocabulary._alike
     weights = torch.linspace(-1, 1, got.numel()).view_as(got)
     (found,) = torch.autograd.grad((got * weights).sum(), rows)
     (plain,) = torch.autograd.grad((own.float() * weights).sum(), rows)
@@ -136,6 +137,31 @@ def test_a_model_that_does_something_else_with_its_logits_keeps_its_own() -> Non
     for _ in range(2):
         assert torch.equal(vocabulary_logits(model, batch), answer_logits(model, batch))
     assert model in module._other
+
+
+def test_words_that_a_model_rules_out_stay_ruled_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Chameleon does with images' tokens; label words that it compares are none of these."""
+
+    class Strict(transformers.LlamaForCausalLM):
+        def forward(self, *args: Any, **options: Any) -> Any:
+            output = super().forward(*args, **options)
+            output.logits[..., 30:60] = torch.finfo(output.logits.dtype).min
+            return output
+
+    for dtype in (torch.bfloat16, torch.float32):
+        model = Strict(tiny.model("llama").config).eval().requires_grad_(False).to(dtype)
+        Injector(model).add(torch.randn(3, 32))
+        batch = batch_of("llama", examples_for("causal"))
+        words = torch.tensor([[5, 17, 300]]).expand(len(batch.answers), -1)
+        label_word_scores(model, Batch(**{**vars(batch), "label_ids": words}), 3)
+        assert model in label_words._alike
+        own = answer_logits(model, batch)
+        expected = example_losses(own, batch, None)
+        for largest in (chunked.LARGEST, 0):
+            with monkeypatch.context() as patch:
+                patch.setattr(chunked, "LARGEST", largest)
+                torch.testing.assert_close(chunked.losses(model, batch, None), expected)
+        assert torch.equal(vocabulary_logits(model, batch), own)
 
 
 def test_weights_that_are_trained_get_their_gradient_from_the_model_s_own_logits() -> None:

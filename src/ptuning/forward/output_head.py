@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, TypeGuard
 from weakref import WeakSet
 
 import torch
@@ -27,7 +27,6 @@ from ..backbone.upstream import is_offloaded
 _LIKELY = 64
 """Words of a position whose products are float32 where there is no product for all of them: torch
 has none on a CPU that multiplies half precision and does not round to it."""
-_alike: WeakSet[nn.Module] = WeakSet()
 _other: WeakSet[nn.Module] = WeakSet()
 
 
@@ -67,14 +66,11 @@ def frozen_head(model: nn.Module) -> nn.Module | None:
 def frozen_matrix(model: nn.Module) -> nn.Linear | None:
     """`frozen_head`, if it is a matrix of this process."""
     head = frozen_head(model)
-    if type(head) is not nn.Linear or head.weight.is_meta or is_offloaded(head):
-        return None
-    return head
+    return head if _is_matrix(head) else None
 
 
-def is_known(model: nn.Module) -> bool:
-    """Its logits were compared, and are made as here."""
-    return model in _alike
+def _is_matrix(head: nn.Module | None) -> TypeGuard[nn.Linear]:
+    return type(head) is nn.Linear and not head.weight.is_meta and not is_offloaded(head)
 
 
 def leave(model: nn.Module) -> None:
@@ -85,12 +81,17 @@ def leave(model: nn.Module) -> None:
 @torch.no_grad()
 def compared(model: nn.Module, ours: Tensor, own: Tensor) -> bool:
     """Whether logits made here are the model's own, up to the rounding of its head and of sums in
-    another order; that is remembered."""
+    another order; if they are not, that is remembered.
+
+    Of the words that `ours` has, and no others: a model may rule some of the vocabulary out.
+    """
     tolerance = max(1e-4, 8 * torch.finfo(own.dtype).eps)
     finite = torch.isfinite(own)  # a member may have gone astray
-    allowed = tolerance * own[finite].abs().max().clamp(min=1.0) if finite.any() else 0.0
+    largest = ours.masked_fill(~torch.isfinite(ours), 0).abs().max() if ours.numel() else 0.0
+    allowed = tolerance * max(1.0, float(largest))  # not of `own`: what is ruled out is huge there
     same = ours.shape == own.shape and bool(((ours - own).abs() <= allowed)[finite].all())
-    (_alike if same else _other).add(model)
+    if not same:
+        _other.add(model)
     return same
 
 
@@ -117,7 +118,7 @@ def is_half(head: nn.Linear) -> bool:
 
 def _product(head: nn.Module, hidden: Tensor) -> Tensor:
     """What the head makes of hidden states ``(…, width)``: ``(…, vocabulary)``."""
-    if type(head) is not nn.Linear or not is_half(head) or is_offloaded(head):
+    if not _is_matrix(head) or not is_half(head):
         made: Tensor = head(hidden)
         return made
     found: Tensor = _Unrounded.apply(hidden, head.weight)

@@ -24,7 +24,7 @@ from .teaching import own_label, teacher_renderer
 _TIMED = 8
 """Requests whose time is taken."""
 _SURE = 2.0
-"""How many times as likely as the next one a sure teacher's label is: rounding turns no such."""
+"""How many times as likely as the next one a sure teacher's label is; rounding hardly turns it."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _answered(engine: Engine, questions: Sequence[Question]) -> list[Prediction]
 
 def _is_sure(prediction: Prediction) -> bool:
     """Of its label; free answers have no others that they could be compared with."""
-    first, *others = sorted((prediction.probabilities or {}).values(), reverse=True) or [0.0]
+    first, *others = sorted(prediction.probabilities.values(), reverse=True) or [0.0]
     return bool(others) and first >= _SURE * others[0]
 
 
