@@ -59,14 +59,15 @@ class Classifier:
         self.names, self.seed, self.lower = names, seed, dtype != "float32"
         self.at_once = BATCH if method == "lora" else 1
         pad = self.tokenizer.pad_token_id
-        self.model = adapted(method, folder, len(names), pad, dtype)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = adapted(method, folder, len(names), pad, dtype).to(self.device)
 
     def _logits(self, texts: list[str]) -> torch.Tensor:
         """Scores of the labels for a few texts, what is in float32 computed as the frozen model."""
         inputs = self.tokenizer(
             texts, return_tensors="pt", padding=True, truncation=True, max_length=LENGTH
-        )
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.lower):
+        ).to(self.device)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.lower):
             return self.model(**inputs).logits.float()
 
     @torch.no_grad()
@@ -91,7 +92,7 @@ class Classifier:
         optimizer = torch.optim.AdamW(trained.values(), lr=rate)
         steps = EPOCHS * -(-len(texts) // BATCH)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1 - s / steps)
-        gold = torch.tensor([self.names.index(name) for name in labels])
+        gold = torch.tensor([self.names.index(name) for name in labels], device=self.device)
         best: tuple[float, dict[str, torch.Tensor]] = (-1.0, {})
         for epoch in range(EPOCHS):
             order = torch.randperm(

@@ -155,17 +155,19 @@ SEQ2SEQ = ("t5", "bart")
 
 @contextmanager
 def on_cpu() -> Iterator[None]:
-    """Trainings run on the CPU meanwhile though there is a GPU, here and in processes that start:
-    for what only a CPU promises, such as equal bits."""
-    before = os.environ.get("ACCELERATE_USE_CPU")
-    os.environ["ACCELERATE_USE_CPU"] = "true"
+    """All runs on the CPU meanwhile though there is a GPU, here and in processes that start: for
+    what only a CPU promises, such as equal bits."""
+    change = {"ACCELERATE_USE_CPU": "true", "PTUNING_DEVICE": "cpu"}
+    before = {name: os.environ.get(name) for name in change}
+    os.environ.update(change)
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         yield
     finally:
-        del os.environ["ACCELERATE_USE_CPU"]
-        if before is not None:
-            os.environ["ACCELERATE_USE_CPU"] = before
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
         AcceleratorState._reset_state(reset_partial_state=True)
 
 

@@ -50,6 +50,7 @@ def train(run: Run, model_folder: Path) -> Run:
     return call
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_the_format_is_said_written_down_and_kept_on_another_machine(
     machine: Machine, train: Run, run: Run, ctrl_c_after: Callable[[int | None], None]
 ) -> None:
@@ -82,6 +83,7 @@ def test_weights_that_are_trained_or_rounded_on_the_way_stay_float32(
     assert settings("out")["dtype"] == "float32"
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_a_prediction_goes_on_in_the_format_that_it_was_begun_in(
     machine: Machine, train: Run, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,6 +108,7 @@ def test_a_prediction_goes_on_in_the_format_that_it_was_begun_in(
     assert code == 0 and "bfloat16" not in err  # on a machine that gains nothing
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_an_experiment_goes_on_in_the_format_that_it_was_begun_in(
     machine: Machine, run: Run, model_folder: Path
 ) -> None:

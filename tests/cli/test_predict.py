@@ -71,6 +71,7 @@ def stopped_behind(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], No
     return stop
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_the_ending_says_the_kind_and_a_stopped_run_ends_as_a_whole_one(
     predict: Predict, stopped_behind: Callable[[int | None], None], kind: str
@@ -200,6 +201,7 @@ def test_candidates_mean_the_same_in_every_encoding_and_packing(predict: Predict
     assert all(out == said["plain"] for out in said.values())
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_where_there_is_no_terminal_progress_is_told_in_lines(
     predict: Predict, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,7 @@ def test_a_table_is_enough(train: Run, run: Run) -> None:
     assert code == 0, err
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_the_run_file_keeps_what_was_found(train: Run, run: Run) -> None:
     train()
     settings, prompt = yaml.safe_load(Path("out/run.yaml").read_text()), Prompt.load("out")
@@ -66,6 +67,7 @@ def test_an_encoder_of_ones_own_for_a_made_template(train: Run) -> None:
     assert Prompt.load("out").encoder == "mlp"
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_an_interrupted_run_goes_on_with_what_was_found(
     train: Run, run: Run, ctrl_c_after: Callable[[int | None], None]
 ) -> None:
@@ -109,6 +111,7 @@ def test_mistakes_are_one_line(train: Run, options: tuple[str, ...], part: str) 
     assert part in err.splitlines()[-1] and "Traceback" not in err
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_a_run_whose_time_is_over_has_a_prompt_and_goes_on(train: Run, run: Run) -> None:
     train()
     undisturbed = Prompt.load("out").trained_vectors()

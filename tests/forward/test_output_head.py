@@ -170,3 +170,21 @@ def test_weights_that_are_trained_get_their_gradient_from_the_model_s_own_logits
     vocabulary_logits(model, batch_of("llama", examples_for("causal"))).float().sum().backward()
     head: Any = output_head(model)
     assert head.weight.grad is not None and head.weight.grad.abs().max() > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_gpu_multiplies_half_precision_without_rounding(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    head = torch.nn.Linear(64, 400, bias=False).requires_grad_(False).to(dtype)
+    hidden = 30 * torch.randn(3, 5, 64)
+    exact = hidden.to(dtype).float() @ head.weight.float().T
+    asked = hidden.to("cuda", dtype).requires_grad_()
+    assert module._multiplies_unrounded(asked.device, dtype)
+    got = module._product(head.to("cuda"), asked)
+    assert got.dtype == torch.float32
+    assert (got.cpu() - exact).abs().max() < 1e-5 * exact.abs().max()
+    got.pow(2).sum().backward()
+    assert asked.grad is not None
+    plain = 2 * exact @ head.weight.float().cpu()
+    assert (asked.grad.float().cpu() - plain).norm() < 0.01 * plain.norm()

@@ -312,7 +312,7 @@ def test_prepending_equals_peft_on_smollm2(smollm2: tuple[Any, Any], padded: boo
     texts = ["The capital of France is Paris.", "Rain fell on the old harbour town."]
     rows = [tokenizer(text)["input_ids"] for text in texts]
     width = min(map(len, rows))
-    ids = torch.tensor([row[:width] for row in rows])
+    ids = torch.tensor([row[:width] for row in rows], device=model.device)
     mask = torch.ones_like(ids)
     if padded:
         ids[0, -2:], mask[0, -2:] = tokenizer.pad_token_id, 0
@@ -457,7 +457,7 @@ def test_an_attachment_that_two_threads_detach_leaves_once() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_process_forked_while_a_thread_attaches_can_attach() -> None:
-    model = tiny.model()
+    model, other = tiny.model(), tiny.model()
     prompt = prompt_for(model)
     codes = []
 
@@ -470,7 +470,7 @@ def test_a_process_forked_while_a_thread_attaches_can_attach() -> None:
             child = os.fork()
             if child == 0:
                 signal.alarm(10)  # who waits for ever is ended
-                with ptuning.attach(tiny.model(), TOKENIZER, prompt):
+                with ptuning.attach(other, TOKENIZER, prompt):
                     os._exit(0)
             codes.append(os.waitpid(child, 0)[1])
 

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 import ptuning
 from ptuning import InputError, Merged, Prompt
 from ptuning.backbone.base_model import BaseModel
+from ptuning.backbone.load import convert_gguf
 from ptuning.inference import gguf_tokenizer
 from ptuning.inference.gguf_file import save_gguf, write_gguf
 from ptuning.prompts.task import fill
@@ -114,6 +115,24 @@ def test_transformers_reads_the_file_with_the_same_logits(name: str, tmp_path: P
         torch.testing.assert_close(
             _logits(reread, ids), _logits(merged.model, ids), rtol=1e-4, atol=1e-4
         )
+
+
+def test_a_converted_file_has_the_special_tokens_that_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_gguf(_merged(tiny.model("llama", vocab_size=450), bos=True), tmp_path / "model.gguf")
+    read = transformers.AutoTokenizer.from_pretrained
+
+    def confused(*args: Any, **kwargs: Any) -> Any:  # as transformers 5.17 is
+        tokenizer = read(*args, **kwargs)
+        tokenizer.eos_token = tokenizer.bos_token
+        return tokenizer
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", confused)
+    convert_gguf(tmp_path / "model.gguf", tmp_path / "plain")
+    monkeypatch.undo()
+    tokenizer = read(tmp_path / "plain")
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
 
 
 def test_virtual_tokens_are_control_tokens_of_the_file(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def trained(base: Any, prompt: Prompt, **options: Any) -> TrainResult:
     return train(*base, prompt, ROWS[:8], ROWS[8:], verbose=False, **settings)
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("minutes", [0.01, 0.1, 0.15, 0.2, 0.25])
 def test_a_training_stops_in_time_and_goes_on_as_if_it_had_not(
     base: Any, prompt: Prompt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float
@@ -62,6 +63,7 @@ def test_a_training_that_ends_in_time_is_complete(base: Any, prompt: Prompt) -> 
     assert trained(base, prompt, max_minutes=60).complete
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_what_a_training_takes_is_said_with_its_second_step(
     base: Any, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,6 +104,7 @@ def test_an_ensemble_of_folds_has_seeds_of_the_best_setting() -> None:
         run(folds=2, population=2, grid=GRID, ensemble=3)
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("stop", [3, 9, 13, 15])
 def test_an_interrupted_run_goes_on_with_the_same_numbers(stop: int, tmp_path: Path) -> None:
     class Stopped(Exception):

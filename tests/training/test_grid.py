@@ -75,7 +75,9 @@ def test_a_member_learns_what_it_learns_alone(
     for seed, learner in enumerate(together):
         run(fresh(encoder=encoder, encoder_dropout=0.2), seed=seed)
         (alone,) = seen.pop()
-        torch.testing.assert_close(learner.vectors(), alone.vectors(), atol=1e-5, rtol=0)
+        # A GPU adds up the products of all members' mixtures in another order.
+        close = 1e-4 if encoder == "mixture" and torch.cuda.is_available() else 1e-5
+        torch.testing.assert_close(learner.vectors(), alone.vectors(), atol=close, rtol=0)
         assert learner.history == [pytest.approx(record, abs=1e-4) for record in alone.history]
 
 

@@ -32,6 +32,7 @@ def trained(base: tuple[Any, Any], dev: list[Any] | None = None, **options: Any)
     return train(*base, prompt, rows, dev or (), **{"epochs": 2, **options})
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_a_training_shows_its_epochs_unless_it_is_told_not_to(
     base: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,6 +70,7 @@ def test_predictions_beside_a_training_change_nothing_in_it_nor_it_in_them(templ
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_trainings_of_one_model_at_the_same_time_get_the_numbers_of_one_alone() -> None:
     model = tiny.model("gpt2", attn_pdrop=0.5, resid_pdrop=0.5).train()
     kinds = [
@@ -88,6 +89,7 @@ def test_trainings_of_one_model_at_the_same_time_get_the_numbers_of_one_alone() 
     assert not is_initialized()  # accelerate's state: the next training may have another precision
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_trainings_of_two_models_at_the_same_time_get_the_numbers_of_one_alone() -> None:
     kinds = [
         partial(trained, tiny.model(), encoder="lstm", encoder_dropout=0.3),
@@ -98,6 +100,7 @@ def test_trainings_of_two_models_at_the_same_time_get_the_numbers_of_one_alone()
         assert all(map(torch.equal, together(*kinds), alone))
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_a_training_leaves_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     trained(tiny.model())  # what is imported by the first one may set variables
     changed: list[Any] = []

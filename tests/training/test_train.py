@@ -361,6 +361,7 @@ def test_training_draws_no_number_of_a_gpu(
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_one_scale_serves_all_members(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -111,6 +111,11 @@ class Injector:
         device = self.modules[0].weight.device
         return torch.device("cpu") if device.type == "meta" else device
 
+    @property
+    def attached(self) -> object:
+        """Another object whenever spans or their rows have changed."""
+        return self._lookup
+
     @staticmethod
     def on(model: nn.Module) -> Injector:
         """The injector of `model`: the one whose hooks it has, or a new one."""

@@ -208,6 +208,10 @@ def convert_gguf(path: Path, folder: Path) -> None:
     plain = type(loaded)(type(loaded.config).from_dict(values))
     plain.load_state_dict(loaded.state_dict())
     plain.save_pretrained(folder)
+    for name in ("bos_token", "eos_token", "pad_token"):  # transformers 5.17 takes some for others
+        number = getattr(plain.config, f"{name}_id", None)
+        if isinstance(number, int) and 0 <= number < len(tokenizer):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
     tokenizer.save_pretrained(folder)
 
 

@@ -11,9 +11,12 @@ copies and their gradients were a sixth of a training step.
 On a CPU the gradient of short rows in bfloat16 takes PyTorch's attention 4 to 9 times as long as in
 float32 (8 rows of 20: 6.7 and 1.4 ms on a processor with AMX), so there it is computed in float32.
 
-On an H100 or H200 torch's first choice since 2.11 is cuDNN's attention. Behind a mask its gradient
-in half precision is no number for a row that sees nothing, such as padding, if the last tile of
-keys is half full (pytorch/pytorch#196678): then there are eight keys more, which nobody sees.
+On an H100 or H200 torch's first choice in half precision since 2.11 is cuDNN's attention. It gets
+ready anew for every shape, which takes as long as many steps where rows have many lengths, so it is
+off for the time of our forwards, except where shapes come again and again (`grouped_on_gpu`).
+Behind a mask its gradient is no number for a row that sees nothing, such as padding, if the last
+tile of keys is half full (pytorch/pytorch#196678): then there are eight keys more, which nobody
+sees.
 
 Layers look their attention up by name, here ``sdpa``; for the time of our forwards that name stands
 for `attention`, which in threads that do not ask for it is the plain path, transformers' own. A
@@ -47,6 +50,7 @@ _TILE, _MORE = 128, 8
 _forwards = 0
 _theirs: Any = sdpa_attention_forward
 """What the name stands for while no forward is ours."""
+_cudnn_was_on = True
 _here = threading.local()
 
 
@@ -109,11 +113,15 @@ def _reads_groups() -> bool:
 
 def _count(change: int) -> None:
     """The first forward brings our attention, the last what was there: threads may overlap."""
-    global _forwards, _theirs
+    global _forwards, _theirs, _cudnn_was_on
     with CHANGING:
         if not _forwards:
             _theirs = AttentionInterface()["sdpa"]
+            _cudnn_was_on = torch.backends.cuda.cudnn_sdp_enabled()
+            torch.backends.cuda.enable_cudnn_sdp(False)
         _forwards += change
+        if not _forwards:
+            torch.backends.cuda.enable_cudnn_sdp(_cudnn_was_on)
         AttentionInterface.register("sdpa", attention if _forwards else _theirs)
 
 

@@ -62,7 +62,7 @@ def chunks_by_length(
         members: rows that each example is, one for each that answers.
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].sequences[0].ids))
-    size = max(1, (rows or _ROWS) // members)
+    full = size = max(1, (rows or _ROWS) // members)
     enough = busy_with(device) if rows is None else 0
     chunk: list[int] = []
     computed = answered = 0
@@ -70,9 +70,13 @@ def chunks_by_length(
         chunk.append(index)
         computed += members * computed_tokens(examples[index], False)
         answered += members * sum(len(s.answer) for s in examples[index].sequences)
-        if len(chunk) >= size and (computed >= enough or answered >= _ANSWERED):
-            yield chunk
-            chunk, computed, answered = [], 0, 0
+        if len(chunk) < full:
+            continue
+        if 2 * computed <= enough and 2 * answered <= _ANSWERED:
+            full *= 2  # so that shapes come again (`graphed_scores`)
+            continue
+        yield chunk
+        chunk, computed, answered, full = [], 0, 0, size
     if chunk:
         yield chunk
 

@@ -7,6 +7,7 @@ what the batch's rows have in common.
     causal    openings shared in this call, else the frozen prefix that is kept, else whole rows
     labels    single-token words by their rows of the output head (`label_words`)
     answers   long ones with the vocabulary in chunks (`chunked`)
+    a GPU     many predictions of a small model by replayed graphs (`graphed_scores`)
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .attention import own_attention
 from .batching import Row, batch_for, by_length, chunks_by_length, computed_tokens
 from .compiled import CompiledLayers as CompiledLayers
 from .compiled import compiled_layers
+from .graphed_scores import graphed_scores
 from .kv_cache import pooled_cache
 from .label_words import label_word_scores
 from .packing import pack
@@ -50,12 +52,21 @@ class Engine:
         kept_bytes: of keys and values of frozen prefixes; None for part of the free memory, 0 to
             keep none.
         plain: take the plain path always: every row is computed as a whole.
+        repeats: many batches without gradients come: on a GPU those of one shape are replayed.
 
     An engine belongs to one call, or to one thread.
     """
 
-    def __init__(self, base: BaseModel, kept_bytes: int | None = None, *, plain: bool = False):
+    def __init__(
+        self,
+        base: BaseModel,
+        kept_bytes: int | None = None,
+        *,
+        plain: bool = False,
+        repeats: bool = False,
+    ):
         self.base = base
+        self._graphed = graphed_scores(base.model) if repeats and not plain else None
         self.shares = base.kind is ModelKind.CAUSAL and not plain
         keeps = self.shares and kept_bytes != 0
         self.store = PrefixStore(base.model, kept_bytes) if keeps else None
@@ -85,12 +96,12 @@ class Engine:
         return [batch_for(self.base, part, first_ids) for part in self.parts(rows, device)]
 
     def prediction_batch(self, rows: Sequence[Row], first_ids: Sequence[int]) -> Batch:
-        """A batch whose rows share all that they can, since nothing in it is trained."""
+        """A batch, still on the CPU, whose rows share all that they can; nothing is trained."""
         batch = batch_for(self.base, rows, first_ids)
         batch = replace(batch, member=torch.zeros_like(batch.member))  # prompts may share rows too
         if self.store is not None:
             batch = for_prediction(batch, self._common)
-        return batch.to(self.base.device)
+        return batch
 
     def chunks(
         self, examples: Sequence[Rendered], rows: int | None, members: int = 1
@@ -177,7 +188,7 @@ class Engine:
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits ``(R, K, vocabulary)``, as `plain.answer_logits`."""
-        return vocabulary_logits(self.base.model, batch, self._shorten)
+        return vocabulary_logits(self.base.model, batch.to(self.base.device), self._shorten)
 
     def losses(
         self, batch: Batch, words: Tensor | None, shortener: Shortener | None = None
@@ -197,7 +208,9 @@ class Engine:
 
     def word_scores(self, batch: Batch, words: int) -> Tensor:
         """Scores ``(N, words)`` of label words, as `plain.word_scores`."""
-        return label_word_scores(self.base.model, batch, words, self._shorten)
+        if self._graphed is not None and self._shared is None and not self.serves_kept(batch):
+            return self._graphed(batch.here, words)
+        return label_word_scores(self.base.model, batch.to(self.base.device), words, self._shorten)
 
     def continue_greedily(
         self,
@@ -222,6 +235,7 @@ class Engine:
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
         model, tokenizer = self.base.model, self.base.tokenizer
+        batch = batch.to(self.base.device)
         pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
         alone = sizes is None or len(sizes) == len(batch.input_ids)
         sizes = [1] * len(batch.input_ids) if sizes is None or alone else sizes

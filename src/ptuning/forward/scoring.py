@@ -103,8 +103,8 @@ def score_together(
         return float(hits.double().mean()), float(losses.double().mean())
     sums = torch.zeros(2, dtype=torch.float64)
     for batch, sizes, _ in _batches_together(engine, examples, first_ids, batch_size):
-        answers = batch.answers[first_rows(sizes)]
         means = mean_log_probabilities(engine.logits(batch), sizes)
+        answers = batch.answers[first_rows(sizes)].to(means.device)
         hits = ((means.argmax(-1) == answers) | (answers == IGNORED)).all(1)
         losses = answer_nll(means, answers).sum(1)
         sums += torch.stack([hits.sum().double(), losses.sum().double()]).cpu()

@@ -147,7 +147,8 @@ def _predicted(
     """Block by block each task's predictions."""
     members = [members_of(task) for task in tasks]
     several = sum(map(len, members)) > 1
-    engine = Engine(BaseModel.of(model, tokenizer), None if several else _KEPT)
+    base = BaseModel.of(model, tokenizer)
+    engine = Engine(base, None if several else _KEPT, repeats=True)
 
     def reader(task: Task) -> _Asked:
         settled = task if answer_tokens is None else replace(task, answer_tokens=answer_tokens)

@@ -11,12 +11,11 @@ causal models; what does not fit, or cannot be captured, takes the plain step.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -31,74 +30,20 @@ from ..backbone.traits import (
     looks_at_lengths,
     packs_rows,
 )
-from ..backbone.upstream import end_capture_pool
 from ..forward.engine import CompiledLayers
+from ..forward.graphs import CudaGraph, Graph, cause, distance
 from ..forward.plain import Shortened, positions
+from ..forward.static_shapes import Shape, StaticInputs, grain_for, shape_of
 from ..rendering.collate import Batch
 from .population import Population
 from .settings import TrainSettings
-from .static_shapes import Shape, StaticInputs, grain_for, shape_of
 
 MicroStep = Callable[[Batch, Tensor], Tensor]
 """From a batch and each member's divisor to its share of the mean loss; its gradient is added to
 the table that is in the population's embedding."""
 Outputs = tuple[Tensor, Tensor]
 """Losses ``(members,)`` and the table's gradient."""
-_MOST, _WARM_UPS = 32, 3
-
-
-class Graph(Protocol):
-    """Records what a function does to fixed tensors, and does it again."""
-
-    def capture(self, function: Callable[[], Any]) -> None:
-        """Record."""
-
-    def replay(self) -> Any:
-        """Do it again; the outputs are the same tensors each time."""
-
-
-class CudaGraph:
-    """`torch.cuda.CUDAGraph`; all of one training share a memory pool.
-
-    That is safe since each replay's outputs are used before the next replay. Of the threads of a
-    process one captures at a time: a capture has the device's random state.
-    """
-
-    _libraries_are_up = False
-    _capturing = threading.Lock()
-
-    def __init__(self, pool: Any):
-        self._pool = pool
-        self._graph = torch.cuda.CUDAGraph()
-
-    def capture(self, function: Callable[[], Any]) -> None:
-        """Record, after runs on another stream: some that set libraries up, later one."""
-        with CudaGraph._capturing:
-            self._capture(function)
-
-    def _capture(self, function: Callable[[], Any]) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(1 if CudaGraph._libraries_are_up else _WARM_UPS):
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-        outer = torch.cuda.current_stream()
-        try:
-            with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
-                self._outputs = function()
-        except Exception:  # torch stays on the capture's stream then, and in its pool
-            torch.cuda.set_stream(outer)
-            end_capture_pool(outer.device_index, self._pool)
-            with suppress(RuntimeError):
-                self._graph.reset()  # not while another thread captures
-            raise
-        CudaGraph._libraries_are_up = True
-
-    def replay(self) -> Any:
-        """Do it again."""
-        self._graph.replay()
-        return self._outputs
+_MOST = 32
 
 
 class GraphedStep:
@@ -270,9 +215,7 @@ class GraphedStep:
             self.shapes[shape] = inputs, graph
             return _distances(expected, graph.replay())
         except Exception as error:  # whatever a model does that a graph cannot hold
-            while error.__context__ is not None and isinstance(error.__context__, Exception):
-                error = error.__context__  # what broke the capture; its end fails too
-            return (str(error) or type(error).__name__).splitlines()[0]
+            return cause(error)
         finally:  # what was captured has added its own meanwhile
             self.losses.copy_(added[0])
             self.gradient.copy_(added[1])
@@ -367,10 +310,4 @@ def _distances(expected: Outputs, got: Outputs) -> float:
     """How far losses and gradient are from what is expected, the larger of the two."""
     (losses, gradient), (got_losses, got_gradient) = expected, got
     # A loss near zero is made of logits whose rounding is not near zero.
-    return max(_distance(losses, got_losses, 0.1), _distance(gradient, got_gradient, 1e-12))
-
-
-def _distance(expected: Tensor, got: Tensor, least: float) -> float:
-    """Norm of the difference over the norm of what is expected, or `least` where that is less."""
-    wanted = expected.detach().float()
-    return float((got.detach().float() - wanted).norm() / wanted.norm().clamp(min=least))
+    return max(distance(losses, got_losses, 0.1), distance(gradient, got_gradient, 1e-12))

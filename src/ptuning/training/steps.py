@@ -17,8 +17,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from .. import distributed
+from ..forward.graphs import Graph
 from ..rendering.collate import Batch
-from .cuda_graphs import Graph, GraphedStep, MicroStep
+from .cuda_graphs import GraphedStep, MicroStep
 from .learner import Learner
 from .population import Population
 from .update import Update

@@ -6,7 +6,7 @@
                    costs a capture
 
 Nothing of it changes a result. All inputs of a step lie one behind the other in a buffer of pinned
-memory and go to the device in one copy. Nothing here captures or replays (`cuda_graphs`).
+memory and go to the device in one copy. Nothing here captures or replays (`graphs`).
 """
 
 from __future__ import annotations

@@ -1,0 +1,147 @@
+"""Scores of label words by replayed CUDA graphs, where batches of few shapes come again and again.
+
+    plain    each kernel of `label_word_scores` started from Python
+    here     a batch into its static buffer, and one graph
+
+A GPU computes some thousand tokens of a small model sooner than Python has started the kernels. A
+shape's third batch is captured beside the plain forward, and the fourth held against it: what does
+not fit, gives other numbers or cannot be captured stays plain.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone.base_model import device_of
+from ..backbone.injection import Injector
+from ..backbone.traits import ModelKind, is_spread, kind_of, layer_weights, looks_at_lengths
+from ..backbone.upstream import is_compiled
+from ..rendering.collate import Batch
+from .graphs import CudaGraph, Graph, distance
+from .label_words import label_word_scores
+from .static_shapes import Grain, Shape, StaticInputs, shape_of
+
+_MOST = 32
+_BEFORE = 2
+"""Plain batches of a shape before it is captured, which takes as long as some more of them."""
+_MUCH = 5e12
+"""Products of a forward from which on a GPU is busy while Python starts its kernels."""
+_STEPS = ((64, 8), (256, 16), (1024, 32))
+"""Columns up to which, and what they are filled up to a multiple of."""
+
+
+class GraphedScores:
+    """`label_word_scores` of batches on the CPU, without gradients.
+
+    What is attached to the model may change: a graph serves the prompts that it was captured with.
+
+    Args:
+        model: causal, on the device.
+        new_graph: makes a `Graph`.
+        tolerance: how far scores may be from the plain ones, as a share of their norm.
+
+    Attributes:
+        replays: how many batches were replayed.
+    """
+
+    def __init__(self, model: nn.Module, new_graph: Callable[[], Graph], tolerance: float):
+        self.model, self.new_graph, self.tolerance = model, new_graph, tolerance
+        self.shapes: dict[Shape, tuple[StaticInputs, Graph]] = {}
+        self.replays = 0
+        self._weights = layer_weights(model)
+        self._seen: Counter[Shape] = Counter()
+        self._trusted: set[Shape] = set()
+        self._attached: object = None
+        self._refused = False
+
+    def __call__(self, batch: Batch, words: int) -> Tensor:
+        """Scores ``(N, words)``, on the device."""
+        self._forget_others()
+        shape = self._shape(batch)
+        if shape is None:
+            return self._plain(batch, words)
+        if shape in self._trusted:
+            return self._replayed(batch, shape)
+        scores = self._plain(batch, words)
+        self._seen[shape] += 1
+        if shape in self.shapes:
+            off = distance(scores, self._replayed(batch, shape), 0.1)
+            if off <= self.tolerance:
+                self._trusted.add(shape)
+            else:  # also where it is not a number
+                self._refuse()
+        elif self._seen[shape] > _BEFORE and len(self.shapes) < _MOST and not self._refused:
+            self._capture(batch, words, shape, scores.device)
+        return scores
+
+    def _replayed(self, batch: Batch, shape: Shape) -> Tensor:
+        inputs, graph = self.shapes[shape]
+        inputs.fill(batch, [1.0], None)
+        self.replays += 1
+        scores: Tensor = graph.replay()
+        return scores[: len(batch.member)].clone()  # the next batch gets the same tensor
+
+    def _shape(self, batch: Batch) -> Shape | None:
+        """The static one that serves a batch; None where none is of use."""
+        columns = batch.input_ids.shape[1]
+        of = next((step for most, step in _STEPS if columns <= most), None)
+        if self._refused or of is None or batch.label_ids is None:
+            return None
+        if self._weights * batch.input_ids.numel() > _MUCH:
+            return None
+        return shape_of(batch, Grain(8, of, of), kept=False)
+
+    def _plain(self, batch: Batch, words: int) -> Tensor:
+        try:
+            return label_word_scores(self.model, batch.to(device_of(self.model)), words)
+        except torch.OutOfMemoryError:
+            if not self.shapes:
+                raise
+        self._refuse()  # graphs have memory of their own
+        return label_word_scores(self.model, batch.to(device_of(self.model)), words)
+
+    def _capture(self, batch: Batch, words: int, shape: Shape, device: torch.device) -> None:
+        try:
+            inputs = StaticInputs(batch, shape, 1, device)
+            inputs.fill(batch, [1.0], None)
+            given = {name: inputs.tensors[name] for name in vars(batch) if name in inputs.tensors}
+            graph = self.new_graph()
+            graph.capture(partial(label_word_scores, self.model, replace(batch, **given), words))
+            self.shapes[shape] = inputs, graph
+        except Exception:  # whatever a model does that a graph cannot hold
+            self._refuse()
+
+    def _forget_others(self) -> None:
+        """Graphs read the vectors that were attached when they were captured, where they were."""
+        injector = Injector.of(self.model)
+        attached = None if injector is None else injector.attached
+        if attached is not self._attached:
+            self._forget()
+            self._attached = attached
+
+    def _forget(self) -> None:
+        self.shapes.clear()
+        self._trusted.clear()
+
+    def _refuse(self) -> None:
+        self._refused = True
+        self._forget()
+
+
+def graphed_scores(model: nn.Module) -> GraphedScores | None:
+    """For a model whose forwards a GPU can replay; None for others."""
+    device = device_of(model)
+    if device.type != "cuda" or kind_of(model) is not ModelKind.CAUSAL:
+        return None
+    if is_compiled(model) or looks_at_lengths(model) or is_spread(model):
+        return None
+    exact = getattr(model, "dtype", None) == torch.float32
+    new_graph = partial(CudaGraph, torch.cuda.graph_pool_handle())
+    # Half precision rounds differently in the kernels of another shape.
+    return GraphedScores(model, new_graph, 1e-3 if exact else 0.03)

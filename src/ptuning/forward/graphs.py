@@ -1,0 +1,86 @@
+"""A function on fixed tensors as one CUDA graph: no kernel waits for Python.
+
+What takes a step or a prediction apart into such functions (`training.cuda_graphs`,
+`graphed_scores`) holds what a graph gives against the plain computation before it is used.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..backbone.upstream import end_capture_pool
+
+_WARM_UPS = 3
+
+
+class Graph(Protocol):
+    """Records what a function does to fixed tensors, and does it again."""
+
+    def capture(self, function: Callable[[], Any]) -> None:
+        """Record."""
+
+    def replay(self) -> Any:
+        """Do it again; the outputs are the same tensors each time."""
+
+
+class CudaGraph:
+    """`torch.cuda.CUDAGraph`; all of one training or prediction share a pool.
+
+    That is safe since each replay's outputs are used before the next replay. Of the threads of a
+    process one captures at a time: a capture has the device's random state.
+    """
+
+    _libraries_are_up = False
+    _capturing = threading.Lock()
+
+    def __init__(self, pool: Any):
+        self._pool = pool
+        self._graph = torch.cuda.CUDAGraph()
+
+    def capture(self, function: Callable[[], Any]) -> None:
+        """Record, after runs on another stream: some that set libraries up, later one."""
+        with CudaGraph._capturing:
+            self._capture(function)
+
+    def _capture(self, function: Callable[[], Any]) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(1 if CudaGraph._libraries_are_up else _WARM_UPS):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        outer = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._outputs = function()
+        except Exception:  # torch stays on the capture's stream then, and in its pool
+            torch.cuda.set_stream(outer)
+            end_capture_pool(outer.device_index, self._pool)
+            with suppress(RuntimeError):
+                self._graph.reset()  # not while another thread captures
+            raise
+        CudaGraph._libraries_are_up = True
+
+    def replay(self) -> Any:
+        """Do it again."""
+        self._graph.replay()
+        return self._outputs
+
+
+def cause(error: Exception) -> str:
+    """A line of what broke a capture; its end fails too."""
+    while error.__context__ is not None and isinstance(error.__context__, Exception):
+        error = error.__context__
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def distance(expected: Tensor, got: Tensor, least: float) -> float:
+    """Norm of the difference over the norm of what is expected, or `least` where that is less."""
+    wanted = expected.detach().float()
+    return float((got.detach().float() - wanted).norm() / wanted.norm().clamp(min=least))

@@ -1,0 +1,40 @@
+"""Stand-ins for a captured graph, where there is no GPU or where one is to fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+class Again:
+    """Runs the function on the static buffers, as a replayed graph does."""
+
+    def capture(self, function: Callable[[], Any]) -> None:
+        self.function = function
+
+    def replay(self) -> Any:
+        return self.function()
+
+
+class Stale(Again):
+    """Gives what the first batch gave, whatever is in the buffers."""
+
+    def replay(self) -> Any:
+        if not hasattr(self, "outputs"):
+            self.outputs = self.function()
+        return self.outputs
+
+
+class Failing(Again):
+    def capture(self, function: Callable[[], Any]) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+
+class FailingAtItsEnd(Again):
+    """As CUDA: what breaks a capture makes its end fail too."""
+
+    def capture(self, function: Callable[[], Any]) -> None:
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        finally:
+            raise RuntimeError("failed due to a previous error during capture")
