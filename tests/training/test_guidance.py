@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import ptuning
-from ptuning import Prompt, train
+from ptuning import Prompt, TrainSettings, train
 from ptuning.training import guidance, progress
 from ptuning.training.progress import Pace, Progress, epoch_line, in_words
 
@@ -111,6 +111,26 @@ def test_by_default_a_training_stops_soon_after_its_task_is_solved(base: tuple[A
     losses = [record["dev_loss"] for record in history]
     assert losses[-1] < losses[solved]  # which alone is no reason to go on
     assert len(epochs(patience=0)) == 20  # never
+
+
+def test_few_examples_have_more_epochs_and_as_many_steps_of_patience() -> None:
+    settled = {n: TrainSettings().for_examples(n) for n in (5, 32, 100, 200, 5000)}
+    assert [one.epochs for one in settled.values()] == [50, 50, 16, 10, 10]
+    assert TrainSettings(epochs=3).for_examples(5).epochs == 3
+    assert TrainSettings(gradient_accumulation=4).for_examples(300).epochs == 20
+    patience = [s.patience_for(s.steps_per_epoch(n), solved=False) for n, s in settled.items()]
+    assert patience == [100, 25, 8, 4, 4]
+    assert TrainSettings().patience_for(4, solved=True) == 4
+    assert TrainSettings(patience=2).patience_for(4, solved=False) == 2
+
+
+def test_without_a_word_of_epochs_few_examples_are_trained_on_for_fifty(
+    base: tuple[Any, Any],
+) -> None:
+    heard: list[Progress] = []
+    rest: Any = {"verbose": False, "patience": 0, "listener": heard.append, "epochs": None}
+    result = trained(base, ROWS[:2], **rest)
+    assert len(result.history) == heard[0].epochs == 50
 
 
 def test_a_training_that_starts_slowly_goes_on(base: tuple[Any, Any]) -> None:

@@ -248,7 +248,7 @@ OF_SUPERGLUE = Fields(
 OF_SUPERGLUE_TRAINING = Fields(
     TrainSettings,
     "Training",
-    defaults={"choose_by": "loss"},
+    defaults={"choose_by": "loss", "epochs": 10},
     left_out={
         **_AS_MEASURED,
         **_ELSEWHERE,

@@ -16,7 +16,7 @@ from torch.optim import AdamW
 
 from ..backbone.upstream import skip_failed_steps
 from .population import Member
-from .settings import PATIENCE, TrainSettings
+from .settings import TrainSettings
 
 
 class Learner:
@@ -57,6 +57,7 @@ class Learner:
         self.optimizer = AdamW(groups, lr=rate, weight_decay=settings.weight_decay)
         self._highest = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.steps, self.steps_taken = steps, 0
+        self._steps_per_epoch = steps // settings.settled_epochs
         self.active = True
         self.dropped: int | None = None
         self.best: dict[str, Any] = {}
@@ -141,8 +142,9 @@ class Learner:
         if latest or self.rank(record) > self.rank(self.best):
             self._keep(record, vectors)
         self.without_gain = 0 if gain else self.without_gain + 1
-        patience = PATIENCE if self.settings.patience is None else self.settings.patience
-        self.active = self.without_gain < patience if patience else True
+        solved = self.best.get("dev_accuracy") == 1
+        patience = self.settings.patience_for(self._steps_per_epoch, solved)
+        self.active = not patience or self.without_gain < patience
         return None
 
     def _is_gain(self, record: dict[str, float]) -> bool:

@@ -83,7 +83,7 @@ class Loop:
                     part.compile_layers(self.settings.compile, tokens, self.steps - self.step)
                 self.take_step = steps_of(population, self.learners, part, self.accelerator)
                 dev_steps = len(self.variants[0].dev) / self._per_step
-                limit, epochs = self.settings.max_minutes, self.settings.epochs
+                limit, epochs = self.settings.max_minutes, self.settings.settled_epochs
                 self.clock = Clock(limit, epochs, dev_steps)
                 self._epochs()
         return self.learners
@@ -101,8 +101,8 @@ class Loop:
     def _prepare(self, resume: bool) -> None:
         settings = self.settings
         self.device = move_model(self.base.model, self.accelerator)
-        self.steps_per_epoch = -(-len(self.variants[0].examples) // self._per_step)
-        self.steps = self.steps_per_epoch * settings.epochs
+        self.steps_per_epoch = settings.steps_per_epoch(len(self.variants[0].examples))
+        self.steps = self.steps_per_epoch * settings.settled_epochs
         self.members = [self._member(variant) for variant in self.variants]
         tuned = self.base.model if settings.tune_model else None
         self.learners = [
@@ -127,7 +127,7 @@ class Loop:
         self._saved_at = time.monotonic()
         self._note_start()
         count = len(self.variants[0].examples)
-        last = self.steps_per_epoch * (self.until or self.settings.epochs)
+        last = self.steps_per_epoch * (self.until or self.settings.settled_epochs)
         while self.step < last and any(learner.active for learner in self.learners):
             epoch, done = divmod(self.step, self.steps_per_epoch)
             orders = [learner.order(epoch, count) for learner in self.learners]
@@ -250,7 +250,7 @@ class Loop:
             self._save()
             return
         if self.settings.halving and whole:
-            halve(self.learners, epoch + 1, self.settings.epochs)
+            halve(self.learners, epoch + 1, self.settings.settled_epochs)
         record = max(records, key=self.learners[0].rank)
         self.accelerator.log(record, step=self.step)
         if whole:
@@ -293,7 +293,7 @@ class Loop:
     ) -> None:
         members, of = sum(learner.active for learner in self.learners), len(self.learners)
         note = self.notes.pop(0) if self.notes else ""
-        epochs = self.settings.epochs
+        epochs = self.settings.settled_epochs
         heard = Progress(step, self.steps, epoch + 1, loss, record, members, of, note, epochs)
         if self.accelerator.is_main_process:
             self.listener(heard)

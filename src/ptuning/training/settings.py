@@ -25,8 +25,12 @@ CHANGE_NO_RESULT = (
 """Settings that a run may be resumed with others of."""
 LATER = {"ensemble": 1, "calibrate": "none", "folds": 0, "init": None, "label_bias": None}
 """Settings that older releases do not have: at its default one is no part of a run's identity."""
-PATIENCE = 4
-"""Epochs without a gain that a training takes where the user says nothing.
+_EPOCHS, _STEPS, _MOST_EPOCHS = 10, 200, 50
+"""Where the user says nothing. With 32 examples ten epochs are 40 steps, which are too few by far
+(`benchmarks/README.md`)."""
+_PATIENCE, _PATIENT_STEPS = 4, 100
+"""Epochs without a gain that a training takes where the user says nothing, or what is as many
+steps of few examples.
 
 Of ten epochs (SmolLM2, float32, seed 0) the demo gains until the 7th, LAMA's P36 until the 3rd:
 with 4 both keep their result, and P36 stops after the 7th.
@@ -39,7 +43,8 @@ class TrainSettings:
     """How to train. Each field is an option of ``ptuning train``, and its text here the help there.
 
     Args:
-        epochs: passes over the training examples.
+        epochs: passes over the training examples; by default 10, or of few examples as many as 200
+            steps take, 50 at most.
         learning_rate: AdamW's; by default 1e-3 for mlp, 2e-3 for lstm and residual, 1e-2 for none
             and mixture.
         batch_size: examples per micro-batch.
@@ -52,7 +57,8 @@ class TrainSettings:
         choose_by: which dev result is better: ``accuracy`` (of equals the lower loss) or ``loss``,
             which swings less where dev examples are few.
         patience: stop after so many epochs without a better dev result; 0 never stops. By default
-            4, and where all dev answers are right a lower loss no longer counts as better.
+            4 (or as many as 100 steps take), and where all dev answers are right a lower loss no
+            longer counts as better.
         max_minutes: stop after so many minutes, dev included; the best result until then is the
             prompt, and the run can be resumed.
         shuffle: a new order of the examples in each epoch.
@@ -89,7 +95,7 @@ class TrainSettings:
         InputError: a value that cannot be trained with.
     """
 
-    epochs: int = 10
+    epochs: int | None = None
     learning_rate: float | None = None
     batch_size: int = 8
     gradient_accumulation: int = 1
@@ -163,6 +169,35 @@ class TrainSettings:
         if self.prefix_cache == "auto":
             return None
         return 0 if self.prefix_cache == "off" else parse_size(self.prefix_cache)
+
+    def for_examples(self, count: int) -> TrainSettings:
+        """The settings with the epochs that so many examples are trained for."""
+        if self.epochs is not None:
+            return self
+        enough = math.ceil(_STEPS / self.steps_per_epoch(count))
+        return replace(self, epochs=min(max(_EPOCHS, enough), _MOST_EPOCHS))
+
+    @property
+    def settled_epochs(self) -> int:
+        """The epochs, once the number of examples is known (`for_examples`)."""
+        assert self.epochs is not None
+        return self.epochs
+
+    def steps_per_epoch(self, count: int) -> int:
+        """Optimizer steps that so many examples take."""
+        return math.ceil(count / (self.batch_size * self.gradient_accumulation))
+
+    def patience_for(self, steps_per_epoch: int, solved: bool) -> int:
+        """Epochs without a gain that are waited for; 0 for any number.
+
+        Args:
+            steps_per_epoch: optimizer steps.
+            solved: all dev answers are right.
+        """
+        if self.patience is not None:
+            return self.patience
+        few = 0 if solved else math.ceil(_PATIENT_STEPS / steps_per_epoch)
+        return max(_PATIENCE, few)
 
     def rate_for(self, encoder: str) -> float:
         """The learning rate for an encoder type."""

@@ -165,6 +165,7 @@ def train(
             rows, dev = set_aside(rows, answer_column(prompt, rows[0]), dev, settings.seed)
         dev = as_rows(dev)
         check_run(prompt, rows, dev, settings, population, grid, answered=lessons is None)
+        settings = settings.for_examples(len(rows))
         base = BaseModel.of(model, tokenizer)
         if prompt.base_model:
             base.check_same(prompt.base_model)

@@ -38,7 +38,9 @@ class SuperGlueOptions:
     population: int = 1
     together: bool = True
     settings: TrainSettings = field(
-        default_factory=lambda: TrainSettings(choose_by="loss", patience=0, init="encoder")
+        default_factory=lambda: TrainSettings(
+            epochs=10, choose_by="loss", patience=0, init="encoder"
+        )
     )
 
     def __post_init__(self) -> None:
