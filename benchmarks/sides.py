@@ -84,7 +84,7 @@ class Ours:
         self.base, self.device = base, base.device
         prompt = Prompt(f"{{text}}[P*{VIRTUAL}][MASK]", encoder="mlp")
         made = [Member(prompt, base, seed, [None] * VIRTUAL) for seed in range(members)]
-        settings = TrainSettings(learning_rate=RATE, schedule="constant", warmup=0.0)
+        settings = TrainSettings(epochs=1, learning_rate=RATE, schedule="constant", warmup=0.0)
         accelerator = Accelerator(cpu=base.device.type == "cpu")
         self.learners = []
         for member in made:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, DynamicCache
 
 from ptuning.forward import attention as module
@@ -224,6 +225,26 @@ def test_other_attentions_and_models_without_groups_stay_as_they_are(
         model.set_attn_implementation("eager")
     found(model, True)
     assert groups == ([] if eager else [False] * 2)
+
+
+def test_for_a_gpu_s_forwards_alone_cudnn_s_attention_is_off_for_their_time() -> None:
+    is_on = torch.backends.cuda.cudnn_sdp_enabled
+    before = is_on()
+    try:
+        for user in (True, False):
+            torch.backends.cuda.enable_cudnn_sdp(user)
+            with module._ours():  # a CPU's
+                assert is_on() == user
+            with module._ours(on_gpu=True), module._ours(on_gpu=True):
+                assert not is_on()
+                with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]):
+                    with module._ours(on_gpu=True):  # compiled layers ask for it
+                        assert is_on()
+                    assert is_on()
+                assert not is_on()
+            assert is_on() == user
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def test_the_name_stands_for_its_own_attention_again_even_after_an_error() -> None:

@@ -11,6 +11,7 @@ import torch
 import ptuning
 from ptuning import Prompt
 from ptuning.backbone.base_model import BaseModel
+from ptuning.backbone.injection import Injector
 from ptuning.forward import engine as engines
 from ptuning.forward import graphed_scores as module
 from ptuning.forward.engine import Engine
@@ -27,6 +28,26 @@ ROWS = [{"text": f"{n} " + "France and the cities " * (1 + n % 3)} for n in rang
 class Off(Again):
     def replay(self) -> Any:
         return self.function() * 1.01
+
+
+class AsCaptured(Again):
+    """As a real graph: reads the vectors where they were, and writes into one tensor each time."""
+
+    model: Any
+
+    def capture(self, function: Callable[[], Any]) -> None:
+        self.function, injector = function, Injector.of(self.model)
+        assert injector is not None
+        self.injector, self.lookup = injector, injector._lookup
+        self.scores = function().clone()
+
+    def replay(self) -> Any:
+        now, self.injector._lookup = self.injector._lookup, self.lookup
+        try:
+            self.scores.copy_(self.function())
+        finally:
+            self.injector._lookup = now
+        return self.scores
 
 
 class OfTheCapture(Again):
@@ -105,9 +126,10 @@ def test_graphs_that_give_something_else_or_cannot_be_made_are_not_used(
     [
         ({"verbalizer": {"yes": "not a city", "no": "Ra"}}, {}),
         ({}, {"_STEPS": ((8, 8),)}),
-        ({}, {"_MUCH": 1000}),
+        ({}, {"_LITTLE": 0, "_MUCH": 1000}),
+        ({}, {"_LITTLE": 0, "_FILLED": 1.0}),
     ],
-    ids=["several tokens", "long", "much work"],
+    ids=["several tokens", "long", "much work", "mostly filled up"],
 )
 def test_what_a_graph_is_of_no_use_for_stays_plain(
     setting_of: dict[str, Any],
@@ -122,6 +144,20 @@ def test_what_a_graph_is_of_no_use_for_stays_plain(
     assert made[0].replays == 0
 
 
+def test_a_model_with_hooks_of_others_stays_plain(made: list[GraphedScores]) -> None:
+    given = setting()
+    seen: list[Any] = []
+    given[0].model.layers[0].register_forward_hook(lambda *call: seen.append(call))
+    shares(*given)
+    assert made[0].replays == 0 and len(seen) == 35
+
+
+def test_under_autocast_predictions_stay_plain(made: list[GraphedScores]) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        shares(*setting())
+    assert made[0].replays == 0
+
+
 def test_kept_openings_are_not_computed_again(made: list[GraphedScores]) -> None:
     given = setting(template="The big old capital city of all these lands: [P*5] {text} [MASK]")
     rows = [{"text": "Rome"}] * 40
@@ -130,30 +166,38 @@ def test_kept_openings_are_not_computed_again(made: list[GraphedScores]) -> None
 
 
 def test_a_prompt_that_comes_or_leaves_meanwhile_changes_no_answer(
-    made: list[GraphedScores],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, tokenizer, prompt = setting()
+    made = made_with(AsCaptured, monkeypatch)
+    monkeypatch.setattr(AsCaptured, "model", model, raising=False)
     other = setting(seed=1)[2]
     expected = plain(model, tokenizer, prompt)
-    engine = Engine(BaseModel.of(model, tokenizer), repeats=True)
+    base = BaseModel.of(model, tokenizer)
+    engine, alone = Engine(base, repeats=True), Engine(base)
     renderer = engine.renderer(prompt)
     rendered = renderer.each(ROWS, "prediction", answered=False)
 
-    def found(first_id: int) -> torch.Tensor:
+    def found(first_id: int, by: Engine = engine) -> torch.Tensor:
         questions = [Question(renderer, one, first_id) for one in rendered]
-        got = sorted(answers(engine, questions, 2), key=lambda pair: pair[0])
+        got = sorted(answers(by, questions, 2), key=lambda pair: pair[0])
         return torch.tensor([list(one.probabilities.values()) for _, one in got])
 
     with ptuning.attach(model, tokenizer, prompt) as attached, torch.no_grad():
         first = attached.first_id(prompt)
         assert torch.allclose(found(first), torch.tensor(expected), atol=1e-5)
-        shapes = len(made[0].shapes)
-        assert shapes > 1
+        assert len(made[0].shapes) > 1
         before = made[0].replays
         with ptuning.attach(model, tokenizer, other):
             assert torch.allclose(found(first), torch.tensor(expected), atol=1e-5)
         assert torch.allclose(found(first), torch.tensor(expected), atol=1e-5)
         assert made[0].replays > before
+        injector = Injector.of(model)
+        assert injector is not None
+        for _ in range(3):  # other vectors at the same place, again and again
+            injector.write(injector.spans[0], 0.1 * torch.randn(5, 32))
+            assert torch.allclose(found(first), found(first, alone), atol=1e-5)
+        assert not made[0].shapes  # graphs are not worth it any more
 
 
 def test_prompts_that_are_mixed_in_a_batch_are_replayed_too(made: list[GraphedScores]) -> None:

@@ -125,7 +125,7 @@ def test_a_converted_file_has_the_special_tokens_that_it_names(
 
     def confused(*args: Any, **kwargs: Any) -> Any:  # as transformers 5.17 is
         tokenizer = read(*args, **kwargs)
-        tokenizer.eos_token = tokenizer.bos_token
+        tokenizer.eos_token, tokenizer.pad_token = tokenizer.bos_token, None
         return tokenizer
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", confused)
@@ -133,6 +133,8 @@ def test_a_converted_file_has_the_special_tokens_that_it_names(
     monkeypatch.undo()
     tokenizer = read(tmp_path / "plain")
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+    named = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    assert "tokenizer.ggml.padding_token_id" in named and tokenizer.pad_token == "<pad>"
 
 
 def test_virtual_tokens_are_control_tokens_of_the_file(tmp_path: Path) -> None:

@@ -191,6 +191,8 @@ def test_a_gpu_computes_more_short_rows_at_once_unless_their_number_is_given() -
     mixed = [example for example, _ in rows_of([(1018, 0)] * 40 + [(10, 0)] * 1024, 6)]
     assert sizes_of(mixed, None) == [1024, 32, 8]
     assert sizes_of([], None) == []
+    late = [example for example, _ in rows_of([(6, 0)] * 513 + [(994, 0)] * 40, 6)]
+    assert sizes_of(late, None) == [524, 29]  # ends at 16,384 tokens, though no doubling is there
 
 
 def test_long_answers_have_logits_so_that_no_more_rows_are_computed_at_once() -> None:

@@ -208,11 +208,19 @@ def convert_gguf(path: Path, folder: Path) -> None:
     plain = type(loaded)(type(loaded.config).from_dict(values))
     plain.load_state_dict(loaded.state_dict())
     plain.save_pretrained(folder)
-    for name in ("bos_token", "eos_token", "pad_token"):  # transformers 5.17 takes some for others
-        number = getattr(plain.config, f"{name}_id", None)
-        if isinstance(number, int) and 0 <= number < len(tokenizer):
-            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
+    for name, number in _special_tokens(path).items():  # transformers 5.17 takes some for others
+        setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
     tokenizer.save_pretrained(folder)
+
+
+def _special_tokens(path: Path) -> dict[str, int]:
+    """The ids of those that a GGUF file names, by their names in transformers."""
+    from gguf import GGUFReader
+
+    named = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}
+    fields = GGUFReader(path).fields
+    found = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for key, name in named.items()}
+    return {name: int(field.contents()) for name, field in found.items() if field is not None}
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:

@@ -45,6 +45,16 @@ def hook_owners(module: nn.Module) -> list[Any]:
     return [getattr(hook, "__self__", None) for hook in list(module._forward_pre_hooks.values())]
 
 
+def has_foreign_hooks(model: nn.Module) -> bool:
+    """Somebody's hooks are around the forwards of its modules: neither ours nor transformers',
+    which leaves some on models that were once asked for hidden states."""
+    for module in model.modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            if getattr(hook, "__module__", "").split(".")[0] not in ("ptuning", "transformers"):
+                return True
+    return False
+
+
 def remove_hooks_of(owner: Any, module: nn.Module) -> None:
     """Take an object's methods from the hooks around a module's forward (see `hook_owners`)."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):

@@ -248,7 +248,8 @@ OF_SUPERGLUE = Fields(
 OF_SUPERGLUE_TRAINING = Fields(
     TrainSettings,
     "Training",
-    defaults={"choose_by": "loss", "epochs": 10},
+    defaults={"choose_by": "loss"},
+    written={"epochs": (int, 10, "Passes over the training examples.")},
     left_out={
         **_AS_MEASURED,
         **_ELSEWHERE,

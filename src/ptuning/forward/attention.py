@@ -47,7 +47,7 @@ _LONG = 2**16
 _TILE, _MORE = 128, 8
 """Keys that cuDNN's kernels read at once, and those that are added to half a tile."""
 
-_forwards = 0
+_forwards = _on_gpu = 0
 _theirs: Any = sdpa_attention_forward
 """What the name stands for while no forward is ours."""
 _cudnn_was_on = True
@@ -61,7 +61,7 @@ def own_attention(model: nn.Module) -> Iterator[None]:
     if is_compiled(model) or not looks_attention_up(model) or not known:
         yield
         return
-    with _ours():
+    with _ours(on_gpu=device_of(model).type == "cuda"):
         yield
 
 
@@ -85,19 +85,19 @@ def grouped_on_gpu(model: nn.Module) -> Iterator[bool]:
     if not half or width > 128 or width % 8 or torch.cuda.get_device_capability(device) < (9, 0):
         yield False
         return
-    with _ours(grouped=True):
+    with _ours(grouped=True, on_gpu=True):
         yield True
 
 
 @contextmanager
-def _ours(grouped: bool = False) -> Iterator[None]:
+def _ours(grouped: bool = False, on_gpu: bool = False) -> Iterator[None]:
     before = _asked_for(), _reads_groups()
     _here.ours, _here.grouped = True, grouped or _reads_groups()
-    _count(1)
+    _count(1, on_gpu)
     try:
         yield
     finally:
-        _count(-1)
+        _count(-1, on_gpu)
         _here.ours, _here.grouped = before
 
 
@@ -111,18 +111,22 @@ def _reads_groups() -> bool:
     return getattr(_here, "grouped", False)
 
 
-def _count(change: int) -> None:
+def _count(change: int, on_gpu: bool) -> None:
     """The first forward brings our attention, the last what was there: threads may overlap."""
-    global _forwards, _theirs, _cudnn_was_on
+    global _forwards, _on_gpu, _theirs, _cudnn_was_on
     with CHANGING:
         if not _forwards:
             _theirs = AttentionInterface()["sdpa"]
+        _forwards += change
+        AttentionInterface.register("sdpa", attention if _forwards else _theirs)
+        if not on_gpu:
+            return
+        if not _on_gpu:
             _cudnn_was_on = torch.backends.cuda.cudnn_sdp_enabled()
             torch.backends.cuda.enable_cudnn_sdp(False)
-        _forwards += change
-        if not _forwards:
+        _on_gpu += change
+        if not _on_gpu:
             torch.backends.cuda.enable_cudnn_sdp(_cudnn_was_on)
-        AttentionInterface.register("sdpa", attention if _forwards else _theirs)
 
 
 def attention(

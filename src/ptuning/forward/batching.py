@@ -70,7 +70,8 @@ def chunks_by_length(
         chunk.append(index)
         computed += members * computed_tokens(examples[index], False)
         answered += members * sum(len(s.answer) for s in examples[index].sequences)
-        if len(chunk) < full:
+        much = computed >= enough or answered >= _ANSWERED
+        if len(chunk) < size or (len(chunk) < full and not much):
             continue
         if 2 * computed <= enough and 2 * answered <= _ANSWERED:
             full *= 2  # so that shapes come again (`graphed_scores`)

@@ -21,17 +21,23 @@ from torch import Tensor, nn
 from ..backbone.base_model import device_of
 from ..backbone.injection import Injector
 from ..backbone.traits import ModelKind, is_spread, kind_of, layer_weights, looks_at_lengths
-from ..backbone.upstream import is_compiled
+from ..backbone.upstream import has_foreign_hooks, is_compiled
 from ..rendering.collate import Batch
-from .graphs import CudaGraph, Graph, distance
+from .graphs import CudaGraph, Graph
 from .label_words import label_word_scores
 from .static_shapes import Grain, Shape, StaticInputs, shape_of
 
 _MOST = 32
 _BEFORE = 2
 """Plain batches of a shape before it is captured, which takes as long as some more of them."""
-_MUCH = 5e12
-"""Products of a forward from which on a GPU is busy while Python starts its kernels."""
+_LITTLE, _MUCH, _FILLED = 1.2e11, 5e12, 1.5
+"""Products of a forward in half precision that take an H100 no time beside its kernels' starts, and
+from which on it is busy meanwhile; between the two a static batch is at most so many times as
+large as what it is filled with."""
+_SLOWER = 16
+"""How many products of half precision it has for one of float32."""
+_CHANGES = 3
+"""Times that graphs are made anew since prompts were attached or left."""
 _STEPS = ((64, 8), (256, 16), (1024, 32))
 """Columns up to which, and what they are filled up to a multiple of."""
 
@@ -44,7 +50,7 @@ class GraphedScores:
     Args:
         model: causal, on the device.
         new_graph: makes a `Graph`.
-        tolerance: how far scores may be from the plain ones, as a share of their norm.
+        tolerance: how far the words' shares of 1 may be from the plain ones.
 
     Attributes:
         replays: how many batches were replayed.
@@ -52,12 +58,14 @@ class GraphedScores:
 
     def __init__(self, model: nn.Module, new_graph: Callable[[], Graph], tolerance: float):
         self.model, self.new_graph, self.tolerance = model, new_graph, tolerance
+        self._slower = _SLOWER if getattr(model, "dtype", None) == torch.float32 else 1
         self.shapes: dict[Shape, tuple[StaticInputs, Graph]] = {}
         self.replays = 0
         self._weights = layer_weights(model)
         self._seen: Counter[Shape] = Counter()
         self._trusted: set[Shape] = set()
         self._attached: object = None
+        self._changes = 0
         self._refused = False
 
     def __call__(self, batch: Batch, words: int) -> Tensor:
@@ -71,8 +79,7 @@ class GraphedScores:
         scores = self._plain(batch, words)
         self._seen[shape] += 1
         if shape in self.shapes:
-            off = distance(scores, self._replayed(batch, shape), 0.1)
-            if off <= self.tolerance:
+            if _difference(scores, self._replayed(batch, shape)) <= self.tolerance:
                 self._trusted.add(shape)
             else:  # also where it is not a number
                 self._refuse()
@@ -93,9 +100,13 @@ class GraphedScores:
         of = next((step for most, step in _STEPS if columns <= most), None)
         if self._refused or of is None or batch.label_ids is None:
             return None
-        if self._weights * batch.input_ids.numel() > _MUCH:
+        if torch.is_autocast_enabled(device_of(self.model).type):
             return None
-        return shape_of(batch, Grain(8, of, of), kept=False)
+        shape = shape_of(batch, Grain(8, of, of), kept=False)
+        size = shape.examples * shape.rows * shape.columns
+        work = self._slower * self._weights * size
+        filled = size <= _FILLED * batch.input_ids.numel()
+        return shape if work <= _LITTLE or (work <= _MUCH and filled) else None
 
     def _plain(self, batch: Batch, words: int) -> Tensor:
         try:
@@ -107,6 +118,9 @@ class GraphedScores:
         return label_word_scores(self.model, batch.to(device_of(self.model)), words)
 
     def _capture(self, batch: Batch, words: int, shape: Shape, device: torch.device) -> None:
+        if has_foreign_hooks(self.model):  # which a replay would not call
+            self._refuse()
+            return
         try:
             inputs = StaticInputs(batch, shape, 1, device)
             inputs.fill(batch, [1.0], None)
@@ -122,12 +136,16 @@ class GraphedScores:
         injector = Injector.of(self.model)
         attached = None if injector is None else injector.attached
         if attached is not self._attached:
-            self._forget()
             self._attached = attached
+            self._changes += bool(self.shapes)
+            if self._changes > _CHANGES:
+                self._refuse()
+            self._forget()
 
     def _forget(self) -> None:
         self.shapes.clear()
         self._trusted.clear()
+        self._seen.clear()
 
     def _refuse(self) -> None:
         self._refused = True
@@ -141,7 +159,14 @@ def graphed_scores(model: nn.Module) -> GraphedScores | None:
         return None
     if is_compiled(model) or looks_at_lengths(model) or is_spread(model):
         return None
+    if device.index not in (None, torch.cuda.current_device()):
+        return None
     exact = getattr(model, "dtype", None) == torch.float32
     new_graph = partial(CudaGraph, torch.cuda.graph_pool_handle())
     # Half precision rounds differently in the kernels of another shape.
-    return GraphedScores(model, new_graph, 1e-3 if exact else 0.03)
+    return GraphedScores(model, new_graph, 1e-4 if exact else 0.02)
+
+
+def _difference(expected: Tensor, got: Tensor) -> float:
+    """The largest between the words' shares of 1; NaN where there is one."""
+    return float((expected.softmax(1) - got.softmax(1)).abs().max())

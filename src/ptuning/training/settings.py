@@ -57,8 +57,8 @@ class TrainSettings:
         choose_by: which dev result is better: ``accuracy`` (of equals the lower loss) or ``loss``,
             which swings less where dev examples are few.
         patience: stop after so many epochs without a better dev result; 0 never stops. By default
-            4 (or as many as 100 steps take), and where all dev answers are right a lower loss no
-            longer counts as better.
+            4, or of few examples as many as 100 steps take; where all dev answers are right 4, and
+            a lower loss no longer counts as better.
         max_minutes: stop after so many minutes, dev included; the best result until then is the
             prompt, and the run can be resumed.
         shuffle: a new order of the examples in each epoch.
