@@ -409,10 +409,10 @@ def test_wrong_options_of_a_saved_prompt_are_one_line(train: Run, run: Run) -> N
     Path("candidates.txt").write_text("Paris\nRome\n")
     asked = ["out", "--data", "train.jsonl"]
     wrong: list[tuple[list[str], list[str]]] = [
-        *(([command, *asked, option, "0"], [f"Invalid value for '{option}'", "1"])
+        *(([command, *asked, option, "0"], [option, "greater than or equal to 1"])
           for command in ("evaluate", "predict", "report")
           for option in ("--batch-size", "--answer-tokens")),
-        (["inspect", "out", "--words", "-2"], ["Invalid value for '--words'", "1"]),
+        (["inspect", "out", "--words", "-2"], ["--words", "greater than or equal to 1"]),
         (["evaluate", *asked, "--manual", "[P] {country}"],
          ["a manual template has no virtual tokens", "[P] {country}"]),
         (["report", *asked, "--manual", "{contry}"], ["'contry'", "'country'"]),

@@ -126,8 +126,8 @@ def test_graphs_that_give_something_else_or_cannot_be_made_are_not_used(
     [
         ({"verbalizer": {"yes": "not a city", "no": "Ra"}}, {}),
         ({}, {"_STEPS": ((8, 8),)}),
-        ({}, {"_LITTLE": 0, "_MUCH": 1000}),
-        ({}, {"_LITTLE": 0, "_FILLED": 1.0}),
+        ({}, {"LITTLE": 0, "_MUCH": 1000}),
+        ({}, {"LITTLE": 0, "_FILLED": 1.0}),
     ],
     ids=["several tokens", "long", "much work", "mostly filled up"],
 )

@@ -255,7 +255,7 @@ def stopping_at(step: int) -> Any:
 def test_batches_with_and_without_a_prefix_may_have_one_shape(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(static_shapes, "_LITTLE", 0)
+    monkeypatch.setattr(static_shapes, "LITTLE", 0)
     template = "{text} [P*3] is this or that, is it not [P*2] [MASK]"
     rows = [{"text": f"{n}" + " is" * n, "answer": "not"} for n in range(14)]
     options: dict[str, Any] = {"template": template, "rows": rows, "batch_size": 1, "epochs": 6}
@@ -292,7 +292,7 @@ def test_a_wrong_graph_is_refused_and_training_goes_on(
 def test_a_shape_that_is_off_runs_plain_where_another_has_agreed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(static_shapes, "_LITTLE", 0)
+    monkeypatch.setattr(static_shapes, "LITTLE", 0)
     made: list[Again] = []
 
     class OneIsWrong(Again):
@@ -406,7 +406,7 @@ def test_little_work_is_captured_once_for_all_its_shapes(monkeypatch: pytest.Mon
     rows = [{"text": "is " * (n % 9), "answer": "not"} for n in range(20)]
     options: dict[str, Any] = {"rows": rows, "epochs": 9, "batch_size": 3}
     plain, coarse = Trained(None, monkeypatch, **options), Trained(Again, monkeypatch, **options)
-    monkeypatch.setattr(static_shapes, "_LITTLE", 0)
+    monkeypatch.setattr(static_shapes, "LITTLE", 0)
     fine = Trained(Again, monkeypatch, **options)
     assert len(coarse.made[0].shapes) < len(fine.made[0].shapes)
     assert coarse.replays > fine.replays

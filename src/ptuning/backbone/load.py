@@ -209,7 +209,8 @@ def convert_gguf(path: Path, folder: Path) -> None:
     plain.load_state_dict(loaded.state_dict())
     plain.save_pretrained(folder)
     for name, number in _special_tokens(path).items():  # transformers 5.17 takes some for others
-        setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
+        if number < len(tokenizer):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
     tokenizer.save_pretrained(folder)
 
 

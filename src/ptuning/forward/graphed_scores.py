@@ -23,17 +23,15 @@ from ..backbone.injection import Injector
 from ..backbone.traits import ModelKind, is_spread, kind_of, layer_weights, looks_at_lengths
 from ..backbone.upstream import has_foreign_hooks, is_compiled
 from ..rendering.collate import Batch
-from .graphs import CudaGraph, Graph
+from .graphs import MOST, CudaGraph, Graph
 from .label_words import label_word_scores
-from .static_shapes import Grain, Shape, StaticInputs, shape_of
+from .static_shapes import LITTLE, Grain, Shape, StaticInputs, shape_of
 
-_MOST = 32
 _BEFORE = 2
 """Plain batches of a shape before it is captured, which takes as long as some more of them."""
-_LITTLE, _MUCH, _FILLED = 1.2e11, 5e12, 1.5
-"""Products of a forward in half precision that take an H100 no time beside its kernels' starts, and
-from which on it is busy meanwhile; between the two a static batch is at most so many times as
-large as what it is filled with."""
+_MUCH, _FILLED = 5e12, 1.5
+"""Products of a forward in half precision from which on an H100 is busy while Python starts its
+kernels; down to `LITTLE` a static batch is at most so many times as large as its content."""
 _SLOWER = 16
 """How many products of half precision it has for one of float32."""
 _CHANGES = 3
@@ -83,7 +81,7 @@ class GraphedScores:
                 self._trusted.add(shape)
             else:  # also where it is not a number
                 self._refuse()
-        elif self._seen[shape] > _BEFORE and len(self.shapes) < _MOST and not self._refused:
+        elif self._seen[shape] > _BEFORE and len(self.shapes) < MOST and not self._refused:
             self._capture(batch, words, shape, scores.device)
         return scores
 
@@ -106,7 +104,7 @@ class GraphedScores:
         size = shape.examples * shape.rows * shape.columns
         work = self._slower * self._weights * size
         filled = size <= _FILLED * batch.input_ids.numel()
-        return shape if work <= _LITTLE or (work <= _MUCH and filled) else None
+        return shape if work <= LITTLE or (work <= _MUCH and filled) else None
 
     def _plain(self, batch: Batch, words: int) -> Tensor:
         try:

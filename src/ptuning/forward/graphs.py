@@ -12,10 +12,11 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from ..backbone.upstream import end_capture_pool
 
+MOST = 32
+"""Graphs of one training or prediction: each has memory of its own."""
 _WARM_UPS = 3
 
 
@@ -71,16 +72,3 @@ class CudaGraph:
         """Do it again."""
         self._graph.replay()
         return self._outputs
-
-
-def cause(error: Exception) -> str:
-    """A line of what broke a capture; its end fails too."""
-    while error.__context__ is not None and isinstance(error.__context__, Exception):
-        error = error.__context__
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def distance(expected: Tensor, got: Tensor, least: float) -> float:
-    """Norm of the difference over the norm of what is expected, or `least` where that is less."""
-    wanted = expected.detach().float()
-    return float((got.detach().float() - wanted).norm() / wanted.norm().clamp(min=least))

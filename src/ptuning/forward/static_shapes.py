@@ -35,7 +35,7 @@ class Grain(NamedTuple):
 
 
 FINE, COARSE = Grain(8, 8, 4), Grain(16, 32, 16)
-_LITTLE = 1.2e11
+LITTLE = 1.2e11
 """Products of a forward that take an H100 less than it takes to start a small model's kernels."""
 _WITHOUT_ANSWER = {"answers": IGNORED, "labels": IGNORED, "taught": 0}
 """What rows have that are there to fill the batch: no loss comes of it."""
@@ -83,7 +83,7 @@ def grain_for(batch: Batch, weights: int, kept: bool) -> Grain:
     """
     rows = rows_for(len(batch.member), COARSE) * (len(batch.input_ids) // len(batch.member))
     columns = suffix_for(batch, COARSE) if kept else columns_for(batch, COARSE)
-    return COARSE if weights * rows * columns <= _LITTLE else FINE
+    return COARSE if weights * rows * columns <= LITTLE else FINE
 
 
 def columns_for(batch: Batch, grain: Grain) -> int:

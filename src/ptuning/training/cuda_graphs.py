@@ -31,7 +31,7 @@ from ..backbone.traits import (
     packs_rows,
 )
 from ..forward.engine import CompiledLayers
-from ..forward.graphs import CudaGraph, Graph, cause, distance
+from ..forward.graphs import MOST, CudaGraph, Graph
 from ..forward.plain import Shortened, positions
 from ..forward.static_shapes import Shape, StaticInputs, grain_for, shape_of
 from ..rendering.collate import Batch
@@ -43,7 +43,6 @@ MicroStep = Callable[[Batch, Tensor], Tensor]
 the table that is in the population's embedding."""
 Outputs = tuple[Tensor, Tensor]
 """Losses ``(members,)`` and the table's gradient."""
-_MOST = 32
 
 
 class GraphedStep:
@@ -131,7 +130,7 @@ class GraphedStep:
 
     def _can_hold(self, batch: Batch) -> bool:
         """A graph of the step is possible, and there is room for it."""
-        return len(self.shapes) < _MOST and self.population.engine.stands_still(batch)
+        return len(self.shapes) < MOST and self.population.engine.stands_still(batch)
 
     def _slots(self, batch: Batch, shape: Shape) -> Any:
         """Of the batch's kept columns, as the store's `slots` gives them; None without such."""
@@ -215,7 +214,7 @@ class GraphedStep:
             self.shapes[shape] = inputs, graph
             return _distances(expected, graph.replay())
         except Exception as error:  # whatever a model does that a graph cannot hold
-            return cause(error)
+            return _cause(error)
         finally:  # what was captured has added its own meanwhile
             self.losses.copy_(added[0])
             self.gradient.copy_(added[1])
@@ -310,4 +309,17 @@ def _distances(expected: Outputs, got: Outputs) -> float:
     """How far losses and gradient are from what is expected, the larger of the two."""
     (losses, gradient), (got_losses, got_gradient) = expected, got
     # A loss near zero is made of logits whose rounding is not near zero.
-    return max(distance(losses, got_losses, 0.1), distance(gradient, got_gradient, 1e-12))
+    return max(_distance(losses, got_losses, 0.1), _distance(gradient, got_gradient, 1e-12))
+
+
+def _distance(expected: Tensor, got: Tensor, least: float) -> float:
+    """Norm of the difference over the norm of what is expected, or `least` where that is less."""
+    wanted = expected.detach().float()
+    return float((got.detach().float() - wanted).norm() / wanted.norm().clamp(min=least))
+
+
+def _cause(error: Exception) -> str:
+    """A line of what broke a capture; its end fails too."""
+    while error.__context__ is not None and isinstance(error.__context__, Exception):
+        error = error.__context__
+    return (str(error) or type(error).__name__).splitlines()[0]
