@@ -133,3 +133,44 @@ def test_an_experiment_goes_on_in_the_format_that_it_was_begun_in(
     machine(1.0)
     assert lama("--relations", "P1,P2") == "bfloat16"
     assert lama("--relations", "P1,P2", "--overwrite") == "float32"
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_layers_in_eight_bits_are_said_written_down_and_gone_on_with(
+    machine: Machine, train: Run, run: Run, ctrl_c_after: Callable[[int | None], None]
+) -> None:
+    machine(1.0)
+    code, _, err = train("whole", "--frozen", "int8")
+    assert code == 0 and "in float32, its layers in int8" in err
+    assert settings("whole")["frozen"] == "int8"
+    ctrl_c_after(1)
+    assert train("half", "--frozen", "int8", "--checkpoint-seconds", "0")[0] != 0
+    ctrl_c_after(None)
+    code, _, err = run("train", "--output", "half", "--resume")
+    assert code == 0 and "its layers in int8" in err
+    vectors = [Prompt.load(name).trained_vectors() for name in ("whole", "half")]
+    assert torch.equal(*vectors)
+    assert train("plain")[0] == 0
+    assert not torch.equal(vectors[0], Prompt.load("plain").trained_vectors())
+    code, _, err = run("predict", "whole", "--data", "rows.jsonl", "--output", "a.jsonl")
+    assert code == 0 and "layers" not in err
+    code, _, err = run(*("evaluate", "whole", "--data", "rows.jsonl", "--frozen", "fp8", "--json"))
+    assert code == 0 and "its layers in fp8" in err
+    code, _, err = train("no", "--frozen", "int4")
+    assert code == 2 and "frozen is 'int4'; expected one of own, int8, fp8" in err
+    assert not Path("no").exists()
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_prediction_goes_on_only_in_the_eight_bits_that_it_was_begun_in(
+    machine: Machine, train: Run, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(1.0)
+    assert train("whole")[0] == 0
+    ask = ("predict", "whole", "--data", "rows.jsonl", "--output", "a.jsonl", "--frozen", "int8")
+    with monkeypatch.context() as patch:
+        patch.setattr(Partial, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(*ask)[0] != 0
+    code, _, err = run(*ask[:-2], "--resume")
+    assert code == 2 and "was made with another prompt, model or option" in err
+    assert run(*ask, "--resume")[0] == 0

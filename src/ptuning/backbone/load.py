@@ -15,6 +15,7 @@ from filelock import FileLock
 from ..devices import best_device
 from ..errors import InputError, PtuningError
 from ..storage import one_save, settle
+from . import eight_bits
 from .number_format import FULL, Choice, fastest
 
 AUTO, OWN = "auto", "own"
@@ -34,7 +35,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptuning"
 
 
-def load_model(name: str, *, dtype: str = FULL, device: str | None = None) -> tuple[Any, Any]:
+def load_model(
+    name: str,
+    *,
+    dtype: str = FULL,
+    device: str | None = None,
+    frozen: str = eight_bits.OWN,
+    gradients: bool = True,
+) -> tuple[Any, Any]:
     """Load a language model and its tokenizer.
 
     Args:
@@ -42,15 +50,20 @@ def load_model(name: str, *, dtype: str = FULL, device: str | None = None) -> tu
         dtype: ``float32``, ``bfloat16``, ``float16``, ``own`` for the checkpoint's own, or ``auto``
             for the one that the device multiplies fastest in (`choose_dtype`).
         device: such as ``cuda``; by default a GPU where there is one (`best_device`).
+        frozen: ``int8`` or ``fp8`` puts the layers' weights into eight bits (`quantize`); ``own``
+            leaves them in `dtype`.
+        gradients: prompts are trained; without, a model in eight bits takes half of the memory.
 
     Returns:
         The model in eval mode, and the tokenizer.
 
     Raises:
-        InputError: there is no such model, or it has no language-model head.
+        InputError: there is no such model, it has no language-model head, or it or the device is
+            not made for eight bits.
     """
     import transformers
 
+    eight_bits.check_frozen(frozen)
     place = torch.device(device) if device else best_device()
     chosen = choose_dtype(name, dtype, device=place).dtype
     source = _resolve(name)
@@ -63,7 +76,9 @@ def load_model(name: str, *, dtype: str = FULL, device: str | None = None) -> tu
             source, config=config, dtype=DTYPES[chosen], trust_remote_code=False
         )
     model.config.name_or_path = str(Path(name).resolve()) if Path(name).exists() else name
-    return model.eval().to(place), tokenizer
+    model = model.eval().to(place)
+    eight_bits.quantize(model, frozen, gradients=gradients)
+    return model, tokenizer
 
 
 def load_as_saved(name: str, dtype: str = AUTO) -> tuple[Any, Any]:

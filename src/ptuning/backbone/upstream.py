@@ -219,3 +219,43 @@ def skip_failed_steps(optimizer: torch.optim.Optimizer, failed: torch.Tensor) ->
     """
     optimizer.found_inf = failed  # type: ignore[attr-defined]
     optimizer._warned_capturable_if_run_uncaptured = True
+
+
+_FEWEST_ROWS = 17
+
+
+def whole_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right.T`` of whole numbers, exactly.
+
+    torch 2.2: ``_int_mm``; there is no public product of int8. On CUDA it wants 17 rows at least.
+
+    Args:
+        left: ``(M, K)`` int8.
+        right: ``(N, K)`` int8.
+
+    Returns:
+        ``(M, N)`` int32.
+    """
+    rows = len(left)
+    if left.is_cuda and rows < _FEWEST_ROWS:
+        left = nn.functional.pad(left, (0, 0, 0, _FEWEST_ROWS - rows))
+    return torch._int_mm(left, right.T)[:rows]
+
+
+def float_product(left: Tensor, right: Tensor, of_left: Tensor, of_right: Tensor) -> Tensor:
+    """``(left * of_left) @ (right * of_right.T).T`` of 8-bit floats.
+
+    torch 2.5: ``_scaled_mm`` with a scale for each row; ``torch.nn.functional.scaled_mm`` is not
+    in every release that is admitted here. On CUDA its results are bfloat16 then.
+
+    Args:
+        left: ``(M, K)``.
+        right: ``(N, K)``.
+        of_left: ``(M, 1)`` float32.
+        of_right: ``(1, N)`` float32.
+
+    Returns:
+        ``(M, N)``, float32 on a CPU.
+    """
+    dtype = torch.bfloat16 if left.is_cuda else torch.float32
+    return torch._scaled_mm(left, right.T, scale_a=of_left, scale_b=of_right, out_dtype=dtype)

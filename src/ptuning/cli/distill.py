@@ -17,6 +17,7 @@ from .options import (
     PANELS,
     Config,
     Dtype,
+    Frozen,
     Json,
     KeepEncoder,
     Model,
@@ -81,6 +82,7 @@ def distill(
     population: Population = 1,
     population_grid: PopulationGrid = None,
     dtype: Dtype = "auto",
+    frozen: Frozen = "own",
     keep_encoder: KeepEncoder = True,
     config: Config = None,
     resume: Resume = False,
@@ -144,8 +146,8 @@ def distill(
         )
         instead = ("float32", "--mixed-precision takes the weights as they are")
         mixed = how.mixed_precision != "no"
-        dtype = loading.chosen(model, dtype, instead if mixed else None, usual=True)
-        base, tokenizer = load_model(model, dtype=dtype)
+        dtype = loading.chosen(model, dtype, instead if mixed else None, usual=True, frozen=frozen)
+        base, tokenizer = load_model(model, dtype=dtype, frozen=frozen)
         count = len(tokenizer(text)["input_ids"])
         console.say(f"the teacher ({count:,} tokens) reads {len(rows) + len(dev_rows)} texts")
         run_file = run_files.as_yaml({**run_files.settings_of(context), "dtype": dtype})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import console, loading, saved_prompt
-from .options import Dtype, Json, Separator
+from .options import Dtype, Frozen, Json, Separator
 from .saved_prompt import (
     AnswerColumn,
     Answered,
@@ -33,6 +33,7 @@ def evaluate(
     answer_tokens: AnswerTokens = None,
     batch_size: BatchSize = None,
     dtype: Dtype = "auto",
+    frozen: Frozen = "own",
     separator: Separator = None,
     json_output: Json = False,
 ) -> None:
@@ -48,7 +49,7 @@ def evaluate(
     chosen = saved_prompt.read_candidates(candidates)
     name = saved_prompt.base_name(prompt, model)
     rows = saved_prompt.answered_rows(prompt, data, separator, manual)
-    base, tokenizer = loading.base_model(name, dtype)
+    base, tokenizer = loading.base_model(name, dtype, frozen)
     result = measure(
         base,
         tokenizer,

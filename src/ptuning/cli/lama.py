@@ -19,6 +19,7 @@ from .options import (
     Config,
     Dtype,
     Encoders,
+    Frozen,
     Json,
     LearningRates,
     Model,
@@ -51,6 +52,7 @@ def lama(
         typer.Option(help="File of answers that compete, one per line. [default: all tokens]"),
     ] = None,
     dtype: Dtype = "auto",
+    frozen: Frozen = "own",
     config: Config = None,
     overwrite: Overwrite = False,
     json_output: Json = False,
@@ -82,16 +84,18 @@ def lama(
     given = run_files.settings_of(context)
     elsewhere = ("output", "data", "relations", *CHANGE_NO_RESULT)
     decisive = {name: value for name, value in given.items() if name not in elsewhere}
+    if frozen == "own":  # as runs have it that are older than the option
+        del decisive["frozen"]
     with distributed.together(), distributed.locked(output):
         console.speak_if(distributed.state().is_main_process)
         named = () if relations is None else parts(relations, ",", "--relations")
         chosen = read_relations(data, named)
         words = _words(candidates)
         begun_in = None if overwrite else format_of_run(output, decisive)
-        dtype = loading.chosen(model, dtype, begun_in, usual=True)
+        dtype = loading.chosen(model, dtype, begun_in, usual=True, frozen=frozen)
         decisive["dtype"] = given["dtype"] = dtype
         ledger = Ledger(output, decisive, overwrite)
-        base, tokenizer = load_model(model, dtype=dtype)
+        base, tokenizer = load_model(model, dtype=dtype, frozen=frozen)
         facts: dict[str, Facts] = {}
         left_out: dict[str, str] = {}
         for relation in chosen:

@@ -7,9 +7,15 @@ from typing import Any
 from .. import distributed
 from . import console
 
+_OWN = "own"
+
 
 def chosen(
-    name: str, dtype: str, instead: tuple[str, str] | None = None, usual: bool = False
+    name: str,
+    dtype: str,
+    instead: tuple[str, str] | None = None,
+    usual: bool = False,
+    frozen: str = _OWN,
 ) -> str:
     """The format to load a model in; of one that the machine decided for says which and why.
 
@@ -18,26 +24,31 @@ def chosen(
         dtype: as the option has it.
         instead: what ``auto`` is here and why, whatever the machine is.
         usual: say it of float32 too, and of one that is named.
+        frozen: as the option has it.
 
     Raises:
         InputError: there is no such model or format.
     """
+    from ..backbone.eight_bits import check_frozen
     from ..backbone.load import AUTO, check_dtype, choose_dtype
     from ..backbone.number_format import FULL
 
     check_dtype(dtype)
+    check_frozen(frozen)
     found, why = (
         instead
         if dtype == AUTO and instead is not None
         else distributed.from_main(lambda: choose_dtype(name, dtype))
     )
-    if usual or (why and found != FULL):
-        console.say(f"loading {name} in {found}{f': {why}' if why else ''}")
+    if usual or (why and found != FULL) or frozen != _OWN:
+        layers = "" if frozen == _OWN else f", its layers in {frozen}"
+        console.say(f"loading {name} in {found}{layers}{f': {why}' if why else ''}")
     return found
 
 
-def base_model(name: str, dtype: str) -> tuple[Any, Any]:
-    """Model and tokenizer, in the format that is named or `chosen`."""
+def base_model(name: str, dtype: str, frozen: str = _OWN) -> tuple[Any, Any]:
+    """Model and tokenizer to answer with, in the formats that are named or `chosen`."""
     from ..backbone.load import load_model
 
-    return load_model(name, dtype=chosen(name, dtype))
+    dtype = chosen(name, dtype, frozen=frozen)
+    return load_model(name, dtype=dtype, frozen=frozen, gradients=False)

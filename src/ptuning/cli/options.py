@@ -28,6 +28,13 @@ Dtype = Annotated[
         "figures differ as they do between seeds."
     ),
 ]
+Frozen = Annotated[
+    str,
+    typer.Option(
+        help="Of the frozen model's layers: own (as --dtype says), or eight bits for their "
+        "products: int8, fp8 (newer CUDA devices; slow on a CPU). It rounds more than bfloat16."
+    ),
+]
 DtypeAsSaved = Annotated[
     str, typer.Option(help="Of the model: auto (as it is saved), float32, bfloat16, float16.")
 ]
@@ -99,7 +106,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on
 
 PANELS = {
     "Model and data": (
-        *("model", "teacher", "data", "dev", "dev_share", "test", "separator", "dtype", "device"),
+        *("model", "teacher", "data", "dev", "dev_share", "test", "separator", "dtype", "frozen"),
+        *("device",),
     ),
     "Prompt": ("template", "answer", "labels", "init_from"),
     "Training": (

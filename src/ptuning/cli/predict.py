@@ -15,7 +15,7 @@ import typer
 
 from ..errors import DataError, InputError
 from . import console, loading, saved_prompt
-from .options import Dtype, Overwrite, Separator
+from .options import Dtype, Frozen, Overwrite, Separator
 from .saved_prompt import AnswerTokens, BatchSize, Candidates, Model, PromptFolder
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def predict(
     answer_tokens: AnswerTokens = None,
     batch_size: BatchSize = None,
     dtype: Dtype = "auto",
+    frozen: Frozen = "own",
     separator: Separator = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the interrupted run beside --output.")
@@ -79,17 +80,19 @@ def predict(
     options: Any = {"candidates": chosen, "answer_tokens": answer_tokens, "batch_size": batch_size}
     rows = islice(stream_examples(data, separator), count)
     if place is None or place.special:
-        base = loading.base_model(name, dtype)
+        base = loading.base_model(name, dtype, frozen)
         _print(place.path if place else None, _answered(base, prompt, rows, options, 0, count))
         return
     depends_on = {**options, "prompt": _digest(prompt), "model": name}
     del depends_on["batch_size"]
+    if frozen != "own":
+        depends_on["frozen"] = frozen
     dtype = loading.chosen(name, dtype, _format_of(place, depends_on) if resume else None)
     depends_on["dtype"] = dtype
     with begun(place, depends_on, resume, overwrite) as partial:
         done = partial.take_up(rows)
         if done < count:
-            base = loading.base_model(name, dtype)
+            base = loading.base_model(name, dtype, frozen)
             for block in _answered(base, prompt, rows, options, done, count):
                 partial.add(block)
         partial.finish(

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import InputError
 from . import console, loading, saved_prompt
-from .options import Dtype, Overwrite, Separator
+from .options import Dtype, Frozen, Overwrite, Separator
 from .saved_prompt import (
     AnswerColumn,
     Answered,
@@ -33,6 +33,7 @@ def report(
     answer_tokens: AnswerTokens = None,
     batch_size: BatchSize = None,
     dtype: Dtype = "auto",
+    frozen: Frozen = "own",
     separator: Separator = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -56,7 +57,7 @@ def report(
     chosen = saved_prompt.read_candidates(candidates)
     name = saved_prompt.base_name(prompt, model)
     rows = saved_prompt.answered_rows(prompt, data, separator, manual)
-    base, tokenizer = loading.base_model(name, dtype)
+    base, tokenizer = loading.base_model(name, dtype, frozen)
     options: dict[str, Any] = {"candidates": chosen, "answer_tokens": answer_tokens}
     result = evaluate(
         base, tokenizer, prompt, rows, manual=manual, batch_size=batch_size, **options

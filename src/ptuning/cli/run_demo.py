@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import console
-from .options import Dtype, Json
+from .options import Dtype, Frozen, Json
 
 
 def demo(
@@ -17,6 +17,7 @@ def demo(
     ),
     model: Annotated[str, typer.Option(help="Base model; fetched if it is not here.")] = "smollm2",
     dtype: Dtype = "auto",
+    frozen: Frozen = "own",
     json_output: Json = False,
 ) -> None:
     """See a frozen model learn a task: two to three minutes on two free CPU cores.
@@ -31,7 +32,7 @@ def demo(
         main = distributed.state().is_main_process
         console.speak_if(main)
         with console.training_bar() as listener:
-            result = facts.run(model, output, console.say, listener, dtype)
+            result = facts.run(model, output, console.say, listener, dtype, frozen)
     if not main:
         return
     if json_output:

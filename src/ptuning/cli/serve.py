@@ -10,7 +10,7 @@ import typer
 
 from ..errors import InputError, PtuningError
 from . import console, loading
-from .options import Dtype
+from .options import Dtype, Frozen
 
 if TYPE_CHECKING:
     from ..serving.backend import Backend
@@ -67,6 +67,7 @@ def serve(
         float, typer.Option(help="Seconds in which a request's body has come.", min=0.1)
     ] = 10.0,
     dtype: Dtype = "auto",
+    frozen: Frozen = "own",
 ) -> None:
     """Serve prompts on one base model by HTTP, with a page to try them at /.
 
@@ -102,7 +103,7 @@ def serve(
             console.say,
         )
         name = model or registry.base_model()
-        served.append(_backend(backend, name, url, dtype, limits))
+        served.append(_backend(backend, name, url, dtype, frozen, limits))
         registry.rescan()
         registry.check_named()
         if not registry.served:
@@ -114,7 +115,9 @@ def serve(
         run(served[0], registry, limits, api_key, at, console.say)
 
 
-def _backend(kind: str, name: str, url: str | None, dtype: str, limits: Any) -> Backend:
+def _backend(
+    kind: str, name: str, url: str | None, dtype: str, frozen: str, limits: Any
+) -> Backend:
     from ..backbone.base_model import BaseModel
     from ..serving.local import Local
 
@@ -122,4 +125,6 @@ def _backend(kind: str, name: str, url: str | None, dtype: str, limits: Any) -> 
         from ..serving.remote import Remote
 
         return Remote(url, name, limits.waiting, os.environ.get("PTUNING_URL_KEY"))
-    return Local(BaseModel.of(*loading.base_model(name, dtype)), limits.batch, limits.waiting)
+    return Local(
+        BaseModel.of(*loading.base_model(name, dtype, frozen)), limits.batch, limits.waiting
+    )

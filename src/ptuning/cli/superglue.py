@@ -19,6 +19,7 @@ from .options import (
     Config,
     Dtype,
     Encoders,
+    Frozen,
     Json,
     LearningRates,
     Model,
@@ -62,6 +63,7 @@ def superglue(
     encoder: Encoders = "none",
     learning_rate: LearningRates = None,
     dtype: Dtype = "auto",
+    frozen: Frozen = "own",
     config: Config = None,
     overwrite: Overwrite = False,
     json_output: Json = False,
@@ -95,6 +97,8 @@ def superglue(
     seed = options.settings.seed
     given = run_files.settings_of(context)
     decisive = {k: v for k, v in given.items() if k not in (*_ELSEWHERE, *CHANGE_NO_RESULT)}
+    if frozen == "own":  # as runs have it that are older than the option
+        del decisive["frozen"]
     with distributed.together(), distributed.locked(output):
         console.speak_if(distributed.state().is_main_process)
         tasks = _tasks(task)
@@ -103,10 +107,10 @@ def superglue(
         for chosen in tasks:
             options.check(chosen, splits[chosen.name])
         begun_in = None if overwrite else format_of_run(output, decisive)
-        dtype = loading.chosen(model, dtype, begun_in, usual=True)
+        dtype = loading.chosen(model, dtype, begun_in, usual=True, frozen=frozen)
         decisive["dtype"] = given["dtype"] = dtype
         ledger = Ledger(output, decisive, overwrite)
-        base, tokenizer = load_model(model, dtype=dtype)
+        base, tokenizer = load_model(model, dtype=dtype, frozen=frozen)
         console.on_stop(lambda: "stopped; the same command goes on where it stopped")
         found: dict[str, Any] = {}
         with console.PartsBar(len(tasks) * (2 + seeds)) as bar:

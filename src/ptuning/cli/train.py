@@ -17,6 +17,7 @@ from .options import (
     PANELS,
     Config,
     Dtype,
+    Frozen,
     Json,
     KeepEncoder,
     Model,
@@ -65,6 +66,7 @@ def train(
     population: Population = 1,
     population_grid: PopulationGrid = None,
     dtype: Dtype = "auto",
+    frozen: Frozen = "own",
     keep_encoder: KeepEncoder = True,
     config: Config = None,
     resume: Resume = False,
@@ -122,8 +124,8 @@ def train(
             rows, dev_rows = set_aside(rows, answer, dev_share, how.seed)
         check_dtype(dtype)
         check_run(trained, rows, dev_rows, how, population, grid)
-        dtype = loading.chosen(model, dtype, _format_of(how), usual=True)
-        base, tokenizer = load_model(model, dtype=dtype)
+        dtype = loading.chosen(model, dtype, _format_of(how), usual=True, frozen=frozen)
+        base, tokenizer = load_model(model, dtype=dtype, frozen=frozen)
         settle_words(trained, tokenizer, kind_of(base))
         if columns is not None:
             aside = 0 if dev else len(dev_rows)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import distributed
+from ..backbone.eight_bits import OWN
 from ..backbone.fetched import SOURCES, fetch
 from ..backbone.load import choose_dtype, load_model
 from ..backbone.number_format import FULL
@@ -78,6 +79,7 @@ def run(
     tell: Callable[[str], None],
     listener: Callable[[Progress], None],
     dtype: str = FULL,
+    frozen: str = OWN,
 ) -> DemoResult:
     """Compare, train, measure, and write prompt, picture and figures to `output`.
 
@@ -87,6 +89,7 @@ def run(
         tell: hears what happens, line by line.
         listener: hears the training's steps and epochs.
         dtype: as for `load_model`.
+        frozen: as for `load_model`.
 
     Raises:
         InputError: `output` is a file, or holds what no demo made.
@@ -97,7 +100,7 @@ def run(
         fetch(model_name)
     chosen = distributed.from_main(lambda: choose_dtype(model_name, dtype))
     tell(f"loading {model_name} in {chosen.dtype}{f': {chosen.why}' if chosen.why else ''}")
-    model, tokenizer = load_model(model_name, dtype=chosen.dtype)
+    model, tokenizer = load_model(model_name, dtype=chosen.dtype, frozen=frozen)
     training, dev, test = facts()
     tell(f"{len(training)} facts to train on, {len(dev)} to choose with, {len(test)} to test")
     manual, manual_on_dev, manual_share = _best_manual(model, tokenizer, dev, test)
@@ -131,6 +134,7 @@ def run(
         "majority_answer": majority,
         "template": TEMPLATE,
         "dtype": chosen.dtype,
+        "frozen": frozen,
         "history": result.history,
         "versions": versions(),
     }

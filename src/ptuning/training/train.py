@@ -17,6 +17,7 @@ from torch import nn
 
 from .. import distributed
 from ..backbone.base_model import BaseModel
+from ..backbone.eight_bits import in_eight_bits
 from ..backbone.modes import check_free
 from ..data import Rows, as_rows
 from ..data.setting_aside import set_aside
@@ -175,7 +176,8 @@ def train(
             draft.answer = answer_column(prompt, rows[0])
         chosen = choices(draft, settings, population, grid)
         check_free(model, settings.tune_model)
-        if settings.tune_model and getattr(model, "is_quantized", False):
+        quantized = getattr(model, "is_quantized", False) or in_eight_bits(model)
+        if settings.tune_model and quantized:
             raise InputError("tune_model needs the base model's own weights; load it unquantized")
         if not dev and not settings.folds:
             _advise(guidance.without_dev(len(chosen), settings.patience), verbose)
