@@ -156,6 +156,17 @@ def test_layers_in_eight_bits_are_said_written_down_and_gone_on_with(
     assert code == 0 and "layers" not in err
     code, _, err = run(*("evaluate", "whole", "--data", "rows.jsonl", "--frozen", "fp8", "--json"))
     assert code == 0 and "its layers in fp8" in err
+    for line in (
+        ("predict", "whole", "--data", "rows.jsonl", "--output", "b.jsonl"),
+        ("report", "whole", "--data", "rows.jsonl"),
+    ):
+        code, _, err = run(*line, "--frozen", "int8")
+        assert code == 0 and err.count("loading") == 1 and "its layers in int8" in err
+    where = ("--backend", "vllm", "--url", "http://127.0.0.1:9")
+    code, _, err = run("serve", "whole", *where, "--frozen", "int8")
+    assert code == 2 and "--frozen is for --backend local" in err
+    code, _, err = run("demo", "--frozen", "int4")
+    assert code == 2 and "frozen is 'int4'" in err and "loading" not in err
     code, _, err = train("no", "--frozen", "int4")
     assert code == 2 and "frozen is 'int4'; expected one of own, int8, fp8" in err
     assert not Path("no").exists()
@@ -172,5 +183,6 @@ def test_a_prediction_goes_on_only_in_the_eight_bits_that_it_was_begun_in(
         patch.setattr(Partial, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run(*ask)[0] != 0
     code, _, err = run(*ask[:-2], "--resume")
+    assert "layers" not in err
     assert code == 2 and "was made with another prompt, model or option" in err
     assert run(*ask, "--resume")[0] == 0

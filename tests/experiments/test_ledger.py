@@ -6,12 +6,23 @@ import pytest
 import torch
 
 from ptuning import InputError, Prompt
-from ptuning.experiments.ledger import Ledger
+from ptuning.experiments.ledger import Ledger, format_of_run
 from ptuning.training import checkpoint
 
 
 def entries(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_of_an_older_release_goes_on(tmp_path: Path) -> None:
+    Ledger(tmp_path, {"a": 1, "dtype": "float32"}).put("P1", "data", {"figure": 1})
+    now = {"a": 1, "dtype": "float32", "frozen": "own"}
+    assert format_of_run(tmp_path, now) is not None
+    assert Ledger(tmp_path, now).get("P1", "data") == {"figure": 1}
+    other = {**now, "frozen": "int8"}
+    assert format_of_run(tmp_path, other) is None
+    with pytest.raises(InputError, match="holds a run with frozen='own', and now it is 'int8'"):
+        Ledger(tmp_path, other)
 
 
 def test_overwriting_removes_what_the_run_made_and_nothing_else(tmp_path: Path) -> None:

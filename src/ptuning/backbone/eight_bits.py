@@ -6,15 +6,20 @@
 ``W₈`` has one scale for each row; rows of the input and of the gradient are quantized as they
 come. Since the scales of ``W₈`` go into the gradient before it is quantized, one matrix serves both
 directions, and what is trained gets the gradient of the model that is there. Embedding, output
-head, norms and attention stay as they are.
+head, norms and what attention multiplies by itself stay as they are.
 
     int8   whole numbers up to 127
     fp8    floating point, four bits of exponent (e4m3), up to 448: CUDA devices of capability 8.9
            and above (Ada, Hopper), and the CPU, where it is slow
+
+Left as they are: layers of images and sounds, adapters, mixers of state-space models, which read
+their matrices themselves, experts that are one tensor, and sizes that kernels are not made for.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +28,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError
-from .traits import repeated_layers
-from .upstream import float_product, is_offloaded, whole_product
+from .upstream import float_product, has_hooks, is_offloaded, whole_product
 
 OWN = "own"
 
@@ -46,6 +50,18 @@ FROZEN = (OWN, *FORMATS)
 _MULTIPLE = 16
 """Rows and columns that kernels of eight bits are made for."""
 _CAPABLE = (8, 9)
+_MOST = 0.5
+"""Of the layers' weights: where fewer are in plain linear layers it is said."""
+_LEFT = ("visual", "vision", "image", "audio", "lora_")
+"""In the names of modules whose layers stay."""
+
+
+class GoneWeight(NamedTuple):
+    """What is left of a weight for those who ask what it is like; nobody can compute with it."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    device: torch.device
 
 
 class EightBitLinear(nn.Module):
@@ -55,7 +71,9 @@ class EightBitLinear(nn.Module):
         values: ``(N, K)`` in eight bits.
         scales: ``(N,)`` float32; ``values * scales`` is the weight.
         turned: ``(K, N)``, the values as the backward product reads them; None: made when needed.
-        weight: tells shape and number format of the weight that was; it has no values.
+
+    Raises:
+        InputError: the model was converted to another number format.
     """
 
     scales: Tensor
@@ -63,16 +81,25 @@ class EightBitLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, kind: Format, gradients: bool):
         super().__init__()
-        self.kind = kind
         values, scales = quantized(weight.detach(), kind)
         self.values = nn.Parameter(values, requires_grad=False)
         self.register_buffer("scales", scales[:, 0])
         self.register_buffer("turned", values.T.contiguous() if gradients else None)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.weight = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        self._was, self._formats = weight.dtype, (values.dtype, torch.float32)
+
+    @property
+    def weight(self) -> GoneWeight:
+        """What it was like."""
+        return GoneWeight(self._was, self.values.shape, self.values.device)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``(…, K)`` -> ``(…, N)``."""
+        if (self.values.dtype, self.scales.dtype) != self._formats:
+            raise InputError(
+                "this model's layers are in eight bits and were converted to another number format "
+                "behind that; load it in that one (dtype=), and then put it into eight bits"
+            )
         place = hidden.device.type
         if torch.is_autocast_enabled(place):
             hidden = hidden.to(torch.get_autocast_dtype(place))
@@ -120,10 +147,11 @@ def _times(rows: Tensor, values: Tensor, scales: Tensor | None) -> Tensor:
     """
     kind = FORMATS["int8" if values.dtype == torch.int8 else "fp8"]
     small, of_rows = quantized(rows, kind)
+    if kind.dtype == torch.int8:
+        found = whole_product(small, values).float() * of_rows
+        return (found if scales is None else found * scales).to(rows.dtype)
     if scales is None:
         scales = torch.ones(len(values), device=rows.device)
-    if kind.dtype == torch.int8:
-        return (whole_product(small, values).float() * of_rows * scales).to(rows.dtype)
     return float_product(small, values, of_rows, scales[None]).to(rows.dtype)
 
 
@@ -138,17 +166,18 @@ def quantized(matrix: Tensor, kind: Format) -> tuple[Tensor, Tensor]:
         ``(M, K)`` and ``(M, 1)`` float32.
     """
     rows = matrix.float()
-    scales = (rows.abs().amax(1, keepdim=True) / kind.largest).clamp(min=1e-12)
+    least = torch.finfo(torch.float32).tiny  # gradients are small, and rows may be zeros
+    scales = (rows.abs().amax(1, keepdim=True) / kind.largest).clamp(min=least)
     rows = rows / scales
     return (rows.round() if kind.dtype == torch.int8 else rows).to(kind.dtype), scales
 
 
 def quantize(model: nn.Module, frozen: str, *, gradients: bool = True) -> int:
-    """Put the linear layers of a frozen model's repeated layers into eight bits, in place.
+    """Put the linear layers of a frozen model's stacks into eight bits, in place.
 
     Args:
         model: whose weights are not needed any more as they were: it can be neither trained nor
-            saved or merged afterwards, and prompts are trained for it as before.
+            converted nor saved or merged afterwards, and prompts are trained for it as before.
         frozen: ``int8`` or ``fp8``; ``own`` leaves the model as it is.
         gradients: prompts are trained: the matrices are kept for the backward product too, which
             takes as much memory again; without, it is made then.
@@ -158,60 +187,100 @@ def quantize(model: nn.Module, frozen: str, *, gradients: bool = True) -> int:
 
     Raises:
         InputError: no such format, a device without it, or a model without such layers.
+    Warns:
+        UserWarning: most of the weights are elsewhere and stay.
     """
     check_frozen(frozen)
     if frozen == OWN:
         return 0
-    found: list[tuple[nn.Module, str, Any]] = [
-        (module, name, child)
-        for layer in repeated_layers(model)
-        for module in layer.modules()
-        for name, child in module.named_children()
-        if _fits(child)
-    ]
+    if already := frozen_format(model):
+        raise InputError(f"this model is in {already} already; load it anew")
+    check_frozen(frozen, next(model.parameters()).device)
+    stacks = list(_stacks(model))
+    sizes = {id(p): p.numel() for stack in stacks for p in stack.parameters()}
+    found = list({id(x[2]): x for stack in stacks for x in _linear_layers(stack)}.values())
+    count, quantized_weights = len(found), sum(child.weight.numel() for _, _, child in found)
     if not found:
         raise InputError(
-            f"{type(model).__name__} has no plain linear layers that {frozen} is made for (it may "
-            "be quantized already); leave frozen at 'own'"
+            f"{type(model).__name__} has no layers here that {frozen} is made for: plain linear "
+            f"ones with sizes that are multiples of {_MULTIPLE}, on one device and not quantized; "
+            "leave frozen out (--frozen own)"
         )
-    _check_device(frozen, next(model.parameters()).device)
-    for module, name, child in found:
+    if quantized_weights < _MOST * sum(sizes.values()):
+        warnings.warn(
+            f"{quantized_weights / sum(sizes.values()):.0%} of the layers' weights are put into "
+            f"{frozen}; the others stand in layers that it is not made for and stay as they are",
+            stacklevel=2,
+        )
+    while found:  # one after the other: the plain ones make room
+        module, name, child = found.pop()
         weight = child.weight.T if isinstance(child, Conv1D) else child.weight
         made = EightBitLinear(weight, child.bias, FORMATS[frozen], gradients)
         setattr(module, name, made.train(child.training))
-    return len(found)
+        del weight, child
+    vars(model)["save_pretrained"] = _refuse_to_save
+    return count
 
 
-def in_eight_bits(model: nn.Module) -> bool:
-    """`quantize` has been here."""
-    return any(isinstance(module, EightBitLinear) for module in model.modules())
+def frozen_format(model: nn.Module) -> str | None:
+    """The eight bits that `quantize` has put the model's layers into; None: it has not."""
+    for module in model.modules():
+        if isinstance(module, EightBitLinear):
+            return "int8" if module.values.dtype == torch.int8 else "fp8"
+    return None
 
 
-def check_frozen(frozen: str) -> None:
-    """Refuse a name that is none of `FROZEN`.
+def check_frozen(frozen: str, device: torch.device | None = None) -> None:
+    """Refuse a name that is none of `FROZEN`, or that a device is not made for.
 
     Raises:
-        InputError: it is none.
+        InputError: it is.
     """
     if frozen not in FROZEN:
         raise InputError(f"frozen is {frozen!r}; expected one of {', '.join(FROZEN)}")
+    if frozen == OWN or device is None:
+        return
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"{frozen} is for CPUs and CUDA devices; this is {device.type}")
+    if frozen == "fp8" and device.type == "cuda":
+        here = torch.cuda.get_device_capability(device)
+        if here < _CAPABLE or torch.version.hip:
+            raise InputError(
+                f"fp8 needs a CUDA device of capability {_CAPABLE[0]}.{_CAPABLE[1]} or above; this "
+                f"is {torch.cuda.get_device_name(device)}: take int8, or leave it out"
+            )
+
+
+def _stacks(model: nn.Module) -> Iterator[nn.ModuleList]:
+    """Lists of layers, those of encoder and decoder alike."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(part in name for part in _LEFT):
+            yield module
+
+
+def _linear_layers(stack: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Modules, and the names and layers in them that can be quantized."""
+    for path, module in stack.named_modules():
+        mixes = hasattr(module, "A_log")  # of a state-space model
+        if mixes or any(part in path for part in _LEFT):
+            continue
+        for name, child in module.named_children():
+            if _fits(child) and not any(part in name for part in _LEFT):
+                yield module, name, child
 
 
 def _fits(module: nn.Module) -> bool:
     if type(module) is not nn.Linear and type(module) is not Conv1D:
         return False
+    if is_offloaded(module) or has_hooks(module):
+        return False
     weight: Any = module.weight
-    plain = weight.is_floating_point() and not weight.is_meta and not is_offloaded(module)
+    plain = weight.is_floating_point() and not weight.is_meta
     return plain and not any(size % _MULTIPLE for size in weight.shape)
 
 
-def _check_device(frozen: str, device: torch.device) -> None:
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"{frozen} is for CPUs and CUDA devices; this is {device.type}")
-    if frozen == "fp8" and device.type == "cuda":
-        here = torch.cuda.get_device_capability(device)
-        if here < _CAPABLE:
-            raise InputError(
-                f"fp8 needs a CUDA device of capability {_CAPABLE[0]}.{_CAPABLE[1]} or above; this "
-                f"one has {here[0]}.{here[1]}: give int8, or leave it at 'own'"
-            )
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    raise InputError(
+        "this model's layers are in eight bits, which transformers cannot write; save the prompt "
+        "(prompt.save), and load the model anew to save or merge it"
+    )

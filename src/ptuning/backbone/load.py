@@ -63,8 +63,8 @@ def load_model(
     """
     import transformers
 
-    eight_bits.check_frozen(frozen)
     place = torch.device(device) if device else best_device()
+    eight_bits.check_frozen(frozen, place)
     chosen = choose_dtype(name, dtype, device=place).dtype
     source = _resolve(name)
     with _readable(name):
@@ -76,9 +76,8 @@ def load_model(
             source, config=config, dtype=DTYPES[chosen], trust_remote_code=False
         )
     model.config.name_or_path = str(Path(name).resolve()) if Path(name).exists() else name
-    model = model.eval().to(place)
-    eight_bits.quantize(model, frozen, gradients=gradients)
-    return model, tokenizer
+    eight_bits.quantize(model.eval(), frozen, gradients=gradients)  # what moves is small then
+    return model.to(place), tokenizer
 
 
 def load_as_saved(name: str, dtype: str = AUTO) -> tuple[Any, Any]:

@@ -55,6 +55,11 @@ def has_foreign_hooks(model: nn.Module) -> bool:
     return False
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Somebody's hooks are around its forward."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
 def remove_hooks_of(owner: Any, module: nn.Module) -> None:
     """Take an object's methods from the hooks around a module's forward (see `hook_owners`)."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
@@ -224,10 +229,24 @@ def skip_failed_steps(optimizer: torch.optim.Optimizer, failed: torch.Tensor) ->
 _FEWEST_ROWS = 17
 
 
-def whole_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right.T`` of whole numbers, exactly.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _adds_in_16_bits() -> bool:
+    """``_int_mm`` is wrong on this processor."""
+    return _tried_product() != 64 * 127**2
 
-    torch 2.2: ``_int_mm``; there is no public product of int8. On CUDA it wants 17 rows at least.
+
+@functools.cache
+def _tried_product() -> int:
+    rows = torch.full((32, 64), 127, dtype=torch.int8)
+    return int(torch._int_mm(rows, rows.T)[0, 0])
+
+
+def whole_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right.T`` of whole numbers.
+
+    torch 2.2: ``_int_mm``; there is no public product of int8. On CUDA it wants 17 rows at least;
+    on processors without VNNI it adds pairs up in 16 bits, which cannot hold them, so that float32
+    multiplies there (exactly up to sums of 2^24).
 
     Args:
         left: ``(M, K)`` int8.
@@ -237,6 +256,8 @@ def whole_product(left: Tensor, right: Tensor) -> Tensor:
         ``(M, N)`` int32.
     """
     rows = len(left)
+    if left.device.type == "cpu" and _adds_in_16_bits():
+        return (left.float() @ right.T.float()).to(torch.int32)
     if left.is_cuda and rows < _FEWEST_ROWS:
         left = nn.functional.pad(left, (0, 0, 0, _FEWEST_ROWS - rows))
     return torch._int_mm(left, right.T)[:rows]

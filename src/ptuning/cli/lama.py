@@ -84,8 +84,6 @@ def lama(
     given = run_files.settings_of(context)
     elsewhere = ("output", "data", "relations", *CHANGE_NO_RESULT)
     decisive = {name: value for name, value in given.items() if name not in elsewhere}
-    if frozen == "own":  # as runs have it that are older than the option
-        del decisive["frozen"]
     with distributed.together(), distributed.locked(output):
         console.speak_if(distributed.state().is_main_process)
         named = () if relations is None else parts(relations, ",", "--relations")

@@ -32,9 +32,10 @@ def chosen(
     from ..backbone.eight_bits import check_frozen
     from ..backbone.load import AUTO, check_dtype, choose_dtype
     from ..backbone.number_format import FULL
+    from ..devices import best_device
 
     check_dtype(dtype)
-    check_frozen(frozen)
+    check_frozen(frozen, None if frozen == _OWN else best_device())
     found, why = (
         instead
         if dtype == AUTO and instead is not None

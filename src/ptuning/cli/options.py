@@ -31,8 +31,8 @@ Dtype = Annotated[
 Frozen = Annotated[
     str,
     typer.Option(
-        help="Of the frozen model's layers: own (as --dtype says), or eight bits for their "
-        "products: int8, fp8 (newer CUDA devices; slow on a CPU). It rounds more than bfloat16."
+        help="Eight bits for the frozen model's layers and their products: int8, or fp8 (newer "
+        "CUDA devices; slow on a CPU); own leaves them in --dtype. It rounds more than bfloat16."
     ),
 ]
 DtypeAsSaved = Annotated[

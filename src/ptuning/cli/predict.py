@@ -60,6 +60,7 @@ def predict(
     Rows are written while they are answered, into a file beside --output that becomes it at the
     end. What interrupts the run leaves them there: the same command with --resume goes on.
     """
+    from ..backbone.load import load_model
     from ..data.partial import Output, begun
     from ..data.sources import stream_examples
     from ..data.writing import convert
@@ -87,12 +88,13 @@ def predict(
     del depends_on["batch_size"]
     if frozen != "own":
         depends_on["frozen"] = frozen
-    dtype = loading.chosen(name, dtype, _format_of(place, depends_on) if resume else None)
+    begun_in = _format_of(place, depends_on) if resume else None
+    dtype = loading.chosen(name, dtype, begun_in, frozen=frozen)
     depends_on["dtype"] = dtype
     with begun(place, depends_on, resume, overwrite) as partial:
         done = partial.take_up(rows)
         if done < count:
-            base = loading.base_model(name, dtype, frozen)
+            base = load_model(name, dtype=dtype, frozen=frozen, gradients=False)
             for block in _answered(base, prompt, rows, options, done, count):
                 partial.add(block)
         partial.finish(

@@ -97,8 +97,6 @@ def superglue(
     seed = options.settings.seed
     given = run_files.settings_of(context)
     decisive = {k: v for k, v in given.items() if k not in (*_ELSEWHERE, *CHANGE_NO_RESULT)}
-    if frozen == "own":  # as runs have it that are older than the option
-        del decisive["frozen"]
     with distributed.together(), distributed.locked(output):
         console.speak_if(distributed.state().is_main_process)
         tasks = _tasks(task)

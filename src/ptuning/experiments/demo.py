@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import distributed
-from ..backbone.eight_bits import OWN
+from ..backbone.eight_bits import OWN, check_frozen
 from ..backbone.fetched import SOURCES, fetch
 from ..backbone.load import choose_dtype, load_model
 from ..backbone.number_format import FULL
@@ -95,11 +95,14 @@ def run(
         InputError: `output` is a file, or holds what no demo made.
     """
     started = time.monotonic()
+    check_frozen(frozen)
     distributed.from_main(lambda: _check_free(output))
     if model_name in SOURCES and not Path(model_name).exists():
         fetch(model_name)
     chosen = distributed.from_main(lambda: choose_dtype(model_name, dtype))
-    tell(f"loading {model_name} in {chosen.dtype}{f': {chosen.why}' if chosen.why else ''}")
+    layers = "" if frozen == OWN else f", its layers in {frozen}"
+    why = f": {chosen.why}" if chosen.why else ""
+    tell(f"loading {model_name} in {chosen.dtype}{layers}{why}")
     model, tokenizer = load_model(model_name, dtype=chosen.dtype, frozen=frozen)
     training, dev, test = facts()
     tell(f"{len(training)} facts to train on, {len(dev)} to choose with, {len(test)} to test")

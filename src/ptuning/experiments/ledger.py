@@ -41,7 +41,7 @@ def format_of_run(output: Path, settings: dict[str, Any]) -> tuple[str, str] | N
 
     def read() -> tuple[str, str] | None:
         before, now = _read(output / "run.json"), json.loads(json.dumps(settings))
-        if before is None or {**before, "dtype": ""} != {**now, "dtype": ""}:
+        if before is None or _named({**before, "dtype": ""}) != _named({**now, "dtype": ""}):
             return None
         return str(before.get("dtype")), f"the run in {output} was begun in it"
 
@@ -95,6 +95,7 @@ class Ledger:
     def _check(self, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
         if before is None:
             raise self._other("whose run.json is missing or damaged")
+        before, now = _named(before), _named(now)
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if names:
             name = names[0]
@@ -147,6 +148,11 @@ class Ledger:
     def prompt(self, part: str) -> Path:
         """Folder for a finished part's prompt."""
         return entry(self._prompts, part)
+
+
+def _named(settings: dict[str, Any]) -> dict[str, Any]:
+    """With those that older releases do not name, and had no other values of."""
+    return {"frozen": "own", **settings}
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.base_model import device_of
+from ..backbone.eight_bits import frozen_format
 from ..backbone.injection import Injector
 from ..backbone.traits import ModelKind, is_spread, kind_of, layer_weights, looks_at_lengths
 from ..backbone.upstream import has_foreign_hooks, is_compiled
@@ -159,7 +160,7 @@ def graphed_scores(model: nn.Module) -> GraphedScores | None:
         return None
     if device.index not in (None, torch.cuda.current_device()):
         return None
-    exact = getattr(model, "dtype", None) == torch.float32
+    exact = getattr(model, "dtype", None) == torch.float32 and not frozen_format(model)
     new_graph = partial(CudaGraph, torch.cuda.graph_pool_handle())
     # Half precision rounds differently in the kernels of another shape.
     return GraphedScores(model, new_graph, 1e-4 if exact else 0.02)

@@ -10,7 +10,7 @@ import safetensors
 from torch import nn
 
 from .. import formats, places, storage
-from ..backbone.eight_bits import in_eight_bits
+from ..backbone.eight_bits import frozen_format
 from ..backbone.load import load_as_saved
 from ..errors import InputError, PromptFileError, PtuningError
 from ..rendering.merged_text import names_of
@@ -140,7 +140,7 @@ def _write_weights(model: Any, folder: Path) -> None:
         "the model's quantized weights cannot be written; merge into the model without "
         "quantization, and quantize the merged folder when you load it"
     )
-    if _is_packed(model) or in_eight_bits(model):
+    if _is_packed(model) or frozen_format(model):
         raise refused
     try:
         model.save_pretrained(folder)

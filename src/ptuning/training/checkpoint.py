@@ -22,6 +22,7 @@ import torch
 
 from .. import distributed, formats, storage
 from ..backbone.base_model import BaseModel
+from ..backbone.eight_bits import frozen_format
 from ..backbone.identity import sample_of
 from ..errors import InputError, PromptFileError
 from .grid import Variant
@@ -138,6 +139,8 @@ def identity_of(
     first = variants[0]
     dtype = str(getattr(base.model, "dtype", None)).removeprefix("torch.")
     chosen = {_FORMAT: dtype, **asdict(first.settings), **first.prompt.settings()}
+    if frozen := frozen_format(base.model):
+        chosen["frozen"] = frozen
     for name in CHANGE_NO_RESULT:
         del chosen[name]
     for name, default in LATER.items():  # older releases' checkpoints do not name them

@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..backbone.eight_bits import in_eight_bits
+from ..backbone.eight_bits import frozen_format
 from ..backbone.traits import (
     ModelKind,
     checkpoints_gradients,
@@ -43,6 +43,9 @@ MicroStep = Callable[[Batch, Tensor], Tensor]
 """From a batch and each member's divisor to its share of the mean loss; its gradient is added to
 the table that is in the population's embedding."""
 Outputs = tuple[Tensor, Tensor]
+_MOVES = 8.0
+"""In eight bits a gradient moves by half of its norm where what is quantized moves by a thousandth
+(SmolLM2), eight times as far as in bfloat16; the loss by a twentieth."""
 """Losses ``(members,)`` and the table's gradient."""
 
 
@@ -88,6 +91,7 @@ class GraphedStep:
         self._plain_shapes: set[Shape] = set()
         self._weights = layer_weights(population.base)
         self._agreed = self._refused = False
+        self._moves = _MOVES if frozen_format(population.base) else 1.0
         self._pool_version = -1
 
     def compile_layers(self, setting: str, tokens: float, steps: int) -> None:
@@ -213,7 +217,7 @@ class GraphedStep:
             graph = self.new_graph()
             graph.capture(partial(self._run, batch, inputs.tensors))
             self.shapes[shape] = inputs, graph
-            return _distances(expected, graph.replay())
+            return _distances(expected, graph.replay(), self._moves)
         except Exception as error:  # whatever a model does that a graph cannot hold
             return _cause(error)
         finally:  # what was captured has added its own meanwhile
@@ -285,9 +289,8 @@ def graphs_or_plain(
         return plain
     base: Any = population.base
     exact = base.dtype == torch.float32 and accelerator.mixed_precision == "no"
-    # Half precision rounds differently in the kernels of another shape; in eight bits a gradient
-    # moves by half of its norm where what is quantized moves by a thousandth (SmolLM2).
-    tolerance = 0.8 if in_eight_bits(base) else 1e-3 if exact else 0.1
+    # Half precision rounds differently in the kernels of another shape.
+    tolerance = 1e-3 if exact and not frozen_format(base) else 0.1
     new_graph = partial(CudaGraph, torch.cuda.graph_pool_handle())
     return GraphedStep(population, plain, accelerator.autocast, new_graph, tolerance, say)
 
@@ -307,11 +310,12 @@ def obstacle(model: nn.Module, accelerator: Accelerator) -> str | None:
     return None if kind_of(model) is ModelKind.CAUSAL else "the model is not a causal one"
 
 
-def _distances(expected: Outputs, got: Outputs) -> float:
-    """How far losses and gradient are from what is expected, the larger of the two."""
+def _distances(expected: Outputs, got: Outputs, moves: float) -> float:
+    """How far losses and gradient are from what is expected, the larger of the two; of the gradient
+    one part of `moves`."""
     (losses, gradient), (got_losses, got_gradient) = expected, got
     # A loss near zero is made of logits whose rounding is not near zero.
-    return max(_distance(losses, got_losses, 0.1), _distance(gradient, got_gradient, 1e-12))
+    return max(_distance(losses, got_losses, 0.1), _distance(gradient, got_gradient, 1e-12) / moves)
 
 
 def _distance(expected: Tensor, got: Tensor, least: float) -> float:

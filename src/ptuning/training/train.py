@@ -17,7 +17,7 @@ from torch import nn
 
 from .. import distributed
 from ..backbone.base_model import BaseModel
-from ..backbone.eight_bits import in_eight_bits
+from ..backbone.eight_bits import frozen_format
 from ..backbone.modes import check_free
 from ..data import Rows, as_rows
 from ..data.setting_aside import set_aside
@@ -176,7 +176,7 @@ def train(
             draft.answer = answer_column(prompt, rows[0])
         chosen = choices(draft, settings, population, grid)
         check_free(model, settings.tune_model)
-        quantized = getattr(model, "is_quantized", False) or in_eight_bits(model)
+        quantized = getattr(model, "is_quantized", False) or frozen_format(model)
         if settings.tune_model and quantized:
             raise InputError("tune_model needs the base model's own weights; load it unquantized")
         if not dev and not settings.folds:
