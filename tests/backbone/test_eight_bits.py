@@ -326,3 +326,25 @@ def test_on_a_gpu_it_is_that_of_the_cpu(frozen: str, rows: int) -> None:
     (its,) = torch.autograd.grad(found.sum(), there)
     torch.testing.assert_close(found.cpu(), expected, atol=0.02, rtol=0.02)
     torch.testing.assert_close(its.cpu(), gradient, atol=0.02, rtol=0.02)
+
+
+@KINDS
+def test_a_real_model_says_nearly_the_same(
+    frozen: str, smollm2: tuple[Any, Any], smollm2_folder: Path
+) -> None:
+    plain, tokenizer = smollm2
+    model, _ = ptuning.load_model(
+        str(smollm2_folder), dtype="float32", device=str(plain.device), frozen=frozen
+    )
+    text = "Water boils at one hundred degrees. The capital of France is Paris, and of Italy Rome."
+    ids = tokenizer(text, return_tensors="pt")["input_ids"].to(plain.device)
+    found = []
+    for one in (plain, model):
+        embedded = one.get_input_embeddings()(ids).detach().requires_grad_()
+        outputs = one(inputs_embeds=embedded, labels=ids)
+        (gradient,) = torch.autograd.grad(outputs.loss, embedded)
+        found.append((float(outputs.loss), outputs.logits.argmax(-1), gradient.flatten()))
+    (expected, words, right), (loss, said, ours) = found
+    assert loss == pytest.approx(expected, rel=0.05)
+    assert float((said == words).float().mean()) > 0.7
+    assert float(functional.cosine_similarity(ours, right, 0)) > 0.7
