@@ -346,5 +346,5 @@ def test_a_real_model_says_nearly_the_same(
         found.append((float(outputs.loss), outputs.logits.argmax(-1), gradient.flatten()))
     (expected, words, right), (loss, said, ours) = found
     assert loss == pytest.approx(expected, rel=0.05)
-    assert float((said == words).float().mean()) > 0.7
+    assert float((said == words).float().mean()) > 0.5
     assert float(functional.cosine_similarity(ours, right, 0)) > 0.7
