@@ -32,7 +32,7 @@ import torch
 from limits import MatmulRate, flops, synchronize
 from predicting import classify_many, generate
 from torch.utils._python_dispatch import TorchDispatchMode
-from workloads import CPU_ROWS, GPU_ROWS, Row, Workload
+from workloads import CPU_ROWS, GPU_ROWS, Row, Workload, train
 
 from ptuning import load_model
 from ptuning.backbone.fetched import fetch
@@ -73,6 +73,11 @@ GPU_ROWS |= {
         lambda b, c: generate(b, c, 64),
         "135m",
         most=3,
+    ),
+    "gpu_8b_front_fp8": Row(  # last: where time is short the others come first
+        "8B shape: as gpu_8b_front, ours with frozen layers in 8-bit floats (--frozen fp8)",
+        lambda b, c: train(gpu.frozen(b, "fp8"), c, "front", 8, 256),
+        "8b",
     ),
 }
 _MEMORY = "peak memory of a training with the prompt after the text, sizes as above"

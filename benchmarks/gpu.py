@@ -13,6 +13,7 @@ from sides import Ours, Step, Theirs, rendered
 from transformers import AutoModelForCausalLM, LlamaConfig
 from workloads import texts
 
+from ptuning.backbone.eight_bits import quantize
 from ptuning.forward.prefix_store import PrefixStore
 
 TOKENS = 256
@@ -52,6 +53,12 @@ def made_up(shape: str, device: str = "cuda") -> Any:
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return model.eval().requires_grad_(False)
+
+
+def frozen(model: Any, kind: str) -> Any:
+    """The model with its layers in eight bits."""
+    quantize(model, kind)
+    return model
 
 
 def best_batch(

@@ -14,7 +14,6 @@ from limits import Part
 from sides import VIRTUAL, Ours, Step, Theirs, rendered
 from torch import Tensor
 
-from ptuning.backbone.eight_bits import quantize
 from ptuning.forward.label_words import label_word_scores
 from ptuning.forward.plain import answer_logits
 from ptuning.forward.prefix_store import PrefixStore, for_prediction
@@ -182,11 +181,6 @@ def population(
     )
 
 
-def _frozen(base: Any, kind: str) -> Any:
-    quantize(base, kind)
-    return base
-
-
 def _front(members: int, rows: int, tokens: int) -> list[Part]:
     """Each member's virtual tokens once, and the texts of its rows behind them."""
     texts = members * rows
@@ -248,11 +242,6 @@ GPU_ROWS = {
     "gpu_8b_front": Row(
         "8B shape: step, prompt in front of 8 texts of 256 tokens",
         lambda b, c: train(b, c, "front", 8, 256),
-        "8b",
-    ),
-    "gpu_8b_front_fp8": Row(
-        "the same, ours with frozen layers in 8-bit floats (--frozen fp8)",
-        lambda b, c: train(_frozen(b, "fp8"), c, "front", 8, 256),
         "8b",
     ),
     "gpu_population": Row(

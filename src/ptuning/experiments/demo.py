@@ -92,7 +92,7 @@ def run(
         frozen: as for `load_model`.
 
     Raises:
-        InputError: `output` is a file, or holds what no demo made.
+        InputError: `output` is a file, or holds what no demo made, or a format is unknown.
     """
     started = time.monotonic()
     check_frozen(frozen)

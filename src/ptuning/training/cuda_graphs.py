@@ -43,10 +43,10 @@ MicroStep = Callable[[Batch, Tensor], Tensor]
 """From a batch and each member's divisor to its share of the mean loss; its gradient is added to
 the table that is in the population's embedding."""
 Outputs = tuple[Tensor, Tensor]
+"""Losses ``(members,)`` and the table's gradient."""
 _MOVES = 8.0
 """In eight bits a gradient moves by half of its norm where what is quantized moves by a thousandth
-(SmolLM2), eight times as far as in bfloat16; the loss by a twentieth."""
-"""Losses ``(members,)`` and the table's gradient."""
+(SmolLM2), three to five times as far as in bfloat16; the loss by a twentieth."""
 
 
 class GraphedStep:
