@@ -226,6 +226,18 @@ def skip_failed_steps(optimizer: torch.optim.Optimizer, failed: torch.Tensor) ->
     optimizer._warned_capturable_if_run_uncaptured = True
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def cpu_multiplies_bfloat16() -> bool:
+    """This processor has units for products in bfloat16, and torch's library for them.
+
+    torch 2.6: ``torch.cpu._is_amx_tile_supported`` and ``_is_avx512_bf16_supported``; the public
+    way, `torch.cpu.get_capabilities`, is not in every release that is admitted here.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
 _FEWEST_ROWS = 17
 
 

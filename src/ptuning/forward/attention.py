@@ -9,7 +9,8 @@ the same numbers. Behind known keys and values (`prefix_store`), long against th
 copies and their gradients were a sixth of a training step.
 
 On a CPU the gradient of short rows in bfloat16 takes PyTorch's attention 4 to 9 times as long as in
-float32 (8 rows of 20: 6.7 and 1.4 ms on a processor with AMX), so there it is computed in float32.
+float32 (8 rows of 20: 6.7 and 1.4 ms on a processor with AMX). Two products take less than either
+where the processor multiplies bfloat16 (`attention_products`); elsewhere it is computed in float32.
 
 On an H100 or H200 torch's first choice in half precision since 2.11 is cuDNN's attention. It gets
 ready anew for every shape, which takes as long as many steps where rows have many lengths, so it is
@@ -40,6 +41,7 @@ from ..backbone.base_model import device_of
 from ..backbone.traits import groups_queries, looks_attention_up
 from ..backbone.upstream import is_compiled
 from ..threads import CHANGING
+from .attention_products import attention_in_products, products_serve
 
 _LONG = 2**16
 """Queries x keys of a row: from 256 x 256 on both formats take as long."""
@@ -145,6 +147,9 @@ def attention(
     special = any(others.get(name) is not None for name in ("position_bias", "softcap", "cache"))
     if not _asked_for() or special:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+    if _needs_gradient(query) and not dropout and products_serve(query, key):
+        causal = attention_mask is None and _is_causal(module, others.get("is_causal"))
+        return attention_in_products(query, key, value, attention_mask, scaling, causal), None
     before = query.dtype
     if _slow_backwards(query, key):
         query, key, value = query.float(), key.float(), value.float()
@@ -162,6 +167,15 @@ def attention(
     return output.transpose(1, 2).contiguous().to(before), None
 
 
+def _needs_gradient(query: Tensor) -> bool:
+    return query.requires_grad and torch.is_grad_enabled()
+
+
+def _is_causal(module: nn.Module, said: bool | None) -> bool:
+    """Without a mask a query sees the keys up to its own, as transformers has it."""
+    return getattr(module, "is_causal", True) if said is None else said
+
+
 def _slow_backwards(query: Tensor, key: Tensor) -> bool:
     """On a CPU, in half precision, and not yet so long that float32 takes longer."""
     if query.device.type != "cpu" or not _trains_in_half(query):
@@ -170,7 +184,7 @@ def _slow_backwards(query: Tensor, key: Tensor) -> bool:
 
 
 def _trains_in_half(query: Tensor) -> bool:
-    return query.dtype.itemsize < 4 and query.requires_grad and torch.is_grad_enabled()
+    return query.dtype.itemsize < 4 and _needs_gradient(query)
 
 
 def _serves_groups(query: Tensor) -> bool:
