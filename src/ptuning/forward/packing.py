@@ -9,8 +9,9 @@ cost a row or two; and rows of unlike length need little padding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -130,32 +131,31 @@ class _Plan:
 
 
 def _plans(owners: Sequence[Owner], rests: Sequence[int], count: int) -> Iterator[_Plan]:
-    """Every owner's segments in one row, in two rows of about half that width, and so on."""
+    """Every owner's segments in one row, in rows of about half that width, and so on."""
     totals = dict.fromkeys(owners, 0)
     for owner, rest in zip(owners, rests, strict=True):
         totals[owner] += rest
     widest, longest = max(totals.values()), max(rests)
-    yield _plan(owners, rests, count, widest)
-    for parts in range(2, widest // longest + 1):
-        yield _plan(owners, rests, count, widest // parts + longest)
+    for parts in range(1, widest // longest + 1):
+        room = widest / parts
+        yield _plan(owners, rests, count, {o: round(n / room) or 1 for o, n in totals.items()})
 
 
-def _plan(owners: Sequence[Owner], rests: Sequence[int], count: int, room: int) -> _Plan:
-    """Rows of at most `room` columns, filled one after the other."""
-    filling: dict[Owner, int] = {}
-    of_row: list[Owner] = []
-    used: list[int] = []
-    starts, columns = [], []
-    for owner, rest in zip(owners, rests, strict=True):
-        row = filling.get(owner)
-        if row is None or used[row] + rest > room:
-            row = filling[owner] = len(used)
-            of_row.append(owner)
-            used.append(0)
-        start, end = used[row], used[row] + rest
-        starts.append((row, start))
-        columns.append([max(start, end - count + k) for k in range(count)])
-        used[row] = end
+def _plan(
+    owners: Sequence[Owner], rests: Sequence[int], count: int, rows: Mapping[Owner, int]
+) -> _Plan:
+    """Each owner's segments in so many rows, the longest first, each into the emptiest."""
+    first = dict(zip(rows, accumulate(rows.values(), initial=0), strict=False))
+    of_row = [owner for owner, number in rows.items() for _ in range(number)]
+    used = [0] * len(of_row)
+    starts, columns = [(0, 0)] * len(rests), [[0]] * len(rests)
+    for segment in sorted(range(len(rests)), key=rests.__getitem__, reverse=True):
+        own = range(first[owners[segment]], first[owners[segment]] + rows[owners[segment]])
+        row = min(own, key=used.__getitem__)
+        start = used[row]
+        used[row] = end = start + rests[segment]
+        starts[segment] = row, start
+        columns[segment] = [max(start, end - count + k) for k in range(count)]
     return _Plan(of_row, max(used), starts, columns)
 
 
@@ -163,11 +163,10 @@ def _packed(batch: Batch, rests: Sequence[int], plan: _Plan) -> Packed:
     ids: list[list[int]] = [[] for _ in plan.owners]
     segments: list[list[int]] = [[] for _ in plan.owners]
     offsets: list[list[int]] = [[] for _ in plan.owners]
-    for number, (ids_of_row, rest) in enumerate(
-        zip(batch.here.input_ids.tolist(), rests, strict=True)
-    ):
-        row, _ = plan.starts[number]
-        ids[row] += ids_of_row[len(ids_of_row) - rest :]
+    inputs = batch.here.input_ids.tolist()
+    for number in sorted(range(len(rests)), key=plan.starts.__getitem__):
+        (row, _), rest = plan.starts[number], rests[number]
+        ids[row] += inputs[number][len(inputs[number]) - rest :]
         segments[row] += [number] * rest
         offsets[row] += range(rest)
     device, width = batch.input_ids.device, plan.width
