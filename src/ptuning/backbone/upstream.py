@@ -7,7 +7,8 @@ breaks with a release of theirs is looked for here first.
 from __future__ import annotations
 
 import functools
-from contextlib import suppress
+import importlib
+from contextlib import AbstractContextManager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -224,6 +225,16 @@ def skip_failed_steps(optimizer: torch.optim.Optimizer, failed: torch.Tensor) ->
     """
     optimizer.found_inf = failed  # type: ignore[attr-defined]
     optimizer._warned_capturable_if_run_uncaptured = True
+
+
+def sizes_apart() -> AbstractContextManager[None]:
+    """What is compiled meanwhile takes no two sizes for one because they are equal this time: a
+    layer would be compiled anew for the first batch whose sizes differ.
+
+    torch 2.1: ``torch.fx.experimental._config.use_duck_shape``; there is no public way.
+    """
+    settings: Any = importlib.import_module("torch.fx.experimental._config")
+    return settings.patch(use_duck_shape=False)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -3,7 +3,9 @@
     plain     each layer's operations one by one, keys and values repeated for each query head
     here      the layer as torch.compile makes it, forward and backward; on a GPU that has it,
               cuDNN's attention, which reads groups of query heads as they are, behind a mask too;
-              no mask where no row has padding; the last layer's answer columns alone
+              no mask where no row has padding; the last layer's answer columns alone;
+              on a CPU a mask always, and rows or columns that are one run plainly: for each of
+              these the layer would be compiled anew
 
 A compilation takes as long as hundreds of steps save: `compiled_layers` weighs it. Only the thread
 that asks runs compiled layers, only with gradients, and only inside the block; a layer's weights
@@ -12,11 +14,12 @@ and its class stay as they are. Who uses this holds its numbers against the plai
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +28,33 @@ from transformers import Cache
 
 from ..backbone.base_model import device_of
 from ..backbone.traits import layer_weights, repeated_layers
+from ..backbone.upstream import sizes_apart
 from .attention import grouped_on_gpu
 
 DYNAMIC = True
-_SECONDS = {"cuda": 25.0, "cpu": 90.0}
-"""What compiling costs: about 12 and 60 seconds, measured, and the shapes that come later."""
-_SAVES = {"cuda": 0.3, "cpu": 0.1}
-"""The part of a step that compiled layers save at least, measured: 0.3 to 0.6 and 0.12."""
-_RATE = {"cuda": 3e14, "cpu": 1e11}
-"""Floating-point operations per second to reckon a step's time with: a high guess of a slow one."""
-_LEAST = {"cuda": 0.01, "cpu": 0.0}
-"""Seconds that a step takes however small it is."""
+
+
+class _Cost(NamedTuple):
+    """What a compilation is weighed by, of a kind of device.
+
+    Attributes:
+        seconds: that compiling costs, with the shapes that come later.
+        saves: the part of a step that compiled layers save at least.
+        rate: floating-point operations per second to reckon a step's time with, a high guess.
+        least: seconds that a step takes however small it is.
+    """
+
+    seconds: float
+    saves: float
+    rate: float
+    least: float
+
+
+_GPU = _Cost(25.0, 0.3, 3e14, 0.01)
+"""Measured: 12 seconds, 0.3 to 0.6 of a step."""
+_CPU, _CPU_IN_HALF = _Cost(90.0, 0.05, 1e11, 0.0), _Cost(90.0, 0.2, 3e11, 0.0)
+"""Measured: 60 seconds (7 where the compiler's own cache has the layer), and 0.05 to 0.12 of a step
+in float32, 0.2 to 0.35 in bfloat16, where products take the smaller part of it."""
 
 
 class CompiledLayers:
@@ -51,6 +70,7 @@ class CompiledLayers:
         forwards = dict.fromkeys(type(layer).forward for layer in self.layers)
         self._compiled = {plain: torch.compile(plain, dynamic=DYNAMIC) for plain in forwards}
         self._here = threading.local()
+        self._on_cpu = device_of(model).type == "cpu"
 
     @contextmanager
     def __call__(self, causal: bool = False) -> Iterator[None]:
@@ -75,7 +95,8 @@ class CompiledLayers:
                     with sdpa_kernel(backends, set_priority=True):
                         yield
                 else:
-                    yield
+                    with sizes_apart() if self._on_cpu else nullcontext():
+                        yield
         finally:
             self._here.on = False
             for layer in self.layers:
@@ -89,6 +110,12 @@ class CompiledLayers:
         plain: Callable[..., Any] = type(layer).forward
         if not (getattr(self._here, "on", False) and torch.is_grad_enabled()):
             return plain(layer, *args, **kwargs)
+        if self._on_cpu:
+            args, kwargs = _by_name(plain, args, kwargs)
+            if not _comes_again(args, kwargs, number):
+                return plain(layer, *args, **kwargs)
+            if kwargs.get("attention_mask") is None:
+                kwargs["attention_mask"] = _causal_mask(args[0])
         args = tuple(_own(value, number) for value in args)
         kwargs = {name: _own(value, number) for name, value in kwargs.items()}
         if number == len(self.layers) - 1 and self._here.keep is not None and len(args) == 1:
@@ -96,6 +123,34 @@ class CompiledLayers:
         if self._here.causal:
             kwargs["attention_mask"] = None
         return self._compiled[plain](layer, *args, **kwargs)
+
+
+def _by_name(
+    plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """All of a layer's arguments but the first (after itself) by their names."""
+    names = list(inspect.signature(plain).parameters)[2:]
+    return args[:1], {**dict(zip(names, args[1:], strict=False)), **kwargs}
+
+
+def _comes_again(args: Sequence[Any], kwargs: Mapping[str, Any], number: int) -> bool:
+    """What a layer is given is of the one kind that it is compiled for: several rows ``(R, T,
+    width)`` of several columns, with gradients, behind known columns or without a cache."""
+    if len(args) != 1 or 1 in args[0].shape[:2] or not args[0].requires_grad:
+        return False
+    cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+    if cache is None:
+        return True
+    layers: list[Any] = cache.layers
+    known = layers[number].get_seq_length() if number < len(layers) else 0
+    return known > 1 and kwargs.get("attention_mask") is not None
+
+
+def _causal_mask(hidden: Tensor) -> Tensor:
+    """Of rows without padding ``(R, T, width)``, as transformers makes one of others."""
+    rows, columns, _ = hidden.shape
+    seen = torch.ones(columns, columns, dtype=torch.bool, device=hidden.device).tril()
+    return seen.repeat(rows, 1, 1, 1)
 
 
 def _last(run: Callable[..., Any], hidden: Tensor, kwargs: dict[str, Any], keep: Tensor) -> Any:
@@ -185,11 +240,19 @@ def compiled_layers(
     layers = [] if setting == "off" else repeated_layers(model)
     if not layers:
         return None
-    kind = device_of(model).type
     if setting == "auto":
-        if kind not in _RATE:
+        cost = _cost(model)
+        if cost is None:
             return None
-        step = max(_LEAST[kind], 4 * layer_weights(model) * tokens / _RATE[kind])
-        if steps * step * _SAVES[kind] < _SECONDS[kind]:
+        step = max(cost.least, 4 * layer_weights(model) * tokens / cost.rate)
+        if steps * step * cost.saves < cost.seconds:
             return None
     return CompiledLayers(model, layers)
+
+
+def _cost(model: nn.Module) -> _Cost | None:
+    """Of compiling on the model's device; None where that is not known."""
+    kind = device_of(model).type
+    if kind == "cpu":
+        return _CPU_IN_HALF if getattr(model, "dtype", None) == torch.bfloat16 else _CPU
+    return _GPU if kind == "cuda" else None

@@ -26,20 +26,21 @@ from torch import Tensor
 from .. import distributed
 from ..backbone.base_model import BaseModel
 from ..errors import PromptFileError, TrainingError
-from ..forward.engine import Engine
+from ..forward.engine import CompiledLayers, Engine
 from ..forward.scoring import sums
 from ..rendering.collate import Batch
 from ..rendering.render import Rendered
 from . import checkpoint
 from .accelerator import accelerated, move_model
 from .clock import Clock
-from .cuda_graphs import GraphedStep, graphs_or_plain
+from .compiled_steps import CompiledSteps, compiled_or_plain
+from .cuda_graphs import GraphedStep, graphs_or_plain, obstacle
 from .grid import Variant
 from .learner import Learner, halve
 from .population import Member, Population
 from .progress import Progress
 from .settings import TrainSettings
-from .steps import Later, steps_of
+from .steps import Later, PlainSteps, ReplayedSteps, steps_of
 
 
 class _Pending(NamedTuple):
@@ -78,10 +79,9 @@ class Loop:
                     population, self._plain_part, self.settings, self.accelerator, self.notes.append
                 )
                 if isinstance(part, GraphedStep):
-                    tokens = self.engine.tokens(self.variants[0].examples) * len(self.variants)
-                    tokens *= self.settings.batch_size * self.settings.gradient_accumulation
-                    part.compile_layers(self.settings.compile, tokens, self.steps - self.step)
-                self.take_step = steps_of(population, self.learners, part, self.accelerator)
+                    part.compile_layers(self._layers())
+                steps = steps_of(population, self.learners, part, self.accelerator)
+                self.take_step = self._on_compiled(steps)
                 dev_steps = len(self.variants[0].dev) / self._per_step
                 limit, epochs = self.settings.max_minutes, self.settings.settled_epochs
                 self.clock = Clock(limit, epochs, dev_steps)
@@ -97,6 +97,22 @@ class Loop:
     def _per_step(self) -> int:
         """Examples of an optimizer step."""
         return self.settings.batch_size * self.settings.gradient_accumulation
+
+    def _layers(self) -> CompiledLayers | None:
+        """The model's layers compiled, if the steps to come are worth it."""
+        tokens = self.engine.tokens(self.variants[0].examples) * len(self.variants)
+        setting, to_come = self.settings.compile, self.steps - self.step
+        return self.engine.compiled_layers(setting, tokens * self._per_step, to_come)
+
+    def _on_compiled(
+        self, steps: PlainSteps | ReplayedSteps
+    ) -> PlainSteps | ReplayedSteps | CompiledSteps:
+        """Plain steps of a CPU take the layers compiled; a GPU's have them in their graphs."""
+        if not isinstance(steps, PlainSteps) or self.device.type != "cpu":
+            return steps
+        if self.settings.tune_model or obstacle(self.base.model, self.accelerator) is not None:
+            return steps
+        return compiled_or_plain(steps, self._layers(), self.accelerator, self.notes.append)
 
     def _prepare(self, resume: bool) -> None:
         settings = self.settings
