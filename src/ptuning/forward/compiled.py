@@ -52,9 +52,9 @@ class _Cost(NamedTuple):
 
 _GPU = _Cost(25.0, 0.3, 3e14, 0.01)
 """Measured: 12 seconds, 0.3 to 0.6 of a step."""
-_CPU, _CPU_IN_HALF = _Cost(90.0, 0.05, 1e11, 0.0), _Cost(90.0, 0.2, 3e11, 0.0)
+_CPU, _CPU_IN_HALF = _Cost(90.0, 0.05, 1e11, 0.0), _Cost(90.0, 0.1, 3e11, 0.0)
 """Measured: 60 seconds (7 where the compiler's own cache has the layer), and 0.05 to 0.12 of a step
-in float32, 0.2 to 0.35 in bfloat16, where products take the smaller part of it."""
+in float32, 0.05 to 0.2 in bfloat16."""
 
 
 class CompiledLayers:

@@ -88,8 +88,9 @@ class TrainSettings:
         model_learning_rate: of the base model's weights, where they are trained.
         graphs: ``auto`` replays steps of repeated shapes as CUDA graphs on a GPU, ``off`` never
             does. Changes no result.
-        compile: run the frozen model's layers compiled on a GPU: ``auto`` where the steps to come
-            gain more than the compilation takes, ``on``, or ``off``. Changes results by rounding.
+        compile: run the frozen model's layers compiled: ``auto`` where the steps to come gain more
+            than the compilation takes (often on a GPU, on a CPU in trainings of many minutes),
+            ``on``, or ``off``. Changes results by rounding.
 
     Raises:
         InputError: a value that cannot be trained with.
