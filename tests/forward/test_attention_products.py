@@ -64,10 +64,13 @@ def test_without_a_mask_a_query_sees_the_keys_up_to_its_own_where_that_is_asked_
     torch.testing.assert_close(got.transpose(1, 2), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("hidden", [False, torch.finfo(torch.float32).min, -torch.inf], ids=str)
 @pytest.mark.parametrize("asking", [9, 40])
-def test_what_sees_nothing_gets_numbers_and_gives_no_gradient_that_is_none(asking: int) -> None:
+def test_what_sees_nothing_gets_numbers_and_gives_no_gradient_that_is_none(
+    asking: int, hidden: bool | float
+) -> None:
     tensors = inputs(asking, asking, torch.bfloat16)
-    mask = torch.zeros(ROWS, 1, asking, asking, dtype=torch.bool)
+    mask = torch.full((ROWS, 1, asking, asking), hidden)
     got = attention_in_products(*tensors, mask)
     assert got.dtype == torch.bfloat16
     for tensor in (got, *torch.autograd.grad(got.float().sum(), tensors)):

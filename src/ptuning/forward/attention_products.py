@@ -64,13 +64,15 @@ def attention_in_products(
     if mask is None:
         mask = query.new_ones(1, 1, asking, keys, dtype=torch.bool)
         mask = mask.tril() if causal else mask
+    hidden = torch.finfo(query.dtype).min
     if mask.dtype == torch.bool:
-        hidden = torch.finfo(query.dtype).min
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, hidden)
+    else:  # the least number of another format is none here
+        mask = mask.to(query.dtype).clamp(min=hidden)
     if (more := _FEWEST_KEYS - keys) > 0:
         key, value = F.pad(key, (0, 0, 0, more)), F.pad(value, (0, 0, 0, more))
-        mask, keys = F.pad(mask, (0, more), value=torch.finfo(query.dtype).min), _FEWEST_KEYS
-    added = mask.to(query.dtype).expand(rows, heads, asking, keys)
+        mask, keys = F.pad(mask, (0, more), value=hidden), _FEWEST_KEYS
+    added = mask.expand(rows, heads, asking, keys)
     scores = torch.baddbmm(
         added.reshape(rows * groups, -1, keys), queries, _of_groups(key).transpose(1, 2)
     )

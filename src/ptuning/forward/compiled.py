@@ -30,6 +30,7 @@ from ..backbone.base_model import device_of
 from ..backbone.traits import layer_weights, repeated_layers
 from ..backbone.upstream import sizes_apart
 from .attention import grouped_on_gpu
+from .norms import plain_norms
 
 DYNAMIC = True
 
@@ -90,7 +91,7 @@ class CompiledLayers:
             SDPBackend.MATH,
         ]
         try:
-            with grouped_on_gpu(self.model) as grouped:
+            with plain_norms(), grouped_on_gpu(self.model) as grouped:
                 if grouped:
                     with sdpa_kernel(backends, set_priority=True):
                         yield

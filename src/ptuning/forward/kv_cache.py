@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .attention import own_attention
 from .kv_pool import KeyValuePool
+from .norms import own_norms
 from .plain import positions
 
 
@@ -74,7 +75,7 @@ def keys_and_values(model: nn.Module, ids: Tensor, mask: Tensor) -> list[tuple[T
     """What each layer makes of rows ``(R, T)``: ``(R, heads, T, head width)``; without logits."""
     body = getattr(model, "base_model", model)
     cache = DynamicCache()  # without a configuration layers with a window keep every column
-    with own_attention(model):
+    with own_attention(model), own_norms(model):
         body(
             input_ids=ids,
             attention_mask=mask,

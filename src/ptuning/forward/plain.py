@@ -22,6 +22,7 @@ from ..errors import InputError
 from ..rendering.collate import IGNORED, Batch
 from . import divergence
 from .attention import own_attention
+from .norms import own_norms
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def answer_outputs(
         "attention_mask": batch.attention_mask,
     }
     count = batch.answers.shape[1]
-    with own_attention(model):
+    with own_attention(model), own_norms(model):
         if batch.kind == "seq2seq":
             inputs["decoder_input_ids"] = batch.decoder_input_ids
             return model(**inputs, use_cache=False).logits, _all
