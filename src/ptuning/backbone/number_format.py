@@ -26,6 +26,7 @@ from torch import nn
 from ..errors import PtuningError
 from ..formats import pack_json, read_json
 from ..storage import write_file
+from .eight_bits import OWN
 from .traits import layer_weights, repeated_layers
 
 FULL, HALF = "float32", "bfloat16"
@@ -46,6 +47,16 @@ class Choice(NamedTuple):
 
     dtype: str
     why: str = ""
+
+    def told(self, model: str, frozen: str) -> str:
+        """A line for people: what is loaded in which format, and why.
+
+        Args:
+            model: its name.
+            frozen: the layers' format, ``own`` where they have the model's.
+        """
+        layers = "" if frozen == OWN else f", its layers in {frozen}"
+        return f"loading {model} in {self.dtype}{layers}{f': {self.why}' if self.why else ''}"
 
 
 def fastest(model: nn.Module, device: torch.device, cache: Path) -> Choice:

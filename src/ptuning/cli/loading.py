@@ -31,20 +31,18 @@ def chosen(
     """
     from ..backbone.eight_bits import check_frozen
     from ..backbone.load import AUTO, check_dtype, choose_dtype
-    from ..backbone.number_format import FULL
+    from ..backbone.number_format import FULL, Choice
     from ..devices import best_device
 
     check_dtype(dtype)
     check_frozen(frozen, None if frozen == _OWN else best_device())
-    found, why = (
-        instead
-        if dtype == AUTO and instead is not None
-        else distributed.from_main(lambda: choose_dtype(name, dtype))
-    )
-    if usual or (why and found != FULL) or frozen != _OWN:
-        layers = "" if frozen == _OWN else f", its layers in {frozen}"
-        console.say(f"loading {name} in {found}{layers}{f': {why}' if why else ''}")
-    return found
+    if dtype == AUTO and instead is not None:
+        found = Choice(*instead)
+    else:
+        found = distributed.from_main(lambda: choose_dtype(name, dtype))
+    if usual or (found.why and found.dtype != FULL) or frozen != _OWN:
+        console.say(found.told(name, frozen))
+    return found.dtype
 
 
 def base_model(name: str, dtype: str, frozen: str = _OWN) -> tuple[Any, Any]:

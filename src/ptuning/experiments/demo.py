@@ -100,9 +100,7 @@ def run(
     if model_name in SOURCES and not Path(model_name).exists():
         fetch(model_name)
     chosen = distributed.from_main(lambda: choose_dtype(model_name, dtype))
-    layers = "" if frozen == OWN else f", its layers in {frozen}"
-    why = f": {chosen.why}" if chosen.why else ""
-    tell(f"loading {model_name} in {chosen.dtype}{layers}{why}")
+    tell(chosen.told(model_name, frozen))
     model, tokenizer = load_model(model_name, dtype=chosen.dtype, frozen=frozen)
     training, dev, test = facts()
     tell(f"{len(training)} facts to train on, {len(dev)} to choose with, {len(test)} to test")
