@@ -137,7 +137,7 @@ class Ours:
             self.notes.append,
         )
         if isinstance(step, GraphedStep) and self.device.type == "cuda":  # a long training's choice
-            step.compile_layers(self.engine.compiled_layers("auto", 10**3, 10**6))
+            step.compile_layers("auto", 10**3, 10**6)
         take = steps_of(self.population, self.learners, step, self.accelerator)
         divisor = [float(len(examples))] * len(self.learners)
         pending: list[Later] = []

@@ -115,7 +115,7 @@ def test_gradients_of_short_rows_in_half_precision_are_products_or_computed_in_f
     computed_in: torch.dtype | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(attention_products, "cpu_multiplies_bfloat16", lambda: units)
+    monkeypatch.setattr(attention_products, "cpu_has_amx", lambda: units)
     seen = []
     plain = module.sdpa_attention_forward
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import DynamicCache
 
 from ptuning.forward import attention as module
 from ptuning.forward import attention_products
@@ -88,16 +89,68 @@ def test_a_model_s_gradient_is_as_near_to_float32_as_the_plain_one(
         used.append(True)
         return attention_in_products(*args, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(attention_products, "cpu_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(attention_products, "cpu_has_amx", lambda: True)
     monkeypatch.setattr(module, "attention_in_products", products)
-    model = model_of(family).requires_grad_(False)
+    # Weights so large that the gradient goes through attention.
+    model = model_of(family, initializer_range=0.3).requires_grad_(False)
     exact = found(model, False, behind)[1]
     model.to(torch.bfloat16)
     plain = found(model, False, behind)[1].float()
     assert not used
     ours = found(model, True, behind)[1].float()
     assert len(used) == model.config.num_hidden_layers
-    assert (ours - exact).norm() < 1.5 * (plain - exact).norm() + 1e-3
+    assert (ours - exact).norm() < 1.5 * (plain - exact).norm() + 1e-3 * exact.norm()
+
+    def wrong(query: Tensor, key: Tensor, value: Tensor, *others: object) -> Tensor:
+        return attention_in_products(query, key, value)  # no mask
+
+    monkeypatch.setattr(module, "attention_in_products", wrong)
+    blind = found(model, True, behind)[1].float()
+    assert (blind - exact).norm() > 2 * (plain - exact).norm() + 1e-3 * exact.norm()
+
+
+def test_one_query_behind_known_columns_sees_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers drops the mask there, and its attention is causal."""
+    model = model_of("Llama", initializer_range=0.3).requires_grad_(False).to(torch.bfloat16)
+
+    def gradient(units: bool) -> Tensor:
+        monkeypatch.setattr(attention_products, "cpu_has_amx", lambda: units)
+        torch.manual_seed(2)
+        known, asked = torch.randn(2, 2, 9, 32).to(torch.bfloat16).split(1)
+        cache, asked = DynamicCache(), asked[0, :, :1].clone().requires_grad_()
+        with torch.no_grad():
+            model.get_decoder()(inputs_embeds=known[0], past_key_values=cache, use_cache=True)
+        mask = torch.ones(2, 10)
+        with own_attention(model):
+            logits = model(inputs_embeds=asked, attention_mask=mask, past_key_values=cache).logits
+        logits.float().logsumexp(-1).sum().backward()
+        assert asked.grad is not None
+        return asked.grad.float()
+
+    plain, ours = gradient(False), gradient(True)
+    assert not torch.equal(plain, ours)
+    assert (ours - plain).norm() < 0.1 * plain.norm()
+
+
+@pytest.mark.parametrize("common", [0.0, 8.0, 60.0])
+def test_what_all_keys_have_in_common_costs_no_precision(common: float) -> None:
+    """As biases of keys give it to them, times queries that have one, too."""
+    query, key, value = (tensor.detach() for tensor in inputs(20, 40, torch.float32))
+    tensors = [(query + common / 4).requires_grad_(), (key + common / 4).requires_grad_(), value]
+    rounded = [tensor.detach().to(torch.bfloat16).requires_grad_() for tensor in tensors]
+    exact = [tensor.detach().float().requires_grad_() for tensor in rounded]
+    weights = torch.randn(ROWS, 20, HEADS, WIDTH + 2)
+
+    def gradients(tensors: list[Tensor], own: bool) -> tuple[Tensor, ...]:
+        if own:
+            got = attention_in_products(*tensors)
+        else:
+            attended = F.scaled_dot_product_attention(*tensors, enable_gqa=True)
+            got = attended.transpose(1, 2)
+        return torch.autograd.grad((got.float() * weights).sum(), tensors)
+
+    for got, expected in zip(gradients(rounded, True), gradients(exact, False), strict=True):
+        assert (got.float() - expected).norm() < 0.03 * expected.norm()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
@@ -105,7 +158,7 @@ def test_a_model_s_gradient_is_as_near_to_float32_as_the_plain_one(
 def test_models_that_see_backwards_or_both_ways_keep_their_gradients(
     family: str, padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_products, "cpu_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(attention_products, "cpu_has_amx", lambda: True)
     model = tiny.model(family)
     ids = torch.randint(5, 40, (2, 9))
     mask = torch.tensor([[1] * 9, [1] * (6 if padded else 9) + [0] * (3 if padded else 0)])
@@ -148,6 +201,6 @@ def test_they_serve_in_bfloat16_while_the_probabilities_are_small(
     serves: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(attention_products, "cpu_multiplies_bfloat16", lambda: units)
+    monkeypatch.setattr(attention_products, "cpu_has_amx", lambda: units)
     query, key = (torch.empty(rows, heads, columns, 4, dtype=dtype) for heads in (9, 3))
     assert products_serve(query, key) == serves

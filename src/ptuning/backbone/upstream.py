@@ -238,15 +238,13 @@ def sizes_apart() -> AbstractContextManager[None]:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def cpu_multiplies_bfloat16() -> bool:
-    """This processor has units for products in bfloat16, and torch's library for them.
+def cpu_has_amx() -> bool:
+    """This processor has matrix units for bfloat16, and torch the library that uses them.
 
-    torch 2.6: ``torch.cpu._is_amx_tile_supported`` and ``_is_avx512_bf16_supported``; the public
-    way, `torch.cpu.get_capabilities`, is not in every release that is admitted here.
+    torch 2.6: ``torch.cpu._is_amx_tile_supported``; the public way,
+    `torch.cpu.get_capabilities`, is not in every release that is admitted here.
     """
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
 
 
 _FEWEST_ROWS = 17

@@ -10,7 +10,7 @@ copies and their gradients were a sixth of a training step.
 
 On a CPU the gradient of short rows in bfloat16 takes PyTorch's attention 4 to 9 times as long as in
 float32 (8 rows of 20: 6.7 and 1.4 ms on a processor with AMX). Two products take less than either
-where the processor multiplies bfloat16 (`attention_products`); elsewhere it is computed in float32.
+where the processor has AMX (`attention_products`); elsewhere it is computed in float32.
 
 On an H100 or H200 torch's first choice in half precision since 2.11 is cuDNN's attention. It gets
 ready anew for every shape, which takes as long as many steps where rows have many lengths, so it is
@@ -148,7 +148,7 @@ def attention(
     if not _asked_for() or special:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
     if _needs_gradient(query) and not dropout and products_serve(query, key):
-        causal = attention_mask is None and _is_causal(module, others.get("is_causal"))
+        causal = attention_mask is None and _is_causal(module, query, others.get("is_causal"))
         return attention_in_products(query, key, value, attention_mask, scaling, causal), None
     before = query.dtype
     if _slow_backwards(query, key):
@@ -171,9 +171,11 @@ def _needs_gradient(query: Tensor) -> bool:
     return query.requires_grad and torch.is_grad_enabled()
 
 
-def _is_causal(module: nn.Module, said: bool | None) -> bool:
-    """Without a mask a query sees the keys up to its own, as transformers has it."""
-    return getattr(module, "is_causal", True) if said is None else said
+def _is_causal(module: nn.Module, query: Tensor, said: bool | None) -> bool:
+    """Without a mask a query sees the keys up to its own, as transformers has it; one alone is the
+    last and sees all."""
+    causal = getattr(module, "is_causal", True) if said is None else said
+    return query.shape[2] > 1 and bool(causal)
 
 
 def _slow_backwards(query: Tensor, key: Tensor) -> bool:

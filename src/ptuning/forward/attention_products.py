@@ -1,12 +1,13 @@
-"""Attention as two batched products, for gradients in bfloat16 on a CPU with units for it.
+"""Attention as two batched products, for gradients in bfloat16 on a CPU with AMX.
 
-    one kernel      PyTorch's attention; its gradient makes no use of such units
+    one kernel      PyTorch's attention; its gradient makes no use of matrix units
     two products    softmax(Q K' + mask) V of all rows and groups at once; query heads that share
                     keys and values are rows of one product
 
 On a processor with AMX forward and backward take 0.4 to 0.6 of the time of PyTorch's attention in
 float32 (8 rows of 70: 3.1 and 5.8 ms; 8 of 128: 6 and 13), which is itself several times as fast
-there as in bfloat16. What is paid is memory: the probabilities are kept for the gradient.
+there as in bfloat16. On processors with AVX512-BF16 alone nothing is gained. What is paid is
+memory: the probabilities are kept for the gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backbone.upstream import cpu_multiplies_bfloat16
+from ..backbone.upstream import cpu_has_amx
 
 _MOST_BYTES = 2**23
 """Of the probabilities of a layer."""
@@ -34,7 +35,7 @@ def products_serve(query: Tensor, key: Tensor) -> bool:
         return False
     rows, heads, asking, _ = query.shape
     kept = rows * heads * asking * max(key.shape[2], _FEWEST_KEYS) * query.dtype.itemsize
-    return kept <= _MOST_BYTES and cpu_multiplies_bfloat16()
+    return kept <= _MOST_BYTES and cpu_has_amx()
 
 
 def attention_in_products(
@@ -61,6 +62,9 @@ def attention_in_products(
     groups, keys = key.shape[1:3]
     scale = width**-0.5 if scaling is None else scaling
     queries = (query * scale).reshape(rows * groups, -1, width)
+    # Scores round to bfloat16: without what all keys have in common, which softmax does not see,
+    # they are small where biases make them large.
+    key = key - key.detach().mean(2, keepdim=True)
     if mask is None:
         mask = query.new_ones(1, 1, asking, keys, dtype=torch.bool)
         mask = mask.tril() if causal else mask
@@ -69,7 +73,8 @@ def attention_in_products(
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, hidden)
     else:  # the least number of another format is none here
         mask = mask.to(query.dtype).clamp(min=hidden)
-    if (more := _FEWEST_KEYS - keys) > 0:
+    # A compiler would make a layer for fewer keys and one for more.
+    if not torch.compiler.is_compiling() and (more := _FEWEST_KEYS - keys) > 0:
         key, value = F.pad(key, (0, 0, 0, more)), F.pad(value, (0, 0, 0, more))
         mask, keys = F.pad(mask, (0, more), value=hidden), _FEWEST_KEYS
     added = mask.expand(rows, heads, asking, keys)

@@ -3,9 +3,7 @@
     plain     each layer's operations one by one, keys and values repeated for each query head
     here      the layer as torch.compile makes it, forward and backward; on a GPU that has it,
               cuDNN's attention, which reads groups of query heads as they are, behind a mask too;
-              no mask where no row has padding; the last layer's answer columns alone;
-              on a CPU a mask always, and rows or columns that are one run plainly: for each of
-              these the layer would be compiled anew
+              no mask where no row has padding; the last layer's answer columns alone
 
 A compilation takes as long as hundreds of steps save: `compiled_layers` weighs it. Only the thread
 that asks runs compiled layers, only with gradients, and only inside the block; a layer's weights
@@ -14,10 +12,9 @@ and its class stay as they are. Who uses this holds its numbers against the plai
 
 from __future__ import annotations
 
-import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,9 +25,7 @@ from transformers import Cache
 
 from ..backbone.base_model import device_of
 from ..backbone.traits import layer_weights, repeated_layers
-from ..backbone.upstream import sizes_apart
 from .attention import grouped_on_gpu
-from .norms import plain_norms
 
 DYNAMIC = True
 
@@ -54,8 +49,8 @@ class _Cost(NamedTuple):
 _GPU = _Cost(25.0, 0.3, 3e14, 0.01)
 """Measured: 12 seconds, 0.3 to 0.6 of a step."""
 _CPU, _CPU_IN_HALF = _Cost(90.0, 0.05, 1e11, 0.0), _Cost(90.0, 0.1, 3e11, 0.0)
-"""Measured: 60 seconds (7 where the compiler's own cache has the layer), and 0.05 to 0.12 of a step
-in float32, 0.05 to 0.2 in bfloat16."""
+"""Measured: 30 to 60 seconds (7 where the compiler's own cache has the layer), and 0.05 to 0.12 of
+a step in float32, 0.05 to 0.2 in bfloat16."""
 
 
 class CompiledLayers:
@@ -71,7 +66,6 @@ class CompiledLayers:
         forwards = dict.fromkeys(type(layer).forward for layer in self.layers)
         self._compiled = {plain: torch.compile(plain, dynamic=DYNAMIC) for plain in forwards}
         self._here = threading.local()
-        self._on_cpu = device_of(model).type == "cpu"
 
     @contextmanager
     def __call__(self, causal: bool = False) -> Iterator[None]:
@@ -91,13 +85,12 @@ class CompiledLayers:
             SDPBackend.MATH,
         ]
         try:
-            with plain_norms(), grouped_on_gpu(self.model) as grouped:
+            with grouped_on_gpu(self.model) as grouped:
                 if grouped:
                     with sdpa_kernel(backends, set_priority=True):
                         yield
                 else:
-                    with sizes_apart() if self._on_cpu else nullcontext():
-                        yield
+                    yield
         finally:
             self._here.on = False
             for layer in self.layers:
@@ -111,12 +104,6 @@ class CompiledLayers:
         plain: Callable[..., Any] = type(layer).forward
         if not (getattr(self._here, "on", False) and torch.is_grad_enabled()):
             return plain(layer, *args, **kwargs)
-        if self._on_cpu:
-            args, kwargs = _by_name(plain, args, kwargs)
-            if not _comes_again(args, kwargs, number):
-                return plain(layer, *args, **kwargs)
-            if kwargs.get("attention_mask") is None:
-                kwargs["attention_mask"] = _causal_mask(args[0])
         args = tuple(_own(value, number) for value in args)
         kwargs = {name: _own(value, number) for name, value in kwargs.items()}
         if number == len(self.layers) - 1 and self._here.keep is not None and len(args) == 1:
@@ -124,34 +111,6 @@ class CompiledLayers:
         if self._here.causal:
             kwargs["attention_mask"] = None
         return self._compiled[plain](layer, *args, **kwargs)
-
-
-def _by_name(
-    plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """All of a layer's arguments but the first (after itself) by their names."""
-    names = list(inspect.signature(plain).parameters)[2:]
-    return args[:1], {**dict(zip(names, args[1:], strict=False)), **kwargs}
-
-
-def _comes_again(args: Sequence[Any], kwargs: Mapping[str, Any], number: int) -> bool:
-    """What a layer is given is of the one kind that it is compiled for: several rows ``(R, T,
-    width)`` of several columns, with gradients, behind known columns or without a cache."""
-    if len(args) != 1 or 1 in args[0].shape[:2] or not args[0].requires_grad:
-        return False
-    cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
-    if cache is None:
-        return True
-    layers: list[Any] = cache.layers
-    known = layers[number].get_seq_length() if number < len(layers) else 0
-    return known > 1 and kwargs.get("attention_mask") is not None
-
-
-def _causal_mask(hidden: Tensor) -> Tensor:
-    """Of rows without padding ``(R, T, width)``, as transformers makes one of others."""
-    rows, columns, _ = hidden.shape
-    seen = torch.ones(columns, columns, dtype=torch.bool, device=hidden.device).tril()
-    return seen.repeat(rows, 1, 1, 1)
 
 
 def _last(run: Callable[..., Any], hidden: Tensor, kwargs: dict[str, Any], keep: Tensor) -> Any:
@@ -209,7 +168,7 @@ class _Taken:
         return self.keys, self.values
 
 
-class _OneLayer:
+class OneLayer:
     """The part of a cache that a layer reads, so that all layers are given the same kind of thing:
     the layer's number would be compiled in."""
 
@@ -224,7 +183,7 @@ class _OneLayer:
 
 
 def _own(value: Any, number: int) -> Any:
-    return _OneLayer(value.layers[number]) if isinstance(value, Cache) else value
+    return OneLayer(value.layers[number]) if isinstance(value, Cache) else value
 
 
 def compiled_layers(
@@ -238,17 +197,23 @@ def compiled_layers(
         tokens: that a step computes.
         steps: to come.
     """
+    layers = layers_worth_it(setting, model, tokens, steps)
+    return CompiledLayers(model, layers) if layers else None
+
+
+def layers_worth_it(setting: str, model: nn.Module, tokens: float, steps: int) -> list[nn.Module]:
+    """The model's repeated layers, if they are to be compiled; else none.
+
+    The arguments are those of `compiled_layers`.
+    """
     layers = [] if setting == "off" else repeated_layers(model)
-    if not layers:
-        return None
-    if setting == "auto":
-        cost = _cost(model)
-        if cost is None:
-            return None
-        step = max(cost.least, 4 * layer_weights(model) * tokens / cost.rate)
-        if steps * step * cost.saves < cost.seconds:
-            return None
-    return CompiledLayers(model, layers)
+    if not layers or setting == "on":
+        return layers
+    cost = _cost(model)
+    if cost is None:
+        return []
+    step = max(cost.least, 4 * layer_weights(model) * tokens / cost.rate)
+    return layers if steps * step * cost.saves >= cost.seconds else []
 
 
 def _cost(model: nn.Module) -> _Cost | None:

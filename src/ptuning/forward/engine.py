@@ -33,6 +33,8 @@ from .attention import own_attention
 from .batching import Row, batch_for, by_length, chunks_by_length, computed_tokens
 from .compiled import CompiledLayers as CompiledLayers
 from .compiled import compiled_layers
+from .compiled_on_cpu import LayersOnCpu as LayersOnCpu
+from .compiled_on_cpu import layers_on_cpu
 from .graphed_scores import graphed_scores
 from .kv_cache import pooled_cache
 from .label_words import label_word_scores
@@ -183,6 +185,10 @@ class Engine:
     def compiled_layers(self, setting: str, tokens: float, steps: int) -> CompiledLayers | None:
         """As `compiled.compiled_layers`, of the engine's model."""
         return compiled_layers(setting, self.base.model, tokens, steps)
+
+    def layers_on_cpu(self, setting: str, tokens: float, steps: int) -> LayersOnCpu | None:
+        """As `compiled_on_cpu.layers_on_cpu`, of the engine's model."""
+        return layers_on_cpu(setting, self.base.model, tokens, steps)
 
     # Batches to numbers.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from heapq import heapreplace
 from typing import Any
 
 import torch
@@ -131,32 +131,43 @@ class _Plan:
 
 
 def _plans(owners: Sequence[Owner], rests: Sequence[int], count: int) -> Iterator[_Plan]:
-    """Every owner's segments in one row, in rows of about half that width, and so on."""
+    """Every owner's segments in one row, in rows of about half that width, and so on, in ever
+    larger steps."""
     totals = dict.fromkeys(owners, 0)
     for owner, rest in zip(owners, rests, strict=True):
         totals[owner] += rest
-    widest, longest = max(totals.values()), max(rests)
-    for parts in range(1, widest // longest + 1):
-        room = widest / parts
-        yield _plan(owners, rests, count, {o: round(n / room) or 1 for o, n in totals.items()})
+    order = sorted(range(len(rests)), key=rests.__getitem__, reverse=True)
+    widest, most = max(totals.values()), max(totals.values()) // max(rests)
+    parts = 1
+    while parts <= most:
+        rows = {owner: round(n * parts / widest) or 1 for owner, n in totals.items()}
+        yield _plan(owners, rests, order, count, rows)
+        parts += max(1, parts // 4)
 
 
 def _plan(
-    owners: Sequence[Owner], rests: Sequence[int], count: int, rows: Mapping[Owner, int]
+    owners: Sequence[Owner],
+    rests: Sequence[int],
+    order: Sequence[int],
+    count: int,
+    rows: Mapping[Owner, int],
 ) -> _Plan:
-    """Each owner's segments in so many rows, the longest first, each into the emptiest."""
-    first = dict(zip(rows, accumulate(rows.values(), initial=0), strict=False))
+    """Each owner's segments in so many rows, in this order, each into the emptiest."""
     of_row = [owner for owner, number in rows.items() for _ in range(number)]
-    used = [0] * len(of_row)
+    emptiest: dict[Owner, list[tuple[int, int]]] = {owner: [] for owner in rows}
+    for row, owner in enumerate(of_row):
+        emptiest[owner].append((0, row))  # in the order of a heap
     starts, columns = [(0, 0)] * len(rests), [[0]] * len(rests)
-    for segment in sorted(range(len(rests)), key=rests.__getitem__, reverse=True):
-        own = range(first[owners[segment]], first[owners[segment]] + rows[owners[segment]])
-        row = min(own, key=used.__getitem__)
-        start = used[row]
-        used[row] = end = start + rests[segment]
+    for segment in order:
+        heap = emptiest[owners[segment]]
+        start, row = heap[0]
+        end = start + rests[segment]
+        heapreplace(heap, (end, row))
         starts[segment] = row, start
         columns[segment] = [max(start, end - count + k) for k in range(count)]
-    return _Plan(of_row, max(used), starts, columns)
+    return _Plan(
+        of_row, max(used for heap in emptiest.values() for used, _ in heap), starts, columns
+    )
 
 
 def _packed(batch: Batch, rests: Sequence[int], plan: _Plan) -> Packed:

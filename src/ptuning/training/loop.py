@@ -7,7 +7,7 @@
 
 The base model never changes. On the CPU a run that is interrupted anywhere and resumed ends with
 the numbers of an undisturbed one (to rounding, where keys and values of prefixes are kept: they are
-computed in other batches then).
+computed in other batches then; or where layers run compiled, but in one part of it alone).
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from torch import Tensor
 
 from .. import distributed
 from ..backbone.base_model import BaseModel
+from ..backbone.eight_bits import frozen_format
 from ..errors import PromptFileError, TrainingError
-from ..forward.engine import CompiledLayers, Engine
+from ..forward.engine import Engine
 from ..forward.scoring import sums
 from ..rendering.collate import Batch
 from ..rendering.render import Rendered
 from . import checkpoint
 from .accelerator import accelerated, move_model
 from .clock import Clock
-from .compiled_steps import CompiledSteps, compiled_or_plain
+from .compiled_steps import CompiledSteps
 from .cuda_graphs import GraphedStep, graphs_or_plain, obstacle
 from .grid import Variant
 from .learner import Learner, halve
@@ -79,7 +80,7 @@ class Loop:
                     population, self._plain_part, self.settings, self.accelerator, self.notes.append
                 )
                 if isinstance(part, GraphedStep):
-                    part.compile_layers(self._layers())
+                    part.compile_layers(*self._weighed())
                 steps = steps_of(population, self.learners, part, self.accelerator)
                 self.take_step = self._on_compiled(steps)
                 dev_steps = len(self.variants[0].dev) / self._per_step
@@ -98,11 +99,10 @@ class Loop:
         """Examples of an optimizer step."""
         return self.settings.batch_size * self.settings.gradient_accumulation
 
-    def _layers(self) -> CompiledLayers | None:
-        """The model's layers compiled, if the steps to come are worth it."""
+    def _weighed(self) -> tuple[str, float, int]:
+        """What decides on compiled layers: the setting, tokens of a step, and steps to come."""
         tokens = self.engine.tokens(self.variants[0].examples) * len(self.variants)
-        setting, to_come = self.settings.compile, self.steps - self.step
-        return self.engine.compiled_layers(setting, tokens * self._per_step, to_come)
+        return self.settings.compile, tokens * self._per_step, self.steps - self.step
 
     def _on_compiled(
         self, steps: PlainSteps | ReplayedSteps
@@ -110,9 +110,17 @@ class Loop:
         """Plain steps of a CPU take the layers compiled; a GPU's have them in their graphs."""
         if not isinstance(steps, PlainSteps) or self.device.type != "cpu":
             return steps
-        if self.settings.tune_model or obstacle(self.base.model, self.accelerator) is not None:
+        why = obstacle(self.base.model, self.accelerator)
+        if self.settings.tune_model:
+            why = "the model is trained too"
+        elif frozen_format(self.base.model):
+            why = "layers in eight bits are not compiled on a CPU"
+        if why is not None:
+            if self.settings.compile == "on":
+                self.notes.append(f"compiled layers are off: {why}")
             return steps
-        return compiled_or_plain(steps, self._layers(), self.accelerator, self.notes.append)
+        layers = self.engine.layers_on_cpu(*self._weighed())
+        return steps if layers is None else CompiledSteps(steps, layers, self.notes.append)
 
     def _prepare(self, resume: bool) -> None:
         settings = self.settings
