@@ -16,8 +16,8 @@ from .. import tiny
 from .test_attention import model_of
 
 FULL, HALF = torch.float32, torch.bfloat16
-SERVED = {"Llama": 4, "Mistral": 4, "Qwen2": 4, "Qwen3": 8, "Phi3": 4, "Granite": 4}
-"""Families, and the norms of two layers."""
+SERVED = {"Llama": 5, "Mistral": 5, "Qwen2": 5, "Qwen3": 9, "Phi3": 5, "Granite": 5}
+"""Families, and the norms of two layers and behind them."""
 
 
 def weighted(family: str, dtype: torch.dtype = FULL) -> Any:
@@ -141,6 +141,17 @@ def test_weights_that_are_trained_keep_their_gradient(monkeypatch: pytest.Monkey
     assert seen == []
     weight = model.model.layers[0].input_layernorm.weight
     assert weight.grad is not None and weight.grad.abs().sum() > 0
+
+
+def test_forwards_that_overlap_take_ours_away_with_the_last() -> None:
+    model = weighted("Llama")
+    first, second = own_norms(model), own_norms(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert any("forward" in vars(module) for module in model.modules())
+    second.__exit__(None, None, None)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_another_thread_has_the_model_s_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,6 +181,10 @@ class OneLayer:
         """As `Cache.update`, whichever the layer."""
         return self.layer.update(keys, values)
 
+    def get_seq_length(self, *others: Any) -> int:
+        """As `Cache.get_seq_length`."""
+        return int(self.layer.get_seq_length())
+
 
 def _own(value: Any, number: int) -> Any:
     return OneLayer(value.layers[number]) if isinstance(value, Cache) else value

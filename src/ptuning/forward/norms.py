@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..backbone.base_model import device_of
-from ..backbone.traits import repeated_layers
+from ..threads import CHANGING
 
 _ROWS = 3
 """Of numbers that a module is tried with."""
@@ -33,28 +33,26 @@ _NEAR = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """How far the gradient may be from the module's, as a share of it; other formats stay plain."""
 
 _here = threading.local()
+_forwards: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 _alike: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
 
 
 @contextmanager
 def own_norms(model: nn.Module) -> Iterator[None]:
-    """The norms of the model's layers are ours meanwhile, in this thread, if that is of use."""
+    """The model's norms are ours meanwhile, in this thread, if that is of use."""
     off = getattr(_here, "off", False) or not torch.is_grad_enabled()
     if off or torch.is_autocast_enabled("cpu") or device_of(model).type != "cpu":
         yield
         return
     served = _served(model)
-    for norm in served:
-        norm.forward = partial(_forward, norm)
     before = getattr(_here, "on", False)
     _here.on = True
+    _count(model, served, 1)
     try:
         yield
     finally:
+        _count(model, served, -1)
         _here.on = before
-        if not before:
-            for norm in served:
-                vars(norm).pop("forward", None)
 
 
 @contextmanager
@@ -68,13 +66,27 @@ def plain_norms() -> Iterator[None]:
         _here.off = before
 
 
+def _count(model: nn.Module, served: list[nn.Module], change: int) -> None:
+    """The first forward puts ours before the modules' own, the last takes them away: threads may
+    overlap."""
+    with CHANGING:
+        before = _forwards.get(model, 0)
+        _forwards[model] = before + change
+        if before and _forwards[model]:
+            return
+        for norm in served:
+            if before:
+                vars(norm).pop("forward", None)
+            else:
+                norm.forward = partial(_forward, norm)
+
+
 def _served(model: nn.Module) -> list[nn.Module]:
-    """The norms of the model's layers that are alike; looked for once."""
-    if model not in _alike:
-        layers = repeated_layers(model)
-        modules = [module for layer in layers for module in layer.modules()]
-        _alike[model] = [norm for norm in modules if _is_alike(norm)]
-    return _alike[model]
+    """The model's norms that are alike; looked for once."""
+    with CHANGING:  # before anybody's are there
+        if model not in _alike:
+            _alike[model] = [module for module in model.modules() if _is_alike(module)]
+        return _alike[model]
 
 
 def _is_alike(module: nn.Module) -> bool:
