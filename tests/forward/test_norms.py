@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import ptuning
 from ptuning.forward import norms
 from ptuning.forward.norms import own_norms, plain_norms
 
@@ -165,10 +166,10 @@ def test_another_thread_has_the_model_s_own(monkeypatch: pytest.MonkeyPatch) -> 
     assert seen == []
 
 
-def test_a_training_gives_what_plain_norms_give() -> None:
-    """Over steps, with a head that is shared by rows and a document that is kept."""
-    import ptuning
-
+def test_a_training_uses_them_and_gives_what_plain_norms_give(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = used(monkeypatch)
     rows = [{"text": f"{n} France", "answer": "Paris"} for n in range(8)]
     vectors = []
     for plain in (True, False):
@@ -178,7 +179,9 @@ def test_a_training_gives_what_plain_norms_give() -> None:
         if plain:
             with plain_norms():
                 ptuning.train(model, tokenizer, prompt, rows, rows[:2], **settings)
+            assert seen == []
         else:
             ptuning.train(model, tokenizer, prompt, rows, rows[:2], **settings)
+            assert len(seen) > 10
         vectors.append(prompt.trained_vectors())
     torch.testing.assert_close(*vectors, atol=1e-5, rtol=0)

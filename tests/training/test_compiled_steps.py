@@ -202,9 +202,7 @@ def test_what_is_not_for_them_runs_plainly_and_says_so_where_it_was_asked_for(
     assert "compiled" not in capsys.readouterr().err
 
 
-def test_rows_without_a_mask_and_layers_that_are_no_attention_run_plainly(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_rows_without_a_mask_run_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
     alike = [{"text": "France", "answer": "Paris"}] * 8
     found = Trained(monkeypatch, "on", rows=alike, template="{text} is [P*2] [MASK]",
                     prefix_cache="off")  # fmt: skip

@@ -7,13 +7,13 @@ breaks with a release of theirs is looked for here first.
 from __future__ import annotations
 
 import functools
-import importlib
 from contextlib import AbstractContextManager, suppress
 from typing import Any, Protocol
 
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.fx.experimental import _config as symbolic_shapes
 
 
 def uncompiled(model: Any) -> Any:
@@ -233,7 +233,7 @@ def sizes_apart() -> AbstractContextManager[None]:
 
     torch 2.1: ``torch.fx.experimental._config.use_duck_shape``; there is no public way.
     """
-    settings: Any = importlib.import_module("torch.fx.experimental._config")
+    settings: Any = symbolic_shapes
     return settings.patch(use_duck_shape=False)
 
 
