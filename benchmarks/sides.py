@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ptuning import Prompt, TrainSettings
 from ptuning.backbone.base_model import BaseModel
-from ptuning.forward.engine import Engine
+from ptuning.forward.engine import Engine, Work
 from ptuning.forward.prefix_store import PrefixStore
 from ptuning.rendering.collate import Batch
 from ptuning.rendering.layout import Sequence
@@ -137,7 +137,7 @@ class Ours:
             self.notes.append,
         )
         if isinstance(step, GraphedStep) and self.device.type == "cuda":  # a long training's choice
-            step.compile_layers("auto", 10**3, 10**6)
+            step.compile_layers(Work("auto", 10**3, 10**6))
         take = steps_of(self.population, self.learners, step, self.accelerator)
         divisor = [float(len(examples))] * len(self.learners)
         pending: list[Later] = []

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 import ptuning
 from ptuning.errors import InputError
 from ptuning.forward import chunked, compiled, engine, static_shapes
+from ptuning.forward.compiled import Work
 from ptuning.forward.static_shapes import COARSE, FINE, StaticInputs, rows_for, shape_of
 from ptuning.rendering.collate import IGNORED, Batch
 from ptuning.rendering.lesson import Lesson, Lessons
@@ -205,11 +206,13 @@ def test_compiled_layers_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch
 
 def test_compilation_is_weighed_against_the_steps_to_come() -> None:
     model = tiny.model()
-    weigh = partial(compiled.compiled_layers, "auto", model, 100.0)
-    assert weigh(10) is None and weigh(10**9) is not None
-    assert compiled.compiled_layers("off", model, 100.0, 10**9) is None
-    assert compiled.compiled_layers("on", model, 100.0, 1) is not None
-    assert compiled.compiled_layers("on", torch.compile(model), 100.0, 1) is None
+    auto = Work("auto", tokens=100.0, steps=10**9)
+    made = partial(compiled.compiled_layers, model)
+    assert made(auto) is not None and made(auto._replace(steps=10)) is None
+    assert made(auto._replace(seconds=60.0)) is None and made(auto._replace(seconds=10**4))
+    assert made(auto._replace(setting="off")) is None
+    one = Work("on", tokens=100.0, steps=1, seconds=1.0)
+    assert made(one) is not None and compiled.compiled_layers(torch.compile(model), one) is None
     with pytest.raises(InputError, match="compile is 'always'; expected auto, on or off"):
         replace(ptuning.TrainSettings(), compile="always")
 

@@ -12,6 +12,7 @@ and its class stay as they are. Who uses this holds its numbers against the plai
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +29,22 @@ from ..backbone.traits import layer_weights, repeated_layers
 from .attention import grouped_on_gpu
 
 DYNAMIC = True
+
+
+class Work(NamedTuple):
+    """What decides whether layers are compiled.
+
+    Attributes:
+        setting: ``on``, ``off``, or ``auto`` to weigh gain and cost.
+        tokens: that a step computes.
+        steps: to come.
+        seconds: that they may take at most.
+    """
+
+    setting: str
+    tokens: float
+    steps: int
+    seconds: float = math.inf
 
 
 class _Cost(NamedTuple):
@@ -190,34 +207,23 @@ def _own(value: Any, number: int) -> Any:
     return OneLayer(value.layers[number]) if isinstance(value, Cache) else value
 
 
-def compiled_layers(
-    setting: str, model: nn.Module, tokens: float, steps: int
-) -> CompiledLayers | None:
-    """The model's layers compiled, if a training gains more by them than they cost.
-
-    Args:
-        setting: ``on``, ``off``, or ``auto`` to weigh the two.
-        model: the base model.
-        tokens: that a step computes.
-        steps: to come.
-    """
-    layers = layers_worth_it(setting, model, tokens, steps)
+def compiled_layers(model: nn.Module, work: Work) -> CompiledLayers | None:
+    """The base model's layers compiled, if a training gains more by them than they cost."""
+    layers = layers_worth_it(model, work)
     return CompiledLayers(model, layers) if layers else None
 
 
-def layers_worth_it(setting: str, model: nn.Module, tokens: float, steps: int) -> list[nn.Module]:
-    """The model's repeated layers, if they are to be compiled; else none.
-
-    The arguments are those of `compiled_layers`.
-    """
-    layers = [] if setting == "off" else repeated_layers(model)
-    if not layers or setting == "on":
+def layers_worth_it(model: nn.Module, work: Work) -> list[nn.Module]:
+    """The model's repeated layers, if they are to be compiled; else none."""
+    layers = [] if work.setting == "off" else repeated_layers(model)
+    if not layers or work.setting == "on":
         return layers
     cost = _cost(model)
     if cost is None:
         return []
-    step = max(cost.least, 4 * layer_weights(model) * tokens / cost.rate)
-    return layers if steps * step * cost.saves >= cost.seconds else []
+    step = max(cost.least, 4 * layer_weights(model) * work.tokens / cost.rate)
+    seconds = min(work.steps * step, work.seconds)
+    return layers if seconds * cost.saves >= cost.seconds else []
 
 
 def _cost(model: nn.Module) -> _Cost | None:

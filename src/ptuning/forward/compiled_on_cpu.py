@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..backbone.upstream import sizes_apart
-from .compiled import DYNAMIC, OneLayer, layers_worth_it
+from .compiled import DYNAMIC, OneLayer, Work, layers_worth_it
 from .norms import plain_norms
 
 _OFF = {torch.float32: (1e-4, 1e-4)}
@@ -150,8 +150,7 @@ def _check(expected: tuple[Tensor, Tensor], got: tuple[Tensor, Tensor]) -> None:
             raise ArithmeticError(f"a layer is off by {off:.1e}")
 
 
-def layers_on_cpu(setting: str, model: nn.Module, tokens: float, steps: int) -> LayersOnCpu | None:
-    """The model's layers to be compiled for plain steps, if a training gains more than that costs;
-    the arguments are those of `compiled.compiled_layers`."""
-    layers = layers_worth_it(setting, model, tokens, steps)
+def layers_on_cpu(model: nn.Module, work: Work) -> LayersOnCpu | None:
+    """The layers, to be compiled for plain steps, if a training gains more than that costs."""
+    layers = layers_worth_it(model, work)
     return LayersOnCpu(layers) if layers else None

@@ -32,6 +32,7 @@ from . import chunked, plain
 from .attention import own_attention
 from .batching import Row, batch_for, by_length, chunks_by_length, computed_tokens
 from .compiled import CompiledLayers as CompiledLayers
+from .compiled import Work as Work
 from .compiled import compiled_layers
 from .compiled_on_cpu import LayersOnCpu as LayersOnCpu
 from .compiled_on_cpu import layers_on_cpu
@@ -182,13 +183,13 @@ class Engine:
         pool = None if self.store is None else self.store.pool
         return None if pool is None else pooled_cache(pool, slots)
 
-    def compiled_layers(self, setting: str, tokens: float, steps: int) -> CompiledLayers | None:
+    def compiled_layers(self, work: Work) -> CompiledLayers | None:
         """As `compiled.compiled_layers`, of the engine's model."""
-        return compiled_layers(setting, self.base.model, tokens, steps)
+        return compiled_layers(self.base.model, work)
 
-    def layers_on_cpu(self, setting: str, tokens: float, steps: int) -> LayersOnCpu | None:
+    def layers_on_cpu(self, work: Work) -> LayersOnCpu | None:
         """As `compiled_on_cpu.layers_on_cpu`, of the engine's model."""
-        return layers_on_cpu(setting, self.base.model, tokens, steps)
+        return layers_on_cpu(self.base.model, work)
 
     # Batches to numbers.
 

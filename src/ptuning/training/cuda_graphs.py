@@ -31,7 +31,7 @@ from ..backbone.traits import (
     looks_at_lengths,
     packs_rows,
 )
-from ..forward.engine import CompiledLayers
+from ..forward.engine import CompiledLayers, Work
 from ..forward.graphs import MOST, CudaGraph, Graph
 from ..forward.plain import Shortened, positions
 from ..forward.static_shapes import Shape, StaticInputs, grain_for, shape_of
@@ -94,10 +94,10 @@ class GraphedStep:
         self._moves = _MOVES if frozen_format(population.base) else 1.0
         self._pool_version = -1
 
-    def compile_layers(self, setting: str, tokens: float, steps: int) -> None:
+    def compile_layers(self, work: Work) -> None:
         """Capture compiled layers, if that is worth it (`compiled.compiled_layers`)."""
         base, engine = self.population.base, self.population.engine
-        self.fast_layers = engine.compiled_layers(setting, tokens, steps)
+        self.fast_layers = engine.compiled_layers(work)
         # Rotary positions and full attention: what the last layer gives can be chosen.
         self._trims = self.fast_layers is not None and packs_rows(base)
 

@@ -27,7 +27,7 @@ from .. import distributed
 from ..backbone.base_model import BaseModel
 from ..backbone.eight_bits import frozen_format
 from ..errors import PromptFileError, TrainingError
-from ..forward.engine import Engine
+from ..forward.engine import Engine, Work
 from ..forward.scoring import sums
 from ..rendering.collate import Batch
 from ..rendering.render import Rendered
@@ -80,7 +80,7 @@ class Loop:
                     population, self._plain_part, self.settings, self.accelerator, self.notes.append
                 )
                 if isinstance(part, GraphedStep):
-                    part.compile_layers(*self._weighed())
+                    part.compile_layers(self._work())
                 steps = steps_of(population, self.learners, part, self.accelerator)
                 self.take_step = self._on_compiled(steps)
                 dev_steps = len(self.variants[0].dev) / self._per_step
@@ -99,10 +99,16 @@ class Loop:
         """Examples of an optimizer step."""
         return self.settings.batch_size * self.settings.gradient_accumulation
 
-    def _weighed(self) -> tuple[str, float, int]:
-        """What decides on compiled layers: the setting, tokens of a step, and steps to come."""
+    def _work(self) -> Work:
+        """What decides on compiled layers."""
         tokens = self.engine.tokens(self.variants[0].examples) * len(self.variants)
-        return self.settings.compile, tokens * self._per_step, self.steps - self.step
+        minutes = self.settings.max_minutes
+        return Work(
+            self.settings.compile,
+            tokens * self._per_step,
+            self.steps - self.step,
+            math.inf if minutes is None else 60 * minutes,
+        )
 
     def _on_compiled(
         self, steps: PlainSteps | ReplayedSteps
@@ -119,7 +125,7 @@ class Loop:
             if self.settings.compile == "on":
                 self.notes.append(f"compiled layers are off: {why}")
             return steps
-        layers = self.engine.layers_on_cpu(*self._weighed())
+        layers = self.engine.layers_on_cpu(self._work())
         return steps if layers is None else CompiledSteps(steps, layers, self.notes.append)
 
     def _prepare(self, resume: bool) -> None:
