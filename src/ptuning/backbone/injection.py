@@ -15,7 +15,7 @@ the training's thread alone (`Injector.serving`).
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from ..errors import InputError
 from ..threads import CHANGING
 from .upstream import hook_owners, remove_hooks_of
 
+Words = Callable[[Tensor, Tensor], Tensor]
 SAFE_ID = 0
 # Modules that look up the input ids again (Gemma 4); virtual positions get SAFE_ID's row there.
 _SECOND_LOOKUPS = ("embed_tokens_per_layer",)
@@ -165,7 +166,9 @@ class Injector:
                 self._refresh()
 
     @contextmanager
-    def serving(self, rows: Mapping[Span, Tensor], alone: bool = False) -> Iterator[None]:
+    def serving(
+        self, rows: Mapping[Span, Tensor], alone: bool = False, words: Words | None = None
+    ) -> Iterator[None]:
         """In this thread spans have other rows meanwhile, which may carry a gradient.
 
         Args:
@@ -173,9 +176,10 @@ class Injector:
             alone: rows of one span, and forwards have no virtual ids but its own. Nothing else is
                 read then, and no id is looked at, so that a GPU need not wait, and a graph that is
                 captured holds no tensor of others.
+            words: makes of words ``(…)`` and their vectors ``(…, width)`` what these are instead.
         """
         before = self._served
-        self._local.served = (rows, alone)
+        self._local.served = (rows, alone, words)
         try:
             yield
         finally:
@@ -227,8 +231,8 @@ class Injector:
         return rows if rows.requires_grad else rows.to(self._device)
 
     @property
-    def _served(self) -> tuple[Mapping[Span, Tensor], bool]:
-        return getattr(self._local, "served", ({}, False))
+    def _served(self) -> tuple[Mapping[Span, Tensor], bool, Words | None]:
+        return getattr(self._local, "served", ({}, False, None))
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         ids = args[0]
@@ -245,7 +249,9 @@ class Injector:
         if call is None:  # the hooks came while this thread was inside the embedding already
             return output
         ids, virtual = call
-        served, alone = self._served
+        served, alone, words = self._served
+        if words is not None:
+            output = words(args[0], output)
         if alone:
             ((span, table),) = served.items()
             row = (ids - span.first).clamp(0, len(table) - 1)
@@ -351,6 +357,12 @@ def input_embedding(model: nn.Module) -> nn.Embedding:
             "transformers model that reads token ids"
         )
     return module  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def vectors_of(embedding: nn.Embedding, ids: Tensor) -> Tensor:
+    """What the embedding gives for ordinary ids: the scale that injected rows have."""
+    return embedding(ids.to(embedding.weight.device)).float().cpu()
 
 
 def _shared_embeddings(model: nn.Module) -> list[nn.Embedding]:

@@ -216,6 +216,7 @@ _ELSEWHERE = {
     "max_minutes": "an experiment's parts are resumed one by one, and none is half done",
     "folds": "each has a dev set",
     "init": "the published figures were made as the encoder begins: it is encoder here",
+    "word_noise": "the published figures were made without: it is 0 here",
 }
 OF_LAMA = Fields(
     LamaOptions,

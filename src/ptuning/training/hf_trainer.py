@@ -4,7 +4,8 @@
     Trainer(population, args, train_dataset=data, data_collator=collator).train()
     population.finish(prompt)
 
-``args`` needs ``remove_unused_columns=False``.
+``args`` needs ``remove_unused_columns=False``. Words have no noise here (``word_noise``): how far a
+training has come is the trainer's.
 """
 
 from __future__ import annotations

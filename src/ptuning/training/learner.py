@@ -17,6 +17,7 @@ from torch.optim import AdamW
 from ..backbone.upstream import skip_failed_steps
 from .population import Member
 from .settings import TrainSettings
+from .word_noise import GROWN
 
 
 class Learner:
@@ -141,11 +142,16 @@ class Learner:
         gain = latest or self._is_gain(record)
         if latest or self.rank(record) > self.rank(self.best):
             self._keep(record, vectors)
-        self.without_gain = 0 if gain else self.without_gain + 1
+        self.without_gain = 0 if gain or self._noise_grows else self.without_gain + 1
         solved = self.best.get("dev_accuracy") == 1
         patience = self.settings.patience_for(self._steps_per_epoch, solved)
         self.active = not patience or self.without_gain < patience
         return None
+
+    @property
+    def _noise_grows(self) -> bool:
+        """What is learnt becomes harder: that dev results stand still says nothing yet."""
+        return bool(self.settings.word_noise) and self.steps_taken < GROWN * self.steps
 
     def _is_gain(self, record: dict[str, float]) -> bool:
         """Worth training on for: a better result. By default that of a task that is solved is none

@@ -74,7 +74,7 @@ class Loop:
             renderer = self.variants[0].renderer
             owner = renderer.owner if renderer.compares else None
             tuned = self.settings.tune_model
-            with Population(self.engine, self.members, owner, tuned) as population:
+            with Population(self.engine, self.members, owner, tuned, self.noise) as population:
                 self.population = population
                 part = graphs_or_plain(
                     population, self._plain_part, self.settings, self.accelerator, self.notes.append
@@ -140,7 +140,9 @@ class Loop:
             for member, v in zip(self.members, self.variants, strict=True)
         ]
         whole_rows = settings.prefix_cache == "off" or tuned is not None
-        self.engine = Engine(self.base, settings.prefix_bytes, plain=whole_rows)
+        self.noise = settings.word_noise or 0.0
+        kept_bytes = 0 if self.noise else settings.prefix_bytes  # what is kept has no noise
+        self.engine = Engine(self.base, kept_bytes, plain=whole_rows)
         self.engine.expect(example for v in self.variants for example in (*v.examples, *v.dev))
         self.identity = checkpoint.identity_of(self.variants, self.base, self.teacher)
         self.notes: list[str] = []
@@ -189,6 +191,8 @@ class Loop:
     def _optimizer_step(self, orders: list[list[int]], position: int) -> Later:
         """One optimizer step of every active member."""
         per_step = self._per_step
+        if self.population.noise is not None:
+            self.population.noise.at(self.step, self.steps)
         chosen = [
             [variant.examples[i] for i in order[position * per_step : (position + 1) * per_step]]
             for variant, order in zip(self.variants, orders, strict=True)

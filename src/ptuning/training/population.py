@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.base_model import first_free_id
-from ..backbone.injection import Injector, input_embedding
+from ..backbone.injection import Injector, input_embedding, vectors_of
 from ..backbone.modes import eval_mode, in_training
 from ..errors import PromptFileError
 from ..forward.engine import Engine
@@ -27,6 +27,7 @@ from ..prompts.prompt import Prompt
 from ..rendering.collate import Batch
 from ..threads import CHANGING
 from .settings import AT_WORDS
+from .word_noise import WordNoise
 
 
 class Member(nn.Module):
@@ -65,17 +66,17 @@ class Member(nn.Module):
             return
         if prompt.encoder == "mixture":
             ids = torch.randint(embedding.num_embeddings, (len(self.encoder.words),))
-            self.encoder.words.copy_(_vectors_of(embedding, ids))
+            self.encoder.words.copy_(vectors_of(embedding, ids))
         if prompt.vectors is not None:
             initialise(self.encoder, prompt.vectors, torch.arange(len(prompt.vectors)))
             return
         if prompt.encoder in AT_WORDS:  # the vectors themselves begin where real words are
             ids = torch.randint(embedding.num_embeddings, (len(words),))
-            initialise(self.encoder, _vectors_of(embedding, ids), torch.arange(len(words)))
+            initialise(self.encoder, vectors_of(embedding, ids), torch.arange(len(words)))
         named = [(row, word) for row, word in enumerate(words) if word is not None]
         if named:
             rows, ids = (torch.tensor(column) for column in zip(*named, strict=True))
-            initialise(self.encoder, _vectors_of(embedding, ids), rows)
+            initialise(self.encoder, vectors_of(embedding, ids), rows)
 
     def table(self) -> Tensor:
         """The vectors ``(virtual tokens, width)``, with the member's own dropout."""
@@ -92,12 +93,6 @@ class Member(nn.Module):
         return table
 
 
-@torch.no_grad()
-def _vectors_of(embedding: nn.Embedding, ids: Tensor) -> Tensor:
-    """What the embedding gives for ordinary ids: the scale that injected rows have."""
-    return embedding(ids.to(embedding.weight.device)).float().cpu()
-
-
 class Population(nn.Module):
     """Encoders on a frozen base model.
 
@@ -110,6 +105,7 @@ class Population(nn.Module):
         members: one or more.
         words: for label comparison the label of each word (`Renderer.owner`), else None.
         tune_model: the base model's parameters are trained too, and ask for gradients meanwhile.
+        noise: on words' vectors in training, as a share of their size.
     """
 
     def __init__(
@@ -118,10 +114,12 @@ class Population(nn.Module):
         members: Sequence[Member],
         words: Sequence[int] | None = None,
         tune_model: bool = False,
+        noise: float = 0.0,
     ):
         super().__init__()
         model, tokenizer = engine.base.model, engine.base.tokenizer
         self.base, self.engine = model, engine
+        self.noise = WordNoise(model, tokenizer.all_special_ids, noise) if noise else None
         self.members = nn.ModuleList(members)
         self.words = None if words is None else torch.tensor(words)
         for member in members:
@@ -204,7 +202,7 @@ class Population(nn.Module):
     def written(self, table: Tensor) -> Iterator[None]:
         """The table ``(virtual tokens of all, width)`` in the embedding, for this thread:
         others never meet its graph."""
-        with self._injector.serving({self._span: table}, alone=True):
+        with self._injector.serving({self._span: table}, alone=True, words=self.noise):
             yield
 
     def losses(self, batch: Batch, shortener: Shortener | None = None) -> Tensor:

@@ -23,7 +23,10 @@ CHANGE_NO_RESULT = (
     *("tracker", "checkpoint_seconds", "max_minutes", "prefix_cache", "graphs", "compile"),
 )
 """Settings that a run may be resumed with others of."""
-LATER = {"ensemble": 1, "calibrate": "none", "folds": 0, "init": None, "label_bias": None}
+LATER = {
+    **{"ensemble": 1, "calibrate": "none", "folds": 0, "init": None, "label_bias": None},
+    "word_noise": 0.0,
+}
 """Settings that older releases do not have: at its default one is no part of a run's identity."""
 _EPOCHS, _STEPS, _MOST_EPOCHS = 10, 200, 50
 """Where the user says nothing. With 32 examples ten epochs are 40 steps, which are too few by far
@@ -58,7 +61,7 @@ class TrainSettings:
             which swings less where dev examples are few.
         patience: stop after so many epochs without a better dev result; 0 never stops. By default
             4, or of few examples as many as 100 steps take; where all dev answers are right 4, and
-            a lower loss no longer counts as better.
+            a lower loss no longer counts as better. While noise on words grows none are counted.
         max_minutes: stop after so many minutes, dev included; the best result until then is the
             prompt, and the run can be resumed.
         shuffle: a new order of the examples in each epoch.
@@ -80,6 +83,10 @@ class TrainSettings:
             is the paper's and PEFT's way, and learns late with some seeds), ``labels`` (at the
             label words), or ``examples`` (at the ends of some training examples, which are left out
             of their own rows).
+        word_noise: normal noise on the words' vectors in training, as a share of their size, so
+            that a prompt holds for words nearby, too; it grows from 15 to 40 % of the steps, and
+            no prefix is kept meanwhile. By default 0.5 for labels behind a template that begins
+            with virtual tokens, as a made one does; else 0.
         prefix_cache: keep the keys and values of text before the first virtual token: ``auto``
             (part of the free memory), ``off`` (every row is computed as a whole), or bytes such as
             ``2G``. Changes no result.
@@ -117,6 +124,7 @@ class TrainSettings:
     calibrate: str = "none"
     folds: int = 0
     init: str | None = None
+    word_noise: float | None = None
     prefix_cache: str = "auto"
     tune_model: bool = False
     model_learning_rate: float = 1e-5
@@ -138,9 +146,10 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value > 0):
                 raise InputError(f"{name} is {value!r}; give a number above 0")
-        for name in ("weight_decay", "checkpoint_seconds"):
+        for name in ("weight_decay", "checkpoint_seconds", "word_noise"):
             value = getattr(self, name)
-            if not (_is_number(value) and value >= 0):
+            untold = value is None and name == "word_noise"
+            if not (untold or (_is_number(value) and value >= 0)):
                 raise InputError(f"{name} is {value!r}; give a number from 0 on")
         if not (_is_number(self.warmup) and 0 <= self.warmup < 1):
             raise InputError(f"warmup is {self.warmup!r}; give the fraction of all steps, 0 to 1")

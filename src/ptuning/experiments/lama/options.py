@@ -41,7 +41,7 @@ class LamaOptions:
     population: int = 1
     epochs: int | None = None
     settings: TrainSettings = field(
-        default_factory=lambda: TrainSettings(patience=0, init="encoder")
+        default_factory=lambda: TrainSettings(patience=0, init="encoder", word_noise=0.0)
     )
 
     def __post_init__(self) -> None:

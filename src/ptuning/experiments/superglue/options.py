@@ -39,7 +39,7 @@ class SuperGlueOptions:
     together: bool = True
     settings: TrainSettings = field(
         default_factory=lambda: TrainSettings(
-            epochs=10, choose_by="loss", patience=0, init="encoder"
+            epochs=10, choose_by="loss", patience=0, init="encoder", word_noise=0.0
         )
     )
 
