@@ -6,7 +6,7 @@
 the same examples; whatever is chosen (epoch, LoRA's rate) is chosen on dev, the figures are from
 test. Ours is a table given to `Prompt.for_rows` and `train`, nothing else. A seed is finished for
 everything before the next begins, a run that was stopped goes on, and the same command with other
---rows, --tasks, --sizes or --seeds adds to it.
+--rows, --tasks, --sizes or --seeds adds to it. A task is any folder of such files in --data.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Splits:
     test: list[Row]
 
 
-def read(folder: Path, task: str, size: int, seed: int) -> Splits | None:
+def read(folder: Path, task: str, size: int, seed: int, tested: int = TEST) -> Splits | None:
     """A task's rows with `size` training examples; None where the data has fewer.
 
     Of more examples the seed draws them, each label its share; with few examples dev is as small.
@@ -74,7 +74,7 @@ def read(folder: Path, task: str, size: int, seed: int) -> Splits | None:
     parts = {p: ptuning.read_examples(folder / task / f"{p}.jsonl") for p in ("train", "dev")}
     if size > len(parts["train"]):
         return None
-    test = ptuning.read_examples(folder / task / "test.jsonl")[:TEST]
+    test = ptuning.read_examples(folder / task / "test.jsonl")[:tested]
     return Splits(drawn(parts["train"], size, seed), parts["dev"][: min(DEV, size)], test)
 
 
@@ -233,8 +233,8 @@ Found = dict[int, dict[str, dict[str, list[dict[str, Any]]]]]
 
 def table(found: Found, size: int) -> list[str]:
     """Mean and deviation of test accuracy (%), seconds of all cores and bytes, as Markdown."""
-    tasks = [task for task in TASKS if any(task in of_row for of_row in found[size].values())]
-    lines = [f"| {size} examples | {' | '.join(TASKS[t] for t in tasks)} | core seconds | saved |"]
+    tasks = tasks_of(found, size)
+    lines = [f"| {size} examples | {' | '.join(tasks.values())} | core seconds | saved |"]
     lines.append("|---" * (len(tasks) + 3) + "|")
     for row, name in ROWS.items():
         of_row = found[size].get(row, {})
@@ -246,6 +246,13 @@ def table(found: Found, size: int) -> list[str]:
         saved = statistics.median(run["bytes"] for run in runs)
         lines.append(f"| {name} | {' | '.join(cells)} | {seconds:.0f} | {in_bytes(saved)} |")
     return lines
+
+
+def tasks_of(found: Found, size: int) -> dict[str, str]:
+    """Task -> its name, the known ones first."""
+    measured = dict.fromkeys(task for of_row in found[size].values() for task in of_row)
+    known = [task for task in TASKS if task in measured]
+    return {task: TASKS.get(task, task) for task in (*known, *measured)}
 
 
 def cell(runs: list[dict[str, Any]]) -> str:
@@ -265,7 +272,7 @@ def in_bytes(count: float) -> str:
 def picture(found: Found, size: int) -> Figure:
     """Bars of every row for each task, with deviations."""
     rows = [row for row in ROWS if found[size].get(row)]
-    tasks = [task for task in TASKS if any(task in of_row for of_row in found[size].values())]
+    tasks = tasks_of(found, size)
     figure = Figure(figsize=(8.5, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -274,14 +281,14 @@ def picture(found: Found, size: int) -> Figure:
         of_row = {task: found[size][row][task] for task in tasks if task in found[size][row]}
         values = [[100 * run["accuracy"] for run in runs] for runs in of_row.values()]
         axes.bar(
-            [tasks.index(task) + (number + 0.5) * width - 0.4 for task in of_row],
+            [list(tasks).index(task) + (number + 0.5) * width - 0.4 for task in of_row],
             [statistics.mean(of_task) for of_task in values],
             width,
             yerr=[statistics.stdev(v) if len(v) > 1 else 0.0 for v in values],
             color=COLOURS[list(ROWS).index(row)],
             label=ROWS[row].strip("*").split(",")[0],
         )
-    axes.set_xticks(range(len(tasks)), [TASKS[task] for task in tasks])
+    axes.set_xticks(range(len(tasks)), list(tasks.values()))
     axes.set_ylabel("right on test (%)")
     axes.set_title(f"SmolLM2-135M, {size} examples", loc="left")
     axes.grid(axis="y", alpha=0.3)
@@ -299,12 +306,13 @@ def part_names(text: str, known: dict[str, str], option: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="the folder of the four tasks")
+    parser.add_argument("--data", type=Path, required=True, help="a folder for each task")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--rows", default=",".join(ROWS))
-    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--tasks", default=",".join(TASKS), help="folders in --data")
     parser.add_argument("--sizes", default="200,32,1000")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tested", type=int, default=TEST, help="test rows at most")
     parser.add_argument(
         "--finished", action="store_true", help="measure nothing: show what --output has"
     )
@@ -312,7 +320,8 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     rows = part_names(options.rows, ROWS, "--rows")
-    tasks = part_names(options.tasks, TASKS, "--tasks")
+    folders = {path.parent.name: "" for path in sorted(options.data.glob("*/train.jsonl"))}
+    tasks = part_names(options.tasks, folders, "--tasks")
     ledger = Ledger(options.output, {"dtype": options.dtype})
     ways = Ways(options.dtype, ledger.running)
     found: Found = {}
@@ -320,7 +329,7 @@ def main() -> None:
         for size in map(int, options.sizes.split(",")):
             for row in rows:
                 for task in tasks:
-                    splits = read(options.data, task, size, seed)
+                    splits = read(options.data, task, size, seed, options.tested)
                     if splits is None:
                         continue
                     again = row in DRAWN or (size == 32 and row != "template")

@@ -224,6 +224,32 @@ def test_resume_finds_its_settings_in_the_folder(
     assert code == 0 and "out holds a finished run" in err
 
 
+@pytest.mark.usefixtures("on_cpu")
+def test_a_run_of_an_older_release_goes_on_without_noise_on_words(
+    run: Run, here: Path, ctrl_c_after: Callable[[int | None], None], model_folder: Path
+) -> None:
+    rows = [f"{text},{n % 2}" for n, text in enumerate(["Paris", "Rome", "Oslo", "Vienna"] * 5)]
+    Path("table.csv").write_text("\n".join(["text,label", *rows]))
+    common = ("train", "--model", str(model_folder), "--data", "table.csv", "--epochs", "3")
+    code, _, err = run(*common, "--output", "whole", "--word-noise", "0")
+    assert code == 0, err
+    ctrl_c_after(2)
+    assert run(*common, "--output", "out", "--word-noise", "0")[0] == 130
+    ctrl_c_after(None)
+    written = Path("out/run.yaml").read_text()
+    older = [line for line in written.splitlines() if line != "word_noise: 0.0"]
+    assert len(older) == len(written.splitlines()) - 1
+    Path("out/run.yaml").write_text("\n".join(older))
+    code, _, err = run("train", "--output", "out", "--resume")
+    assert code == 0, err
+    whole, resumed = Prompt.load("whole"), Prompt.load("out")
+    assert torch.equal(whole.trained_vectors(), resumed.trained_vectors())
+    code, _, err = run(*common, "--output", "usual")
+    assert code == 0, err
+    assert "word_noise: 0.5\n" in Path("usual/run.yaml").read_text()
+    assert not torch.equal(Prompt.load("usual").trained_vectors(), resumed.trained_vectors())
+
+
 def test_resume_refuses_where_there_is_nothing_to_resume(
     train: Run, run: Run, here: Path, ctrl_c_after: Callable[[int | None], None]
 ) -> None:

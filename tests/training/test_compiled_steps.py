@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import ptuning
 from ptuning.forward import attention_products, compiled_on_cpu
 from ptuning.forward.compiled_on_cpu import LayersOnCpu
+from ptuning.forward.engine import Engine, Work
 from ptuning.training import loop
 from ptuning.training.compiled_steps import CompiledSteps
 
@@ -221,3 +223,12 @@ def test_the_compiler_s_own_kernels_give_the_same(
     torch.testing.assert_close(
         fast.prompt.trained_vectors(), plain.prompt.trained_vectors(), atol=1e-4, rtol=0
     )
+
+
+def test_the_minutes_that_a_training_may_take_are_weighed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Work] = []
+    monkeypatch.setattr(Engine, "layers_on_cpu", lambda engine, work: asked.append(work))
+    Trained(monkeypatch, "auto", max_minutes=2.5)
+    Trained(monkeypatch, "auto")
+    assert [work.seconds for work in asked] == [150, math.inf]
+    assert asked[0][:3] == asked[1][:3] and asked[0].steps == 3 * 5

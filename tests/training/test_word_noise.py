@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import AddedToken
 
 import ptuning
-from ptuning import InputError, Prompt, train
+from ptuning import InputError, Prompt, TrainSettings, train
 from ptuning.backbone.injection import Injector
+from ptuning.experiments.lama.options import LamaOptions
+from ptuning.experiments.superglue.options import SuperGlueOptions
 from ptuning.inference.distillation import distill
 from ptuning.training import population
 from ptuning.training.loop import Loop
 from ptuning.training.progress import Progress
-from ptuning.training.word_noise import WordNoise, usual_noise
+from ptuning.training.word_noise import WordNoise, settled_noise
 
 from .. import tiny
 
@@ -50,7 +54,7 @@ def test_it_grows_to_its_share_of_the_words_size_and_spares_special_tokens(
     embedding = model.get_input_embeddings()
     ids = torch.arange(len(tokenizer)).unsqueeze(0)
     vectors = embedding(ids).detach()
-    noise = WordNoise(model, tokenizer.all_special_ids, 0.5)
+    noise = WordNoise(model, tokenizer, 0.5)
 
     def added(step: int) -> torch.Tensor:
         noise.at(step, 100)
@@ -68,10 +72,41 @@ def test_it_grows_to_its_share_of_the_words_size_and_spares_special_tokens(
     assert torch.equal(of_twice[0, 0], of_twice[0, 2]), "a word has one noise in a step"
 
 
+def test_special_tokens_without_a_role_and_rows_of_no_word_have_no_part_in_it() -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens([AddedToken("<|turn|>", special=True), AddedToken("Oslo")])
+    assert len(tokenizer) - 2 not in tokenizer.all_special_ids
+    model = tiny.model("llama", vocab_size=4 * len(tokenizer))
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():
+        embedding.weight[len(tokenizer) :] = 0.0
+    noise = WordNoise(model, tokenizer, 1.0)
+    noise.at(1, 1)
+    ids = torch.arange(len(embedding.weight))
+    vectors = embedding(ids).detach()
+    added = noise(ids, vectors) - vectors
+    turn, oslo = tokenizer.convert_tokens_to_ids(["<|turn|>", "Oslo"])
+    assert not added[turn].any() and added[oslo].any() and not added[len(tokenizer) :].any()
+    size = float(embedding.weight[5 : len(tokenizer)].pow(2).mean().sqrt())
+    assert float(added[5:turn].std()) == pytest.approx(size, rel=0.03)
+
+
+def test_scaled_embeddings_have_noise_of_their_scale(tokenizer: Any) -> None:
+    model = tiny.model("gemma2", vocab_size=len(tokenizer))
+    embedding = model.get_input_embeddings()
+    ids = torch.arange(5, len(tokenizer))
+    vectors = embedding(ids).detach()
+    assert not torch.allclose(vectors, embedding.weight[5:])
+    noise = WordNoise(model, tokenizer, 1.0)
+    noise.at(1, 1)
+    expected = float(vectors.pow(2).mean().sqrt())
+    assert float((noise(ids, vectors) - vectors).std()) == pytest.approx(expected, rel=0.03)
+
+
 def test_rows_of_virtual_tokens_and_other_threads_forwards_have_none(
     model: Any, tokenizer: Any
 ) -> None:
-    noise = WordNoise(model, tokenizer.all_special_ids, 0.5)
+    noise = WordNoise(model, tokenizer, 0.5)
     noise.at(1, 1)
     injector, rows = Injector.on(model), torch.full((2, 32), 3.0)
     span = injector.add(rows)
@@ -95,11 +130,35 @@ def test_rows_of_virtual_tokens_and_other_threads_forwards_have_none(
         (Prompt(FRONT, answer="label"), 0.0),
         (Prompt.for_rows(ROWS), 0.5),
         (Prompt(num_virtual_tokens=3, answer="label"), 0.0),
+        (Prompt(FRONT, answer="label", verbalizer=LABELS, chat=True), 0.0),
     ],
     ids=lambda value: getattr(value, "template", value),
 )
 def test_it_is_usual_for_labels_where_no_prefix_could_be_kept(prompt: Prompt, share: float) -> None:
-    assert usual_noise(prompt) == share
+    usual = ptuning.TrainSettings()
+    assert settled_noise(usual, [prompt]) == share
+    assert settled_noise(usual, [prompt], taught=True) == 0
+    assert settled_noise(replace(usual, tune_model=True), [prompt]) == 0
+    assert settled_noise(replace(usual, word_noise=1), [prompt], taught=True) == 1.0
+
+
+@pytest.mark.parametrize("first", [FRONT, AFTER])
+def test_templates_side_by_side_have_it_if_each_would_alone(
+    first: str, model: Any, tokenizer: Any
+) -> None:
+    def best(template: str, *templates: str) -> list[dict[str, float]]:
+        how = {**HOW, "halving": False, "grid": {"template": list(templates)}}
+        result = train(model, tokenizer, labelled(template), ROWS, ROWS[:4], **how)
+        return [member["best"] for member in result.members]
+
+    together = best(first, FRONT, AFTER)
+    for got, template in zip(together, (FRONT, AFTER), strict=True):
+        alone = labelled(template)
+        result = train(model, tokenizer, alone, ROWS, ROWS[:4], **{**HOW, "word_noise": 0.0})
+        assert got == pytest.approx(result.best, abs=1e-5)
+    (one,) = best(first, FRONT)
+    usual = train(model, tokenizer, labelled(FRONT), ROWS, ROWS[:4], **HOW)
+    assert one == pytest.approx(usual.best, abs=1e-5)
 
 
 def test_training_has_it_and_dev_results_do_not(model: Any, tokenizer: Any) -> None:
@@ -162,11 +221,11 @@ def test_fast_paths_and_members_see_the_same_noise(
 def test_every_family_trains_with_it(family: str) -> None:
     tokenizer = tiny.tokenizer(around=family not in tiny.CAUSAL)
     model = tiny.model(family, vocab_size=len(tokenizer))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = tiny.weights(model)
     prompt = labelled()
     result = train(model, tokenizer, prompt, ROWS, ROWS, **{**HOW, "epochs": 10})
     assert result.history[-1]["loss"] < result.history[0]["loss"] + 0.1
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(torch.equal(before[name], value) for name, value in tiny.weights(model).items())
     assert not model.get_input_embeddings()._forward_hooks
 
 
@@ -176,15 +235,17 @@ def test_by_default_neither_a_student_nor_a_tuned_model_has_it(
     made: list[float] = []
 
     class Seen(WordNoise):
-        def __init__(self, model: Any, special: Any, share: float):
+        def __init__(self, model: Any, tokenizer: Any, share: float):
             made.append(share)
-            super().__init__(model, special, share)
+            super().__init__(model, tokenizer, share)
 
     monkeypatch.setattr(population, "WordNoise", Seen)
     texts = [{"text": row["text"]} for row in ROWS]
     distill(model, tokenizer, labelled(), texts, texts, teacher="A city or not?", **HOW)
     train(model, tokenizer, labelled(), ROWS, **{**HOW, "tune_model": True})
     assert made == []
+    with pytest.raises(InputError, match="word_noise is for a frozen model"):
+        train(model, tokenizer, labelled(), ROWS, **HOW, tune_model=True, word_noise=0.5)
     distill(
         *(model, tokenizer, labelled(), texts, texts),
         teacher="A city or not?",
@@ -203,6 +264,9 @@ def test_patience_begins_when_the_noise_has_its_size(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures = {"dev_accuracy": 0.5, "dev_loss": 1.0}  # no epoch after the first is a gain
+    steps: list[tuple[int, int]] = []
+    at = WordNoise.at
+    monkeypatch.setattr(WordNoise, "at", lambda *to: (steps.append(to[1:]), at(*to))[1])
     monkeypatch.setattr(Loop, "_dev_results", lambda loop, numbers: [figures] * len(numbers))
 
     def epochs(**how: Any) -> int:
@@ -211,3 +275,12 @@ def test_patience_begins_when_the_noise_has_its_size(
 
     assert epochs(word_noise=0.0) == 3
     assert epochs() == 5  # of ten epochs it has grown after the fourth, which is the first to count
+    assert steps == [(n, 30) for n in range(1, 16)]
+    figures["dev_accuracy"] = 1.0
+    assert epochs() == 3  # solved: there is nothing to wait for
+
+
+def test_published_experiments_have_none() -> None:
+    for options in (LamaOptions(), SuperGlueOptions(), SuperGlueOptions(settings=TrainSettings())):
+        assert options.settings.word_noise == 0
+    assert SuperGlueOptions(settings=TrainSettings(word_noise=0.25)).settings.word_noise == 0.25

@@ -79,7 +79,7 @@ def lama(
     options = LamaOptions(
         **{**wanted, "templates": parts(wanted["templates"], "|", "--template")},
         grid=competing(encoder, learning_rate),
-        settings=TrainSettings(**settings, patience=0, init="encoder", word_noise=0.0),
+        settings=TrainSettings(**settings, patience=0, init="encoder"),
     )
     given = run_files.settings_of(context)
     elsewhere = ("output", "data", "relations", *CHANGE_NO_RESULT)

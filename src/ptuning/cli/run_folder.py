@@ -29,8 +29,16 @@ def find_settings(context: typer.Context, param: typer.CallbackParam, value: Any
         _check_command(output, context.info_name)
         before = context.default_map or {}
         run_files.use_config(context, output / SETTINGS)
-        context.default_map = {**(context.default_map or {}), **before}
+        context.default_map = {**_older(output), **(context.default_map or {}), **before}
     return value
+
+
+def _older(output: Path) -> dict[str, Any]:
+    """What a run of an older release did where it had no such option."""
+    from ..training.settings import LATER
+
+    known = run_files.read(output / SETTINGS)
+    return {"word_noise": LATER["word_noise"]} if "word_noise" not in known else {}
 
 
 def _check_command(output: Path, command: str | None) -> None:

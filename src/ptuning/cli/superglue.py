@@ -92,7 +92,7 @@ def superglue(
             "templates": () if templates is None else parts(templates, "|", "--template"),
         },
         grid=competing(encoder, learning_rate),
-        settings=TrainSettings(**settings, patience=0, init="encoder", word_noise=0.0),
+        settings=TrainSettings(**settings, patience=0, init="encoder"),
     )
     seed = options.settings.seed
     given = run_files.settings_of(context)

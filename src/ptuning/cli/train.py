@@ -102,8 +102,10 @@ def train(
     from ..rendering.short_words import settle_words
     from ..training import checkpoint
     from ..training.checks import check_run
+    from ..training.grid import choices
     from ..training.settings import TrainSettings
     from ..training.train import train as train_prompt
+    from ..training.word_noise import settled_noise
 
     with distributed.together(), distributed.locked(output):
         console.speak_if(distributed.state().is_main_process)
@@ -132,7 +134,12 @@ def train(
             for line in in_two_lines(trained, columns, aside, len(rows) + aside):
                 console.say(line)
         # The chosen format is the run's, on whatever machine it goes on.
-        chosen = {"dev_share": dev_share, "dtype": dtype, **_found(trained, prompt, init_from)}
+        members = [member for _, member, _ in choices(trained, how, population, grid)]
+        chosen = {
+            **{"dev_share": dev_share, "dtype": dtype},
+            **{"word_noise": settled_noise(how, members)},
+            **_found(trained, prompt, init_from),
+        }
         run_file = run_files.as_yaml({**run_files.settings_of(context), **chosen})
         with recorded(output, run_file, overwrite) as listener:
             result = train_prompt(

@@ -169,13 +169,13 @@ def fingerprint(settings: dict[str, Any], examples: Iterable[Any]) -> dict[str, 
 
 def check_same_run(saved: dict[str, str], current: dict[str, str]) -> None:
     """Raise InputError naming what differs between a checkpoint's run and this one."""
-    untold = {name: json.dumps(default) for name, default in LATER.items()}
+    unnamed = {name: json.dumps(default) for name, default in LATER.items()}
     told = {_FORMAT: current.get(_FORMAT), **saved}  # older checkpoints do not tell it
     differing = [key for key in {**told, **current} if told.get(key) != current.get(key)]
     if differing:
         key = differing[0]
         named = key.startswith("the ")
-        then, now = ({**untold, **known}.get(key) for known in (saved, current))
+        then, now = ({**unnamed, **known}.get(key) for known in (saved, current))
         detail = "" if named else f" (then {then}, now {now})"
         raise InputError(
             f"cannot resume: {key} differs from the interrupted run{detail}; give the same "

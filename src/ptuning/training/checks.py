@@ -61,6 +61,8 @@ def check_run(
             f"tune_model trains the base model with one prompt, and the population has "
             f"{len(members)}; leave one of the two out"
         )
+    if settings.tune_model and settings.word_noise:
+        raise InputError("word_noise is for a frozen model; leave it or tune_model out")
     for member in {member.template: member for _, member, _ in members}.values():
         if member.template is not None:
             if member.parsed.slot is None and "[mask]" in member.template.lower():

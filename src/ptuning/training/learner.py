@@ -142,8 +142,9 @@ class Learner:
         gain = latest or self._is_gain(record)
         if latest or self.rank(record) > self.rank(self.best):
             self._keep(record, vectors)
-        self.without_gain = 0 if gain or self._noise_grows else self.without_gain + 1
         solved = self.best.get("dev_accuracy") == 1
+        waits = gain or (self._noise_grows and not solved)
+        self.without_gain = 0 if waits else self.without_gain + 1
         patience = self.settings.patience_for(self._steps_per_epoch, solved)
         self.active = not patience or self.without_gain < patience
         return None

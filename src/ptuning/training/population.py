@@ -119,7 +119,7 @@ class Population(nn.Module):
         super().__init__()
         model, tokenizer = engine.base.model, engine.base.tokenizer
         self.base, self.engine = model, engine
-        self.noise = WordNoise(model, tokenizer.all_special_ids, noise) if noise else None
+        self.noise = WordNoise(model, tokenizer, noise) if noise else None
         self.members = nn.ModuleList(members)
         self.words = None if words is None else torch.tensor(words)
         for member in members:

@@ -85,8 +85,9 @@ class TrainSettings:
             of their own rows).
         word_noise: normal noise on the words' vectors in training, as a share of their size, so
             that a prompt holds for words nearby, too; it grows from 15 to 40 % of the steps, and
-            no prefix is kept meanwhile. By default 0.5 for labels behind a template that begins
-            with virtual tokens, as a made one does; else 0.
+            no prefix is kept meanwhile. By default 0.5 for labels behind templates that begin with
+            virtual tokens, as a made one does; else 0, so with a teacher, and where the model is
+            trained.
         prefix_cache: keep the keys and values of text before the first virtual token: ``auto``
             (part of the free memory), ``off`` (every row is computed as a whole), or bytes such as
             ``2G``. Changes no result.
@@ -96,7 +97,8 @@ class TrainSettings:
         graphs: ``auto`` replays steps of repeated shapes as CUDA graphs on a GPU, ``off`` never
             does. Changes no result.
         compile: run the frozen model's layers compiled: ``auto`` where the steps to come gain more
-            than the compilation takes (often on a GPU, on a CPU in trainings of many minutes),
+            than the compilation takes (often on a GPU, on a CPU in trainings of many minutes, if
+            ``max_minutes`` allows as many),
             ``on``, or ``off``. Changes results by rounding.
 
     Raises:
@@ -148,8 +150,9 @@ class TrainSettings:
                 raise InputError(f"{name} is {value!r}; give a number above 0")
         for name in ("weight_decay", "checkpoint_seconds", "word_noise"):
             value = getattr(self, name)
-            untold = value is None and name == "word_noise"
-            if not (untold or (_is_number(value) and value >= 0)):
+            if value is None and name == "word_noise":
+                continue
+            if not (_is_number(value) and value >= 0):
                 raise InputError(f"{name} is {value!r}; give a number from 0 on")
         if not (_is_number(self.warmup) and 0 <= self.warmup < 1):
             raise InputError(f"warmup is {self.warmup!r}; give the fraction of all steps, 0 to 1")

@@ -39,7 +39,7 @@ from .loop import Loop
 from .progress import Progress, in_words, shown
 from .settings import TrainSettings, with_options
 from .starts import left_out, start_of
-from .word_noise import usual_noise
+from .word_noise import settled_noise
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,9 @@ def train(
         draft.others, draft.label_bias = (), None
         if lessons is None:
             draft.answer = answer_column(prompt, rows[0])
-        if settings.word_noise is None:
-            untold = lessons is not None or settings.tune_model
-            settings = replace(settings, word_noise=0.0 if untold else usual_noise(draft))
+        drafts = [member for _, member, _ in choices(draft, settings, population, grid)]
+        noise = settled_noise(settings, drafts, taught=lessons is not None)
+        settings = replace(settings, word_noise=noise)
         chosen = choices(draft, settings, population, grid)
         check_free(model, settings.tune_model)
         quantized = getattr(model, "is_quantized", False) or frozen_format(model)

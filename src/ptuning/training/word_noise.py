@@ -15,32 +15,51 @@ resumed training what an undisturbed one has.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..backbone.base_model import device_of
+from ..backbone.base_model import device_of, first_free_id
 from ..backbone.injection import input_embedding, vectors_of
 from ..prompts.prompt import Prompt
 from ..prompts.template import Virtual
+from .settings import TrainSettings
 
 USUAL = 0.5
 """Chosen on tables that are in no figure of ours (benchmarks/README.md, "Noise on words")."""
 _BEGINS, GROWN = 0.15, 0.4
 """Of all steps: until when there is none, and from when on it has its size."""
 _DRAWN = 4093
-"""Vectors of noise, a prime number: words of one text seldom share one."""
+"""Vectors of noise. Words whose ids are alike modulo this have the same: a pair in ten texts of 30
+words."""
 _SAMPLE = 2000
 """Words whose vectors are looked at for their size."""
 
 
-def usual_noise(prompt: Prompt) -> float:
-    """The share where the user says none: for labels behind a template that begins with virtual
-    tokens, as a made one does, whose keys and values cannot be kept anyway; else 0."""
-    if prompt.template is None or not prompt.labels:
-        return 0.0
-    return USUAL if isinstance(prompt.parsed.pieces[0], Virtual) else 0.0
+def settled_noise(
+    settings: TrainSettings, prompts: Iterable[Prompt], taught: bool = False
+) -> float:
+    """The share of a training, as it is asked for or as it is usual: for labels behind virtual
+    tokens, since no keys and values are kept there that noise would forbid to keep.
+
+    Args:
+        settings: of the training.
+        prompts: of all its members, which share batches, and so the noise.
+        taught: they learn what a teacher says.
+    """
+    if settings.word_noise is not None:
+        return float(settings.word_noise)
+    usual = not taught and not settings.tune_model and all(map(_begins_virtual, prompts))
+    return USUAL if usual else 0.0
+
+
+def _begins_virtual(prompt: Prompt) -> bool:
+    """Labels are asked for, and no ordinary token stands before the first virtual one."""
+    if prompt.template is None or not prompt.labels or prompt.chat:
+        return False
+    return isinstance(prompt.parsed.pieces[0], Virtual)
 
 
 class WordNoise:
@@ -48,19 +67,21 @@ class WordNoise:
 
     Args:
         model: the base model.
-        special: ids that keep their vectors.
+        tokenizer: the model's, whose special tokens keep their vectors.
         share: of the size of words' vectors, above 0.
     """
 
-    def __init__(self, model: nn.Module, special: Sequence[int], share: float):
-        embedding, device = input_embedding(model), device_of(model)
-        words = embedding.num_embeddings
-        vectors = vectors_of(embedding, torch.arange(0, words, max(1, words // _SAMPLE)))
+    def __init__(self, model: nn.Module, tokenizer: Any, share: float):
+        embedding = input_embedding(model)
+        device = device_of(model) if embedding.weight.is_meta else embedding.weight.device
+        ordinary = torch.zeros(embedding.num_embeddings)
+        ordinary[: first_free_id(tokenizer)] = 1.0  # rows behind it are of no word
+        ordinary[[id for id in _special(tokenizer) if id < len(ordinary)]] = 0.0
+        words = ordinary.nonzero().flatten()
+        vectors = vectors_of(embedding, words[:: max(1, len(words) // _SAMPLE)])
         self._full = share * float(vectors.pow(2).mean().sqrt())
         draw = torch.Generator().manual_seed(0)
         self._drawn = torch.randn(_DRAWN, vectors.shape[1], generator=draw).to(device)
-        ordinary = torch.ones(words)
-        ordinary[[id for id in special if id < words]] = 0.0
         self._ordinary = ordinary.to(device)
         # Tensors, so that a captured graph reads what they are in its step.
         self._step = torch.zeros((), dtype=torch.long, device=device)
@@ -77,3 +98,9 @@ class WordNoise:
         noise = self._drawn[(ids + self._step) % _DRAWN]
         size = (self._ordinary[ids] * self._size).unsqueeze(-1)
         return vectors + (size * noise).to(vectors.dtype)
+
+
+def _special(tokenizer: Any) -> set[int]:
+    """Ids of special tokens, those without a role too, such as the marks of a chat's turns."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {*tokenizer.all_special_ids, *(id for id, token in added.items() if token.special)}

@@ -41,10 +41,12 @@ class LamaOptions:
     population: int = 1
     epochs: int | None = None
     settings: TrainSettings = field(
-        default_factory=lambda: TrainSettings(patience=0, init="encoder", word_noise=0.0)
+        default_factory=lambda: TrainSettings(patience=0, init="encoder")
     )
 
     def __post_init__(self) -> None:
+        if self.settings.word_noise is None:  # the published figures were made without
+            object.__setattr__(self, "settings", replace(self.settings, word_noise=0.0))
         for name in ("virtual_tokens", "population", "epochs"):
             at_least_one(name, getattr(self, name))
         for template in self.templates:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
@@ -39,11 +39,13 @@ class SuperGlueOptions:
     together: bool = True
     settings: TrainSettings = field(
         default_factory=lambda: TrainSettings(
-            epochs=10, choose_by="loss", patience=0, init="encoder", word_noise=0.0
+            epochs=10, choose_by="loss", patience=0, init="encoder"
         )
     )
 
     def __post_init__(self) -> None:
+        if self.settings.word_noise is None:  # the published figures were made without
+            object.__setattr__(self, "settings", replace(self.settings, word_noise=0.0))
         for name in ("best_templates", "population"):
             at_least_one(name, getattr(self, name))
 
