@@ -28,7 +28,7 @@ from ..prompts.template import Virtual
 from .settings import TrainSettings
 
 USUAL = 0.5
-"""Chosen on tables that are in no figure of ours (benchmarks/README.md, "Noise on words")."""
+"""Chosen on four tables that decided nothing else (benchmarks/README.md, "Noise on words")."""
 _BEGINS, GROWN = 0.15, 0.4
 """Of all steps: until when there is none, and from when on it has its size."""
 _DRAWN = 4093
