@@ -43,16 +43,6 @@ def prompt_for(**settings: Any) -> Prompt:
     return Prompt(TEMPLATE, answer="capital", **settings)
 
 
-@pytest.fixture
-def tokenizer() -> Any:
-    return tiny.tokenizer()
-
-
-@pytest.fixture
-def model(tokenizer: Any) -> Any:
-    return tiny.model("llama", vocab_size=len(tokenizer))
-
-
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
 @pytest.mark.parametrize("encoder", ["mlp", "lstm", "none"])
 def test_training_lowers_the_loss_and_changes_nothing_else(family: str, encoder: str) -> None:

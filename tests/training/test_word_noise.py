@@ -34,16 +34,6 @@ class Stopped(Exception):
     pass
 
 
-@pytest.fixture
-def tokenizer() -> Any:
-    return tiny.tokenizer()
-
-
-@pytest.fixture
-def model(tokenizer: Any) -> Any:
-    return tiny.model("llama", vocab_size=len(tokenizer))
-
-
 def labelled(template: str = FRONT) -> Prompt:
     return Prompt(template, answer="label", verbalizer=LABELS)
 

@@ -175,10 +175,9 @@ def train(
         draft.others, draft.label_bias = (), None
         if lessons is None:
             draft.answer = answer_column(prompt, rows[0])
-        drafts = [member for _, member, _ in choices(draft, settings, population, grid)]
-        noise = settled_noise(settings, drafts, taught=lessons is not None)
-        settings = replace(settings, word_noise=noise)
         chosen = choices(draft, settings, population, grid)
+        noise = settled_noise(settings, [one for _, one, _ in chosen], lessons is not None)
+        chosen = [(name, one, replace(how, word_noise=noise)) for name, one, how in chosen]
         check_free(model, settings.tune_model)
         quantized = getattr(model, "is_quantized", False) or frozen_format(model)
         if settings.tune_model and quantized:
