@@ -4,9 +4,11 @@
 
 `everyday/TASK/{train,dev,test}.jsonl` hold `text` and `label`. Every row of the table is trained on
 the same examples; whatever is chosen (epoch, LoRA's rate) is chosen on dev, the figures are from
-test. Ours is a table given to `Prompt.for_rows` and `train`, nothing else. A seed is finished for
-everything before the next begins, a run that was stopped goes on, and the same command with other
---rows, --tasks, --sizes or --seeds adds to it. A task is any folder of such files in --data.
+test. Ours is a table given to `Prompt.for_rows` and `train`, nothing else; as one table, train and
+dev rows are given together, a share is set aside to choose with, and at last all are trained on. A
+seed is finished for everything before the next begins, a run that was stopped goes on, and the same
+command with other --rows, --tasks, --sizes or --seeds adds to it. A task is any folder of such
+files in --data.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from sklearn.pipeline import make_pipeline
 import ptuning
 from ptuning.backbone.fetched import fetch
 from ptuning.data import Row
+from ptuning.data.setting_aside import usual_share
 from ptuning.experiments.ledger import Ledger, digest
 from ptuning.reporting import versions
 
@@ -50,11 +53,14 @@ ROWS = {
     "p_tuning": "PEFT's P-tuning with a classification head",
     "lora": "LoRA r=16 with a classification head, better of two rates by dev",
     "ours": "**ours, defaults**",
+    "whole": "**ours, train and dev as one table**",
 }
-DRAWN = ("p_tuning", "lora", "ours")
+DRAWN = ("p_tuning", "lora", "ours", "whole")
 """Rows whose training is random."""
 DEV, TEST = 100, 500
-COLOURS = ("#bbbbbb", "#8da0cb", "#66c2a5", "#e5c494", "#e78ac3", "#fc8d62", "#333333")
+COLOURS = (
+    *("#bbbbbb", "#8da0cb", "#66c2a5", "#e5c494", "#e78ac3", "#fc8d62", "#333333", "#a6761d"),
+)
 
 
 @dataclass(frozen=True)
@@ -198,14 +204,23 @@ class Ways:
         return best
 
     def ours(self, splits: Splits, seed: int, part: str) -> dict[str, Any]:
+        return self._prompt(splits, splits.train, splits.dev, seed, part)
+
+    def whole(self, splits: Splits, seed: int, part: str) -> dict[str, Any]:
+        rows = [*splits.train, *splits.dev]
+        return self._prompt(splits, rows, usual_share(len(rows)), seed, part)
+
+    def _prompt(
+        self, splits: Splits, rows: list[Row], dev: list[Row] | float, seed: int, part: str
+    ) -> dict[str, Any]:
         model, tokenizer = self.base
         prompt = ptuning.Prompt.for_rows([*splits.train, *splits.dev])
         result = ptuning.train(
             model,
             tokenizer,
             prompt,
-            splits.train,
-            splits.dev,
+            rows,
+            dev,
             seed=seed,
             output=self.running(part),
             resume=True,
@@ -218,6 +233,7 @@ class Ways:
             "bytes": sum(map(len, content.values())),
             "dev": result.best["dev_accuracy"],
             "epochs": len(result.history),
+            "refit": result.refit,
             "template": prompt.template,
             "words": {label: "|".join(of) for label, of in prompt.labels.items()},
         }

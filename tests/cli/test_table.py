@@ -126,3 +126,45 @@ def test_a_run_whose_time_is_over_has_a_prompt_and_goes_on(train: Run, run: Run)
     assert Prompt.load("out").trained_vectors().equal(undisturbed)
     assert "complete" not in json.loads(Path("out/result.json").read_text())
     assert not Path("out/checkpoints").exists()
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_what_was_set_aside_is_trained_on_at_last(
+    train: Run, run: Run, ctrl_c_after: Callable[[int | None], None]
+) -> None:
+    code, out, err = train()
+    assert code == 0, err
+    assert "6 of 30 examples are set aside to choose with, and trained on at last" in err
+    assert "on with all 30 examples" in err and "then on with all 30 examples" in out
+    assert "refit: true\n" in Path("out/run.yaml").read_text()
+    assert json.loads(Path("out/result.json").read_text())["refit"]["examples"] == 30
+    assert not Path("out/checkpoints").exists()
+    ctrl_c_after(3)  # behind two epochs, so in what follows
+    assert train("--output", "stopped")[0] == 130
+    ctrl_c_after(None)
+    assert list(Path("stopped/checkpoints/refit").iterdir())
+    code, _, err = run("train", "--output", "stopped", "--resume")
+    assert code == 0, err
+    stopped, whole = Prompt.load("stopped"), Prompt.load("out")
+    assert stopped.trained_vectors().equal(whole.trained_vectors())
+    code, _, err = train("--output", "none", "--refit", "--dev-share", 0)
+    assert code == 2 and "there are none; give some (dev=, --dev, --dev-share)" in err
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_run_of_an_older_release_ends_when_dev_has_chosen(
+    train: Run, run: Run, ctrl_c_after: Callable[[int | None], None]
+) -> None:
+    code, _, err = train("--no-refit")
+    assert code == 0 and "set aside to choose with\n" in err, err
+    ctrl_c_after(1)
+    assert train("--no-refit", "--output", "old")[0] == 130
+    ctrl_c_after(None)
+    settings = Path("old/run.yaml").read_text()
+    assert "refit: false\n" in settings
+    Path("old/run.yaml").write_text(settings.replace("refit: false\n", ""))
+    code, _, err = run("train", "--output", "old", "--resume")
+    assert code == 0, err
+    assert "refit" not in json.loads(Path("old/result.json").read_text())
+    old, whole = Prompt.load("old"), Prompt.load("out")
+    assert old.trained_vectors().equal(whole.trained_vectors())

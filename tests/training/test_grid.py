@@ -18,9 +18,9 @@ from ptuning.rendering.render import Renderer, render_all
 from ptuning.training.checkpoint import identity_of
 from ptuning.training.grid import KEYS, choices, parse_grid, resized
 from ptuning.training.loop import Loop
+from ptuning.training.members import with_examples
 from ptuning.training.population import Member, Population
 from ptuning.training.settings import TrainSettings
-from ptuning.training.train import _rendered
 
 from .. import tiny
 from ..scaffold import Run
@@ -367,7 +367,7 @@ def test_checkpoints_of_releases_without_ensembles_go_on() -> None:
     tokenizer, model = tiny.tokenizer(), tiny.model("llama")
     base = BaseModel.of(model, tokenizer)
     for settings in (TrainSettings(), TrainSettings(ensemble=2)):
-        variants = _rendered(base, choices(fresh(), settings, 2, None), ROWS, ROWS)
+        variants = with_examples(base, choices(fresh(), settings, 2, None), ROWS, ROWS)
         assert ("ensemble" in identity_of(variants, base)) == (settings.ensemble > 1)
 
 

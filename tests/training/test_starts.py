@@ -14,10 +14,10 @@ from ptuning.prompts.transfer import groups_of, resampled
 from ptuning.rendering.layout import Sequence
 from ptuning.rendering.render import Renderer, render_all
 from ptuning.training.grid import choices
+from ptuning.training.members import with_examples
 from ptuning.training.population import Member
 from ptuning.training.settings import TrainSettings
 from ptuning.training.starts import left_out, start_of
-from ptuning.training.train import _rendered
 
 from .. import tiny
 
@@ -98,7 +98,7 @@ def test_an_example_is_trained_on_without_what_came_from_it(family: str) -> None
             assert seen_before == [i for i in whole.ids[: whole.opening] if i >= 0]
             if base.kind == "masked":
                 assert mine.ids[mine.slot] == tokenizer.mask_token_id
-    (variant,) = _rendered(
+    (variant,) = with_examples(
         base, choices(fresh(), TrainSettings(init="examples"), 1, None), ROWS, ()
     )
     assert variant.examples == left_out(plain, start) and variant.has_start
@@ -117,7 +117,7 @@ def test_members_begin_at_the_words_vectors(encoder: str, init: str) -> None:
     model, tokenizer = tiny.model("llama"), tiny.tokenizer()
     prompt, settings = fresh(encoder=encoder), TrainSettings(init=init)
     base = BaseModel.of(model, tokenizer)
-    (variant,) = _rendered(base, choices(prompt, settings, 1, None), ROWS, ())
+    (variant,) = with_examples(base, choices(prompt, settings, 1, None), ROWS, ())
     table = Member(variant.prompt, model, 0, variant.words).table().detach()
     vocabulary = model.get_input_embeddings().weight.detach()
     for row, word in enumerate(variant.words):

@@ -117,6 +117,7 @@ PANELS = {
         "max_minutes",
         "calibrate",
         "folds",
+        "refit",
         "calibrate_teacher",
         "label_weight",
     ),
@@ -183,6 +184,7 @@ OF_DISTILLING = Fields(
     left_out={
         **dict.fromkeys(("tune_model", "model_learning_rate"), "the teacher is the model as it is"),
         "folds": "texts without labels are many: some of them choose",
+        "refit": "texts without labels are many: some of them choose",
         "calibrate": "the prompt learns the teacher's shares of the labels: --calibrate-teacher",
     },
 )
@@ -217,6 +219,7 @@ _ELSEWHERE = {
     "folds": "each has a dev set",
     "init": "the published figures were made as the encoder begins: it is encoder here",
     "word_noise": "the published figures were made without: it is 0 here",
+    "refit": "the published figures were made without",
 }
 OF_LAMA = Fields(
     LamaOptions,

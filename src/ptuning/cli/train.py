@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -103,6 +104,7 @@ def train(
     from ..training import checkpoint
     from ..training.checks import check_run
     from ..training.grid import choices
+    from ..training.refit import settled_refit
     from ..training.settings import TrainSettings
     from ..training.train import train as train_prompt
     from ..training.word_noise import settled_noise
@@ -129,15 +131,17 @@ def train(
         dtype = loading.chosen(model, dtype, _format_of(how), usual=True, frozen=frozen)
         base, tokenizer = load_model(model, dtype=dtype, frozen=frozen)
         settle_words(trained, tokenizer, kind_of(base))
+        members = [member for _, member, _ in choices(trained, how, population, grid)]
+        count, aside = len(rows) + len(dev_rows), bool(dev_rows) and not dev
+        how = replace(how, refit=settled_refit(how, members, count, aside))
         if columns is not None:
-            aside = 0 if dev else len(dev_rows)
-            for line in in_two_lines(trained, columns, aside, len(rows) + aside):
+            held = len(dev_rows) if aside else 0
+            for line in in_two_lines(trained, columns, held, count, bool(how.refit)):
                 console.say(line)
         # The chosen format is the run's, on whatever machine it goes on.
-        members = [member for _, member, _ in choices(trained, how, population, grid)]
         chosen = {
             **{"dev_share": dev_share, "dtype": dtype},
-            **{"word_noise": settled_noise(how, members)},
+            **{"word_noise": settled_noise(how, members), "refit": how.refit},
             **_found(trained, prompt, init_from),
         }
         run_file = run_files.as_yaml({**run_files.settings_of(context), **chosen})

@@ -48,6 +48,7 @@ def save(
         "winner": result.winner,
         **({"ensemble": result.ensemble} if result.ensemble else {}),
         **({"folds": result.folds} if result.folds else {}),
+        **({"refit": result.refit} if result.refit else {}),
         **({"calibrated": result.calibrated} if result.calibrated else {}),
         **({} if result.complete else {"complete": False}),
         "shortened": result.shortened,
@@ -96,6 +97,8 @@ def tell(output: Path, prompt: Prompt, result: TrainResult, data: str) -> None:
         line += f"; with {len(prompt.others)} more as an ensemble"
         if "dev_accuracy" in result.ensemble:
             line += f", dev {console.percent(result.ensemble['dev_accuracy'])} %"
+    if result.refit:
+        line += f"; then on with all {result.refit['examples']} examples"
     if prompt.label_bias:
         line += f"; labels calibrated by {result.calibrated['method']}"
         if "dev_accuracy" in result.calibrated:

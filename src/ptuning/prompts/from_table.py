@@ -91,7 +91,9 @@ def _caption(name: str) -> str:
     return escape(words[0].upper() + words[1:])
 
 
-def in_two_lines(prompt: Task, columns: Columns, aside: int, of: int) -> tuple[str, str]:
+def in_two_lines(
+    prompt: Task, columns: Columns, aside: int, of: int, refit: bool = False
+) -> tuple[str, str]:
     """What was chosen for a table, for people.
 
     Args:
@@ -99,6 +101,7 @@ def in_two_lines(prompt: Task, columns: Columns, aside: int, of: int) -> tuple[s
         columns: of the table.
         aside: examples that were set aside to choose with.
         of: all of them.
+        refit: at last all of them are trained on.
     """
     labels = prompt.labels
     kind = f"{len(labels)} labels" if labels else "free text"
@@ -111,4 +114,6 @@ def in_two_lines(prompt: Task, columns: Columns, aside: int, of: int) -> tuple[s
         second += f"; words: {named(words)}"
     if aside:
         second += f"; {aside} of {of} examples are set aside to choose with"
+        if refit:
+            second += ", and trained on at last"
     return first, second

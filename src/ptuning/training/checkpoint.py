@@ -28,7 +28,7 @@ from ..errors import InputError, PromptFileError
 from .grid import Variant
 from .settings import CHANGE_NO_RESULT, LATER
 
-FOLDER, FOLD = "checkpoints", "fold-"
+FOLDER, FOLD, REFIT = "checkpoints", "fold-", "refit"
 _KEPT = 2
 _FORMAT = "dtype"
 _STATE, _DONE = "state.pt", "DONE"
@@ -111,9 +111,10 @@ def load_for_all(output: Path | None, identity: dict[str, str]) -> dict[str, Any
 
 def delete_all(output: Path) -> None:
     """Remove the checkpoints of a run that is over or starts anew."""
-    for fold in (output / FOLDER).glob(f"{FOLD}*"):
-        delete_all(fold)
-        storage.remove_own(fold)
+    parts = [*(output / FOLDER).glob(f"{FOLD}*"), output / FOLDER / REFIT]
+    for part in filter(Path.exists, parts):
+        delete_all(part)
+        storage.remove_own(part)
     for folder in _folders(output):
         storage.remove_own(folder, (_DONE, _STATE))
     storage.remove_own(output / FOLDER)

@@ -15,6 +15,7 @@ from .calibration import check_calibration
 from .ensemble import check_ensemble
 from .folds import check_folds
 from .grid import choices
+from .refit import check_refit
 from .settings import TrainSettings
 from .starts import check_start
 
@@ -55,6 +56,10 @@ def check_run(
     for _, member, how in members:
         check_start(member, how.init)
     check_folds(settings, len(rows), bool(dev))
+    if answered:
+        check_refit(settings, bool(dev))
+    elif settings.refit:
+        raise InputError("refit is for examples with answers; with a teacher leave it out")
     check_ensemble(settings.ensemble, population if settings.folds else len(members))
     if settings.tune_model and len(members) > 1:
         raise InputError(

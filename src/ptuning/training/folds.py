@@ -20,16 +20,12 @@ from typing import Any
 
 from ..backbone.base_model import BaseModel
 from ..errors import InputError, TrainingError
-from ..prompts.prompt import Prompt
 from ..rendering.example import Example
 from . import checkpoint
-from .grid import Variant
+from .grid import Named, Variant
 from .loop import Loop
-from .progress import Progress
+from .progress import Progress, telling_once
 from .settings import TrainSettings
-
-Named = tuple[dict[str, Any], Prompt, TrainSettings]
-"""A member before it has examples, as `grid.choices` gives it."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +116,8 @@ def choose(
     for number, (train, held_out) in enumerate(parts, 1):
         variants = render(members, train, held_out)
         folder = output and output / checkpoint.FOLDER / f"{checkpoint.FOLD}{number}"
-        loop = Loop(base, variants, folder, _telling(listener, number, len(parts)))
+        heard = telling_once(listener, f"fold {number} of {len(parts)}")
+        loop = Loop(base, variants, folder, heard)
         for of_member, learner in zip(histories, loop.train(resume), strict=True):
             of_member.append(learner.history)
             rank = learner.rank
@@ -155,18 +152,3 @@ def _mean(records: Sequence[dict[str, float]], epoch: int) -> dict[str, float]:
         "dev_loss": mean(record["dev_loss"] for record in records),
         "deviation": stdev(accuracies) if len(accuracies) > 1 else 0.0,
     }
-
-
-def _telling(
-    listener: Callable[[Progress], None], number: int, count: int
-) -> Callable[[Progress], None]:
-    """The same listener, which is told once that a fold begins."""
-    told = False
-
-    def tell(heard: Progress) -> None:
-        nonlocal told
-        note = "" if told else f"fold {number} of {count}"
-        told = True
-        listener(replace(heard, note="; ".join(filter(None, [note, heard.note]))))
-
-    return tell

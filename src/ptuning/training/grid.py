@@ -23,6 +23,10 @@ KEYS = (*OF_SETTINGS, *OF_PROMPT, "virtual_tokens")
 _GROUP = re.compile(r"(?<!\[)\[P(?:\*\d+)?\](?!\])")
 
 
+Named = tuple[dict[str, Any], Prompt, TrainSettings]
+"""A member before it has examples: name, prompt and settings."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """One member's prompt and settings, and the examples as its template renders them.
@@ -58,7 +62,7 @@ def choices(
     settings: TrainSettings,
     population: int,
     grid: Mapping[str, Sequence[Any]] | None,
-) -> list[tuple[dict[str, Any], Prompt, TrainSettings]]:
+) -> list[Named]:
     """Name, prompt and settings of each member; the first is what was asked for, if alone.
 
     Raises:

@@ -24,10 +24,10 @@ from ..prompts.prompt import Prompt
 from ..rendering.collate import IGNORED, Batch
 from ..rendering.example import answer_column
 from ..rendering.render import Rendered, Renderer, render_all
+from .members import learn_answer_length
 from .population import Member, Population
 from .settings import TrainSettings
 from .starts import start_of
-from .train import learn_answer_length
 
 
 class PromptModule(Population):

@@ -58,6 +58,7 @@ class Loop:
 
     Attributes:
         until: the epoch after which it ends, before the schedule does.
+        goes_on: what was trained before trains on; noise on words has its size from the first step.
     """
 
     base: BaseModel
@@ -66,6 +67,7 @@ class Loop:
     listener: Callable[[Progress], None]
     until: int | None = None
     teacher: dict[str, Any] | None = None
+    goes_on: bool = False
 
     def train(self, resume: bool) -> list[Learner]:
         """Train from the start, or from the newest checkpoint; gives the members' learners."""
@@ -192,7 +194,7 @@ class Loop:
         """One optimizer step of every active member."""
         per_step = self._per_step
         if self.population.noise is not None:
-            self.population.noise.at(self.step, self.steps)
+            self.population.noise.at(self.step, self.steps, grown=self.goes_on)
         chosen = [
             [variant.examples[i] for i in order[position * per_step : (position + 1) * per_step]]
             for variant, order in zip(self.variants, orders, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,6 +37,19 @@ class Progress:
     of: int = 1
     note: str = ""
     epochs: int = 0
+
+
+def telling_once(listener: Callable[[Progress], None], what: str) -> Callable[[Progress], None]:
+    """The same listener, which is told `what` at first: which part of a training begins."""
+    told = False
+
+    def tell(heard: Progress) -> None:
+        nonlocal told
+        note = "" if told else what
+        told = True
+        listener(replace(heard, note="; ".join(filter(None, [note, heard.note]))))
+
+    return tell
 
 
 class Pace:

@@ -25,7 +25,7 @@ CHANGE_NO_RESULT = (
 """Settings that a run may be resumed with others of."""
 LATER = {
     **{"ensemble": 1, "calibrate": "none", "folds": 0, "init": None, "label_bias": None},
-    "word_noise": 0.0,
+    **{"word_noise": 0.0, "refit": False},
 }
 """Settings that older releases do not have: at its default one is no part of a run's identity."""
 _EPOCHS, _STEPS, _MOST_EPOCHS = 10, 200, 50
@@ -78,6 +78,10 @@ class TrainSettings:
         folds: so many splits of the training examples take the place of a dev set: settings and
             epoch are chosen by their mean, and the prompt then trains on all examples. For few
             examples; costs as many trainings more.
+        refit: when dev has chosen, go on from the best epoch with training and dev examples
+            together, for two fifths of the epochs at half the rate; the dev figures are those of
+            before. By default where labels are asked for and dev examples were set aside of 500 at
+            most (``--dev-share``).
         init: where virtual tokens begin that the template gives no words: ``words`` (at random
             words of the vocabulary, by default), ``encoder`` (as an MLP or LSTM makes them, which
             is the paper's and PEFT's way, and learns late with some seeds), ``labels`` (at the
@@ -125,6 +129,7 @@ class TrainSettings:
     ensemble: int = 1
     calibrate: str = "none"
     folds: int = 0
+    refit: bool | None = None
     init: str | None = None
     word_noise: float | None = None
     prefix_cache: str = "auto"
@@ -144,6 +149,8 @@ class TrainSettings:
             at_least_one("patience", self.patience)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise InputError(f"seed is {self.seed!r}; give a whole number")
+        if self.refit is not None and not isinstance(self.refit, bool):
+            raise InputError(f"refit is {self.refit!r}; expected True or False")
         for name in ("learning_rate", "max_grad_norm", "model_learning_rate", "max_minutes"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value > 0):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -21,12 +20,11 @@ from ..backbone.eight_bits import frozen_format
 from ..backbone.modes import check_free
 from ..data import Rows, as_rows
 from ..data.setting_aside import set_aside
-from ..errors import DataError, InputError
+from ..errors import InputError
 from ..prompts.prompt import Prompt
 from ..prompts.task import majority_answer
-from ..rendering.example import Example, answer_column
-from ..rendering.lesson import Lesson, Lessons
-from ..rendering.render import Rendered, Renderer, render_all, taught
+from ..rendering.example import answer_column
+from ..rendering.lesson import Lessons
 from ..reporting import html_picture, html_table, percent, training_curve
 from . import checkpoint, guidance
 from .calibration import calibrate
@@ -36,9 +34,10 @@ from .folds import FoldResult, choose, splits
 from .grid import Variant, choices
 from .learner import Learner
 from .loop import Loop
+from .members import answers_of, with_examples
 from .progress import Progress, in_words, shown
+from .refit import refit, settled_refit
 from .settings import TrainSettings, with_options
-from .starts import left_out, start_of
 from .word_noise import settled_noise
 
 
@@ -62,6 +61,8 @@ class TrainResult:
             ``dev_loss`` with it.
         complete: False where ``max_minutes`` were over before the training was; with an output
             folder it can be resumed.
+        refit: where what dev chose went on with all examples: how many ``examples``, for how many
+            ``epochs``, and the last ``loss``; `history` and `best` are of before.
         folds: where folds chose: for each setting its ``name``, best ``epoch``, mean
             ``dev_accuracy`` and ``dev_loss``, and ``deviation``; the best first.
     """
@@ -75,6 +76,7 @@ class TrainResult:
     ensemble: dict[str, Any] = field(default_factory=dict)
     calibrated: dict[str, Any] = field(default_factory=dict)
     complete: bool = True
+    refit: dict[str, Any] = field(default_factory=dict)
     folds: list[dict[str, Any]] = field(default_factory=list)
 
     def _repr_html_(self) -> str:
@@ -163,6 +165,7 @@ def train(
         settings = with_options(settings or TrainSettings(), options)
         started = time.monotonic()
         rows = as_rows(rows)
+        aside = isinstance(dev, int | float)
         if isinstance(dev, int | float):
             rows, dev = set_aside(rows, answer_column(prompt, rows[0]), dev, settings.seed)
         dev = as_rows(dev)
@@ -177,7 +180,11 @@ def train(
             draft.answer = answer_column(prompt, rows[0])
         chosen = choices(draft, settings, population, grid)
         noise = settled_noise(settings, [one for _, one, _ in chosen], lessons is not None)
-        chosen = [(name, one, replace(how, word_noise=noise)) for name, one, how in chosen]
+        count = len(rows) + len(dev)
+        anew = lessons is None and settled_refit(settings, [p for _, p, _ in chosen], count, aside)
+        chosen = [
+            (name, one, replace(how, word_noise=noise, refit=anew)) for name, one, how in chosen
+        ]
         check_free(model, settings.tune_model)
         quantized = getattr(model, "is_quantized", False) or frozen_format(model)
         if settings.tune_model and quantized:
@@ -185,8 +192,8 @@ def train(
         if not dev and not settings.folds:
             _advise(guidance.without_dev(len(chosen), settings.patience), verbose)
         learnt = (None, None) if lessons is None else (lessons.training, lessons.dev)
-        variants = _rendered(base, chosen, rows, dev, learnt)
-        answers, dev_answers = _answers(draft, rows, learnt[0]), _answers(draft, dev, learnt[1])
+        variants = with_examples(base, chosen, rows, dev, learnt)
+        answers, dev_answers = answers_of(draft, rows, learnt[0]), answers_of(draft, dev, learnt[1])
         folds: FoldResult | None = None
         with ExitStack() as showing:
             if listener is None and verbose and distributed.state().is_main_process:
@@ -196,15 +203,25 @@ def train(
             showing.enter_context(distributed.locked(place and place / checkpoint.FOLDER))
             if settings.folds:
                 parts = splits(rows, answers, settings.folds, settings.seed)
-                render = partial(_rendered, base)
+                render = partial(with_examples, base)
                 folds = choose(base, chosen, parts, render, place, resume, listener)
                 final = folds.chosen[: settings.ensemble]
-                variants = _rendered(base, final, rows, ())
+                variants = with_examples(base, final, rows, ())
             until = folds.epochs if folds else None
             about = None if lessons is None else lessons.about
             loop = Loop(base, variants, place, listener, until, about)
             learners = loop.train(resume)
-        (winner,) = best_members(learners, 1)
+            kept = best_members(learners, settings.ensemble)
+            together = _together(base, variants, learners, kept, settings)
+            complete, refitted = not loop.stopped, dict[str, Any]()
+            if anew and complete:
+                best_ones = [(chosen[n], learners[n]) for n in kept]
+                everything = partial(with_examples, base, rows=[*rows, *dev], dev=())
+                left = _minutes_left(settings.max_minutes, started)
+                refitted, complete = refit(
+                    base, best_ones, everything, place, resume, listener, left
+                )
+        winner = kept[0]
         learner, variant = learners[winner], variants[winner]
         learner.put_best_into_model()
         prompt.become(variant.prompt)
@@ -221,12 +238,15 @@ def train(
             "seed": variant.settings.seed,
             "population": len(variants),
             **best,
+            **({"refit_examples": refitted["examples"]} if refitted else {}),
             **({} if lessons is None else {"teacher": lessons.about}),
         }
         if folds:
             best, dev_answers = {**best, **folds.best}, answers
             prompt.training |= {"folds": settings.folds, "dev_examples": len(rows), **folds.best}
-        ensemble = _together(prompt, base, variants, learners, settings)
+        prompt.others = tuple(trained(variants[n], learners[n], base) for n in kept[1:])
+        if together:
+            prompt.training |= {**together, "members": len(kept)}
         calibrated: dict[str, Any] = {}
         if settings.calibrate != "none":
             size = 2 * settings.batch_size
@@ -248,105 +268,40 @@ def train(
             seconds=seconds,
             members=members,
             winner=winner,
-            ensemble=ensemble,
+            ensemble=together,
             calibrated=calibrated,
-            complete=not loop.stopped,
+            complete=complete,
+            refit=refitted,
             folds=folds.table if folds else [],
         )
 
 
 def _together(
-    prompt: Prompt,
     base: BaseModel,
     variants: list[Variant],
     learners: list[Learner],
+    kept: list[int],
     settings: TrainSettings,
 ) -> dict[str, Any]:
-    """Give the prompt the further members of its ensemble; tells of it as `TrainResult` does."""
-    prompt.others = ()
-    chosen = best_members(learners, settings.ensemble)
-    if len(chosen) < 2:
+    """What `TrainResult` tells of members that answer together."""
+    if len(kept) < 2:
         return {}
-    prompt.others = tuple(trained(variants[n], learners[n], base) for n in chosen[1:])
-    figures: dict[str, Any] = {"members": chosen}
+    figures: dict[str, Any] = {"members": kept}
     if variants[0].dev:
-        of_members = [variants[n] for n in chosen]
-        figures |= dev_figures(base, of_members, prompt.members, 2 * settings.batch_size)
-    prompt.training |= {**figures, "members": len(chosen)}
+        prompts = [trained(variants[n], learners[n], base) for n in kept]
+        of_members = [variants[n] for n in kept]
+        figures |= dev_figures(base, of_members, prompts, 2 * settings.batch_size)
     return figures
+
+
+def _minutes_left(given: float | None, started: float) -> float | None:
+    """What is left of the time; one answer for all processes."""
+    if given is None:
+        return None
+    return distributed.from_main(lambda: given - (time.monotonic() - started) / 60)
 
 
 def _advise(text: str | None, verbose: bool) -> None:
     """Say what the user should know, once: in the main process."""
     if text and verbose and distributed.state().is_main_process:
         warnings.warn(text, stacklevel=3)
-
-
-def _rendered(
-    base: BaseModel,
-    chosen: Sequence[tuple[dict[str, Any], Prompt, TrainSettings]],
-    rows: Sequence[Example],
-    dev: Sequence[Example],
-    learnt: tuple[Sequence[Lesson] | None, Sequence[Lesson] | None] = (None, None),
-) -> list[Variant]:
-    """The members with their examples; those of one template share them."""
-    made: dict[str | None, tuple[Renderer, list[Rendered], list[Rendered]]] = {}
-    variants = []
-    for name, prompt, settings in chosen:
-        if prompt.template not in made:
-            renderer = Renderer(base.tokenizer, prompt, base.kind, base.context)
-            examples = _examples(renderer, rows, "training", learnt[0])
-            learn_answer_length(prompt, renderer, examples)
-            made[prompt.template] = renderer, examples, _examples(renderer, dev, "dev", learnt[1])
-        renderer, examples, dev_examples = made[prompt.template]
-        task = renderer.task
-        prompt.answer_tokens, prompt.verbalizer = task.answer_tokens, task.verbalizer
-        prompt.set_count(renderer.count)
-        answers = _answers(prompt, rows, learnt[0])
-        start = start_of(renderer, rows, answers, settings.start_for(prompt.encoder), settings.seed)
-        own = left_out(examples, start)
-        variants.append(Variant(name, prompt, settings, renderer, own, dev_examples, start.words))
-    return variants
-
-
-def _examples(
-    renderer: Renderer, rows: Sequence[Example], what: str, lessons: Sequence[Lesson] | None
-) -> list[Rendered]:
-    """Rows with their own answers, or with a teacher's."""
-    if lessons is None:
-        return render_all(renderer, rows, what)
-    plain = render_all(renderer, rows, what, answered=False)
-    labels = renderer.labels
-    return [taught(one, lesson, labels) for one, lesson in zip(plain, lessons, strict=True)]
-
-
-def _answers(
-    prompt: Prompt, rows: Sequence[Example], lessons: Sequence[Lesson] | None
-) -> list[str]:
-    """What the rows ask for, as it is compared."""
-    if lessons is not None:
-        return [lesson.answer for lesson in lessons]
-    return [prompt.label_text(row[answer_column(prompt, row)]) for row in rows]
-
-
-def learn_answer_length(prompt: Prompt, renderer: Renderer, examples: list[Rendered]) -> None:
-    """How long free answers may be at inference: the longest seen; for masks, the commonest.
-
-    Raises:
-        DataError: an answer is longer than the ``answer_tokens`` that the user gave.
-    """
-    if prompt.labels:
-        return
-    lengths = [len(example.sequences[0].answer) for example in examples]
-    given = prompt.answer_tokens
-    if given is not None and prompt.vectors is None and max(lengths) > given:
-        number = next(n for n, length in enumerate(lengths, 1) if length > given)
-        ending = ", its end included" if renderer.kind == "causal" and prompt.ends_answer else ""
-        raise DataError(
-            f"training example {number}: the answer has {lengths[number - 1]} tokens{ending}, and "
-            f"answer_tokens is {given}; raise answer_tokens, or leave it out"
-        )
-    if renderer.kind == "masked":
-        prompt.answer_tokens = given or Counter(lengths).most_common(1)[0][0]
-    else:
-        prompt.answer_tokens = max([*lengths, given or 0])

@@ -87,11 +87,11 @@ class WordNoise:
         self._step = torch.zeros((), dtype=torch.long, device=device)
         self._size = torch.zeros((), device=device)
 
-    def at(self, step: int, of: int) -> None:
-        """From now on it is step so many of all."""
-        grown = (step / of - _BEGINS) / (GROWN - _BEGINS)
+    def at(self, step: int, of: int, grown: bool = False) -> None:
+        """From now on it is step so many of all; or `grown`, so that it has its size already."""
+        share = 1.0 if grown else (step / of - _BEGINS) / (GROWN - _BEGINS)
         self._step.fill_(step)
-        self._size.fill_(self._full * min(1.0, max(0.0, grown)))
+        self._size.fill_(self._full * min(1.0, max(0.0, share)))
 
     def __call__(self, ids: Tensor, vectors: Tensor) -> Tensor:
         """The vectors ``(…, width)`` of words ``(…)`` with their noise."""

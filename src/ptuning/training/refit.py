@@ -1,0 +1,143 @@
+"""On with all examples: what dev has chosen trains on, and the dev examples with it.
+
+    dev examples choose      members and epochs; their figures are of these prompts
+    at last                  the chosen ones go on from there, with training and dev examples, for
+                             two fifths of the epochs at half the rate, which falls to nothing
+
+It is what ``refit`` means in model selection, but goes on instead of beginning anew: as good in
+less time, and from a prompt that is known to be good (benchmarks/README.md, "On with all
+examples").
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..backbone.base_model import BaseModel
+from ..errors import InputError, TrainingError
+from ..prompts.prompt import Prompt
+from . import checkpoint
+from .grid import Named, Variant
+from .learner import Learner
+from .loop import Loop
+from .progress import Progress, telling_once
+from .settings import TrainSettings
+
+_EPOCHS, _RATE = 0.4, 0.5
+"""Of the training's before."""
+_MOST = 500
+"""Examples in all up to which a refit is usual: of many more the dev examples are few."""
+
+
+def settled_refit(
+    settings: TrainSettings, prompts: Iterable[Prompt], count: int, aside: bool
+) -> bool:
+    """Whether a training is refitted, as it is asked for or as it is usual: for labels of few
+    examples, some of which were set aside to choose, since that these are trained on at last
+    surprises nobody.
+
+    Args:
+        settings: of the training.
+        prompts: of all its members.
+        count: examples in all.
+        aside: dev examples are some of those that were given to train on.
+    """
+    if settings.refit is not None:
+        return settings.refit
+    if not aside or count > _MOST or settings.tune_model or settings.calibrate != "none":
+        return False
+    return all(bool(prompt.labels) for prompt in prompts)
+
+
+def check_refit(settings: TrainSettings, has_dev: bool) -> None:
+    """Refuse a refit that cannot be made.
+
+    Raises:
+        InputError: there are no dev examples, or something else depends on what they say.
+    """
+    if not settings.refit:
+        return
+    if settings.folds:
+        raise InputError("folds train on all examples at last as they are; leave refit out")
+    if not has_dev:
+        raise InputError(
+            "refit trains on the dev examples when they have chosen, and there are none; give some "
+            "(dev=, --dev, --dev-share)"
+        )
+    if settings.calibrate != "none":
+        raise InputError(
+            "calibrate measures its bias beside dev examples, and refit trains on them; leave one "
+            "of the two out"
+        )
+    if settings.tune_model:
+        raise InputError("tune_model changes the model, and refit needs it as it was")
+
+
+def refit(
+    base: BaseModel,
+    chosen: Sequence[tuple[Named, Learner]],
+    render: Callable[[Sequence[Named]], list[Variant]],
+    output: Path | None,
+    resume: bool,
+    listener: Callable[[Progress], None],
+    minutes: float | None,
+) -> tuple[dict[str, Any], bool]:
+    """Let chosen members go on with all examples; their learners then have these weights as their
+    best ones, beside the figures of dev.
+
+    Args:
+        base: the frozen model.
+        chosen: the members, and how they were trained.
+        render: members with all examples.
+        output: of the run; the refit has its checkpoints in it.
+        resume: go on from them.
+        listener: of the training.
+        minutes: that are left, or None.
+
+    Returns:
+        ``examples``, ``epochs`` and the last ``loss``, and whether it came to its end; where there
+        was nothing to do, or it failed, no figures, and the learners are as they were.
+    """
+    learners = [learner for _, learner in chosen]
+    if any(learner.best["epoch"] == 0 for learner in learners):
+        return {}, True  # dev likes best what they began as
+    if minutes is not None and minutes <= 0:
+        return {}, False
+    variants = [
+        _going_on(variant, learner, minutes)
+        for variant, learner in zip(render([m for m, _ in chosen]), learners, strict=True)
+    ]
+    count, epochs = len(variants[0].examples), variants[0].settings.settled_epochs
+    folder = output and output / checkpoint.FOLDER / checkpoint.REFIT
+    heard = telling_once(listener, f"on with all {count} examples, dev's too")
+    loop = Loop(base, variants, folder, heard, goes_on=True)
+    try:
+        again = loop.train(resume)
+    except TrainingError as error:
+        warnings.warn(f"the refit failed, and what dev chose stays: {error}", stacklevel=3)
+        return {}, True
+    if loop.stopped:
+        return {}, False
+    if any(len(learner.history) < epochs for learner in again):
+        return {}, True  # something was not finite, which has been told
+    for learner, new in zip(learners, again, strict=True):
+        learner.best |= {name: new.best[name] for name in ("weights", "vectors")}
+    return {"examples": count, "epochs": epochs, "loss": again[0].history[-1]["loss"]}, True
+
+
+def _going_on(variant: Variant, learner: Learner, minutes: float | None) -> Variant:
+    """A member that begins as dev liked it best."""
+    prompt, before = copy.copy(variant.prompt), variant.settings
+    prompt.vectors, prompt.encoder_weights = learner.best["vectors"], learner.best["weights"]
+    settings = replace(
+        before,
+        epochs=max(1, round(_EPOCHS * before.settled_epochs)),
+        learning_rate=_RATE * before.rate_for(prompt.encoder),
+        max_minutes=minutes,
+    )
+    return replace(variant, prompt=prompt, settings=settings)

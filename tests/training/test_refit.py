@@ -1,0 +1,216 @@
+"""On with all examples when dev has chosen: what trains, from where, and what is told of it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ptuning
+from ptuning import InputError, Prompt, TrainingError, TrainSettings, train
+from ptuning.training import checkpoint, refit
+from ptuning.training.progress import Progress
+from ptuning.training.refit import settled_refit
+
+from .. import tiny
+
+TEMPLATE = "[P*2] {text} [P*2] is [MASK]"
+LABELS = {"0": "yes", "1": "no"}
+PLACES = ["France", "Italy", "the old cities of Spain", "Oslo", "Berlin and Madrid", "Vienna"]
+ROWS = [{"text": text, "label": str(n % 2)} for n, text in enumerate(PLACES)]
+DEV = [{"text": text, "label": str(n % 2)} for n, text in enumerate(["Rome", "old Lisbon"])]
+HOW: dict[str, Any] = {"epochs": 5, "batch_size": 2, "learning_rate": 1e-2, "verbose": False}
+
+
+class Stopped(Exception):
+    pass
+
+
+def labelled(**options: Any) -> Prompt:
+    return Prompt(TEMPLATE, answer="label", verbalizer=LABELS, **options)
+
+
+def run(prompt: Prompt, rows: Any = ROWS, dev: Any = DEV, **options: Any) -> ptuning.TrainResult:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    return train(model, tokenizer, prompt, rows, dev, **{**HOW, **options})
+
+
+@pytest.mark.parametrize("encoder", ["none", "mlp", "lstm"])
+@pytest.mark.usefixtures("on_cpu")
+def test_the_chosen_prompt_goes_on_with_all_examples_at_half_the_rate(encoder: str) -> None:
+    chosen, whole = labelled(encoder=encoder), labelled(encoder=encoder)
+    without = run(chosen, word_noise=0.0)
+    result = run(whole, word_noise=0.0, refit=True)
+    assert result.refit == {"examples": 8, "epochs": 2, "loss": result.refit["loss"]}
+    assert (result.history, result.best) == (without.history, without.best)
+    expected = copy.deepcopy(chosen)
+    again = run(expected, [*ROWS, *DEV], (), epochs=2, learning_rate=5e-3, word_noise=0.0)
+    assert torch.equal(whole.trained_vectors(), expected.trained_vectors())
+    assert not torch.equal(whole.trained_vectors(), chosen.trained_vectors())
+    assert again.history[-1]["loss"] == result.refit["loss"]
+    facts = {name: whole.training[name] for name in ("examples", "dev_examples", "refit_examples")}
+    assert facts == {"examples": 6, "dev_examples": 2, "refit_examples": 8}
+    assert whole.training["dev_loss"] == without.best["dev_loss"]
+    run(expected, refit=False)  # its encoder's weights are those of its vectors
+    run(whole, refit=False)
+    assert torch.equal(whole.trained_vectors(), expected.trained_vectors())
+
+
+def test_noise_on_words_has_its_size_from_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ptuning.training.word_noise import WordNoise
+
+    grown: list[tuple[bool, float]] = []
+    at = WordNoise.at
+
+    def noted(self: WordNoise, step: int, of: int, grown_already: bool = False, **kw: Any) -> None:
+        at(self, step, of, **kw)
+        grown.append((kw["grown"], float(self._size) / self._full))
+
+    monkeypatch.setattr(WordNoise, "at", noted)
+    run(labelled(), refit=True)
+    assert [kind for kind, _ in grown] == [False] * 15 + [True] * 8
+    assert {share for kind, share in grown if kind} == {1.0}
+
+
+def test_it_is_usual_where_few_labelled_examples_were_set_aside() -> None:
+    how = TrainSettings()
+    free = Prompt("[P] {text} [MASK]")
+    assert settled_refit(how, [labelled()], 500, aside=True)
+    assert not settled_refit(how, [labelled()], 501, aside=True)
+    assert not settled_refit(how, [labelled()], 500, aside=False)
+    assert not settled_refit(how, [labelled(), free], 50, aside=True)
+    assert not settled_refit(replace(how, calibrate="context"), [labelled()], 50, aside=True)
+    assert not settled_refit(replace(how, tune_model=True), [labelled()], 50, aside=True)
+    assert not settled_refit(replace(how, refit=False), [labelled()], 50, aside=True)
+    assert settled_refit(replace(how, refit=True), [free], 900, aside=False)
+
+
+def test_a_share_set_aside_is_trained_on_at_last_and_dev_examples_are_not() -> None:
+    assert run(labelled(), [*ROWS, *DEV], 0.25).refit["examples"] == 8
+    assert run(labelled(), ROWS, DEV).refit == {}
+    assert run(labelled(), [*ROWS, *DEV], 0.25, refit=False).refit == {}
+
+
+def test_what_dev_likes_best_as_it_begins_stays_so() -> None:
+    start = labelled(encoder="none")
+    run(start, ROWS, ROWS, epochs=20)
+    before = start.trained_vectors().clone()
+    result = run(start, ROWS, ROWS, refit=True, learning_rate=30.0, choose_by="loss")
+    assert result.best["epoch"] == 0 and result.refit == {}
+    assert torch.equal(start.trained_vectors(), before)
+
+
+def test_all_members_of_an_ensemble_go_on() -> None:
+    alone = labelled()
+    run(alone, refit=True, seed=1)
+    together = labelled()
+    result = run(together, refit=True, population=2, ensemble=2, halving=False)
+    number = next(n for n, place in enumerate(result.ensemble["members"]) if place == 1)
+    ours = together.members[number].trained_vectors()
+    assert torch.allclose(ours, alone.trained_vectors(), atol=1e-5)
+    without = labelled()
+    plain = run(without, population=2, ensemble=2, halving=False)
+    assert result.ensemble == plain.ensemble  # the figures of dev are those of before
+    for one, before in zip(together.members, without.members, strict=True):
+        assert not torch.equal(one.trained_vectors(), before.trained_vectors())
+
+
+def test_dev_answers_may_be_longer_than_those_of_the_training() -> None:
+    rows = [{"text": place, "answer": "Oslo"} for place in PLACES]
+    dev = [{"text": "Rome", "answer": "Oslo Berlin Vienna Madrid"}]
+    short, long = Prompt("[P*2] {text} [MASK]"), Prompt("[P*2] {text} [MASK]")
+    assert run(short, rows, dev).refit == {}
+    assert run(long, rows, dev, refit=True).refit["examples"] == 7
+    assert short.answer_tokens and long.answer_tokens
+    assert long.answer_tokens > short.answer_tokens
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("stop", [4, 15, 17, 22])
+def test_an_interrupted_run_goes_on_with_the_same_numbers(stop: int, tmp_path: Path) -> None:
+    heard = 0
+
+    def listener(progress: Progress) -> None:
+        nonlocal heard
+        heard += progress.record is None
+        if heard == stop:
+            raise Stopped
+
+    whole, again = labelled(), labelled()
+    result = run(whole, refit=True)
+    how: dict[str, Any] = {"refit": True, "checkpoint_seconds": 0.0, "output": tmp_path}
+    with pytest.raises(Stopped):
+        run(again, listener=listener, **how)
+    with pytest.raises(InputError, match="refit differs"):
+        run(labelled(), resume=True, **{**how, "refit": False})
+    second = run(again, resume=True, **how)
+    assert torch.equal(again.trained_vectors(), whole.trained_vectors())
+    assert (second.refit, second.history) == (result.refit, result.history)
+    checkpoint.delete_all(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_its_time_is_over_dev_s_choice_stays_and_the_run_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, whole, stopped = labelled(), labelled(), labelled()
+    run(chosen)
+    run(whole, refit=True)
+    from ptuning.training import train as trained
+
+    monkeypatch.setattr(trained, "_minutes_left", lambda given, started: 1e-9)
+    result = run(stopped, refit=True, output=tmp_path, max_minutes=60)
+    assert not result.complete and result.refit == {}
+    assert torch.equal(stopped.trained_vectors(), chosen.trained_vectors())
+    monkeypatch.undo()
+    stopped = labelled()
+    result = run(stopped, refit=True, output=tmp_path, resume=True)
+    assert result.complete and result.refit["examples"] == 8
+    assert torch.allclose(stopped.trained_vectors(), whole.trained_vectors(), atol=1e-6)
+
+
+@pytest.mark.parametrize("fails", ["at once", "on its way"])
+def test_a_refit_that_fails_leaves_what_dev_chose(
+    fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, whole = labelled(), labelled()
+    run(chosen)
+
+    class Failing(refit.Loop):
+        def train(self, resume: bool) -> Any:
+            if fails == "at once":
+                raise TrainingError("the loss is nan at step 3 of 8")
+            learners = super().train(resume)
+            learners[0].history.pop()
+            return learners
+
+    monkeypatch.setattr(refit, "Loop", Failing)
+    if fails == "at once":
+        with pytest.warns(UserWarning, match="what dev chose stays: the loss is nan"):
+            result = run(whole, refit=True)
+    else:
+        result = run(whole, refit=True)
+    assert result.refit == {} and result.complete
+    assert torch.equal(whole.trained_vectors(), chosen.trained_vectors())
+
+
+@pytest.mark.parametrize(
+    ("dev", "options", "message"),
+    [
+        ((), {}, "there are none; give some"),
+        ((), {"folds": 2}, "folds train on all examples at last as they are"),
+        (DEV, {"calibrate": "dev"}, "leave one of the two out"),
+        (DEV, {"tune_model": True}, "refit needs it as it was"),
+    ],
+)
+def test_a_refit_that_cannot_be_made_is_refused(
+    dev: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        run(labelled(), ROWS, dev, refit=True, **options)
+    with pytest.raises(InputError, match="refit is 'yes'; expected True or False"):
+        TrainSettings(refit="yes")  # type: ignore[arg-type]
