@@ -63,17 +63,17 @@ def test_the_chosen_prompt_goes_on_with_all_examples_at_half_the_rate(encoder: s
 def test_noise_on_words_has_its_size_from_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     from ptuning.training.word_noise import WordNoise
 
-    grown: list[tuple[bool, float]] = []
+    sizes: list[tuple[bool, float]] = []
     at = WordNoise.at
 
-    def noted(self: WordNoise, step: int, of: int, grown_already: bool = False, **kw: Any) -> None:
-        at(self, step, of, **kw)
-        grown.append((kw["grown"], float(self._size) / self._full))
+    def noted(self: WordNoise, step: int, of: int, grown: bool) -> None:
+        at(self, step, of, grown)
+        sizes.append((grown, float(self._size) / self._full))
 
     monkeypatch.setattr(WordNoise, "at", noted)
     run(labelled(), refit=True)
-    assert [kind for kind, _ in grown] == [False] * 15 + [True] * 8
-    assert {share for kind, share in grown if kind} == {1.0}
+    assert [grown for grown, _ in sizes] == [False] * 15 + [True] * 8
+    assert {share for grown, share in sizes if grown} == {1.0}
 
 
 def test_it_is_usual_where_few_labelled_examples_were_set_aside() -> None:

@@ -256,7 +256,9 @@ def test_patience_begins_when_the_noise_has_its_size(
     figures = {"dev_accuracy": 0.5, "dev_loss": 1.0}  # no epoch after the first is a gain
     steps: list[tuple[int, int]] = []
     at = WordNoise.at
-    monkeypatch.setattr(WordNoise, "at", lambda *to: (steps.append(to[1:]), at(*to))[1])
+    monkeypatch.setattr(
+        WordNoise, "at", lambda *to, **how: (steps.append(to[1:]), at(*to, **how))[1]
+    )
     monkeypatch.setattr(Loop, "_dev_results", lambda loop, numbers: [figures] * len(numbers))
 
     def epochs(**how: Any) -> int:
