@@ -136,7 +136,7 @@ def test_what_was_set_aside_is_trained_on_at_last(
     assert code == 0, err
     assert "6 of 30 examples are set aside to choose with, and trained on at last" in err
     assert "on with all 30 examples" in err and "then on with all 30 examples" in out
-    assert "refit: true\n" in Path("out/run.yaml").read_text()
+    assert "refit: null\n" in Path("out/run.yaml").read_text()
     assert json.loads(Path("out/result.json").read_text())["refit"]["examples"] == 30
     assert not Path("out/checkpoints").exists()
     ctrl_c_after(3)  # behind two epochs, so in what follows
@@ -147,6 +147,10 @@ def test_what_was_set_aside_is_trained_on_at_last(
     assert code == 0, err
     stopped, whole = Prompt.load("stopped"), Prompt.load("out")
     assert stopped.trained_vectors().equal(whole.trained_vectors())
+    code, out, err = run(
+        "train", "--config", "out/run.yaml", "--dev", "tickets.csv", "--output", "dev"
+    )
+    assert code == 0 and "on with all" not in out, err  # rows of --dev are not trained on unasked
     code, _, err = train("--output", "none", "--refit", "--dev-share", 0)
     assert code == 2 and "there are none; give some (dev=, --dev, --dev-share)" in err
 

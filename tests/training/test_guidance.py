@@ -55,6 +55,9 @@ def test_the_time_that_is_left_goes_by_the_pace_since_the_first_step() -> None:
     now[0] += 10
     assert pace.left(Progress(40, 100, 1, 1.0)) == pytest.approx(30)
     assert pace.left(Progress(100, 100, 1, 1.0)) is None
+    assert pace.left(Progress(1, 10, 1, 1.0)) is None  # a part of the training has begun
+    now[0] += 2
+    assert pace.left(Progress(2, 10, 1, 1.0)) == pytest.approx(16)
     assert [in_words(s) for s in (0.2, 40, 240, 3900)] == ["1 s", "40 s", "4 min", "1 h 5 min"]
     record = {"epoch": 3, "loss": 0.5, "dev_accuracy": 0.25, "dev_loss": 1.5}
     heard = Progress(30, 100, 3, 0.5, record, epochs=10)

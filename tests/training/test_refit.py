@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 import ptuning
 from ptuning import InputError, Prompt, TrainingError, TrainSettings, train
 from ptuning.training import checkpoint, refit
+from ptuning.training.learner import Learner
+from ptuning.training.loop import Loop
 from ptuning.training.progress import Progress
 from ptuning.training.refit import settled_refit
 
@@ -93,6 +96,7 @@ def test_a_share_set_aside_is_trained_on_at_last_and_dev_examples_are_not() -> N
     assert run(labelled(), [*ROWS, *DEV], 0.25).refit["examples"] == 8
     assert run(labelled(), ROWS, DEV).refit == {}
     assert run(labelled(), [*ROWS, *DEV], 0.25, refit=False).refit == {}
+    assert run(labelled(), [*ROWS, *DEV], 0.0).refit == {}
 
 
 def test_what_dev_likes_best_as_it_begins_stays_so() -> None:
@@ -142,16 +146,20 @@ def test_an_interrupted_run_goes_on_with_the_same_numbers(stop: int, tmp_path: P
 
     whole, again = labelled(), labelled()
     result = run(whole, refit=True)
-    how: dict[str, Any] = {"refit": True, "checkpoint_seconds": 0.0, "output": tmp_path}
+    how: dict[str, Any] = {"refit": True, "checkpoint_seconds": 0.0, "output": tmp_path / "out"}
     with pytest.raises(Stopped):
         run(again, listener=listener, **how)
-    with pytest.raises(InputError, match="refit differs"):
-        run(labelled(), resume=True, **{**how, "refit": False})
+    chosen, without = labelled(), labelled()
+    run(without)
+    kept = tmp_path / "kept"
+    shutil.copytree(tmp_path / "out", kept)
+    run(chosen, resume=True, **{**how, "refit": False, "output": kept})  # it may be left out
+    assert torch.equal(chosen.trained_vectors(), without.trained_vectors())
     second = run(again, resume=True, **how)
     assert torch.equal(again.trained_vectors(), whole.trained_vectors())
     assert (second.refit, second.history) == (result.refit, result.history)
-    checkpoint.delete_all(tmp_path)
-    assert not list(tmp_path.iterdir())
+    checkpoint.delete_all(tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_where_its_time_is_over_dev_s_choice_stays_and_the_run_can_go_on(
@@ -173,7 +181,74 @@ def test_where_its_time_is_over_dev_s_choice_stays_and_the_run_can_go_on(
     assert torch.allclose(stopped.trained_vectors(), whole.trained_vectors(), atol=1e-6)
 
 
-@pytest.mark.parametrize("fails", ["at once", "on its way"])
+def test_a_member_that_dev_likes_best_as_it_begins_stays_while_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rank = Learner.note_start
+
+    def note_start(learner: Learner, figures: dict[str, float]) -> None:
+        rank(learner, {"dev_accuracy": 2.0, "dev_loss": 0.0} if learner.settings.seed else figures)
+
+    monkeypatch.setattr(Learner, "note_start", note_start)
+    how: dict[str, Any] = {"population": 2, "ensemble": 2, "init": "labels", "halving": False}
+    without, whole = labelled(encoder="none"), labelled(encoder="none")
+    run(without, **how)
+    result = run(whole, refit=True, **how)
+    assert result.refit["examples"] == 8 and result.ensemble["members"] == [1, 0]
+    stays, goes = (
+        torch.equal(one.trained_vectors(), before.trained_vectors())
+        for one, before in zip(whole.members, without.members, strict=True)
+    )
+    assert stays and not goes
+
+
+@pytest.mark.parametrize("then", [{"folds": 2}, {"dev": DEV, "refit": True}])
+def test_masked_answers_of_unlike_lengths_train_in_all_parts(then: dict[str, Any]) -> None:
+    answers = ["Oslo", "Oslo", "Oslo", "Oslo Berlin", "Oslo Berlin Vienna", "Oslo"]
+    rows = [{"text": p, "answer": a} for p, a in zip(PLACES, answers, strict=True)]
+    then = {**then, **({"dev": rows[:2]} if "dev" in then else {})}
+    model, tokenizer = tiny.model("bert"), tiny.tokenizer("wordpiece")
+    prompt = Prompt("[P*2] {text} [MASK]", answer="answer")
+    result = train(model, tokenizer, prompt, rows, **{**HOW, **then})
+    assert result.complete and prompt.answer_tokens
+
+
+def test_rows_that_virtual_tokens_begin_at_are_those_of_the_training() -> None:
+    whole, expected = labelled(encoder="none"), labelled(encoder="none")
+    how: dict[str, Any] = {"init": "examples", "word_noise": 0.0}
+    rows = [{"text": f"{p} {q}", "label": str(n % 2)} for n, p in enumerate(PLACES) for q in PLACES]
+    seen: list[list[Any]] = []
+    monkey = pytest.MonkeyPatch()
+    prepare = Loop._prepare
+
+    def noted(loop: Loop, resume: bool) -> None:
+        seen.append([*loop.variants[0].examples, *loop.variants[0].dev])
+        prepare(loop, resume)
+
+    with monkey.context() as patch:
+        patch.setattr(Loop, "_prepare", noted)
+        run(whole, rows, DEV, refit=True, epochs=1, **how)
+        run(expected, rows, DEV, epochs=1, **how)
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_a_run_begun_anew_forgets_the_refit_of_the_one_before(tmp_path: Path) -> None:
+    def stop(progress: Progress) -> None:
+        nonlocal behind
+        behind += progress.note.startswith("on with all") or bool(behind)
+        if behind == 3:
+            raise Stopped
+
+    how: dict[str, Any] = {"refit": True, "checkpoint_seconds": 0.0, "output": tmp_path}
+    for rate in (1e-2, 3e-3):
+        behind = 0
+        with pytest.raises(Stopped):
+            run(labelled(), listener=stop, learning_rate=rate, **how)
+    result = run(labelled(), resume=True, learning_rate=3e-3, **how)
+    assert result.refit["examples"] == 8
+
+
+@pytest.mark.parametrize("fails", ["at once", "memory", "on its way"])
 def test_a_refit_that_fails_leaves_what_dev_chose(
     fails: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,15 +259,15 @@ def test_a_refit_that_fails_leaves_what_dev_chose(
         def train(self, resume: bool) -> Any:
             if fails == "at once":
                 raise TrainingError("the loss is nan at step 3 of 8")
+            if fails == "memory":
+                raise torch.OutOfMemoryError("2 GiB wanted")
             learners = super().train(resume)
             learners[0].history.pop()
             return learners
 
     monkeypatch.setattr(refit, "Loop", Failing)
-    if fails == "at once":
-        with pytest.warns(UserWarning, match="what dev chose stays: the loss is nan"):
-            result = run(whole, refit=True)
-    else:
+    why = {"at once": "the loss is nan", "memory": "2 GiB", "on its way": "not finite"}[fails]
+    with pytest.warns(UserWarning, match=f"what dev chose stays: .*{why}"):
         result = run(whole, refit=True)
     assert result.refit == {} and result.complete
     assert torch.equal(whole.trained_vectors(), chosen.trained_vectors())

@@ -38,8 +38,8 @@ def _older(output: Path) -> dict[str, Any]:
     from ..training.settings import LATER
 
     known = run_files.read(output / SETTINGS)
-    settled = ("word_noise", "refit")  # where they are not given, the examples decide
-    return {name: LATER[name] for name in settled if name not in known}
+    before = {"word_noise": LATER["word_noise"], "refit": False}
+    return {name: value for name, value in before.items() if name not in known}
 
 
 def _check_command(output: Path, command: str | None) -> None:

@@ -141,7 +141,7 @@ def train(
         # The chosen format is the run's, on whatever machine it goes on.
         chosen = {
             **{"dev_share": dev_share, "dtype": dtype},
-            **{"word_noise": settled_noise(how, members), "refit": how.refit},
+            **{"word_noise": settled_noise(how, members)},
             **_found(trained, prompt, init_from),
         }
         run_file = run_files.as_yaml({**run_files.settings_of(context), **chosen})

@@ -50,7 +50,9 @@ class Clock:
         seconds = left * self._step + self._epochs * self._dev_seconds()
         if seconds < _WORTH_SAYING:
             return None
-        line = f"{self._epochs} epochs take about {in_words(seconds)}, if dev does not stop earlier"
+        line = f"{self._epochs} epochs take about {in_words(seconds)}"
+        if self._dev_steps:
+            line += ", if dev does not stop earlier"
         if self._seconds is not None and self._seconds < seconds:
             line += f"; the time given is over after {in_words(self._seconds)}"
         return line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
 
@@ -25,13 +26,13 @@ def with_examples(
     """The members with their examples; those of one template share them."""
     made: dict[str | None, tuple[Renderer, list[Rendered], list[Rendered]]] = {}
     variants = []
-    for name, prompt, settings in chosen:
+    for name, given, settings in chosen:
+        prompt = copy.copy(given)  # which may be rendered again, with other examples
         if prompt.template not in made:
             renderer = Renderer(base.tokenizer, prompt, base.kind, base.context)
             examples = _examples(renderer, rows, "training", learnt[0])
             dev_examples = _examples(renderer, dev, "dev", learnt[1])
-            at_last = [*examples, *dev_examples] if settings.refit else examples
-            learn_answer_length(prompt, renderer, at_last)
+            learn_answer_length(prompt, renderer, examples, dev_examples * bool(settings.refit))
             made[prompt.template] = renderer, examples, dev_examples
         renderer, examples, dev_examples = made[prompt.template]
         task = renderer.task
@@ -64,8 +65,16 @@ def answers_of(
     return [prompt.label_text(row[answer_column(prompt, row)]) for row in rows]
 
 
-def learn_answer_length(prompt: Prompt, renderer: Renderer, examples: list[Rendered]) -> None:
+def learn_answer_length(
+    prompt: Prompt, renderer: Renderer, examples: list[Rendered], later: Sequence[Rendered] = ()
+) -> None:
     """How long free answers may be at inference: the longest seen; for masks, the commonest.
+
+    Args:
+        prompt: learns it.
+        renderer: of its template.
+        examples: that are trained on.
+        later: that are trained on behind them.
 
     Raises:
         DataError: an answer is longer than the ``answer_tokens`` that the user gave.
@@ -84,4 +93,5 @@ def learn_answer_length(prompt: Prompt, renderer: Renderer, examples: list[Rende
     if renderer.kind == "masked":
         prompt.answer_tokens = given or Counter(lengths).most_common(1)[0][0]
     else:
+        lengths += [len(example.sequences[0].answer) for example in later]
         prompt.answer_tokens = max([*lengths, given or 0])

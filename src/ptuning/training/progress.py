@@ -53,7 +53,7 @@ def telling_once(listener: Callable[[Progress], None], what: str) -> Callable[[P
 
 
 class Pace:
-    """The time that is left, by the pace since a training was first heard.
+    """The time that is left, by the pace since a training, or a part of it, was first heard.
 
     Args:
         clock: seconds.
@@ -62,12 +62,14 @@ class Pace:
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
         self._first: tuple[int, float] | None = None
+        self._last = 0
 
     def left(self, heard: Progress) -> float | None:
         """Seconds to the last step; None where nothing is known yet, or nothing is left."""
         now = self._clock()
-        if self._first is None:
+        if self._first is None or heard.step < self._last:
             self._first = heard.step, now
+        self._last = heard.step
         step, since = self._first
         if heard.step == step or heard.step >= heard.steps:
             return None

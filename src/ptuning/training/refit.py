@@ -2,7 +2,7 @@
 
     dev examples choose      members and epochs; their figures are of these prompts
     at last                  the chosen ones go on from there, with training and dev examples, for
-                             two fifths of the epochs at half the rate, which falls to nothing
+                             two fifths of the epochs at half the rate
 
 It is what ``refit`` means in model selection, but goes on instead of beginning anew: as good in
 less time, and from a prompt that is known to be good (benchmarks/README.md, "On with all
@@ -18,11 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..backbone.base_model import BaseModel
 from ..errors import InputError, TrainingError
 from ..prompts.prompt import Prompt
 from . import checkpoint
-from .grid import Named, Variant
+from .grid import Variant
 from .learner import Learner
 from .loop import Loop
 from .progress import Progress, telling_once
@@ -30,6 +32,9 @@ from .settings import TrainSettings
 
 _EPOCHS, _RATE = 0.4, 0.5
 """Of the training's before."""
+_A_STEP = 1e-3
+"""Minutes that there always are, so that each call comes further."""
+_FAILED = "training on with all examples failed, and what dev chose stays"
 _MOST = 500
 """Examples in all up to which a refit is usual: of many more the dev examples are few."""
 
@@ -80,8 +85,7 @@ def check_refit(settings: TrainSettings, has_dev: bool) -> None:
 
 def refit(
     base: BaseModel,
-    chosen: Sequence[tuple[Named, Learner]],
-    render: Callable[[Sequence[Named]], list[Variant]],
+    chosen: Sequence[tuple[Variant, Learner]],
     output: Path | None,
     resume: bool,
     listener: Callable[[Progress], None],
@@ -93,7 +97,6 @@ def refit(
     Args:
         base: the frozen model.
         chosen: the members, and how they were trained.
-        render: members with all examples.
         output: of the run; the refit has its checkpoints in it.
         resume: go on from them.
         listener: of the training.
@@ -103,31 +106,33 @@ def refit(
         ``examples``, ``epochs`` and the last ``loss``, and whether it came to its end; where there
         was nothing to do, or it failed, no figures, and the learners are as they were.
     """
-    learners = [learner for _, learner in chosen]
-    if any(learner.best["epoch"] == 0 for learner in learners):
-        return {}, True  # dev likes best what they began as
-    if minutes is not None and minutes <= 0:
-        return {}, False
-    variants = [
-        _going_on(variant, learner, minutes)
-        for variant, learner in zip(render([m for m, _ in chosen]), learners, strict=True)
-    ]
+    # Where dev likes best what a member began as, it stays so.
+    going = [(variant, learner) for variant, learner in chosen if learner.best["epoch"] > 0]
+    if not going:
+        return {}, True
+    variants = [_going_on(variant, learner, minutes) for variant, learner in going]
     count, epochs = len(variants[0].examples), variants[0].settings.settled_epochs
-    folder = output and output / checkpoint.FOLDER / checkpoint.REFIT
+    folder = output and place_of(output)
     heard = telling_once(listener, f"on with all {count} examples, dev's too")
     loop = Loop(base, variants, folder, heard, goes_on=True)
     try:
         again = loop.train(resume)
-    except TrainingError as error:
-        warnings.warn(f"the refit failed, and what dev chose stays: {error}", stacklevel=3)
+    except (TrainingError, torch.OutOfMemoryError) as error:
+        warnings.warn(f"{_FAILED}: {error}", stacklevel=3)
         return {}, True
     if loop.stopped:
         return {}, False
     if any(len(learner.history) < epochs for learner in again):
-        return {}, True  # something was not finite, which has been told
-    for learner, new in zip(learners, again, strict=True):
+        warnings.warn(f"{_FAILED}: its numbers are not finite", stacklevel=3)
+        return {}, True
+    for (_, learner), new in zip(going, again, strict=True):
         learner.best |= {name: new.best[name] for name in ("weights", "vectors")}
     return {"examples": count, "epochs": epochs, "loss": again[0].history[-1]["loss"]}, True
+
+
+def place_of(output: Path) -> Path:
+    """Where the checkpoints of a run's refit are."""
+    return output / checkpoint.FOLDER / checkpoint.REFIT
 
 
 def _going_on(variant: Variant, learner: Learner, minutes: float | None) -> Variant:
@@ -138,6 +143,8 @@ def _going_on(variant: Variant, learner: Learner, minutes: float | None) -> Vari
         before,
         epochs=max(1, round(_EPOCHS * before.settled_epochs)),
         learning_rate=_RATE * before.rate_for(prompt.encoder),
-        max_minutes=minutes,
+        max_minutes=None if minutes is None else max(minutes, _A_STEP),
+        tracker=None,  # whose run has these steps already
     )
-    return replace(variant, prompt=prompt, settings=settings)
+    examples = [*variant.examples, *variant.dev]
+    return replace(variant, prompt=prompt, settings=settings, examples=examples, dev=[])

@@ -25,7 +25,7 @@ CHANGE_NO_RESULT = (
 """Settings that a run may be resumed with others of."""
 LATER = {
     **{"ensemble": 1, "calibrate": "none", "folds": 0, "init": None, "label_bias": None},
-    **{"word_noise": 0.0, "refit": False},
+    "word_noise": 0.0,
 }
 """Settings that older releases do not have: at its default one is no part of a run's identity."""
 _EPOCHS, _STEPS, _MOST_EPOCHS = 10, 200, 50
@@ -81,7 +81,7 @@ class TrainSettings:
         refit: when dev has chosen, go on from the best epoch with training and dev examples
             together, for two fifths of the epochs at half the rate; the dev figures are those of
             before. By default where labels are asked for and dev examples were set aside of 500 at
-            most (``--dev-share``).
+            most (``--dev-share``), but not with ``calibrate`` or ``tune_model``.
         init: where virtual tokens begin that the template gives no words: ``words`` (at random
             words of the vocabulary, by default), ``encoder`` (as an MLP or LSTM makes them, which
             is the paper's and PEFT's way, and learns late with some seeds), ``labels`` (at the

@@ -36,7 +36,7 @@ from .learner import Learner
 from .loop import Loop
 from .members import answers_of, with_examples
 from .progress import Progress, in_words, shown
-from .refit import refit, settled_refit
+from .refit import place_of, refit, settled_refit
 from .settings import TrainSettings, with_options
 from .word_noise import settled_noise
 
@@ -99,6 +99,8 @@ class TrainResult:
             title += f"; {len(self.ensemble['members'])} of {len(self.members)} answer together"
         elif len(self.members) > 1:
             title += f"; the best of {len(self.members)} members"
+        if self.refit:
+            title += f"; then on with all {self.refit['examples']} examples"
         header = ["epoch", "loss", *(name for name, *_ in known)]
         return html_table(title, header, rows) + html_picture(self._repr_png_())
 
@@ -169,6 +171,7 @@ def train(
         if isinstance(dev, int | float):
             rows, dev = set_aside(rows, answer_column(prompt, rows[0]), dev, settings.seed)
         dev = as_rows(dev)
+        aside = aside and bool(dev)
         check_run(prompt, rows, dev, settings, population, grid, answered=lessons is None)
         settings = settings.for_examples(len(rows))
         base = BaseModel.of(model, tokenizer)
@@ -207,6 +210,8 @@ def train(
                 folds = choose(base, chosen, parts, render, place, resume, listener)
                 final = folds.chosen[: settings.ensemble]
                 variants = with_examples(base, final, rows, ())
+            if place is not None and not resume:
+                distributed.from_main(lambda: checkpoint.delete_all(place_of(place)))
             until = folds.epochs if folds else None
             about = None if lessons is None else lessons.about
             loop = Loop(base, variants, place, listener, until, about)
@@ -214,13 +219,11 @@ def train(
             kept = best_members(learners, settings.ensemble)
             together = _together(base, variants, learners, kept, settings)
             complete, refitted = not loop.stopped, dict[str, Any]()
+            del loop  # and what it keeps on the device
             if anew and complete:
-                best_ones = [(chosen[n], learners[n]) for n in kept]
-                everything = partial(with_examples, base, rows=[*rows, *dev], dev=())
+                best_ones = [(variants[n], learners[n]) for n in kept]
                 left = _minutes_left(settings.max_minutes, started)
-                refitted, complete = refit(
-                    base, best_ones, everything, place, resume, listener, left
-                )
+                refitted, complete = refit(base, best_ones, place, resume, listener, left)
         winner = kept[0]
         learner, variant = learners[winner], variants[winner]
         learner.put_best_into_model()
@@ -259,7 +262,8 @@ def train(
             {"name": v.name, "best": x.figures(), "epochs": len(x.history), "dropped": x.dropped}
             for v, x in zip(variants, learners, strict=True)
         ]
-        shortened = sum(example.shortened for example in variant.examples)
+        seen = [*variant.examples, *(variant.dev if refitted else [])]
+        shortened = sum(example.shortened for example in seen)
         seconds = time.monotonic() - started
         return TrainResult(
             history=learner.history,
