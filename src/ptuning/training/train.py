@@ -184,9 +184,11 @@ def train(
         chosen = choices(draft, settings, population, grid)
         noise = settled_noise(settings, [one for _, one, _ in chosen], lessons is not None)
         count = len(rows) + len(dev)
-        anew = lessons is None and settled_refit(settings, [p for _, p, _ in chosen], count, aside)
+        goes_on = lessons is None and settled_refit(
+            settings, [p for _, p, _ in chosen], count, aside
+        )
         chosen = [
-            (name, one, replace(how, word_noise=noise, refit=anew)) for name, one, how in chosen
+            (name, one, replace(how, word_noise=noise, refit=goes_on)) for name, one, how in chosen
         ]
         check_free(model, settings.tune_model)
         quantized = getattr(model, "is_quantized", False) or frozen_format(model)
@@ -220,7 +222,7 @@ def train(
             together = _together(base, variants, learners, kept, settings)
             complete, refitted = not loop.stopped, dict[str, Any]()
             del loop  # and what it keeps on the device
-            if anew and complete:
+            if goes_on and complete:
                 best_ones = [(variants[n], learners[n]) for n in kept]
                 left = _minutes_left(settings.max_minutes, started)
                 refitted, complete = refit(base, best_ones, place, resume, listener, left)
