@@ -53,7 +53,7 @@ ROWS = {
     "p_tuning": "PEFT's P-tuning with a classification head",
     "lora": "LoRA r=16 with a classification head, better of two rates by dev",
     "ours": "**ours, defaults**",
-    "whole": "**ours, train and dev as one table**",
+    "whole": "**ours (train and dev as one table)**",
 }
 DRAWN = ("p_tuning", "lora", "ours", "whole")
 """Rows whose training is random."""
