@@ -18,6 +18,23 @@ Run = Callable[..., tuple[int, str, str]]
 """A command: from its arguments to exit code, stdout and stderr."""
 
 
+class Stopped(Exception):
+    """What a listener raises to stop a training."""
+
+
+def stop_after(steps: int) -> Callable[[Any], None]:
+    """A listener that stops a training behind so many optimizer steps, of all its parts."""
+    heard = 0
+
+    def listener(progress: Any) -> None:
+        nonlocal heard
+        heard += progress.record is None
+        if heard == steps:
+            raise Stopped
+
+    return listener
+
+
 def saved(model: Any, tokenizer: Any, folder: Path) -> Path:
     """The folder, with a model and its tokenizer in it."""
     model.save_pretrained(folder)

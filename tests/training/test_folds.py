@@ -18,7 +18,7 @@ from ptuning.training import checkpoint
 from ptuning.training.folds import splits
 
 from .. import tiny
-from ..scaffold import Run
+from ..scaffold import Run, Stopped, stop_after
 
 TEMPLATE = "[P*2] {text} [P] is [MASK]"
 LABELS = {"a": "it", "b": "is"}
@@ -107,21 +107,10 @@ def test_an_ensemble_of_folds_has_seeds_of_the_best_setting() -> None:
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("stop", [3, 9, 13, 15])
 def test_an_interrupted_run_goes_on_with_the_same_numbers(stop: int, tmp_path: Path) -> None:
-    class Stopped(Exception):
-        pass
-
-    heard = 0
-
-    def listener(progress: Any) -> None:
-        nonlocal heard
-        heard += progress.record is None
-        if heard == stop:
-            raise Stopped
-
     whole, result = run(folds=2, choose_by="loss")
     again = fresh()
     with pytest.raises(Stopped):
-        run(folds=2, choose_by="loss", output=tmp_path, listener=listener, prompt=again,
+        run(folds=2, choose_by="loss", output=tmp_path, listener=stop_after(stop), prompt=again,
             checkpoint_seconds=0.0)  # fmt: skip
     _, second = run(folds=2, choose_by="loss", output=tmp_path, resume=True, prompt=again)
     assert torch.equal(again.trained_vectors(), whole.trained_vectors())

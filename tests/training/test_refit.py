@@ -20,6 +20,7 @@ from ptuning.training.progress import Progress
 from ptuning.training.refit import settled_refit
 
 from .. import tiny
+from ..scaffold import Stopped, stop_after
 
 TEMPLATE = "[P*2] {text} [P*2] is [MASK]"
 LABELS = {"0": "yes", "1": "no"}
@@ -27,10 +28,6 @@ PLACES = ["France", "Italy", "the old cities of Spain", "Oslo", "Berlin and Madr
 ROWS = [{"text": text, "label": str(n % 2)} for n, text in enumerate(PLACES)]
 DEV = [{"text": text, "label": str(n % 2)} for n, text in enumerate(["Rome", "old Lisbon"])]
 HOW: dict[str, Any] = {"epochs": 5, "batch_size": 2, "learning_rate": 1e-2, "verbose": False}
-
-
-class Stopped(Exception):
-    pass
 
 
 def labelled(**options: Any) -> Prompt:
@@ -136,19 +133,11 @@ def test_dev_answers_may_be_longer_than_those_of_the_training() -> None:
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("stop", [4, 15, 17, 22])
 def test_an_interrupted_run_goes_on_with_the_same_numbers(stop: int, tmp_path: Path) -> None:
-    heard = 0
-
-    def listener(progress: Progress) -> None:
-        nonlocal heard
-        heard += progress.record is None
-        if heard == stop:
-            raise Stopped
-
     whole, again = labelled(), labelled()
     result = run(whole, refit=True)
     how: dict[str, Any] = {"refit": True, "checkpoint_seconds": 0.0, "output": tmp_path / "out"}
     with pytest.raises(Stopped):
-        run(again, listener=listener, **how)
+        run(again, listener=stop_after(stop), **how)
     chosen, without = labelled(), labelled()
     run(without)
     kept = tmp_path / "kept"
@@ -213,22 +202,22 @@ def test_masked_answers_of_unlike_lengths_train_in_all_parts(then: dict[str, Any
     assert result.complete and prompt.answer_tokens
 
 
-def test_rows_that_virtual_tokens_begin_at_are_those_of_the_training() -> None:
+def test_rows_that_virtual_tokens_begin_at_are_those_of_the_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     whole, expected = labelled(encoder="none"), labelled(encoder="none")
     how: dict[str, Any] = {"init": "examples", "word_noise": 0.0}
     rows = [{"text": f"{p} {q}", "label": str(n % 2)} for n, p in enumerate(PLACES) for q in PLACES]
     seen: list[list[Any]] = []
-    monkey = pytest.MonkeyPatch()
     prepare = Loop._prepare
 
     def noted(loop: Loop, resume: bool) -> None:
         seen.append([*loop.variants[0].examples, *loop.variants[0].dev])
         prepare(loop, resume)
 
-    with monkey.context() as patch:
-        patch.setattr(Loop, "_prepare", noted)
-        run(whole, rows, DEV, refit=True, epochs=1, **how)
-        run(expected, rows, DEV, epochs=1, **how)
+    monkeypatch.setattr(Loop, "_prepare", noted)
+    run(whole, rows, DEV, refit=True, epochs=1, **how)
+    run(expected, rows, DEV, epochs=1, **how)
     assert seen[0] == seen[1] == seen[2]
 
 

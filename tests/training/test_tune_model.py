@@ -13,7 +13,7 @@ from ptuning.errors import InputError
 from ptuning.inference.evaluation import teacher_forced
 
 from .. import tiny
-from ..scaffold import Run
+from ..scaffold import Run, Stopped, stop_after
 
 ROWS = [
     {"country": country, "capital": capital}
@@ -77,16 +77,11 @@ def test_an_interrupted_training_goes_on_with_the_same_model(tmp_path: Path) -> 
     whole, undisturbed = tiny.model("llama"), prompt()
     ptuning.train(whole, tokenizer, undisturbed, ROWS, **SETTINGS)
 
-    class Stopped(Exception):
-        pass
-
-    def stop(progress: Any) -> None:
-        if progress.step == 17:
-            raise Stopped
-
     options = {**SETTINGS, "output": tmp_path, "checkpoint_seconds": 0.0}
     with pytest.raises(Stopped):
-        ptuning.train(tiny.model("llama"), tokenizer, prompt(), ROWS, listener=stop, **options)
+        ptuning.train(
+            tiny.model("llama"), tokenizer, prompt(), ROWS, listener=stop_after(17), **options
+        )
     model, resumed = tiny.model("llama"), prompt()
     ptuning.train(model, tokenizer, resumed, ROWS, resume=True, **options)
     torch.testing.assert_close(resumed.vectors, undisturbed.vectors, atol=1e-6, rtol=0)

@@ -18,20 +18,16 @@ from ptuning.experiments.superglue.options import SuperGlueOptions
 from ptuning.inference.distillation import distill
 from ptuning.training import population
 from ptuning.training.loop import Loop
-from ptuning.training.progress import Progress
 from ptuning.training.word_noise import WordNoise, settled_noise
 
 from .. import tiny
+from ..scaffold import Stopped, stop_after
 
 FRONT, AFTER = "[P*3] {text} [P*2] is [MASK]", "Question about {text}: [P*3] is [P*2] [MASK]"
 LABELS = {"0": "yes", "1": "no"}
 PLACES = ["France", "Italy", "the old cities of Spain", "Oslo", "Berlin and Madrid", "Vienna"]
 ROWS = [{"text": text, "label": str(n % 2)} for n, text in enumerate(PLACES)]
 HOW: dict[str, Any] = {"epochs": 4, "batch_size": 2, "learning_rate": 1e-2, "verbose": False}
-
-
-class Stopped(Exception):
-    pass
 
 
 def labelled(template: str = FRONT) -> Prompt:
@@ -169,14 +165,12 @@ def test_a_stopped_run_resumes_to_the_same_numbers(
 ) -> None:
     how = {**HOW, "checkpoint_seconds": 0}
 
-    def stop(progress: Progress) -> None:
-        if progress.step == 7:
-            raise Stopped
-
     whole, halved = labelled(), labelled()
     expected = train(model, tokenizer, whole, ROWS, ROWS[:3], **how)
     with pytest.raises(Stopped):
-        train(model, tokenizer, halved, ROWS, ROWS[:3], output=tmp_path, listener=stop, **how)
+        train(
+            model, tokenizer, halved, ROWS, ROWS[:3], output=tmp_path, listener=stop_after(7), **how
+        )
     with pytest.raises(InputError, match=r"word_noise differs .*then 0\.5, now 0\.0"):
         train(
             *(model, tokenizer, labelled(), ROWS, ROWS[:3]),

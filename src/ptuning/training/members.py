@@ -32,7 +32,8 @@ def with_examples(
             renderer = Renderer(base.tokenizer, prompt, base.kind, base.context)
             examples = _examples(renderer, rows, "training", learnt[0])
             dev_examples = _examples(renderer, dev, "dev", learnt[1])
-            learn_answer_length(prompt, renderer, examples, dev_examples * bool(settings.refit))
+            later = dev_examples if settings.refit else ()
+            learn_answer_length(prompt, renderer, examples, later)
             made[prompt.template] = renderer, examples, dev_examples
         renderer, examples, dev_examples = made[prompt.template]
         task = renderer.task

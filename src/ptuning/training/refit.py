@@ -32,8 +32,8 @@ from .settings import TrainSettings
 
 _EPOCHS, _RATE = 0.4, 0.5
 """Of the training's before."""
-_A_STEP = 1e-3
-"""Minutes that there always are, so that each call comes further."""
+_A_STEP = 1e-6
+"""Minutes that there always are, less than a step takes: each call comes a step further."""
 _FAILED = "training on with all examples failed, and what dev chose stays"
 _MOST = 500
 """Examples in all up to which a refit is usual: of many more the dev examples are few."""

@@ -167,11 +167,11 @@ def train(
         settings = with_options(settings or TrainSettings(), options)
         started = time.monotonic()
         rows = as_rows(rows)
-        aside = isinstance(dev, int | float)
+        aside = False
         if isinstance(dev, int | float):
             rows, dev = set_aside(rows, answer_column(prompt, rows[0]), dev, settings.seed)
+            aside = bool(dev)
         dev = as_rows(dev)
-        aside = aside and bool(dev)
         check_run(prompt, rows, dev, settings, population, grid, answered=lessons is None)
         settings = settings.for_examples(len(rows))
         base = BaseModel.of(model, tokenizer)
@@ -182,11 +182,9 @@ def train(
         if lessons is None:
             draft.answer = answer_column(prompt, rows[0])
         chosen = choices(draft, settings, population, grid)
-        noise = settled_noise(settings, [one for _, one, _ in chosen], lessons is not None)
-        count = len(rows) + len(dev)
-        goes_on = lessons is None and settled_refit(
-            settings, [p for _, p, _ in chosen], count, aside
-        )
+        prompts, count = [one for _, one, _ in chosen], len(rows) + len(dev)
+        noise = settled_noise(settings, prompts, lessons is not None)
+        goes_on = lessons is None and settled_refit(settings, prompts, count, aside)
         chosen = [
             (name, one, replace(how, word_noise=noise, refit=goes_on)) for name, one, how in chosen
         ]
