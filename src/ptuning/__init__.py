@@ -48,8 +48,9 @@ if TYPE_CHECKING:
     from .rendering.render import Rendered, Renderer
     from .training.hf_trainer import PromptModule, trainer_parts
     from .training.progress import Progress
+    from .training.result import TrainResult
     from .training.settings import TrainSettings
-    from .training.train import TrainResult, train
+    from .training.train import train
 
 _HOME = {
     "inference.attachment": ("Attachment", "attach"),
@@ -85,7 +86,8 @@ _HOME = {
     "training.progress": ("Progress",),
     "prompts.task": ("Task",),
     "prompts.template": ("Template", "parse"),
-    "training.train": ("TrainResult", "train"),
+    "training.result": ("TrainResult",),
+    "training.train": ("train",),
     "training.hf_trainer": ("PromptModule", "trainer_parts"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}

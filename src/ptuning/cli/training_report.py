@@ -14,7 +14,7 @@ MODEL = "model"
 
 if TYPE_CHECKING:
     from ..prompts.prompt import Prompt
-    from ..training.train import TrainResult
+    from ..training.result import TrainResult
 
 
 def save(

@@ -28,8 +28,9 @@ from ..rendering.lesson import Lessons
 from ..rendering.short_words import settle_words
 from ..training.checks import check_run
 from ..training.progress import Progress
+from ..training.result import TrainResult
 from ..training.settings import TrainSettings, with_options
-from ..training.train import TrainResult, train
+from ..training.train import train
 from .agreement import Agreement, compare
 from .teaching import lessons, measured_bias, own_label, teacher_renderer
 

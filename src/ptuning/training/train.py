@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,87 +25,20 @@ from ..prompts.prompt import Prompt
 from ..prompts.task import majority_answer
 from ..rendering.example import answer_column
 from ..rendering.lesson import Lessons
-from ..reporting import html_picture, html_table, percent, training_curve
 from . import checkpoint, guidance
 from .calibration import calibrate
 from .checks import check_run
-from .ensemble import best_members, dev_figures, trained
+from .ensemble import best_members
 from .folds import FoldResult, choose, splits
-from .grid import Variant, choices
-from .learner import Learner
+from .grid import choices
 from .loop import Loop
 from .members import answers_of, with_examples
-from .progress import Progress, in_words, shown
+from .outcome import Outcome, become, figures_together
+from .progress import Progress, shown
 from .refit import place_of, refit, settled_refit
+from .result import TrainResult
 from .settings import TrainSettings, with_options
 from .word_noise import settled_noise
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What came of a training.
-
-    Attributes:
-        history: one record per epoch: ``epoch``, ``loss`` and, with dev examples, ``dev_accuracy``
-            and ``dev_loss``.
-        best: the record of the epoch whose vectors the prompt now has.
-        shortened: training examples that were cut to the length limit.
-        seconds: wall time of this call.
-        members: one for each prompt of the population: ``name`` (its seed and grid values),
-            ``best`` (its best record), ``epochs`` that it trained, and ``dropped``, the epoch in
-            which it fell out, or None.
-        winner: the number of the member that the prompt now is, or the first of an ensemble.
-        ensemble: where several members answer together: their numbers (``members``), the best
-            first, and with dev examples their ``dev_accuracy`` and ``dev_loss`` together.
-        calibrated: where labels got a bias: ``method``, and with dev examples ``dev_accuracy`` and
-            ``dev_loss`` with it.
-        complete: False where ``max_minutes`` were over before the training was; with an output
-            folder it can be resumed.
-        refit: where what dev chose went on with all examples: how many ``examples``, for how many
-            ``epochs``, and the last ``loss``; `history` and `best` are of before.
-        folds: where folds chose: for each setting its ``name``, best ``epoch``, mean
-            ``dev_accuracy`` and ``dev_loss``, and ``deviation``; the best first.
-    """
-
-    history: list[dict[str, float]]
-    best: dict[str, float]
-    shortened: int
-    seconds: float
-    members: list[dict[str, Any]]
-    winner: int
-    ensemble: dict[str, Any] = field(default_factory=dict)
-    calibrated: dict[str, Any] = field(default_factory=dict)
-    complete: bool = True
-    refit: dict[str, Any] = field(default_factory=dict)
-    folds: list[dict[str, Any]] = field(default_factory=list)
-
-    def _repr_html_(self) -> str:
-        """For notebooks: the epochs as a table, and the picture."""
-        columns = [
-            ("dev (%)", "dev_accuracy", percent),
-            ("dev loss", "dev_loss", "{:.4f}".format),
-        ]
-        known = [c for c in columns if any(c[1] in record for record in self.history)]
-        rows = [
-            [
-                f"{record['epoch']}{' (kept)' if record['epoch'] == self.best['epoch'] else ''}",
-                f"{record['loss']:.4f}",
-                *(write(record[name]) for _, name, write in known),
-            ]
-            for record in self.history
-        ]
-        title = f"Trained in {in_words(self.seconds)}"
-        if self.ensemble:
-            title += f"; {len(self.ensemble['members'])} of {len(self.members)} answer together"
-        elif len(self.members) > 1:
-            title += f"; the best of {len(self.members)} members"
-        if self.refit:
-            title += f"; then on with all {self.refit['examples']} examples"
-        header = ["epoch", "loss", *(name for name, *_ in known)]
-        return html_table(title, header, rows) + html_picture(self._repr_png_())
-
-    def _repr_png_(self) -> bytes:
-        return training_curve(self.history)
 
 
 def train(
@@ -164,10 +97,9 @@ def train(
         >>> result = train(model, tokenizer, prompt, rows, dev=dev_rows, epochs=5)
     """
     with distributed.together():
-        settings = with_options(settings or TrainSettings(), options)
         started = time.monotonic()
-        rows = as_rows(rows)
-        aside = False
+        settings = with_options(settings or TrainSettings(), options)
+        rows, aside = as_rows(rows), False
         if isinstance(dev, int | float):
             rows, dev = set_aside(rows, answer_column(prompt, rows[0]), dev, settings.seed)
             aside = bool(dev)
@@ -175,8 +107,7 @@ def train(
         check_run(prompt, rows, dev, settings, population, grid, answered=lessons is None)
         settings = settings.for_examples(len(rows))
         base = BaseModel.of(model, tokenizer)
-        if prompt.base_model:
-            base.check_same(prompt.base_model)
+        _check_model(base, prompt, settings)
         draft = copy.copy(prompt)  # a training that fails leaves the prompt as it was
         draft.others, draft.label_bias = (), None
         if lessons is None:
@@ -188,114 +119,83 @@ def train(
         chosen = [
             (name, one, replace(how, word_noise=noise, refit=goes_on)) for name, one, how in chosen
         ]
-        check_free(model, settings.tune_model)
-        quantized = getattr(model, "is_quantized", False) or frozen_format(model)
-        if settings.tune_model and quantized:
-            raise InputError("tune_model needs the base model's own weights; load it unquantized")
         if not dev and not settings.folds:
             _advise(guidance.without_dev(len(chosen), settings.patience), verbose)
         learnt = (None, None) if lessons is None else (lessons.training, lessons.dev)
         variants = with_examples(base, chosen, rows, dev, learnt)
         answers, dev_answers = answers_of(draft, rows, learnt[0]), answers_of(draft, dev, learnt[1])
-        folds: FoldResult | None = None
         with ExitStack() as showing:
             if listener is None and verbose and distributed.state().is_main_process:
                 listener = showing.enter_context(shown())
-            place = None if output is None else Path(output)
             listener = listener or (lambda progress: None)
+            place = None if output is None else Path(output)
             showing.enter_context(distributed.locked(place and place / checkpoint.FOLDER))
+            folds: FoldResult | None = None
             if settings.folds:
                 parts = splits(rows, answers, settings.folds, settings.seed)
                 render = partial(with_examples, base)
                 folds = choose(base, chosen, parts, render, place, resume, listener)
-                final = folds.chosen[: settings.ensemble]
-                variants = with_examples(base, final, rows, ())
+                variants = with_examples(base, folds.chosen[: settings.ensemble], rows, ())
             if place is not None and not resume:
                 distributed.from_main(lambda: checkpoint.delete_all(place_of(place)))
             until = folds.epochs if folds else None
             about = None if lessons is None else lessons.about
-            loop = Loop(base, variants, place, listener, until, about)
-            learners = loop.train(resume)
-            kept = best_members(learners, settings.ensemble)
-            together = _together(base, variants, learners, kept, settings)
-            complete, refitted = not loop.stopped, dict[str, Any]()
-            del loop  # and what it keeps on the device
-            if goes_on and complete:
-                best_ones = [(variants[n], learners[n]) for n in kept]
+            outcome = _learn(Loop(base, variants, place, listener, until, about), resume, folds)
+            outcome.together = figures_together(base, outcome, 2 * settings.batch_size)
+            if goes_on and outcome.complete:
                 left = _minutes_left(settings.max_minutes, started)
-                refitted, complete = refit(base, best_ones, place, resume, listener, left)
-        winner = kept[0]
-        learner, variant = learners[winner], variants[winner]
-        learner.put_best_into_model()
-        prompt.become(variant.prompt)
-        prompt.vectors = learner.best["vectors"]
-        prompt.encoder_weights = learner.best["weights"]
-        prompt.base_model = base.describe()
-        best = learner.figures()
+                going = outcome.best_ones
+                outcome.refit, outcome.complete = refit(base, going, place, resume, listener, left)
+        variant, learner = outcome.best_ones[0]
         majority = majority_answer(answers)
+        become(prompt, outcome, base)
         prompt.training = {
             "examples": len(rows),
-            "dev_examples": len(dev),
+            "dev_examples": len(rows if folds else dev),
             "majority_answer": majority,
-            "learning_rate": variant.settings.rate_for(prompt.encoder),
-            "seed": variant.settings.seed,
-            "population": len(variants),
-            **best,
-            **({"refit_examples": refitted["examples"]} if refitted else {}),
+            **prompt.training,
             **({} if lessons is None else {"teacher": lessons.about}),
         }
-        if folds:
-            best, dev_answers = {**best, **folds.best}, answers
-            prompt.training |= {"folds": settings.folds, "dev_examples": len(rows), **folds.best}
-        prompt.others = tuple(trained(variants[n], learners[n], base) for n in kept[1:])
-        if together:
-            prompt.training |= {**together, "members": len(kept)}
         calibrated: dict[str, Any] = {}
         if settings.calibrate != "none":
             size = 2 * settings.batch_size
             figures = calibrate(base, prompt, settings.calibrate, rows, dev, size)
             prompt.training |= {"calibrate": settings.calibrate, **figures}
             calibrated = {"method": settings.calibrate, **figures}
+        best = {**learner.figures(), **(folds.best if folds else {})}
         if not variant.has_start:  # what begins as something good may stay as it is
-            _advise(guidance.nothing_learnt(learner.history, best, dev_answers, majority), verbose)
-        members = [
-            {"name": v.name, "best": x.figures(), "epochs": len(x.history), "dropped": x.dropped}
-            for v, x in zip(variants, learners, strict=True)
-        ]
-        seen = [*variant.examples, *(variant.dev if refitted else [])]
-        shortened = sum(example.shortened for example in seen)
-        seconds = time.monotonic() - started
+            asked = answers if folds else dev_answers
+            _advise(guidance.nothing_learnt(learner.history, best, asked, majority), verbose)
         return TrainResult(
             history=learner.history,
             best=best,
-            shortened=shortened,
-            seconds=seconds,
-            members=members,
-            winner=winner,
-            ensemble=together,
+            shortened=outcome.shortened,
+            seconds=time.monotonic() - started,
+            members=outcome.members,
+            winner=outcome.kept[0],
+            ensemble=outcome.together,
             calibrated=calibrated,
-            complete=complete,
-            refit=refitted,
+            complete=outcome.complete,
+            refit=outcome.refit,
             folds=folds.table if folds else [],
         )
 
 
-def _together(
-    base: BaseModel,
-    variants: list[Variant],
-    learners: list[Learner],
-    kept: list[int],
-    settings: TrainSettings,
-) -> dict[str, Any]:
-    """What `TrainResult` tells of members that answer together."""
-    if len(kept) < 2:
-        return {}
-    figures: dict[str, Any] = {"members": kept}
-    if variants[0].dev:
-        prompts = [trained(variants[n], learners[n], base) for n in kept]
-        of_members = [variants[n] for n in kept]
-        figures |= dev_figures(base, of_members, prompts, 2 * settings.batch_size)
-    return figures
+def _check_model(base: BaseModel, prompt: Prompt, settings: TrainSettings) -> None:
+    """Refuse a model that is not the prompt's, that is in use, or that cannot be trained along."""
+    if prompt.base_model:
+        base.check_same(prompt.base_model)
+    check_free(base.model, settings.tune_model)
+    quantized = getattr(base.model, "is_quantized", False) or frozen_format(base.model)
+    if settings.tune_model and quantized:
+        raise InputError("tune_model needs the base model's own weights; load it unquantized")
+
+
+def _learn(loop: Loop, resume: bool, folds: FoldResult | None) -> Outcome:
+    """Train; the loop, and what it keeps on the device, ends with it."""
+    learners = loop.train(resume)
+    kept = best_members(learners, loop.settings.ensemble)
+    return Outcome(loop.variants, learners, kept, folds, complete=not loop.stopped)
 
 
 def _minutes_left(given: float | None, started: float) -> float | None:

@@ -27,7 +27,8 @@ from ...prompts.task import Task, majority_answer
 from ...rendering.example import columns_in_words
 from ...training.calibration import calibrate, fitted_bias
 from ...training.progress import Progress
-from ...training.train import TrainResult, train
+from ...training.result import TrainResult
+from ...training.train import train
 from .examples import Splits
 from .metrics import METRICS, same_noun
 from .options import SuperGlueOptions
