@@ -172,3 +172,14 @@ def test_a_run_of_an_older_release_ends_when_dev_has_chosen(
     assert "refit" not in json.loads(Path("old/result.json").read_text())
     old, whole = Prompt.load("old"), Prompt.load("out")
     assert old.trained_vectors().equal(whole.trained_vectors())
+
+
+def test_a_file_and_a_share_that_choose_exclude_each_other(train: Run) -> None:
+    code, _, err = train("--answer", "team", "--dev", "tickets.csv", "--dev-share", "0.2")
+    assert code == 2 and "--dev and --dev-share exclude each other" in err
+    code, _, err = train()
+    assert code == 0, err
+    more = ("--config", "out/run.yaml", "--dev", "tickets.csv", "--overwrite")
+    code, _, err = train(*more)  # what a run file says gives way
+    assert code == 0, err
+    assert yaml.safe_load(Path("out/run.yaml").read_text())["dev_share"] == 0

@@ -89,7 +89,7 @@ def test_parquet_from_parquet_keeps_every_type_of_its_own(tmp_path: Path) -> Non
 
 def test_what_no_encoding_has_is_escaped(tmp_path: Path) -> None:
     line = json_line({"a": "x\ud800", "n": float("nan"), "i": float("inf")})
-    assert line == b'{"a": "x\\ud800", "n": null, "i": Infinity}\n'
+    assert line == b'{"a": "x\\ud800", "n": null, "i": null}\n'
     assert json.loads(line)["a"] == "x\ud800"
     odd = [{"text": "half \ud800 é"}, {"text": "", "l": ["\udfff"]}]
     for kind in (".csv", ".parquet"):
@@ -111,7 +111,10 @@ def test_a_run_that_never_wrote_a_row_leaves_nothing(tmp_path: Path) -> None:
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def interrupted(output: Output, settings: dict[str, Any], rows: list[Any] = ROWS) -> None:
+ANSWERED = [{**row, **added} for row, added in zip(ROWS, ADDED, strict=True)]
+
+
+def interrupted(output: Output, settings: dict[str, Any], rows: list[Any] = ANSWERED) -> None:
     with suppress(ZeroDivisionError), begun(output, settings, False, False) as partial:
         partial.add(rows)
         raise ZeroDivisionError
@@ -128,16 +131,16 @@ def test_only_the_same_run_goes_on_and_nothing_is_replaced_unasked(tmp_path: Pat
         pass
     with pytest.raises(DataError, match=r"row 2 of .* is not row 2"):  # noqa: SIM117
         with begun(output, {"prompt": 1}, True, False) as partial:
-            partial.take_up(iter([ROWS[0], {"text": "other"}]))
+            partial.take_up(iter([ROWS[0], {"text": "other"}]), "prediction")
     with begun(output, {"prompt": 1}, True, False) as partial:
         rows = iter([*ROWS, *ROWS])
-        assert partial.take_up(rows) == 2
-        partial.add(list(rows))
+        assert partial.take_up(rows, "prediction") == 2
+        partial.add(ANSWERED)
         with pytest.raises(InputError, match="another run"):  # noqa: SIM117
             with begun(output, {"prompt": 1}, True, False):
                 pass
         partial.finish(lambda path: None)
-    assert read_examples(tmp_path / "out.jsonl") == [*ROWS, *ROWS]
+    assert read_examples(tmp_path / "out.jsonl") == [*ANSWERED, *ANSWERED]
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
     with pytest.raises(InputError, match="exists"), begun(output, {}, False, False):
         pass
@@ -151,10 +154,24 @@ def test_a_line_that_was_cut_off_is_answered_again(tmp_path: Path, cut: int) -> 
     partial_file.write_bytes(partial_file.read_bytes()[:-cut])
     with begun(output, {}, True, False) as partial:
         rows = iter(ROWS)
-        assert partial.take_up(rows) == 1
-        partial.add(list(rows))
+        assert partial.take_up(rows, "prediction") == 1
+        assert list(rows) == ROWS[1:]
+        partial.add(ANSWERED[1:])
         partial.finish(lambda path: None)
-    assert read_examples(tmp_path / "out.jsonl") == ROWS
+    assert read_examples(tmp_path / "out.jsonl") == ANSWERED
+
+
+@pytest.mark.parametrize("now", [{"t": "a", "n": 1}, {"t": "a"}, {}, {"t": "a", "n": 12, "m": 0}])
+def test_a_row_that_begins_as_one_that_is_done_is_another(
+    tmp_path: Path, now: dict[str, Any]
+) -> None:
+    output = Output(tmp_path / "out.jsonl")
+    interrupted(output, {}, [{"t": "a", "n": 12, "prediction": "x"}])
+    with begun(output, {}, True, False) as partial:
+        assert partial.take_up(iter([{"t": "a", "n": 12}]), "prediction") == 1
+    with pytest.raises(DataError, match="which has changed since"):  # noqa: SIM117
+        with begun(output, {}, True, False) as partial:
+            partial.take_up(iter([now]), "prediction")
 
 
 def test_long_names_links_and_modes_are_kept(tmp_path: Path) -> None:

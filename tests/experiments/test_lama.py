@@ -211,7 +211,7 @@ def test_the_command_probes_relations_and_goes_on_where_it_stopped(
     assert figures["test_examples"] == 5
     for key in ("manual_p1", "best_manual_p1", "majority_p1", "ptuned_p1", "ptuned_mrr"):
         assert 0 <= figures[key] <= 1 and first["mean"][key] == figures[key]
-    assert {m["name"]["encoder"] for m in figures["members"]} == {"mlp"}
+    assert {m["name"]["encoder"] for m in figures["members"]} == {"none"}
     assert len({m["name"]["template"] for m in figures["members"]}) == len(figures["members"]) == 2
     assert Prompt.load(tmp_path / "out/prompts/P36").template == figures["template"]
     assert (tmp_path / "out/lama.png").read_bytes().startswith(b"\x89PNG")
@@ -283,10 +283,10 @@ def test_the_command_probes_a_masked_model(lama: Run, tmp_path: Path) -> None:
     code, _, err = lama("--model", str(tmp_path / "masked"), "--relations", "P36", *rates)
     assert code == 0, err
     figures = json.loads((tmp_path / "out/lama.json").read_text())["relations"]["P36"]
-    assert figures["template"].count("[P*3]") == 3
+    assert figures["template"].count("[P*10]") == 3
     assert {m["name"]["learning_rate"] for m in figures["members"]} == {1e-3, 3e-3}
     saved = Prompt.load(tmp_path / "out/prompts/P36")
-    assert saved.num_virtual_tokens == 9 and saved.encoder_weights is None
+    assert saved.num_virtual_tokens == 30 and saved.encoder_weights is None
 
 
 def test_candidates_compete_alone(

@@ -364,3 +364,34 @@ def test_candidates_are_for_free_answers() -> None:
     model, tokenizer, prompt = setting("llama", answer="label", verbalizer={"0": "no", "1": "yes"})
     with pytest.raises(InputError, match="candidates are for free answers"):
         ptuning.evaluate(model, tokenizer, prompt, ROWS, candidates=["no", "yes"])
+
+
+def test_templates_of_ours_that_have_no_room_are_not_compared_with() -> None:
+    """The prompt fits its limit; `Country: {country}. Capital: [MASK]` would not."""
+    model, tokenizer, _ = setting("llama")
+    short = Prompt("[P] {country} [MASK]", answer="capital", verbalizer={"a": "no", "b": "it"})
+    rows = [{"country": "it", "capital": "a"}, {"country": "is", "capital": "b"}]
+    short.max_length = 5
+    ptuning.train(model, tokenizer, short, rows, epochs=1, verbose=False)
+    result = ptuning.evaluate(model, tokenizer, short, rows)
+    assert result.manual_template == short.manual().template and result.examples == 2
+    with pytest.raises(DataError, match="longer than the 5 tokens"):
+        ptuning.evaluate(model, tokenizer, short, rows, manual="Country: {country}. So: [MASK]")
+
+
+def test_a_decoder_has_room_for_so_long_an_answer() -> None:
+    model, tokenizer, prompt = setting("bart")
+    room = model.config.max_position_embeddings
+    assert len(ptuning.predict(model, tokenizer, prompt, ROWS, answer_tokens=room)) == len(ROWS)
+    with pytest.raises(InputError, match=f"decoder has room for {room} tokens"):
+        ptuning.predict(model, tokenizer, prompt, ROWS, answer_tokens=room + 1)
+    long = "Paris " * room
+    with pytest.raises(DataError, match=r"example 1: the answer has \d+ tokens"):
+        ptuning.predict(model, tokenizer, prompt, ROWS, candidates=["Rome", long])
+    with pytest.raises(DataError, match=r"training example 2: the answer has \d+ tokens"):
+        ptuning.train(
+            model,
+            tokenizer,
+            Prompt(TEMPLATE, answer="capital"),
+            [ROWS[0], {**ROWS[1], "capital": long}],
+        )

@@ -9,6 +9,7 @@ from typing import Any
 
 import accelerate
 import datasets
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -572,6 +573,18 @@ def test_a_model_trained_by_trainer_is_saved_and_loaded(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(base_model("bert"), tmp_path / "adapter")
     got = trainer_for(loaded, "bert", tmp_path / "again").predict(trainer.eval_dataset).predictions
     assert_same(torch.tensor(got), torch.tensor(expected), atol=1e-5)
+
+
+def test_trainers_card_of_a_saved_model_says_what_it_is(tmp_path: Path) -> None:
+    trainer = trainer_for(prompted(base_model("t5"), "t5"), "t5", tmp_path, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(tags="mine")
+    card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "peft" and {"mine", "p-tuning"} <= set(card.data.tags)
+    trainer.model.create_or_update_model_card(tmp_path / "new")
+    made = huggingface_hub.ModelCard.load(tmp_path / "new" / "README.md")
+    assert made.data.library_name == "peft"
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])

@@ -94,6 +94,14 @@ def test_openais_client_completes_and_chats(server: servers.Server, client: Any)
     assert pair.choices[0].text == as_text.choices[0].text in ("x", "y", "z")
     base = theirs.completions.create(model="model", prompt="The capital of", max_tokens=3)
     assert base.usage.completion_tokens <= 3
+    assert [theirs.models.retrieve(name).id for name in ("mood", "model")] == ["mood", "model"]
+    with pytest.raises(openai.NotFoundError, match="there is no model 'rome'"):
+        theirs.models.retrieve("rome")
+    for usage in (False, True):
+        told = theirs.completions.create(
+            model="capital", prompt="France", stream=True, stream_options={"include_usage": usage}
+        )
+        assert [part.usage is not None for part in told if not part.choices] == [True] * usage
     with pytest.raises(openai.NotFoundError, match="there is no prompt 'rome'"):
         theirs.completions.create(model="rome", prompt="x")
     with pytest.raises(openai.UnprocessableEntityError, match="greedy"):
@@ -136,6 +144,9 @@ _WRONG: list[tuple[str, bytes, int, str]] = [
     ("/v1/prompts/mood/predikt", b"{}", 404, "Not Found; see /docs"),
     ("/v1/completions", b'{"model": "pair", "prompt": "a"}', 422, "'a', 'b'; send them as"),
     ("/v1/completions", b'{"model": "mood", "prompt": "a", "n": 2}', 422, "n: "),
+    ("/v1/completions", b'{"model": "mood", "prompt": []}', 422, "prompt"),
+    ("/v1/completions", b'{"model": "mood", "prompt": "a", "fields": {"text": "b"}}', 422, "both"),
+    ("/v1/completions", b'{"model": "mood", "stream_options": {"x": 1}}', 422, "stream_options.x"),
     ("/v1/chat/completions", b'{"model": "mood", "messages": []}', 422, "messages: "),
 ]
 

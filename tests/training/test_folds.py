@@ -148,3 +148,8 @@ def test_the_command_line_has_folds(tmp_path: Path, model_folder: Path, run: Run
     assert len(json.loads((out / "result.json").read_text())["folds"]) == 1
     assert not (out / "checkpoints").exists()
     shutil.rmtree(out)
+
+
+def test_a_bias_that_is_learned_on_dev_has_none_with_folds() -> None:
+    with pytest.raises(InputError, match="folds leave no dev examples for it; take batch or conte"):
+        run(folds=2, calibrate="dev")

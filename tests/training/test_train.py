@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ptuning
-from ptuning import InputError, Prompt, TrainingError, TrainSettings, storage, train
+from ptuning import DataError, InputError, Prompt, TrainingError, TrainSettings, storage, train
 from ptuning.inference.evaluation import teacher_forced
 from ptuning.training import accelerator as accelerator_module
 from ptuning.training import checkpoint
@@ -589,3 +589,25 @@ def test_a_real_model_learns_what_a_constant_answer_does_not_reach(
     result = ptuning.evaluate(model, tokenizer, prompt, test)
     assert result.accuracy > result.majority_accuracy + 0.1
     assert result.accuracy > result.manual_accuracy + 0.1
+
+
+def test_no_row_is_told_also_where_a_share_of_them_would_choose() -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    for dev in ((), 0.2):
+        with pytest.raises(DataError, match="there is no training example"):
+            train(model, tokenizer, prompt_for(), [], dev)
+
+
+def test_a_template_that_shows_the_answer_is_warned_of() -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    prompt = Prompt("[P*2] {capital} [MASK]", answer="capital")
+    with pytest.warns(UserWarning, match=r"shows \{capital\}, which is the answer"):
+        train(model, tokenizer, prompt, ROWS, epochs=1, verbose=False)
+
+
+def test_trainers_gradient_checkpointing_is_refused_in_words() -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    module, *_ = ptuning.trainer_parts(model, tokenizer, prompt_for(), ROWS)
+    with pytest.raises(InputError, match="gradient_checkpointing has no effect here"):
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=None)
+    module.finish(prompt_for())

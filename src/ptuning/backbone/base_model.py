@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .identity import check_same, describe
-from .traits import ModelKind, context_length, kind_of
+from .traits import ModelKind, context_length, decoder_length, kind_of
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class BaseModel:
             InputError: the model has no output head over a vocabulary.
         """
         return cls(model, tokenizer, kind_of(model), context_length(model, tokenizer))
+
+    @property
+    def longest_answer(self) -> int | None:
+        """In tokens, where a decoder of its own limits it."""
+        return decoder_length(self.model)
 
     @property
     def device(self) -> torch.device:

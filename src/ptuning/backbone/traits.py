@@ -42,6 +42,7 @@ _COUNT_COLUMNS = (
     "roformer",
     "rwkv",
 )
+_DECODER_NAMES = ("max_decoder_position_embeddings", "max_position_embeddings")
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 
 
@@ -93,6 +94,20 @@ def context_length(model: nn.Module, tokenizer: Any) -> int | None:
         if isinstance(limit, int) and 0 < limit < 10**9
     ]
     return min(known) if known else None
+
+
+def decoder_length(model: nn.Module) -> int | None:
+    """The longest answer of an encoder-decoder in tokens, its end included; None without a limit:
+    T5's positions are relative.
+    """
+    config = model.config
+    if not getattr(config, "is_encoder_decoder", False):
+        return None
+    for name in _DECODER_NAMES:
+        limit = getattr(config, name, None)
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    return None
 
 
 def forward_parameters(model: nn.Module) -> frozenset[str]:

@@ -45,7 +45,7 @@ def lama(
     relations: Annotated[
         str | None, typer.Option(help="Such as P36,P19. [default: all that have facts]")
     ] = None,
-    encoder: Encoders = "mlp",
+    encoder: Encoders = "none",
     learning_rate: LearningRates = None,
     candidates: Annotated[
         Path | None,

@@ -92,7 +92,7 @@ def predict(
     dtype = loading.chosen(name, dtype, begun_in, frozen=frozen)
     depends_on["dtype"] = dtype
     with begun(place, depends_on, resume, overwrite) as partial:
-        done = partial.take_up(rows)
+        done = partial.take_up(rows, added[0])
         if done < count:
             base = load_model(name, dtype=dtype, frozen=frozen, gradients=False)
             for block in _answered(base, prompt, rows, options, done, count):
@@ -177,7 +177,7 @@ def _columns(made: Prediction) -> dict[str, Any]:
 def _print(device: Path | None, blocks: Iterator[list[dict[str, Any]]]) -> None:
     """Rows as JSON lines on stdout, or into a device or pipe."""
     from ..data.partial import refused
-    from ..data.writing import json_line, without_nan
+    from ..data.writing import finite, json_line
 
     if device is not None:
         with refused(device), open(device, "wb") as file:
@@ -188,7 +188,7 @@ def _print(device: Path | None, blocks: Iterator[list[dict[str, Any]]]) -> None:
     try:
         for block in blocks:
             for row in block:
-                sys.stdout.write(console.json_text(without_nan(row)) + "\n")
+                sys.stdout.write(console.json_text(finite(row)) + "\n")
             sys.stdout.flush()
     except BrokenPipeError:  # such as head, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

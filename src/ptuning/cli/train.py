@@ -121,9 +121,12 @@ def train(
         made = init_from is None and prompt["template"] in (None, AUTO)
         trained = prompt_of(context, prompt, init_from, [*rows, *dev_rows])
         columns = columns_of(rows, trained.answer) if made else None
+        if dev and dev_share:
+            _check_not_both_typed(context)
+            dev_share = 0.0
         if dev_share is None:
             dev_share = usual_share(len(rows)) if made and not (dev or how.folds) else 0.0
-        if dev_share and not dev:
+        if dev_share:
             answer = answer_column(trained, rows[0])
             rows, dev_rows = set_aside(rows, answer, dev_share, how.seed)
         check_dtype(dtype)
@@ -171,6 +174,15 @@ def train(
                 training_report.tell(output, trained, result, dev or data)
 
         distributed.from_main(end)
+
+
+def _check_not_both_typed(context: typer.Context) -> None:
+    """A run file's --dev-share gives way to --dev; typed beside it, it is a mistake."""
+    sources = [context.get_parameter_source(name) for name in ("dev", "dev_share")]
+    if all(getattr(source, "name", None) == "COMMANDLINE" for source in sources):
+        raise InputError(
+            "--dev and --dev-share exclude each other: either a file chooses, or a share of --data"
+        )
 
 
 def _format_of(how: TrainSettings) -> tuple[str, str] | None:

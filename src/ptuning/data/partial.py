@@ -84,11 +84,12 @@ class Partial:
     def __init__(self, output: Output, path: Path, file: IO[bytes]):
         self.path, self._output, self._file = path, output, file
 
-    def take_up(self, rows: Iterator[Row]) -> int:
+    def take_up(self, rows: Iterator[Row], added: str) -> int:
         """Keep what is there of an earlier run; gives how many rows that is.
 
         Args:
             rows: the data from its beginning; so many of them are used up.
+            added: the first column that stands behind a row's own.
 
         Raises:
             DataError: a row there is none of the data.
@@ -97,7 +98,7 @@ class Partial:
         with open(self.path, "rb") as kept:
             while (line := kept.readline()).endswith(b"\n"):
                 row = next(rows, None)
-                if row is None or not line.startswith(json_line(row)[:-2]):
+                if row is None or not line.startswith(_before(row, added)):
                     raise DataError(
                         f"row {done + 1} of {self.path.name} is not row {done + 1} of the data, "
                         "which has changed since; begin again (--overwrite)"
@@ -196,6 +197,11 @@ def refused(place: Path) -> Iterator[None]:
             f"cannot write to {place}: {error.strerror or error}; choose another place, or free "
             "space there and go on with --resume"
         ) from error
+
+
+def _before(row: Row, added: str) -> bytes:
+    """How the line of a row begins, up to the value of the first column that is added to it."""
+    return json_line({**row, added: None}).removesuffix(b"null}\n")
 
 
 def _check_free(free: bool, output: Output) -> None:

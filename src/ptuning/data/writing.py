@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -25,8 +26,13 @@ def json_line(row: Row) -> bytes:
     """A row as a line of JSON; half a surrogate pair as its escape, which JSON has for it."""
     try:
         text = json.dumps(row, ensure_ascii=False, allow_nan=False, default=_as_json)
-    except ValueError:  # JSON has no NaN
-        text = json.dumps(without_nan(row), ensure_ascii=False, default=_as_json)
+    except ValueError:  # a number that JSON does not have
+        text = json.dumps(
+            finite(row),
+            ensure_ascii=False,
+            allow_nan=False,
+            default=lambda value: finite(_as_json(value)),
+        )
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
@@ -161,13 +167,13 @@ def _clean(value: Any) -> Any:
     return plain(value)
 
 
-def without_nan(value: Any) -> Any:
-    """A row with null for NaN, which JSON does not have."""
+def finite(value: Any) -> Any:
+    """A row with null for NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: without_nan(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and value != value else value
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cell(value: Any) -> str:

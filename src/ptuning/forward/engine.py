@@ -81,7 +81,8 @@ class Engine:
     def renderer(self, task: Task, candidates: list[str] | None = None) -> Renderer:
         """What renders rows for a task on this model; its arguments are `Renderer`'s."""
         base = self.base
-        return Renderer(base.tokenizer, task, base.kind, base.context, candidates)
+        longest = base.longest_answer
+        return Renderer(base.tokenizer, task, base.kind, base.context, candidates, longest)
 
     def batch(self, rows: Sequence[Row], first_ids: Sequence[int]) -> Batch:
         """As `batching.batch_for`, on the model's device."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -234,12 +234,13 @@ def _best_manual(
 ) -> str:
     """The automatic template that is best on the first rows."""
     masked = BaseModel.of(model, tokenizer).kind == "masked"
-    templates = automatic_templates(prompt, column, masked)
-    scores = [
-        manual_score(model, tokenizer, prompt.manual(template), rows[:_CHOOSING])
-        for template in templates
-    ]
-    return templates[scores.index(max(scores))]
+    own, *others = automatic_templates(prompt, column, masked)
+    scores = {own: manual_score(model, tokenizer, prompt.manual(own), rows[:_CHOOSING])}
+    for template in others:
+        with suppress(DataError):  # words of ours that the prompt's length limit has no room for
+            by_hand = prompt.manual(template)
+            scores[template] = manual_score(model, tokenizer, by_hand, rows[:_CHOOSING])
+    return max(scores, key=scores.__getitem__)
 
 
 def teacher_forced(

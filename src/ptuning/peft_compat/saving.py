@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from huggingface_hub import ModelCard
 from torch import Tensor, nn
 
 from .. import formats, places, storage
 from ..backbone.identity import check_same, describe
+from ..data.text import read_text
 from ..errors import InputError, PromptFileError
 from ..prompts import peft_files, prompt_files
 from ..prompts.encoder_config import CONFIG_NAME, PromptEncoderConfig
+from ..prompts.model_card import TAGS
 from ..prompts.prompt import Prompt
 from .adapter_names import folder_of
 from .adapters import checked
@@ -162,6 +165,22 @@ def fill(model: Any, name: str, saved: Saved, ignore_mismatched_sizes: bool = Fa
 
 class Saving:
     """The part of ``PeftModel`` that reads and writes adapters."""
+
+    def create_or_update_model_card(self: Any, output_dir: str | Path) -> None:
+        """Say in a folder's README.md that an adapter is there; what else it says stays.
+
+        transformers' ``Trainer`` calls it when it has written a card of its own.
+
+        Args:
+            output_dir: of the training; the card is made where there is none.
+        """
+        path = Path(output_dir) / "README.md"
+        card = ModelCard(read_text(path) if path.is_file() else "---\n{}\n---\n")
+        data: Any = card.data
+        data.library_name = "peft"
+        data.base_model = getattr(self.base_model, "name_or_path", None) or None
+        data.tags = list(dict.fromkeys([*(data.tags or []), *TAGS]))
+        card.save(path)
 
     def save_pretrained(
         self: Any,

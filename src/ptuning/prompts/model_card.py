@@ -12,7 +12,7 @@ from typing import Any
 from ..backbone.fetched import SOURCES
 from .template import parse
 
-_TAGS = ["p-tuning", "prompt"]
+TAGS = ["p-tuning", "prompt"]
 _ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
@@ -26,7 +26,7 @@ def model_card(description: dict[str, Any]) -> str:
     shown = _shown(base)
     # A local path means nothing on the hub, but PEFT's card of an adapter has it.
     named = base if reads == "peft" else shown if _ON_THE_HUB.fullmatch(shown) else None
-    data = ModelCardData(library_name=reads, base_model=named or None, tags=_TAGS)
+    data = ModelCardData(library_name=reads, base_model=named or None, tags=TAGS)
     state = "trained with them" if "folder" in about else "frozen"
     lines = ["---", data.to_yaml(), "---", "", "# A P-tuned prompt", ""]
     lines.append(

@@ -6,6 +6,7 @@ strings are settled, and what must be cut for them to fit. Knows nothing of the 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -86,6 +87,7 @@ class Renderer:
         kind: ``"causal"``, ``"masked"`` or ``"seq2seq"`` (`traits.kind_of`).
         context: the model's context length; the task's ``max_length`` may be smaller.
         candidates: compare these answers instead of the verbalizer's labels.
+        longest_answer: tokens that a decoder of its own has room for.
 
     Attributes:
         groups: for each group of virtual tokens the ids that initialise them, or None.
@@ -106,6 +108,7 @@ class Renderer:
         kind: str,
         context: int | None = None,
         candidates: list[str] | None = None,
+        longest_answer: int | None = None,
     ):
         self.tokenizer, self.task, self.kind = tokenizer, task, kind
         self.groups = resolve_words(tokenizer, task)
@@ -126,11 +129,17 @@ class Renderer:
         self.bias = None if given is None else [given[label] for label in self.labels]
         self._in_words = () if candidates else columns_in_words(task)
         self._literal = bool(candidates)
+        self._longest_answer = longest_answer
         self.layout = Layout(tokenizer, task, kind, [len(group) for group in self.groups])
         self._check_kind()
 
     def _check_kind(self) -> None:
         task, template = self.task, self.task.parsed
+        if self._longest_answer is not None and (task.answer_tokens or 0) > self._longest_answer:
+            raise InputError(
+                f"answer_tokens is {task.answer_tokens}, and the model's decoder has room for "
+                f"{self._longest_answer} tokens; give fewer"
+            )
         if self.kind == "masked" and template.slot is None:
             raise InputError(
                 f"a masked LM answers at [MASK]; the template has none: {template.text}"
@@ -272,6 +281,11 @@ class Renderer:
         """The sequences, or none where one of them does not fit."""
         sequences = []
         for sequence in self.layout.each(drafts, known):
+            if len(sequence.answer) > (self._longest_answer or math.inf):
+                raise DataError(
+                    f"the answer has {len(sequence.answer)} tokens, its end included, and the "
+                    f"model's decoder has room for {self._longest_answer}; shorten it"
+                )
             room = self._room(sequence)
             if room is not None and len(sequence.ids) > room:
                 return ()

@@ -163,7 +163,17 @@ def _around(app: FastAPI, desk: Desk) -> None:
             {"id": name, "object": "model", "created": 0, "owned_by": "ptuning", **_summary(served)}
             for name, served in sorted(registry.served.items())
         ]
-        return {"object": "list", "data": [*listed, base], "refused": dict(registry.refused)}
+        if backend.name not in registry.served:
+            listed.append(base)
+        return {"object": "list", "data": listed, "refused": dict(registry.refused)}
+
+    @app.get("/v1/models/{name:path}", tags=["as OpenAI's"])
+    async def model(name: str) -> dict[str, Any]:
+        """One of them."""
+        found = [one for one in (await models())["data"] if one["id"] == name]
+        if not found:
+            raise Refused(404, f"there is no model {name!r} here; GET /v1/models lists them")
+        return dict(found[0])
 
     @app.get("/health", tags=["server"])
     async def health() -> Json:

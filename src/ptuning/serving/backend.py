@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Protocol
 
-from ..errors import PtuningError
+from ..errors import InputError, PtuningError
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
+from ..rendering.layout import Sequence as Tokens
+from ..rendering.render import Rendered, Renderer
 
 PLAIN = Task("{text}", answer_tokens=64)
 """Text that the base model goes on with, without any prompt."""
@@ -100,6 +102,27 @@ class Backend(Protocol):
 
     async def close(self) -> None:
         """Answer what waits, and end."""
+
+
+def as_it_is(renderer: Renderer, text: str, limit: int) -> Rendered:
+    """Text to go on with, to the last space, as the tokenizer has it.
+
+    Args:
+        renderer: of `PLAIN`, for a causal model.
+        text: of a request.
+        limit: tokens that are to be written behind it.
+
+    Raises:
+        InputError: both are longer than the model's context.
+    """
+    ids = tuple(renderer.tokenizer(text)["input_ids"])
+    ids = ids or renderer({"text": text}, answered=False).sequences[0].ids
+    if renderer.limit is not None and len(ids) + limit > renderer.limit + 1:
+        raise InputError(
+            f"the text has {len(ids)} tokens and max_tokens is {limit}, and the model has room for "
+            f"{renderer.limit} in all; send a shorter text, or a smaller max_tokens"
+        )
+    return Rendered((Tokens(ids, len(ids)),))
 
 
 def cut_at(text: str, stop: Sequence[str]) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..backbone.base_model import BaseModel
-from ..backbone.identity import name_of
+from ..backbone.identity import difference, name_of
 from ..backbone.modes import eval_mode
 from ..backbone.traits import ModelKind
-from ..errors import PtuningError
+from ..errors import InputError, PtuningError
 from ..forward.engine import Engine
 from ..inference.answering import Question, Reading, answers
 from ..inference.attachment import Attachment, attach
@@ -19,12 +19,24 @@ from ..inference.nearest_words import nearest_words
 from ..inference.prediction import members_of
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
-from ..rendering.render import Renderer
-from .backend import LONGEST, PLAIN, PLAIN_CHAT, Answer, Row, Wish, cut_at, shown_name
+from ..rendering.render import Rendered, Renderer
+from .backend import (
+    LONGEST,
+    PLAIN,
+    PLAIN_CHAT,
+    Answer,
+    Row,
+    Wish,
+    as_it_is,
+    cut_at,
+    shown_name,
+)
 from .batcher import Batcher, Item
 
 _KEPT = 64 * 2**20
 """Bytes that the engine keeps of what rows have in common."""
+_LIMITS = 64
+"""Renderers that a task keeps for the limits of requests."""
 
 
 @dataclass(eq=False)
@@ -44,16 +56,47 @@ class Handle:
     attachment: Attachment | None = None
     by_hand: Handle | None = None
     nearest: list[dict[str, Any]] | None = None
+    _longer: dict[tuple[int, int], Renderer] = field(default_factory=dict)
 
-    def readings(self, row: Row) -> list[Reading]:
-        """How the task reads a row, or each member of an ensemble does."""
+    @property
+    def goes_on(self) -> bool:
+        """It goes on with text as it is, to the last space."""
+        return self.task is PLAIN and self.renderers[0].kind == ModelKind.CAUSAL
+
+    def readings(self, row: Row, limit: int, engine: Engine) -> list[Reading]:
+        """How the task reads a row, or each member of an ensemble does.
+
+        Args:
+            row: column -> value.
+            limit: tokens of a free answer, for which there must be room behind the row.
+            engine: of the renderers.
+
+        Raises:
+            InputError, DataError: the row does not fit.
+        """
         readings = []
-        for renderer in self.renderers:
+        for number, renderer in enumerate(self.renderers):
             first_id, task = 0, renderer.task
             if self.attachment is not None and isinstance(task, Prompt):
                 first_id = self.attachment.first_id(task)
-            readings.append(Reading(renderer, renderer(row, answered=False), first_id))
+            if not renderer.compares and limit != task.answer_tokens:
+                renderer = self._with_room(number, limit, engine)
+            readings.append(Reading(renderer, self._rendered(renderer, row, limit), first_id))
         return readings
+
+    def _with_room(self, number: int, limit: int, engine: Engine) -> Renderer:
+        """A renderer that leaves room for so long an answer."""
+        if (number, limit) not in self._longer:
+            if len(self._longer) >= _LIMITS:
+                self._longer.clear()
+            task = replace(self.renderers[number].task, answer_tokens=limit)
+            self._longer[number, limit] = engine.renderer(task)
+        return self._longer[number, limit]
+
+    def _rendered(self, renderer: Renderer, row: Row, limit: int) -> Rendered:
+        if self.goes_on:
+            return as_it_is(renderer, row["text"], limit)
+        return renderer(row, answered=False)
 
 
 @dataclass(frozen=True)
@@ -81,8 +124,18 @@ class Local:
         self.plain, self.plain_chat = (self._if_it_fits(task) for task in (PLAIN, PLAIN_CHAT))
 
     def take_on(self, name: str, prompt: Prompt) -> Handle:
-        """Attach a prompt, behind the questions that wait."""
-        return self.batcher.run(lambda: self._handle(prompt))
+        """Attach a prompt, behind the questions that wait.
+
+        Raises:
+            InputError: it was trained on another model.
+        """
+
+        def attached() -> Handle:
+            if unlike := difference(prompt.base_model, self.base.model, self.base.tokenizer):
+                raise InputError(unlike)
+            return self._handle(prompt)
+
+        return self.batcher.run(attached)
 
     def let_go(self, handle: Handle) -> None:
         """Take a prompt off, behind the questions that wait."""
@@ -193,14 +246,15 @@ class Local:
         asked: list[tuple[Item, _Listener, Question]] = []
         for item in items:
             try:
+                wish: Wish = item.question.wish
                 handle = self._wanted(item.question)
-                first, *others = handle.readings(item.question.row)
+                limit = wish.limit or handle.task.answer_tokens or (1 if masked else LONGEST)
+                first, *others = handle.readings(item.question.row, limit, self._engine)
             except PtuningError as error:
                 yield item, error
                 continue
-            wish: Wish = item.question.wish
-            limit = wish.limit or handle.task.answer_tokens or (1 if masked else LONGEST)
-            listener = _Listener(item, self.base.tokenizer)
+            before = first.example.sequences[0].ids if handle.goes_on else None
+            listener = _Listener(item, self.base.tokenizer, before)
             watched: Any = {"limit": limit, "watch": listener, "others": tuple(others)}
             asked.append((item, listener, Question(**vars(first), **watched)))
         with eval_mode(self.base.model):
@@ -209,6 +263,8 @@ class Local:
                 item, listener, question = asked[number]
                 example = question.example
                 text = cut_at(prediction.answer, item.question.wish.stop).strip()
+                if item.question.handle.goes_on:
+                    text = listener.whole
                 at_once = masked or question.renderer.compares
                 yield (
                     item,
@@ -233,10 +289,16 @@ class Local:
 
 
 class _Listener:
-    """Hears the tokens of one free answer: passes its text on, and ends it at a stop or in time."""
+    """Hears the tokens of one free answer: passes its text on, and ends it at a stop or in time.
 
-    def __init__(self, item: Item, tokenizer: Any):
-        self._item, self._tokenizer = item, tokenizer
+    Args:
+        item: what was asked.
+        tokenizer: of the model.
+        before: the ids of a text that it goes on with, to the last space; None for an answer.
+    """
+
+    def __init__(self, item: Item, tokenizer: Any, before: tuple[int, ...] | None = None):
+        self._item, self._tokenizer, self._before = item, tokenizer, before
         self._stop: tuple[str, ...] = item.question.wish.stop
         self._heard: Callable[[str], None] | None = item.question.heard
         self._said = ""
@@ -250,16 +312,30 @@ class _Listener:
             self.complete = True
         if self.complete or not (self._stop or self._heard):
             return self.complete or self._item.over
-        text = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
+        text = self._text()
         whole = cut_at(text, self._stop)
         self.complete = len(whole) < len(text)
         if self._heard is not None:
             self._pass_on(whole)
         return self.complete or self._item.over
 
+    @property
+    def whole(self) -> str:
+        """All that was said, up to a stop."""
+        return cut_at(self._text(), self._stop)
+
+    def _text(self) -> str:
+        if self._before is None:
+            return self._decoded(self.tokens)
+        return self._decoded([*self._before, *self.tokens])[len(self._decoded(self._before)) :]
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        clean = {} if self._before is None else {"clean_up_tokenization_spaces": False}
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, **clean))
+
     def _pass_on(self, text: str) -> None:
         """What is certain of the text: not its last spaces, half a character or half a stop."""
-        certain = text.strip().rstrip("\ufffd")
+        certain = (text if self._before is not None else text.strip()).rstrip("\ufffd")
         if not self.complete and self._stop:
             certain = certain[: len(certain) - max(map(len, self._stop)) + 1]
         if certain.startswith(self._said) and len(certain) > len(self._said):

@@ -47,6 +47,13 @@ class PredictResponse(BaseModel):
     predictions: list[Prediction]
 
 
+class StreamOptions(_Message):
+    """What a stream tells besides."""
+
+    include_usage: StrictBool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
 class _OpenAI(_Message):
     """What greedy decoding takes, and neutral values of what it does not."""
 
@@ -55,7 +62,7 @@ class _OpenAI(_Message):
     max_tokens: MaxTokens = None
     stop: Stop = None
     stream: StrictBool = False
-    stream_options: dict[str, Any] | None = None
+    stream_options: StreamOptions | None = None
     temperature: Zero | None = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     n: One | None = None
@@ -69,7 +76,7 @@ class _OpenAI(_Message):
 class CompletionRequest(_OpenAI):
     """OpenAI's completion; ``model`` is a prompt's name or the base model's."""
 
-    prompt: StrictStr | list[StrictStr] | None = None
+    prompt: StrictStr | Annotated[list[StrictStr], Field(min_length=1)] | None = None
     best_of: One | None = None
     echo: Literal[False] | None = None
     logprobs: None = None

@@ -31,7 +31,12 @@ def routes(desk: Desk) -> APIRouter:
 
     @router.post("/completions", summary="Complete a text, or answer with a prompt")
     async def completions(request: CompletionRequest) -> Response:
-        texts = request.prompt if isinstance(request.prompt, list) else [request.prompt]
+        came = request.prompt
+        texts: list[Any] = came if isinstance(came, list) else [came]
+        if request.fields is not None:
+            if any(texts):
+                raise Refused(422, "prompt and fields both came; send one of them")
+            texts = [None]
         name, handle, served = _model(desk, request.model, chat=False)
         rows = [_row(served, text, request.fields) for text in texts]
         return await _respond(desk, name, handle, served, rows, request, chat=False)
@@ -42,7 +47,7 @@ def routes(desk: Desk) -> APIRouter:
             raise Refused(
                 422,
                 f"messages has {len(request.messages)} messages, ending with the role "
-                f"{request.messages[-1].role!r}; a prompt answers one message of the user",
+                f"{request.messages[-1].role!r}; one message of the user is answered here",
             )
         name, handle, served = _model(desk, request.model, chat=True)
         rows = [_row(served, request.messages[0].text, request.fields)]
@@ -111,8 +116,9 @@ async def _respond(
     if request.stream:
         if len(rows) != 1:
             raise Refused(422, f"{len(rows)} prompts came; a stream answers one")
-        options = request.stream_options or {}
-        parts = _events(desk, name, handle, rows[0], wish, frame, chat, bool(options))
+        options = request.stream_options
+        usage = options is not None and bool(options.include_usage)
+        parts = _events(desk, name, handle, rows[0], wish, frame, chat, usage)
         return StreamingResponse(parts, media_type="text/event-stream")
     answers = await desk.answer(name, handle, rows, wish)
     choices = [_choice(number, answer, chat) for number, answer in enumerate(answers)]

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,17 @@ from ..prompts.task import Task
 from ..rendering.layout import Sequence as Tokens
 from ..rendering.merged_text import names_of
 from ..rendering.render import Renderer
-from .backend import LONGEST, PLAIN, PLAIN_CHAT, Answer, Row, Unreachable, Wish, cut_at
+from .backend import (
+    LONGEST,
+    PLAIN,
+    PLAIN_CHAT,
+    Answer,
+    Row,
+    Unreachable,
+    Wish,
+    as_it_is,
+    cut_at,
+)
 from .batcher import Overloaded, Stopping, TooLate
 
 
@@ -43,6 +53,11 @@ class Handle:
     renderer: Renderer
     ids: tuple[int, ...] = ()
     by_hand: Handle | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        """It goes on with text as it is, to the last space."""
+        return self.task is PLAIN
 
 
 class Remote:
@@ -136,12 +151,13 @@ class Remote:
                 known = (choice.get("logprobs") or {}).get("token_logprobs") or []
                 tokens, likelihood = tokens + len(known), likelihood + sum(known)
                 complete = complete or choice.get("finish_reason") == "stop"
-                part = choice["text"] if said else choice["text"].lstrip()
+                part = choice["text"] if said or handle.goes_on else choice["text"].lstrip()
                 said += part
                 if part:
                     yield part
         likelihood, shortened = math.exp(likelihood), example.shortened
-        yield Answer(said.strip(), likelihood, {}, shortened, len(ids), tokens, complete)
+        text = said if handle.goes_on else said.strip()
+        yield Answer(text, likelihood, {}, shortened, len(ids), tokens, complete)
 
     def nearest(self, handle: Handle, count: int) -> None:
         """Nobody here has the vocabulary's vectors."""
@@ -165,15 +181,23 @@ class Remote:
     # Rendering.
 
     def _handle(self, task: Task, ids: tuple[int, ...] = ()) -> Handle:
-        renderer = Renderer(self._tokenizer, task, ModelKind.CAUSAL, self._context)
-        return Handle(task, renderer, ids)
+        return Handle(task, self._renderer(task), ids)
+
+    def _renderer(self, task: Task) -> Renderer:
+        return Renderer(self._tokenizer, task, ModelKind.CAUSAL, self._context)
 
     def _rendered(self, handle: Handle, row: Row, wish: Wish) -> tuple[Handle, Any]:
         with self._rendering:
             if not wish.virtual:
                 handle.by_hand = handle.by_hand or self._handle(handle.task.manual())
                 handle = handle.by_hand
-            return handle, handle.renderer(row, answered=False)
+            if handle.goes_on:
+                limit = wish.limit or LONGEST
+                return handle, as_it_is(handle.renderer, row["text"], limit)
+            renderer, limit = handle.renderer, wish.limit or 0
+            if not renderer.compares and limit not in (0, handle.task.answer_tokens):
+                renderer = self._renderer(replace(handle.task, answer_tokens=limit))
+            return handle, renderer(row, answered=False)
 
     def _ids(self, handle: Handle, tokens: Tokens) -> list[int]:
         """The ids of a rendered row in the merged model.
@@ -195,7 +219,8 @@ class Remote:
         ids = self._ids(handle, example.sequences[0])
         (choice,) = (await self._post(self._free(handle, ids, wish), wish))["choices"]
         known = (choice.get("logprobs") or {}).get("token_logprobs") or []
-        text = cut_at(choice["text"], wish.stop).strip()
+        text = cut_at(choice["text"], wish.stop)
+        text = text if handle.goes_on else text.strip()
         complete = choice["finish_reason"] == "stop"
         likelihood = math.exp(sum(known))
         return Answer(text, likelihood, {}, example.shortened, len(ids), len(known), complete)

@@ -36,7 +36,7 @@ from ..threads import CHANGING
 CONTENT_FREE = ("N/A", "[MASK]", "")
 
 
-def check_calibration(task: Task, method: str, has_dev: bool) -> None:
+def check_calibration(task: Task, method: str, has_dev: bool, folds: int = 0) -> None:
     """Refuse a calibration that has nothing to measure.
 
     Raises:
@@ -55,8 +55,15 @@ def check_calibration(task: Task, method: str, has_dev: bool) -> None:
             "calibrate is context, and the label words name columns, which an input without "
             "content does not have; take batch or dev"
         )
+    if method == "dev" and folds:
+        raise InputError(
+            "calibrate is dev, and folds leave no dev examples for it; take batch or context, or "
+            "leave folds out"
+        )
     if method == "dev" and not has_dev:
-        raise InputError("calibrate is dev, and there are no dev examples; give some (dev=, --dev)")
+        raise InputError(
+            "calibrate is dev, and there are no dev examples; give some (dev=, --dev, --dev-share)"
+        )
 
 
 def without_content(columns: Sequence[str]) -> list[dict[str, str]]:

@@ -20,6 +20,16 @@ from .settings import TrainSettings
 from .starts import check_start
 
 
+def check_some(rows: Sequence[Example]) -> None:
+    """Refuse to learn from nothing.
+
+    Raises:
+        DataError: there is no example.
+    """
+    if not rows:
+        raise DataError("there is no training example; give at least one")
+
+
 def check_run(
     prompt: Prompt,
     rows: Sequence[Example],
@@ -45,14 +55,13 @@ def check_run(
         InputError, DataError: data, template, grid or settings that do not fit together, or a
             tracker that is not installed.
     """
-    if not rows:
-        raise DataError("there is no training example; give at least one")
+    check_some(rows)
     check_tracker(settings.tracker)
     draft = copy.copy(prompt)
     if answered:
         draft.answer = answer_column(prompt, rows[0])
     members = choices(draft, settings, population, grid)
-    check_calibration(draft, settings.calibrate, bool(dev))
+    check_calibration(draft, settings.calibrate, bool(dev), settings.folds)
     for _, member, how in members:
         check_start(member, how.init)
     check_folds(settings, len(rows), bool(dev))
@@ -74,6 +83,12 @@ def check_run(
                 warnings.warn(
                     f"only [MASK] in capitals is the answer's place; here it is text: "
                     f"{member.template}",
+                    stacklevel=2,
+                )
+            if answered and draft.answer in member.parsed.fields:
+                warnings.warn(
+                    f"the template shows {{{draft.answer}}}, which is the answer: a prompt learns "
+                    "to copy it, and knows nothing where it is not there; leave it out of the text",
                     stacklevel=2,
                 )
             check_rows(member, rows, "training", answered=answered)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..backbone.base_model import BaseModel
 from ..data import Rows, as_rows
-from ..errors import DataError
+from ..errors import DataError, InputError
 from ..forward.engine import Engine
 from ..prompts.prompt import Prompt
 from ..rendering.collate import IGNORED, Batch
@@ -67,6 +67,18 @@ class PromptModule(Population):
         )
         count = len(member) if labels is not None else int((answers != IGNORED).sum())
         return {"loss": self.step(batch).sum() / count}
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what would do nothing: layers recompute in training mode alone, and the frozen
+        model stays out of it.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "gradient_checkpointing has no effect here: the frozen model is not in training mode; "
+            "leave it out, and take smaller batches where memory is short"
+        )
 
     @torch.no_grad()
     def finish(self, prompt: Prompt) -> None:

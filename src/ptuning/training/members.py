@@ -29,7 +29,8 @@ def with_examples(
     for name, given, settings in chosen:
         prompt = copy.copy(given)  # which may be rendered again, with other examples
         if prompt.template not in made:
-            renderer = Renderer(base.tokenizer, prompt, base.kind, base.context)
+            longest = base.longest_answer
+            renderer = Renderer(base.tokenizer, prompt, base.kind, base.context, None, longest)
             examples = _examples(renderer, rows, "training", learnt[0])
             dev_examples = _examples(renderer, dev, "dev", learnt[1])
             later = dev_examples if settings.refit else ()

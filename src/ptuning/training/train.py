@@ -27,7 +27,7 @@ from ..rendering.example import answer_column
 from ..rendering.lesson import Lessons
 from . import checkpoint, guidance
 from .calibration import calibrate
-from .checks import check_run
+from .checks import check_run, check_some
 from .ensemble import best_members
 from .folds import FoldResult, choose, splits
 from .grid import choices
@@ -100,6 +100,7 @@ def train(
         started = time.monotonic()
         settings = with_options(settings or TrainSettings(), options)
         rows, aside = as_rows(rows), False
+        check_some(rows)
         if isinstance(dev, int | float):
             rows, dev = set_aside(rows, answer_column(prompt, rows[0]), dev, settings.seed)
             aside = bool(dev)

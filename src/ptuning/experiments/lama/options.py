@@ -36,8 +36,8 @@ class LamaOptions:
     """
 
     templates: tuple[str, ...] = ("own", "best")
-    grid: dict[str, list[Any]] = field(default_factory=lambda: {"encoder": ["mlp"]})
-    virtual_tokens: int = 3
+    grid: dict[str, list[Any]] = field(default_factory=lambda: {"encoder": ["none"]})
+    virtual_tokens: int = 10
     population: int = 1
     epochs: int | None = None
     settings: TrainSettings = field(
@@ -55,7 +55,7 @@ class LamaOptions:
                     f"--template {template!r} is none of {', '.join(TEMPLATES)} and does not name "
                     f"the subject: write {{{SUBJECT}}} where it stands"
                 )
-        for template in (*self.own_templates, plain_template("causal")):
+        for template in (*self.own_templates, plain_template("causal", 1)):
             for encoder in self.grid["encoder"]:
                 PromptSettings(template, answer=OBJECT, encoder=encoder)
 

@@ -48,14 +48,14 @@ def all_manual(relation: Relation, kind: str) -> list[str]:
     return ([own] if own else []) + key_value_templates(relation)
 
 
-def plain_template(kind: str, size: int = 3) -> str:
+def plain_template(kind: str, size: int) -> str:
     """The paper's form: `size` virtual tokens on each side, without a word between them."""
     group = f"[P*{size}]"
     behind = f" {group}" if kind == "masked" else ""
     return f"{group} {_FIELD} {group} [MASK]{behind}"
 
 
-def anchored_template(manual: str, kind: str, size: int = 3) -> str:
+def anchored_template(manual: str, kind: str, size: int) -> str:
     """A manual template's words as anchors: virtual tokens in front and behind the subject."""
     group = f"[P*{size}]"
     before, after = manual.split(_FIELD)
@@ -63,7 +63,7 @@ def anchored_template(manual: str, kind: str, size: int = 3) -> str:
     return f"{group} {before}{_FIELD} {group}{after}{behind}"
 
 
-def worded_template(manual: str, kind: str, size: int = 3) -> str:
+def worded_template(manual: str, kind: str, size: int) -> str:
     """A manual template whose words begin the virtual tokens: training starts from what they get.
 
     Punctuation at the subject stays. Where no words stand beside the subject that could begin
