@@ -35,6 +35,8 @@ from .batcher import Batcher, Item
 
 _KEPT = 64 * 2**20
 """Bytes that the engine keeps of what rows have in common."""
+_NEAR = 16
+"""Tokens in front of what is said that decide how it is spelled: a space, half a character."""
 _LIMITS = 64
 """Renderers that a task keeps for the limits of requests."""
 
@@ -127,11 +129,11 @@ class Local:
         """Attach a prompt, behind the questions that wait.
 
         Raises:
-            InputError: it was trained on another model.
+            InputError: it was trained on other weights; another tokenizer is warned of.
         """
 
         def attached() -> Handle:
-            if unlike := difference(prompt.base_model, self.base.model, self.base.tokenizer):
+            if unlike := difference(prompt.base_model, self.base.model, None):
                 raise InputError(unlike)
             return self._handle(prompt)
 
@@ -298,7 +300,8 @@ class _Listener:
     """
 
     def __init__(self, item: Item, tokenizer: Any, before: tuple[int, ...] | None = None):
-        self._item, self._tokenizer, self._before = item, tokenizer, before
+        self._item, self._tokenizer = item, tokenizer
+        self._before = None if before is None else before[-_NEAR:]
         self._stop: tuple[str, ...] = item.question.wish.stop
         self._heard: Callable[[str], None] | None = item.question.heard
         self._said = ""
