@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..backbone.base_model import BaseModel
@@ -19,7 +19,7 @@ from ..inference.nearest_words import nearest_words
 from ..inference.prediction import members_of
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
-from ..rendering.render import Rendered, Renderer
+from ..rendering.render import Renderer
 from .backend import (
     LONGEST,
     PLAIN,
@@ -37,8 +37,6 @@ _KEPT = 64 * 2**20
 """Bytes that the engine keeps of what rows have in common."""
 _NEAR = 16
 """Tokens in front of what is said that decide how it is spelled: a space, half a character."""
-_LIMITS = 64
-"""Renderers that a task keeps for the limits of requests."""
 
 
 @dataclass(eq=False)
@@ -58,7 +56,6 @@ class Handle:
     attachment: Attachment | None = None
     by_hand: Handle | None = None
     nearest: list[dict[str, Any]] | None = None
-    _longer: dict[tuple[int, int], Renderer] = field(default_factory=dict)
 
     @property
     def goes_on(self) -> bool:
@@ -77,28 +74,19 @@ class Handle:
             InputError, DataError: the row does not fit.
         """
         readings = []
-        for number, renderer in enumerate(self.renderers):
+        for renderer in self.renderers:
             first_id, task = 0, renderer.task
             if self.attachment is not None and isinstance(task, Prompt):
                 first_id = self.attachment.first_id(task)
             if not renderer.compares and limit != task.answer_tokens:
-                renderer = self._with_room(number, limit, engine)
-            readings.append(Reading(renderer, self._rendered(renderer, row, limit), first_id))
+                renderer = engine.renderer(replace(task, answer_tokens=limit))
+            example = (
+                as_it_is(renderer, row["text"], limit)
+                if self.goes_on
+                else renderer(row, answered=False)
+            )
+            readings.append(Reading(renderer, example, first_id))
         return readings
-
-    def _with_room(self, number: int, limit: int, engine: Engine) -> Renderer:
-        """A renderer that leaves room for so long an answer."""
-        if (number, limit) not in self._longer:
-            if len(self._longer) >= _LIMITS:
-                self._longer.clear()
-            task = replace(self.renderers[number].task, answer_tokens=limit)
-            self._longer[number, limit] = engine.renderer(task)
-        return self._longer[number, limit]
-
-    def _rendered(self, renderer: Renderer, row: Row, limit: int) -> Rendered:
-        if self.goes_on:
-            return as_it_is(renderer, row["text"], limit)
-        return renderer(row, answered=False)
 
 
 @dataclass(frozen=True)
