@@ -168,6 +168,31 @@ def test_a_stream_is_passed_on(place: Path, merged: Path, there: tuple[str, Any]
     assert last.probability == pytest.approx(whole.probability)
 
 
+def test_text_goes_there_to_the_last_space_and_comes_back_as_it_is(
+    place: Path, merged: Path, there: tuple[str, Any]
+) -> None:
+    remote, text = Remote(there[0], str(merged)), "def f(x):\n    "
+    there[1].state.asked.clear()
+
+    async def ask() -> tuple[list[Any], list[Answer]]:
+        row, wish = {"text": text}, _wish(limit=7)
+        parts = [part async for part in remote.stream(remote.plain, row, wish)]
+        return parts, await remote.answer(remote.plain, [row], wish)
+
+    (*parts, last), (whole,) = asyncio.run(ask())
+    tokenizer = servers.model(place)[1]
+    for body in there[1].state.asked:
+        assert body["prompt"] == [tokenizer(text)["input_ids"]] and body["max_tokens"] == 7
+    assert len(there[1].state.asked) == 2 and "".join(parts) == last.text == whole.text
+    made = transformers.AutoModelForCausalLM.from_pretrained(merged)
+    ids = torch.tensor(there[1].state.asked[0]["prompt"])
+    virtual = [[i] for e in _table(merged).values() for i in e["virtual_ids"]]
+    said = made.generate(
+        ids, max_new_tokens=7, do_sample=False, pad_token_id=0, bad_words_ids=virtual
+    )[0, ids.shape[1] :]
+    assert whole.text == tokenizer.decode(said, skip_special_tokens=True)
+
+
 def test_text_that_spells_a_virtual_token_never_becomes_one(
     place: Path, merged: Path, there: tuple[str, Any]
 ) -> None:
