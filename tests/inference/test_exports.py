@@ -100,6 +100,15 @@ def test_a_prompt_table_has_ids_behind_the_vocabulary() -> None:
     assert about["parts"] == [2, " {country}", 1]
 
 
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_vllm_is_given_no_vectors_for_a_model_that_it_does_not_let_speak(family: str) -> None:
+    tokenizer = tiny.tokenizer()
+    base = BaseModel.of(tiny.model(family, vocab_size=len(tokenizer)), tokenizer)
+    prompt = _prompt(base, "[P*2] {country} [MASK]")
+    with pytest.raises(InputError, match=r"causal models alone.*merge"):
+        export(prompt, base, "vllm-embeds")
+
+
 def test_wrong_formats_and_models_are_refused() -> None:
     base = _base()
     with pytest.raises(InputError, match="expected one of peft, vllm-embeds, tensorrt-llm"):

@@ -242,6 +242,17 @@ def test_a_state_dict_makes_an_encoder_give_its_vectors() -> None:
     torch.testing.assert_close(outputs(target, "CAUSAL_LM"), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("encoder", ["MLP", "LSTM"])
+def test_peft_sets_the_state_dict_of_a_model_of_ours(encoder: str) -> None:
+    source, target = prompted("CAUSAL_LM"), prompted("CAUSAL_LM", encoder)
+    peft.set_peft_model_state_dict(target, peft.get_peft_model_state_dict(source))
+    expected = outputs(source, "CAUSAL_LM")
+    torch.testing.assert_close(outputs(target, "CAUSAL_LM"), expected, atol=1e-5, rtol=1e-5)
+    state = peft_compat.get_peft_model_state_dict(prompted("SEQ_CLS"))
+    with pytest.raises(InputError, match=r"classifier.*ptuning.peft_compat.set_peft_model"):
+        peft.set_peft_model_state_dict(prompted("SEQ_CLS"), state)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_auto_classes_load_base_and_adapter(task: str, tmp_path: Path) -> None:
     base = base_for(task)

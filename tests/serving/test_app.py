@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import ptuning
 
@@ -108,6 +109,24 @@ def test_openais_client_completes_and_chats(server: servers.Server, client: Any)
         theirs.completions.create(model="capital", prompt="x", temperature=0.7)
 
 
+def test_the_base_model_answers_a_whole_chat_by_its_template(place: Path, client: Any) -> None:
+    turns = [
+        {"role": "system", "content": "Say Rome."},
+        {"role": "user", "content": "France"},
+        {"role": "assistant", "content": "Oslo"},
+        {"role": "user", "content": [{"type": "text", "text": "and Italy"}]},
+    ]
+    body = {"model": "model", "messages": turns, "max_tokens": 4}
+    said = _post(client, "/v1/chat/completions", body)
+    model, tokenizer = servers.model(place)
+    ids = tokenizer("<s>Say Rome.<s>France<s>Oslo<s>and Italy Answer:", add_special_tokens=False)
+    ids = torch.tensor([ids["input_ids"]])
+    made = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
+    expected = tokenizer.decode(made, skip_special_tokens=True).strip()
+    assert said["choices"][0]["message"] == {"role": "assistant", "content": expected}
+    assert said["usage"]["prompt_tokens"] == ids.shape[1]
+
+
 def test_a_stop_ends_a_free_answer_for_its_row_alone(client: Any) -> None:
     body = {"model": "capital", "prompt": "France", "max_tokens": 12}
     whole = _post(client, "/v1/completions", body)["choices"][0]["text"]
@@ -115,6 +134,11 @@ def test_a_stop_ends_a_free_answer_for_its_row_alone(client: Any) -> None:
     stopped = _post(client, "/v1/completions", {**body, "stop": stop})["choices"][0]
     assert stopped["text"] == whole[: whole.find(stop)].strip()
     assert stopped["finish_reason"] == "stop"
+
+
+def _chat(model: str, count: int, said: str = "a", **others: Any) -> bytes:
+    turns = [{"role": "user", "content": said}] * count
+    return json.dumps({"model": model, "messages": turns, **others}).encode()
 
 
 _PREDICT = "/v1/prompts/mood/predict"
@@ -148,6 +172,10 @@ _WRONG: list[tuple[str, bytes, int, str]] = [
     ("/v1/completions", b'{"model": "mood", "prompt": "a", "fields": {"text": "b"}}', 422, "both"),
     ("/v1/completions", b'{"model": "mood", "stream_options": {"x": 1}}', 422, "stream_options.x"),
     ("/v1/chat/completions", b'{"model": "mood", "messages": []}', 422, "messages: "),
+    ("/v1/chat/completions", _chat("mood", 2), 422, "a prompt answers one message of the user"),
+    ("/v1/chat/completions", _chat("model", 1, fields={}), 422, "messages and no fields"),
+    ("/v1/chat/completions", _chat("model", 9, "so many words " * 130), 422, "send a shorter text"),
+    ("/v1/completions", json.dumps({"model": "model", "prompt": ["a"] * 41}).encode(), 413, "40"),
 ]
 
 

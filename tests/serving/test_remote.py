@@ -193,6 +193,21 @@ def test_text_goes_there_to_the_last_space_and_comes_back_as_it_is(
     assert whole.text == tokenizer.decode(said, skip_special_tokens=True)
 
 
+def test_a_chat_of_the_base_models_goes_there_whole(
+    place: Path, merged: Path, there: tuple[str, Any]
+) -> None:
+    remote = Remote(there[0], str(merged))
+    said = [("system", "Be brief."), ("user", "France"), ("assistant", "Oslo"), ("user", "Rome?")]
+    turns = [{"role": role, "content": text} for role, text in said]
+    there[1].state.asked.clear()
+    (answer,) = asyncio.run(remote.answer(remote.plain_chat, [{"turns": turns}], _wish(limit=3)))
+    (body,) = there[1].state.asked
+    text = "".join(f"<s>{content}" for _, content in said) + " Answer:"
+    tokenizer = servers.model(place)[1]
+    assert body["prompt"] == [tokenizer(text, add_special_tokens=False)["input_ids"]]
+    assert answer.read == len(body["prompt"][0]) and 0 < answer.written <= 3
+
+
 def test_text_that_spells_a_virtual_token_never_becomes_one(
     place: Path, merged: Path, there: tuple[str, Any]
 ) -> None:

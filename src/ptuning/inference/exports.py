@@ -23,6 +23,7 @@ from torch import Tensor
 from .. import formats
 from ..backbone.base_model import BaseModel
 from ..backbone.injection import check_fits, input_embedding
+from ..backbone.traits import ModelKind
 from ..errors import InputError
 from ..prompts import peft_files
 from ..prompts.prompt import Prompt
@@ -94,6 +95,11 @@ def _peft(prompt: Prompt, base: BaseModel) -> dict[str, bytes]:
 
 
 def _vllm_embeds(prompt: Prompt, base: BaseModel) -> dict[str, bytes]:
+    if base.kind is not ModelKind.CAUSAL:
+        raise InputError(
+            f"vLLM reads vectors beside causal models alone, and this is a {base.kind} one; merge "
+            "the prompt instead (ptuning merge)"
+        )
     vectors = prompt.trained_vectors()
     text, pieces = _pieces(prompt, base)
     dtype = input_embedding(base.model).weight.dtype

@@ -19,6 +19,7 @@ After training only the output is needed. This module knows nothing of the base 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -154,6 +155,23 @@ class PromptEncoder(nn.Module):
         """All vectors ``(total_virtual_tokens, token_dim)``, computed once."""
         indices = torch.arange(self.total_virtual_tokens, device=self.embedding.weight.device)
         return self(indices.unsqueeze(0)).squeeze(0)
+
+    def _load_adapter_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Give the vectors of an adapter's state dict; the reference's own
+        ``set_peft_model_state_dict``, which launchers call, asks for it.
+
+        Raises:
+            InputError: there are modules in it that are trained beside the prompt.
+        """
+        others = sorted(set(state_dict) - {"prompt_embeddings"})
+        if others:
+            raise InputError(
+                f"peft cannot set {others[0]}, which is trained beside the prompt; use "
+                "ptuning.peft_compat.set_peft_model_state_dict"
+            )
+        weight = self.embedding.weight
+        vectors = state_dict["prompt_embeddings"].to(weight.device)
+        initialise(self, vectors, torch.arange(len(weight), device=weight.device))
 
 
 @torch.no_grad()

@@ -223,7 +223,7 @@ class Layout:
         text, field, space = self._of_template(fields, named)
         if self.task.chat:
             said = text.removesuffix(named.slot)
-            chat = self._as_chat(said)
+            chat = as_chat(self.tokenizer, self.task.turns(said))
             at = chat.find(said) if chat.count(said) == 1 else None
             field = range(0) if at is None else range(at + field.start, at + field.stop)
             text, space = chat + named.slot, False
@@ -265,21 +265,6 @@ class Layout:
             text = text.removesuffix(" ") + named.slot
         return text, field or range(0), space
 
-    def _as_chat(self, text: str) -> str:
-        turns = self.task.turns(text)
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=True
-                )
-            )
-        except Exception as error:  # what the chat template raises, or its engine
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            who = " and ".join(turn["role"] for turn in turns)
-            raise InputError(
-                f"this model's chat template takes no turns of {who} ({reason})"
-            ) from error
-
     def _answer(self, word: str, written: Written, known: Known) -> tuple[int, ...]:
         if self.kind == "seq2seq":
             ids = known(self._decoder_answers, word)
@@ -307,6 +292,22 @@ class Layout:
             while ids and ids[-1] in self.tokenizer.all_special_ids:
                 ids.pop()
         return ids
+
+
+def as_chat(tokenizer: Any, turns: list[dict[str, str]]) -> str:
+    """A chat's turns as the tokenizer's chat template writes them, up to the answer.
+
+    Raises:
+        InputError: the template does not take them.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # what the chat template raises, or its engine
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        who = " and ".join(turn["role"] for turn in turns)
+        raise InputError(
+            f"this model's chat template takes no turns of {who} ({reason})"
+        ) from error
 
 
 def _group_before_field(task: Task) -> int | None:

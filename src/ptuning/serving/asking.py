@@ -63,6 +63,11 @@ class Desk:
         deadline = time.monotonic() + self.limits.seconds
         return Wish(deadline, virtual, limit, stops)
 
+    def check_count(self, rows: Sequence[Row]) -> None:
+        """Refuse more rows than may come at once."""
+        if len(rows) > self.limits.rows:
+            raise Refused(413, f"{len(rows)} rows came; at most {self.limits.rows} may at once")
+
     def check_rows(self, served: Served, rows: Sequence[Row], named: bool) -> None:
         """Refuse rows that the prompt does not take.
 
@@ -71,8 +76,7 @@ class Desk:
             rows: of a request.
             named: they came as a list, so that the fault's row is told.
         """
-        if len(rows) > self.limits.rows:
-            raise Refused(413, f"{len(rows)} rows came; at most {self.limits.rows} may at once")
+        self.check_count(rows)
         for number, row in enumerate(rows):
             where = f"rows.{number}: " if named else ""
             takes = f"the prompt {served.name!r} takes {', '.join(map(repr, served.fields))}"

@@ -11,12 +11,13 @@ from ..errors import InputError, PtuningError
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
 from ..rendering.layout import Sequence as Tokens
+from ..rendering.layout import as_chat
 from ..rendering.render import Rendered, Renderer
 
 PLAIN = Task("{text}", answer_tokens=64)
 """Text that the base model goes on with, without any prompt."""
 PLAIN_CHAT = Task("{text}", chat=True, answer_tokens=64)
-"""A user's turn that the base model answers."""
+"""A chat that the base model answers."""
 LONGEST = 64
 """Tokens of a free answer where neither the prompt nor the request says how many."""
 
@@ -75,7 +76,7 @@ class Backend(Protocol):
     plain: Any
     """Handle of `PLAIN`; None where the model writes no text."""
     plain_chat: Any
-    """Handle of `PLAIN_CHAT`; None where the model has no chat template."""
+    """Handle of `PLAIN_CHAT`; None where the model takes no chats."""
 
     def take_on(self, name: str, prompt: Prompt) -> Any:
         """A handle for a prompt; raises `PtuningError` where it does not fit."""
@@ -104,19 +105,29 @@ class Backend(Protocol):
         """Answer what waits, and end."""
 
 
-def as_it_is(renderer: Renderer, text: str, limit: int) -> Rendered:
-    """Text to go on with, to the last space, as the tokenizer has it.
+def is_plain(task: Task) -> bool:
+    """It is the base model's own, without any prompt, and rows are read `as_it_is`."""
+    return task is PLAIN or task is PLAIN_CHAT
+
+
+def as_it_is(renderer: Renderer, row: Row, limit: int) -> Rendered:
+    """Text to go on with, to the last space, or a whole chat, as the tokenizer has it.
 
     Args:
-        renderer: of `PLAIN`, for a causal model.
-        text: of a request.
+        renderer: of `PLAIN` or `PLAIN_CHAT`, for a causal model.
+        row: ``text``, or ``turns`` with their ``role`` and ``content``.
         limit: tokens that are to be written behind it.
 
     Raises:
-        InputError: both are longer than the model's context.
+        InputError: both are longer than the model's context, or the model's chat template does not
+            take the turns.
     """
-    ids = tuple(renderer.tokenizer(text)["input_ids"])
-    ids = ids or renderer({"text": text}, answered=False).sequences[0].ids
+    if renderer.task.chat:
+        text = as_chat(renderer.tokenizer, row["turns"])
+        ids = tuple(renderer.tokenizer(text, add_special_tokens=False)["input_ids"])
+    else:
+        ids = tuple(renderer.tokenizer(row["text"])["input_ids"])
+        ids = ids or renderer(row, answered=False).sequences[0].ids
     if renderer.limit is not None and len(ids) + limit > renderer.limit + 1:
         raise InputError(
             f"the text has {len(ids)} tokens and max_tokens is {limit}, and the model has room for "

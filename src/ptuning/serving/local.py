@@ -29,6 +29,7 @@ from .backend import (
     Wish,
     as_it_is,
     cut_at,
+    is_plain,
     shown_name,
 )
 from .batcher import Batcher, Item
@@ -58,9 +59,14 @@ class Handle:
     nearest: list[dict[str, Any]] | None = None
 
     @property
+    def plain(self) -> bool:
+        """Rows are read as they are."""
+        return is_plain(self.task) and self.renderers[0].kind == ModelKind.CAUSAL
+
+    @property
     def goes_on(self) -> bool:
         """It goes on with text as it is, to the last space."""
-        return self.task is PLAIN and self.renderers[0].kind == ModelKind.CAUSAL
+        return self.plain and not self.task.chat
 
     def readings(self, row: Row, limit: int, engine: Engine) -> list[Reading]:
         """How the task reads a row, or each member of an ensemble does.
@@ -81,9 +87,7 @@ class Handle:
             if not renderer.compares and limit != task.answer_tokens:
                 renderer = engine.renderer(replace(task, answer_tokens=limit))
             example = (
-                as_it_is(renderer, row["text"], limit)
-                if self.goes_on
-                else renderer(row, answered=False)
+                as_it_is(renderer, row, limit) if self.plain else renderer(row, answered=False)
             )
             readings.append(Reading(renderer, example, first_id))
         return readings
@@ -111,7 +115,9 @@ class Local:
         self._most = most
         self._engine = Engine(base, _KEPT)
         self.batcher = Batcher(self._answer, most, waiting)
-        self.plain, self.plain_chat = (self._if_it_fits(task) for task in (PLAIN, PLAIN_CHAT))
+        causal = base.kind is ModelKind.CAUSAL
+        self.plain = self._if_it_fits(PLAIN)
+        self.plain_chat = self._if_it_fits(PLAIN_CHAT) if causal else None
 
     def take_on(self, name: str, prompt: Prompt) -> Handle:
         """Attach a prompt, behind the questions that wait.

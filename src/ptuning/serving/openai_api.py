@@ -2,7 +2,7 @@
 
 The text of the request is the prompt's one field. A prompt with several takes them as JSON in that
 text, or as ``fields`` beside it (``extra_body`` of OpenAI's client). The base model's own name goes
-on with plain text.
+on with plain text, and answers chats of any length.
 """
 
 from __future__ import annotations
@@ -43,15 +43,18 @@ def routes(desk: Desk) -> APIRouter:
 
     @router.post("/chat/completions", summary="Answer a user's message with a prompt")
     async def chat(request: ChatRequest) -> Response:
-        if len(request.messages) != 1 or request.messages[0].role != "user":
+        name, handle, served = _model(desk, request.model, chat=True)
+        if served is None:
+            row = _turns(request)
+        elif len(request.messages) == 1 and request.messages[0].role == "user":
+            row = _row(served, request.messages[0].text, request.fields)
+        else:
             raise Refused(
                 422,
                 f"messages has {len(request.messages)} messages, ending with the role "
-                f"{request.messages[-1].role!r}; one message of the user is answered here",
+                f"{request.messages[-1].role!r}; a prompt answers one message of the user",
             )
-        name, handle, served = _model(desk, request.model, chat=True)
-        rows = [_row(served, request.messages[0].text, request.fields)]
-        return await _respond(desk, name, handle, served, rows, request, chat=True)
+        return await _respond(desk, name, handle, served, [row], request, chat=True)
 
     return router
 
@@ -61,11 +64,17 @@ def _model(desk: Desk, name: str, chat: bool) -> tuple[str, Any, Served | None]:
     if name == desk.backend.name and name not in desk.registry.served:
         handle = desk.backend.plain_chat if chat else desk.backend.plain
         if handle is None:
-            what = "has no chat template" if chat else "writes no text"
+            what = "takes no chats" if chat else "writes no text"
             raise Refused(422, f"the base model {name!r} {what}; ask one of its prompts")
         return "(base model)", handle, None
     served = desk.served(name)
     return name, served.handle, served
+
+
+def _turns(request: ChatRequest) -> Row:
+    if request.fields is not None:
+        raise Refused(422, "the base model takes messages and no fields")
+    return {"turns": [{"role": turn.role, "content": turn.text} for turn in request.messages]}
 
 
 def _row(served: Served | None, text: str | None, fields: Row | None) -> Row:
@@ -101,6 +110,7 @@ async def _respond(
     request: CompletionRequest | ChatRequest,
     chat: bool,
 ) -> Response:
+    desk.check_count(rows)
     if served is not None:
         desk.check_rows(served, rows, named=False)
     limit = request.max_tokens

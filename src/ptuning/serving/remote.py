@@ -41,6 +41,7 @@ from .backend import (
     Wish,
     as_it_is,
     cut_at,
+    is_plain,
 )
 from .batcher import Overloaded, Stopping, TooLate
 
@@ -57,7 +58,7 @@ class Handle:
     @property
     def goes_on(self) -> bool:
         """It goes on with text as it is, to the last space."""
-        return self.task is PLAIN
+        return is_plain(self.task) and not self.task.chat
 
 
 class Remote:
@@ -191,9 +192,8 @@ class Remote:
             if not wish.virtual:
                 handle.by_hand = handle.by_hand or self._handle(handle.task.manual())
                 handle = handle.by_hand
-            if handle.goes_on:
-                limit = wish.limit or LONGEST
-                return handle, as_it_is(handle.renderer, row["text"], limit)
+            if is_plain(handle.task):
+                return handle, as_it_is(handle.renderer, row, wish.limit or LONGEST)
             renderer, limit = handle.renderer, wish.limit or 0
             if not renderer.compares and limit not in (0, handle.task.answer_tokens):
                 renderer = self._renderer(replace(handle.task, answer_tokens=limit))
