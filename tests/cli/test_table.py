@@ -48,6 +48,20 @@ def test_a_table_is_enough(train: Run, run: Run) -> None:
 
 
 @pytest.mark.usefixtures("on_cpu")
+def test_a_faulty_row_has_its_number_in_the_file_though_some_are_set_aside(
+    tmp_path: Path, model_folder: Path, run: Run
+) -> None:
+    rows = [{"text": f"it rains {n}", "label": "yes" if n % 2 else "no"} for n in range(1, 31)]
+    rows[25] = {"label": "yes"}
+    (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, _, err = run(
+        "train", "--model", model_folder, "--data", tmp_path / "bad.jsonl", "--dev-share", "0.4",
+        "--template", "[P*2] {text} [MASK]", "--labels", "yes=yes,no=not",
+        "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 2 and "training example 26: the template names the column 'text'" in err
+
+
 def test_the_run_file_keeps_what_was_found(train: Run, run: Run) -> None:
     train()
     settings, prompt = yaml.safe_load(Path("out/run.yaml").read_text()), Prompt.load("out")

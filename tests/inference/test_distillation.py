@@ -18,6 +18,7 @@ from ptuning.forward.plain import by_label, word_scores
 from ptuning.inference.agreement import compare
 from ptuning.inference.teaching import lessons, measured_bias, own_label, teacher_renderer
 from ptuning.prompts.teacher import Teacher
+from ptuning.training.guidance import dev_far_above
 
 from .. import tiny
 
@@ -205,7 +206,7 @@ def test_a_calibrated_teacher_takes_the_labels_for_equally_frequent() -> None:
     model, _, engine = engine_of("llama", sharp("llama", tokenizer))
     teacher = Teacher.of(TEACHER, prompt_of())
     plain = lessons(engine, teacher_renderer(engine, teacher), TEXTS)
-    teacher.label_bias = measured_bias(plain, teacher)
+    teacher.label_bias = measured_bias(engine, teacher_renderer(engine, teacher), TEXTS)
     told = lessons(engine, teacher_renderer(engine, teacher), TEXTS)
     mean = torch.from_numpy(sum(one.shares for one in plain)) / len(TEXTS)
     for one, other in zip(plain, told, strict=True):
@@ -215,6 +216,17 @@ def test_a_calibrated_teacher_takes_the_labels_for_equally_frequent() -> None:
     prompt = prompt_of()
     distilled("llama", prompt, model=model, calibrate_teacher=True)
     assert prompt.label_bias is None and prompt.training["teacher"]["calibrated"]
+
+
+def test_a_teacher_is_calibrated_where_a_long_label_is_never_likely() -> None:
+    words = {"yes": "yes", "no": "The capital of Italy is Rome, and rain in Oslo, yes, it does"}
+    tokenizer = tiny.tokenizer()
+    prompt, model = prompt_of(verbalizer=words), sharp("llama", tokenizer)
+    _, _, engine = engine_of("llama", model)
+    plain = lessons(engine, teacher_renderer(engine, Teacher.of(TEACHER, prompt)), TEXTS)
+    assert min(max(one.shares[n] for one in plain) for n in (0, 1)) == 0
+    _, _, result = distilled("llama", prompt, model=model, calibrate_teacher=True)
+    assert all(torch.isfinite(torch.tensor(r["loss"])) for r in result.training.history)
 
 
 # What a prompt learns.
@@ -394,6 +406,56 @@ def test_a_row_s_own_label_is_read_as_a_training_reads_it() -> None:
     assert own_label(prompt_of(verbalizer=None), {"text": "x", "label": " Oslo "}) == "Oslo"
     with pytest.raises(DataError, match="example 3: the label '2' is not in the verbalizer"):
         own_label(task, {"text": "it rains", "label": 2}, 3)
+
+
+def test_members_that_answer_together_are_beside_their_teacher() -> None:
+    prompt = prompt_of()
+    options = {"population": 2, "ensemble": 2, "epochs": 1}
+    model, tokenizer, result = distilled("llama", prompt, test=TEXTS, **options)
+    said = ptuning.predict(model, tokenizer, prompt, TEXTS)
+    known = ptuning.predict(model, tokenizer, Teacher.of(TEACHER, prompt), TEXTS)
+    same = [a == b for a, b in zip(said, known, strict=True)]
+    assert len(prompt.others) == 1
+    assert result.agreement.agreement == pytest.approx(sum(same) / len(same))
+    assert isinstance(result.agreement.agreement, float)
+
+
+def test_texts_may_have_a_label_of_something_else() -> None:
+    rows = [{**row, "label": f"topic{n}"} for n, row in enumerate(TEXTS)]
+    _, _, result = distilled("llama", prompt_of(), rows=rows, epochs=1)
+    assert result.agreement.accuracy is None
+    with pytest.raises(DataError, match="the label 'topic0' is not in the verbalizer"):
+        distilled("llama", prompt_of(), rows=rows, test=rows, epochs=1)
+    with pytest.raises(DataError, match="the label 'topic"):
+        distilled("llama", prompt_of(), rows=rows, label_weight=0.5, epochs=1)
+
+
+def test_a_text_that_cannot_be_read_has_its_own_number() -> None:
+    rows: list[Any] = [*TEXTS[:15], {"other": "x"}, *TEXTS[16:]]
+    with pytest.raises(DataError, match="training example 16: the template names the column"):
+        distilled("llama", prompt_of(), rows=rows)
+
+
+def test_a_teacher_that_says_nothing_is_told_and_not_trained_on() -> None:
+    tokenizer = tiny.tokenizer()
+    model = tiny.model("gpt2", vocab_size=len(tokenizer), tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # all words alike, of which the first that is likeliest ends
+    tokenizer.eos_token_id = 0
+    prompt = ptuning.Prompt("[P*4] {text}", answer_tokens=3, answer_end=False)
+    with pytest.raises(DataError, match="the teacher says nothing to any of the 17 texts"):
+        ptuning.distill(model, tokenizer, prompt, TEXTS, teacher="Be brief.", verbose=False)
+
+
+def test_a_teacher_is_a_text(tmp_path: Any) -> None:
+    with pytest.raises(InputError, match=r"the teacher is a \w*Path; give its text"):
+        distilled("llama", prompt_of(), teacher=tmp_path)
+
+
+def test_agreement_with_a_teacher_is_no_promise_of_right_answers() -> None:
+    facts = {"dev_accuracy": 1.0, "dev_examples": 50}
+    assert dev_far_above(facts, 0.4, 500)
+    assert dev_far_above({**facts, "teacher": {}}, 0.4, 500) is None
 
 
 @pytest.mark.parametrize("cell", [None, "", " ", float("nan")])

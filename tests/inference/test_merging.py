@@ -52,6 +52,39 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("per_layer", [400, 420])
+@pytest.mark.parametrize("name", ["Gemma3n", "Gemma4"])
+def test_a_merged_model_that_looks_ids_up_again_answers_as_the_attached_prompt(
+    name: str, per_layer: int
+) -> None:
+    values: dict[str, Any] = {
+        **{"vocab_size": 400, "vocab_size_per_layer_input": per_layer, "hidden_size": 32},
+        **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+        **{"head_dim": 8, "sliding_window": 8, "hidden_size_per_layer_input": 8},
+        **{"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]},
+        **(
+            {"laurel_rank": 4, "activation_sparsity_pattern": [0.0, 0.0]}
+            if name == "Gemma3n"
+            else {}
+        ),
+        "intermediate_size": [48, 48] if name == "Gemma3n" else 48,
+        **({} if name == "Gemma3n" else {"global_head_dim": 8}),
+    }
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}TextConfig")(**values)
+    model, tokenizer = getattr(transformers, f"{name}ForCausalLM")(config).eval(), tiny.tokenizer()
+    prompt = _prompt(model, tokenizer, verbalizer={"a": "Paris", "b": "Rome"})
+    prompt.vectors = prompt.trained_vectors() / 3
+    with torch.no_grad(), ptuning.attach(model, tokenizer, prompt) as attached:
+        ids = torch.tensor([[15, 16, 17]])
+        expected = model(**attached.prepend(prompt, ids)).logits[:, -1, :400]
+    merged = ptuning.merge(model, tokenizer, {"one": prompt})
+    virtual = merged.prompts["one"]["virtual_ids"]
+    with torch.no_grad():
+        got = merged.model(torch.tensor([[*virtual, 15, 16, 17]])).logits[:, -1, :400]
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
 def _base(family: str, **changes: Any) -> tuple[Any, Any]:
     masked = family in tiny.MASKED
     tokenizer = tiny.tokenizer("wordpiece" if masked else "byte_bpe", around=masked)

@@ -16,7 +16,7 @@ import ptuning
 from ptuning import InputError, Prompt, Task
 from ptuning.backbone.base_model import BaseModel
 from ptuning.inference import exports
-from ptuning.inference.evaluation import teacher_forced
+from ptuning.inference.evaluation import log_shares, teacher_forced
 from ptuning.training.calibration import CONTENT_FREE, bias_against, fitted_bias
 
 from .. import tiny
@@ -124,6 +124,41 @@ def test_the_manual_template_is_calibrated_too() -> None:
     assert ["the same, calibrated", f"{100 * sum(right) / 5:.1f}"] in result.rows()
     prompt.label_bias = None
     assert ptuning.evaluate(model, tokenizer, prompt, ROWS).manual_calibrated is None
+
+
+def test_a_manual_template_is_asked_what_the_prompt_is_asked() -> None:
+    model, tokenizer, _, _ = trained()
+    prompt = fresh(label_mode="vocabulary")
+    ptuning.train(model, tokenizer, prompt, ROWS, dev=ROWS[:4], epochs=1, verbose=False)
+    said = ptuning.evaluate(model, tokenizer, prompt, ROWS, manual="{text} is [MASK]")
+    found = ptuning.predict(model, tokenizer, prompt.manual("{text} is [MASK]"), ROWS)
+    right = [answer == row["label"] for answer, row in zip(found, ROWS, strict=True)]
+    assert said.manual_accuracy == pytest.approx(sum(right) / len(ROWS))
+    free = Prompt("[P*2] {text} is [MASK]", answer="label", answer_tokens=2)
+    free.vectors, free.base_model = torch.zeros(2, 32), prompt.base_model
+    by_hand, among = "{text} so [MASK]", ["c", "b", "a"]
+    said = ptuning.evaluate(model, tokenizer, free, ROWS, manual=by_hand, candidates=among)
+    found = ptuning.predict(model, tokenizer, free.manual(by_hand), ROWS, candidates=among)
+    right = [answer == row["label"] for answer, row in zip(found, ROWS, strict=True)]
+    assert said.manual_accuracy == pytest.approx(sum(right) / len(ROWS))
+    with pytest.raises(InputError, match="a candidate is empty"):
+        ptuning.predict(model, tokenizer, free, ROWS, candidates=["a", " "])
+
+
+def test_a_manual_template_with_a_label_that_is_never_likely_is_calibrated_too() -> None:
+    model, tokenizer, _, _ = trained()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight *= 4
+    words = {
+        "a": "Paris",
+        "b": "The capital of Italy is Rome, and it rains in Oslo, yes, it does, in Berlin",
+        "c": "Rome",
+    }
+    task = Task("{text} is [MASK]", verbalizer=words)
+    logs = log_shares(model, tokenizer, task, ROWS)
+    assert float(logs[:, 1].max()) < -110 and len(set(logs[:, 1].tolist())) == len(ROWS)
 
 
 def test_a_folder_with_a_bias_is_of_version_two_and_one_without_as_before(tmp_path: Path) -> None:

@@ -331,6 +331,23 @@ def test_the_command_line_trains_an_ensemble_and_takes_its_best_member(
         assert code == 0, err
 
 
+def test_a_member_without_a_result_is_told_of_and_the_others_are_saved(
+    tmp_path: Path, model_folder: Path, run: Run
+) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows.write_text("\n".join(json.dumps(row) for row in ROWS))
+    code, said, err = run(
+        "train", "--model", model_folder, "--data", rows, "--dev", rows, "--answer", "capital",
+        "--template", TEMPLATE, "--epochs", "2", "--encoder", "mlp", "--schedule", "constant",
+        "--warmup", "0", "--population-grid", "learning_rate=1e-3,1e25", "--ensemble", "2",
+        "--output", out,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "no result: not finite" in said and "virtual tokens saved" in said
+    assert "1 of 2 members has a result" in err
+    assert len(ptuning.Prompt.load(out).members) == 1
+
+
 def test_an_ensemble_is_made_of_the_best_members(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = learners_of(monkeypatch)
     prompt, grid = fresh(), {"learning_rate": [3e-2, 1e-3]}

@@ -179,7 +179,9 @@ def _auto_class(config: Any) -> Any:
     if getattr(config, "is_encoder_decoder", False):
         return transformers.AutoModelForSeq2SeqLM
     names = " ".join(getattr(config, "architectures", None) or [])
-    if "ForMaskedLM" in names or "ForPreTraining" in names:
+    masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    masked = masked and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if "ForMaskedLM" in names or "ForPreTraining" in names or masked:
         return transformers.AutoModelForMaskedLM
     if names and not ("LM" in names or "Causal" in names or "Conditional" in names):
         raise InputError(

@@ -42,6 +42,8 @@ _COUNT_COLUMNS = (
     "roformer",
     "rwkv",
 )
+_SEE_PADDING = ("convbert", "fnet", "funnel", "nystromformer", "xlstm", "yoso")
+"""Convolutions, Fourier transforms, landmarks and states, which take no notice of a mask."""
 _DECODER_NAMES = ("max_decoder_position_embeddings", "max_position_embeddings")
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 
@@ -55,8 +57,13 @@ def kind_of(model: nn.Module) -> ModelKind:
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return ModelKind.SEQ2SEQ
+    if getattr(config, "model_type", None) == "xlnet":
+        raise InputError(
+            "XLNet reads in any order, and what it sees of an answer depends on the call; give a "
+            "causal, masked or encoder-decoder language model"
+        )
     can_generate = getattr(model, "can_generate", None)
-    if can_generate is not None and can_generate():
+    if can_generate is not None and can_generate() and not _fills_masks(model):
         return ModelKind.CAUSAL
     if getattr(model, "get_output_embeddings", lambda: None)() is not None:
         return ModelKind.MASKED
@@ -64,6 +71,14 @@ def kind_of(model: nn.Module) -> ModelKind:
         f"{type(model).__name__} has no language-model head to answer with; load the model with "
         "AutoModelForCausalLM, AutoModelForMaskedLM or AutoModelForSeq2SeqLM"
     )
+
+
+def _fills_masks(model: nn.Module) -> bool:
+    """A masked model that writes text, too: XLM and Flaubert, unless they are set up as causal."""
+    config: Any = model.config
+    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "causal", False):
+        return False
+    return isinstance(model, MODEL_FOR_MASKED_LM_MAPPING[type(config)])  # type: ignore[arg-type]
 
 
 def reads_left_to_right(model: nn.Module) -> bool:
@@ -154,6 +169,11 @@ def counts_columns(model: nn.Module) -> bool:
     """A decoder whose positions are columns, padding included: it cannot be told others."""
     config: Any = getattr(model, "config", None)
     return getattr(config, "model_type", None) in _COUNT_COLUMNS and not config.is_encoder_decoder
+
+
+def sees_padding(model: nn.Module) -> bool:
+    """What stands in a row's padding changes the row, whatever its mask says."""
+    return getattr(getattr(model, "config", None), "model_type", None) in _SEE_PADDING
 
 
 def scales_with_length(model: nn.Module) -> bool:

@@ -113,6 +113,7 @@ def distill(
     from ..inference.distillation import distill as distill_prompt
     from ..prompts.teacher import Teacher
     from ..training import checkpoint
+    from ..training.checks import check_whole
     from ..training.settings import TrainSettings
 
     with distributed.together(), distributed.locked(output):
@@ -136,6 +137,7 @@ def distill(
         learner = prompt_of(context, prompt, init_from, [])
         rows = read_examples(data, separator)
         dev_rows = read_examples(dev, separator) if dev else []
+        check_whole(learner, rows, answered=False)
         rows, dev_rows = with_dev(rows, dev_rows, how.seed)
         held_out = read_examples(test, separator) if test else dev_rows
         check_dtype(dtype)
@@ -148,7 +150,7 @@ def distill(
         mixed = how.mixed_precision != "no"
         dtype = loading.chosen(model, dtype, instead if mixed else None, usual=True, frozen=frozen)
         base, tokenizer = load_model(model, dtype=dtype, frozen=frozen)
-        count = len(tokenizer(text)["input_ids"])
+        count = len(tokenizer(text, verbose=False)["input_ids"])
         console.say(f"the teacher ({count:,} tokens) reads {len(rows) + len(dev_rows)} texts")
         run_file = run_files.as_yaml({**run_files.settings_of(context), "dtype": dtype})
         with recorded(output, run_file, overwrite, "distill") as listener:
@@ -180,7 +182,9 @@ def distill(
             if json_output:
                 console.print_json(report)
             else:
-                training_report.tell(output, learner, result.training, test or dev or data)
+                training_report.tell(
+                    output, learner, result.training, test or dev or data, "distill"
+                )
                 _tell(result.agreement, "held out" if test else "that chose the epoch")
 
         distributed.from_main(end)

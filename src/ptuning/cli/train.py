@@ -102,7 +102,7 @@ def train(
     from ..rendering.example import answer_column
     from ..rendering.short_words import settle_words
     from ..training import checkpoint
-    from ..training.checks import check_run
+    from ..training.checks import check_run, check_whole
     from ..training.grid import choices
     from ..training.refit import settled_refit
     from ..training.settings import TrainSettings
@@ -128,6 +128,7 @@ def train(
             dev_share = usual_share(len(rows)) if made and not (dev or how.folds) else 0.0
         if dev_share:
             answer = answer_column(trained, rows[0])
+            check_whole(trained, rows)
             rows, dev_rows = set_aside(rows, answer, dev_share, how.seed)
         check_dtype(dtype)
         check_run(trained, rows, dev_rows, how, population, grid)
@@ -262,5 +263,5 @@ def grid_of(first: str | None, more: list[str]) -> dict[str, Any] | None:
     from ..training.grid import parse_grid
 
     if more and first is None:
-        raise InputError(f"what is {more[0]!r}? Options begin with --; see ptuning train --help")
+        raise InputError(f"what is {more[0]!r}? Options begin with --; --help lists them")
     return parse_grid([first, *more]) if first else None

@@ -82,8 +82,10 @@ def made_model(output: Path) -> bool:
     return about.get("folder") == MODEL or about.get("name") == str((output / MODEL).resolve())
 
 
-def tell(output: Path, prompt: Prompt, result: TrainResult, data: str) -> None:
-    """Say what came of it, and what to do next with the user's own `data`."""
+def tell(
+    output: Path, prompt: Prompt, result: TrainResult, data: str, command: str = "train"
+) -> None:
+    """Say what came of a command, and what to do next with the user's own `data`."""
     best = result.best
     if result.folds:
         _tell_folds(result)
@@ -105,7 +107,8 @@ def tell(output: Path, prompt: Prompt, result: TrainResult, data: str) -> None:
             line += f", dev {console.percent(result.calibrated['dev_accuracy'])} %"
     console.tell(f"{line}, {result.seconds:.0f} s)")
     if not result.complete:
-        console.tell(f"the time was over; go on: ptuning train --output {output} --resume")
+        again = console.command(command, "--output", output, "--resume")
+        console.tell(f"the time was over; go on: {again}")
     console.tell(f"next: {console.command('evaluate', output, '--data', data)}")
     console.tell(f"      {console.command('predict', output, '--data', data)}")
     if "dev_accuracy" in best:
@@ -128,26 +131,33 @@ def _tell_folds(result: TrainResult) -> None:
     console.table("Folds: what is held out", header, rows)
 
 
+def _named(member: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in member["name"].items())
+
+
 def _tell_members(result: TrainResult) -> None:
     """All members, the winner first, with mean and deviation of what decided."""
     from statistics import mean, stdev
 
     def figure(member: dict[str, Any]) -> float:
         best = member["best"]
-        return best["dev_accuracy"] if "dev_accuracy" in best else -best["loss"]
+        return best["dev_accuracy"] if by_dev else -best["loss"]
 
     by_dev = "dev_accuracy" in result.best
     winner = result.members[result.winner]
+    known = [member for member in result.members if member["best"]]
     rows = []
-    for member in sorted(result.members, key=lambda m: (m is winner, figure(m)), reverse=True):
-        name = ", ".join(f"{k} {v}" for k, v in member["name"].items())
+    for member in sorted(known, key=lambda m: (m is winner, figure(m)), reverse=True):
         score = console.percent(figure(member)) if by_dev else f"{member['best']['loss']:.4f}"
         dropped = member["dropped"]
         left = "" if dropped is None else f"dropped after epoch {dropped}"
-        rows.append([name, score, str(member["best"]["epoch"]), left])
+        rows.append([_named(member), score, str(member["best"]["epoch"]), left])
+    rows += [
+        [_named(m), "-", "-", "no result: not finite"] for m in result.members if not m["best"]
+    ]
     console.table("Members", ["member", "dev (%)" if by_dev else "loss", "best epoch", ""], rows)
-    if by_dev:
-        figures = [100 * figure(member) for member in result.members]
+    if by_dev and len(known) > 1:
+        figures = [100 * figure(member) for member in known]
         console.tell(
             f"dev: mean {mean(figures):.1f}, deviation {stdev(figures):.1f}, best "
             f"{max(figures):.1f} (members that were dropped count with their best until then)"

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from ..backbone.base_model import BaseModel
-from ..backbone.traits import ModelKind, counts_columns
+from ..backbone.traits import ModelKind, counts_columns, sees_padding
 from ..errors import InputError
 from ..rendering.collate import Batch, collate
 from ..rendering.layout import Sequence as Tokens
@@ -45,6 +45,12 @@ def batch_for(base: BaseModel, rows: Sequence[Row], first_ids: Sequence[int]) ->
         raise InputError(
             f"{type(base.model).__name__} counts padding as positions, so that rows of unlike "
             "length would change each other: give batch_size=1 and one prompt"
+        )
+    if uneven and sees_padding(base.model):
+        raise InputError(
+            f"{type(base.model).__name__} reads padding as text, so that rows of unlike length "
+            "would change each other: give batch_size=1, one prompt, and label words of one token "
+            "each"
         )
     members = torch.tensor([number for _, number in rows])
     return replace(batch, member=members)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from statistics import mean, median
 from typing import Any
@@ -14,11 +15,14 @@ from torch import nn
 from ..backbone.base_model import BaseModel
 from ..backbone.modes import eval_mode
 from ..data import Row
+from ..errors import DataError
 from ..forward.engine import Engine
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
-from .answering import Prediction, Question, answers
+from ..rendering.render import Renderer
+from .answering import Prediction, Question, Reading, answers
 from .attachment import placed
+from .prediction import members_of
 from .teaching import own_label, teacher_renderer
 
 _TIMED = 8
@@ -38,7 +42,8 @@ class Agreement:
             next one; 0 for free answers.
         sure_agreement: share of these to which both give the same answer; None where there are
             none.
-        accuracy: share that the prompt answers right; None where the texts have no answers.
+        accuracy: share that the prompt answers right, of the texts that have an answer which it
+            may give; None where there are none.
         teacher_accuracy: likewise the teacher.
         tokens: of a request, on average, without the answer.
         teacher_tokens: likewise with the teacher.
@@ -82,18 +87,16 @@ def compare(
         InputError, DataError: prompt, teacher, model or rows do not fit together.
     """
     base = BaseModel.of(model, tokenizer)
-    own = [own_label(prompt, row, number) for number, row in enumerate(rows, 1)]
-    ours = Engine(base).renderer(prompt)
-    ours.compares = bool(ours.labels)
+    own = [_known_label(prompt, row) for row in rows]
+    ours = [Engine(base).renderer(member) for member in members_of(prompt)]
+    for renderer in ours:
+        renderer.compares = bool(renderer.labels)
     theirs = teacher_renderer(Engine(base), teacher)
-    with eval_mode(model), placed(model, tokenizer, prompt) as first_id:
-        asked, taught = (
-            [
-                Question(renderer, example, first)
-                for example in renderer.each(rows, what, answered=False)
-            ]
-            for renderer, first, what in ((ours, first_id, "test"), (theirs, 0, "teacher"))
-        )
+    with ExitStack() as stack:
+        stack.enter_context(eval_mode(model))
+        first = [stack.enter_context(placed(model, tokenizer, r.task)) for r in ours]
+        asked = _questions(ours, first, rows, "test")
+        taught = _questions([theirs], [0], rows, "teacher")
         found, known = (_answered(Engine(base), questions) for questions in (asked, taught))
         some = slice(0, _TIMED * max(1, len(rows) // _TIMED), max(1, len(rows) // _TIMED))
         keeping = Engine(base)
@@ -106,9 +109,9 @@ def compare(
     sure = [alike for alike, prediction in zip(same, known, strict=True) if _is_sure(prediction)]
     return Agreement(
         examples=len(rows),
-        agreement=mean(same),
+        agreement=float(mean(same)),
         sure=len(sure),
-        sure_agreement=mean(sure) if sure else None,
+        sure_agreement=float(mean(sure)) if sure else None,
         accuracy=_right(said, own),
         teacher_accuracy=_right(wanted, own),
         tokens=_tokens(asked),
@@ -118,6 +121,27 @@ def compare(
         kept_seconds=kept_seconds if kept else None,
         kept_bytes=kept,
     )
+
+
+def _questions(
+    renderers: Sequence[Renderer], first_ids: Sequence[int], rows: Sequence[Row], what: str
+) -> list[Question]:
+    """Each row for all who answer it together."""
+    examples = [renderer.each(rows, what, answered=False) for renderer in renderers]
+    found = []
+    for of_row in zip(*examples, strict=True):
+        first, *others = map(Reading, renderers, of_row, first_ids)
+        found.append(Question(**vars(first), others=tuple(others)))
+    return found
+
+
+def _known_label(prompt: Prompt, row: Row) -> str | None:
+    """A row's answer, if it has one that the prompt may give: texts need none, and a column that is
+    called so may be of something else."""
+    try:
+        return own_label(prompt, row)
+    except DataError:
+        return None
 
 
 @torch.no_grad()
@@ -145,7 +169,7 @@ def _seconds(engine: Engine, questions: Sequence[Question]) -> float:
 def _right(said: Sequence[str], own: Sequence[str | None]) -> float | None:
     """Share answered right of the texts that have an answer."""
     known = [answer == right for answer, right in zip(said, own, strict=True) if right is not None]
-    return mean(known) if known else None
+    return float(mean(known)) if known else None
 
 
 def _tokens(questions: Sequence[Question]) -> float:

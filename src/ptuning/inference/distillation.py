@@ -7,8 +7,9 @@ student    the frozen model behind virtual tokens         `train` on them: KL(te
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..prompts.teacher import Teacher
 from ..rendering.example import check_rows
 from ..rendering.lesson import Lessons
 from ..rendering.short_words import settle_words
-from ..training.checks import check_run
+from ..training.checks import check_run, check_whole
 from ..training.progress import Progress
 from ..training.result import TrainResult
 from ..training.settings import TrainSettings, with_options
@@ -99,11 +100,13 @@ def distill(
     """
     with distributed.together():
         settings = with_options(settings or TrainSettings(), options)
-        training, choosing = with_dev(as_rows(rows), as_rows(dev), settings.seed)
-        held_out = as_rows(test) or choosing
         base = BaseModel.of(model, tokenizer)
         settle_words(prompt, tokenizer, base.kind)
         long = Teacher.of(teacher, prompt)
+        rows = as_rows(rows)
+        check_whole(prompt, rows, answered=False)
+        training, choosing = with_dev(rows, as_rows(dev), settings.seed)
+        held_out = as_rows(test) or choosing
         check_distillation(
             *(prompt, long, training, choosing, held_out, settings, population, grid, label_weight),
             calibrate_teacher=calibrate_teacher,
@@ -113,12 +116,13 @@ def distill(
             engine = Engine(base)
             renderer = teacher_renderer(engine, long)
             if calibrate_teacher:
-                long.label_bias = measured_bias(lessons(engine, renderer, training), long)
+                long.label_bias = measured_bias(engine, renderer, training)
                 renderer = teacher_renderer(engine, long)
             both = [lessons(engine, renderer, some, label_weight) for some in (training, choosing)]
             return Lessons(long.about(label_weight), *both)
 
         learnt = distributed.from_main(asked)
+        training, choosing, learnt = _said(training, choosing, learnt)
         result = train(
             model,
             tokenizer,
@@ -135,6 +139,35 @@ def distill(
             verbose=verbose,
         )
         return Distillation(result, compare(model, tokenizer, prompt, long, held_out))
+
+
+def _said(
+    training: list[Row], choosing: list[Row], learnt: Lessons
+) -> tuple[list[Row], list[Row], Lessons]:
+    """Texts and lessons without those in which the teacher says nothing: there is nothing to learn.
+
+    Raises:
+        DataError: it says nothing to any text that trains, or to any that chooses.
+    """
+    kept = []
+    for rows, taught, what in (
+        (training, learnt.training, "train"),
+        (choosing, learnt.dev, "choose"),
+    ):
+        pairs = [(r, one) for r, one in zip(rows, taught, strict=True) if len(one.shares)]
+        if not pairs:
+            raise DataError(
+                f"the teacher says nothing to any of the {len(rows)} texts that {what}: it ends "
+                "at once. Give another teacher, or learn the end too (answer_end)"
+            )
+        kept.append(pairs)
+    silent = len(training) + len(choosing) - sum(map(len, kept))
+    if silent:
+        warnings.warn(f"the teacher says nothing to {silent} texts, left out here", stacklevel=3)
+    (training, first), (choosing, second) = (
+        [*map(list, zip(*pairs, strict=True))] for pairs in kept
+    )
+    return training, choosing, replace(learnt, training=first, dev=second)
 
 
 def with_dev(rows: Sequence[Row], dev: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
@@ -226,7 +259,8 @@ def check_distillation(
     for some, what in ((rows, "training"), (dev, "dev"), (held_out, "test")):
         check_rows(teacher, some, what, answered=False)
     check_rows(prompt, held_out, "test", answered=False)
-    for number, row in enumerate(held_out, 1):
-        own_label(prompt, row, number)
+    if held_out is not dev:  # somebody's own choice of texts to measure on
+        for number, row in enumerate(held_out, 1):
+            own_label(prompt, row, number)
     if label_weight and not any([own_label(prompt, row, n) for n, row in enumerate(rows, 1)]):
         raise DataError("label_weight mixes labels in, and no text has one")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..backbone.modes import eval_mode
 from ..data import Rows, as_rows
 from ..errors import DataError, InputError
 from ..forward.engine import Engine
-from ..forward.scoring import score, score_together
+from ..forward.scoring import label_log_probabilities, score, score_together
 from ..forward.together import biased
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task, at_least_one, majority_answer
@@ -156,8 +157,10 @@ def evaluate(
         raise DataError("there is no example to evaluate on; give at least one")
     _, loss = teacher_forced(model, tokenizer, prompt, rows, batch_size)
     column = answer_column(prompt, rows[0])
-    by_hand = prompt.manual(manual or _best_manual(model, tokenizer, prompt, column, rows))
-    manual_accuracy = manual_score(model, tokenizer, by_hand, rows, batch_size)
+    asked = partial(_by_hand, model, tokenizer, candidates=candidates, batch_size=batch_size)
+    masked = BaseModel.of(model, tokenizer).kind == "masked"
+    by_hand = prompt.manual(manual or _best_manual(asked, prompt, column, masked, rows))
+    manual_accuracy = asked(by_hand, rows)
     predictions = predict_details(
         model,
         tokenizer,
@@ -224,23 +227,49 @@ def log_shares(
     model: nn.Module, tokenizer: Any, task: Task, rows: Sequence[Example]
 ) -> torch.Tensor:
     """Log-probabilities ``(N, labels)`` of a task's labels among themselves."""
-    found = predict_details(model, tokenizer, task, rows)
-    shares = [[p.probabilities[label] for label in task.labels] for p in found]
-    return torch.tensor(shares).clamp(min=torch.finfo(torch.float32).tiny).log()
+    members = members_of(task)
+    engine = Engine(BaseModel.of(model, tokenizer), 0 if len(members) == 1 else None)
+    renderers = [engine.renderer(member) for member in members]
+    for renderer in renderers:
+        renderer.compares = True
+    examples = [renderer.each(rows, "evaluation", answered=False) for renderer in renderers]
+    with ExitStack() as stack:
+        stack.enter_context(eval_mode(model))
+        first = [stack.enter_context(placed(model, tokenizer, member)) for member in members]
+        return label_log_probabilities(engine, renderers, examples, first, None)
 
 
 def _best_manual(
-    model: nn.Module, tokenizer: Any, prompt: Prompt, column: str, rows: Sequence[Example]
+    score: Callable[[Task, Sequence[Example]], float],
+    prompt: Prompt,
+    column: str,
+    masked: bool,
+    rows: Sequence[Example],
 ) -> str:
     """The automatic template that is best on the first rows."""
-    masked = BaseModel.of(model, tokenizer).kind == "masked"
     own, *others = automatic_templates(prompt, column, masked)
-    scores = {own: manual_score(model, tokenizer, prompt.manual(own), rows[:_CHOOSING])}
+    scores = {own: score(prompt.manual(own), rows[:_CHOOSING])}
     for template in others:
         with suppress(DataError):  # words of ours that the prompt's length limit has no room for
-            by_hand = prompt.manual(template)
-            scores[template] = manual_score(model, tokenizer, by_hand, rows[:_CHOOSING])
+            scores[template] = score(prompt.manual(template), rows[:_CHOOSING])
     return max(scores, key=scores.__getitem__)
+
+
+def _by_hand(
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    rows: Sequence[Example],
+    candidates: Sequence[str] | None,
+    batch_size: int | None,
+) -> float:
+    """Accuracy of a manual template, which is asked what the prompt is asked."""
+    if not candidates:
+        return manual_score(model, tokenizer, task, rows, batch_size)
+    options: Any = {"candidates": candidates, "batch_size": batch_size}
+    found = predict_details(model, tokenizer, task, rows, **options)
+    column = answer_column(task, rows[0])
+    return _share(p.answer == task.label_text(r[column]) for p, r in zip(found, rows, strict=True))
 
 
 def teacher_forced(
@@ -270,8 +299,9 @@ def manual_score(
     rows: Sequence[Example],
     batch_size: int | None = None,
 ) -> float:
-    """Accuracy of a hand-written template, whose free answers need not end."""
-    lenient = Task(**{**task.settings(), "answer_end": False})
+    """Accuracy of a hand-written template: of its labels among each other, as predictions compare
+    them, or of free answers, which need not end."""
+    lenient = Task(**{**task.settings(), "answer_end": False, "label_mode": "labels"})
     return teacher_forced(model, tokenizer, lenient, rows, batch_size)[0]
 
 

@@ -143,12 +143,13 @@ def _check_rows(modules: list[nn.Embedding], ids: Tensor, vectors: Tensor) -> No
 def _second_lookups(twin: Any, rows: int, ids: Tensor) -> None:
     """Gemma 4 looks ids up again: virtual tokens get there what an attached prompt's get."""
     for module in Injector(twin).second_lookups:
-        _grow(module.weight, rows)
-        module.weight[ids] = module.weight[SAFE_ID]
-        module.num_embeddings = rows
+        size = max(rows, len(module.weight))
+        _grow(module.weight, size)
+        module.weight[ids] = module.weight[SAFE_ID].clone()
+        module.num_embeddings = size
         config = twin.config.get_text_config()
         if hasattr(config, "vocab_size_per_layer_input"):
-            config.vocab_size_per_layer_input = rows
+            config.vocab_size_per_layer_input = size
 
 
 def _tell_size(twin: Any, rows: int) -> None:

@@ -18,6 +18,7 @@ from ..backbone.traits import ModelKind
 from ..data.values import text_of
 from ..errors import DataError, InputError
 from ..forward.engine import Engine
+from ..forward.scoring import label_log_probabilities
 from ..prompts.task import Task
 from ..rendering.example import Example, answer_column, right_answer
 from ..rendering.lesson import Lesson
@@ -47,10 +48,12 @@ def teacher_renderer(engine: Engine, teacher: Task) -> Renderer:
         )
     alone = renderer.layout(dict.fromkeys(teacher.parsed.fields, ""), None)
     room = renderer.limit
-    if room is not None and len(alone.ids) + (teacher.answer_tokens or 1) > room:
+    answer = teacher.answer_tokens or 1
+    if room is not None and len(alone.ids) + answer > room:
+        remedy = "shorten it" if len(alone.ids) + 1 > room else "give fewer answer_tokens"
         raise InputError(
-            f"the teacher alone has {len(alone.ids):,} tokens, and this model reads {room:,} with "
-            "text and answer; shorten it"
+            f"the teacher alone has {len(alone.ids):,} tokens and its answer up to {answer:,}, and "
+            f"this model reads {room:,} with the text; {remedy}"
         )
     return renderer
 
@@ -93,10 +96,13 @@ def lessons(
     return made
 
 
-def measured_bias(learnt: Sequence[Lesson], task: Task) -> dict[str, float]:
-    """For each label what takes back its mean share of some lessons (`calibration`: batch)."""
-    shares = torch.from_numpy(numpy.stack([lesson.shares for lesson in learnt]))
-    return dict(zip(task.labels, bias_against(shares.log()).tolist(), strict=True))
+def measured_bias(engine: Engine, renderer: Renderer, rows: Sequence[Example]) -> dict[str, float]:
+    """For each label what takes back its mean share of a teacher's answers to some rows
+    (`calibration`: batch)."""
+    examples = render_all(renderer, rows, "teacher", answered=False)
+    with eval_mode(engine.base.model):
+        found = label_log_probabilities(engine, [renderer], [examples], [0], None)
+    return dict(zip(renderer.labels, bias_against(found).tolist(), strict=True))
 
 
 def own_label(task: Task, row: Example, number: int = 1) -> str | None:

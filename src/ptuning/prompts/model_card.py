@@ -45,7 +45,11 @@ def model_card(description: dict[str, Any]) -> str:
             f"| {_cell(label)} | {_cell(', '.join(words))} |"
             for label, words in description["verbalizer"].items()
         ]
-    scores = {k: v for k, v in description["training"].items() if isinstance(v, int | float)}
+    facts = description["training"]
+    scores = {k: v for k, v in facts.items() if isinstance(v, int | float)}
+    if "teacher" in facts:  # whose answers are what counted as right
+        names = {"dev_accuracy": "dev agreement with the teacher"}
+        scores = {names.get(k, k): v for k, v in scores.items()}
     if scores:
         lines += ["", "| training | |", "|---|---|"]
         lines += [f"| {_cell(k.replace('_', ' '))} | {v:.6g} |" for k, v in scores.items()]

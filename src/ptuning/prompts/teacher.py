@@ -71,6 +71,10 @@ class Teacher(Task):
 
 
 def _parsed(text: str) -> Template:
+    if not isinstance(text, str):
+        raise InputError(
+            f"the teacher is a {type(text).__name__}; give its text (Path(…).read_text() of a file)"
+        )
     if not text.strip():
         raise InputError(
             "the teacher is empty; give the text whose effect the virtual tokens are to have"

@@ -122,6 +122,8 @@ class Renderer:
             )
         if isinstance(task, Prompt):
             settle_words(task, tokenizer, kind)
+        if candidates and not all(candidate.strip() for candidate in candidates):
+            raise InputError("a candidate is empty; every answer needs a text")
         self.labels = {c: (c,) for c in candidates} if candidates else task.labels
         self.compares = bool(candidates) or (bool(task.labels) and task.label_mode == "labels")
         self.owner = [n for n, words in enumerate(self.labels.values()) for _ in words]

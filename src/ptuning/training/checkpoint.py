@@ -76,6 +76,11 @@ def _done(folder: Path) -> dict[str, Any]:
     return formats.read_json(path) if path.exists() and path.stat().st_size else {}
 
 
+def is_there(output: Path) -> bool:
+    """A running training has saved something."""
+    return bool(_folders(output))
+
+
 def load_for_all(output: Path | None, identity: dict[str, str]) -> dict[str, Any] | None:
     """What the main process finds in its `output` to go on with, given to all processes.
 

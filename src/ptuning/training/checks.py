@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import DataError, InputError
 from ..prompts.prompt import Prompt
+from ..prompts.task import Task
 from ..rendering.example import Example, answer_column, check_rows
 from .accelerator import check_tracker
 from .calibration import check_calibration
@@ -28,6 +29,16 @@ def check_some(rows: Sequence[Example]) -> None:
     """
     if not rows:
         raise DataError("there is no training example; give at least one")
+
+
+def check_whole(task: Task, rows: Sequence[Example], *, answered: bool = True) -> None:
+    """Look at examples before some are set aside, while their numbers are those of their file.
+
+    Raises:
+        DataError: names the first example at fault.
+    """
+    if task.template is not None:
+        check_rows(task, rows, "training", answered=answered)
 
 
 def check_run(

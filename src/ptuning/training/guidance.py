@@ -31,6 +31,7 @@ def nothing_learnt(
     best: dict[str, float],
     dev_answers: Sequence[str],
     majority: str,
+    right: str = "right",
 ) -> str | None:
     """Why the trained prompt looks useless, or None where it does not.
 
@@ -39,6 +40,7 @@ def nothing_learnt(
         best: the record that was kept.
         dev_answers: right answers of the dev examples, if there are any.
         majority: the most frequent answer of the training.
+        right: what counts as such, where a teacher says it.
     """
     advice = (
         "try another learning rate (3 times as high, a third), more epochs, words in the template, "
@@ -48,7 +50,7 @@ def nothing_learnt(
         always = sum(answer == majority for answer in dev_answers) / len(dev_answers)
         if best["dev_accuracy"] <= always:
             return (
-                f"nothing was learnt: {100 * best['dev_accuracy']:.1f} % of dev is right, and "
+                f"nothing was learnt: {100 * best['dev_accuracy']:.1f} % of dev is {right}, and "
                 f"always answering {majority!r} gives {100 * always:.1f} %; {advice}"
             )
     elif len(history) > 1 and best["loss"] > _FELL * history[0]["loss"]:
@@ -59,8 +61,17 @@ def nothing_learnt(
     return None
 
 
+def too_few(kept: int, wanted: int) -> str | None:
+    """That an ensemble is smaller than was asked for, or None."""
+    if kept >= wanted:
+        return None
+    have = "has a result" if kept == 1 else "have results"
+    return f"{kept} of {wanted} members {have}, and the ensemble has no more; try a lower rate"
+
+
 def dev_far_above(training: Mapping[str, Any], accuracy: float, examples: int) -> str | None:
-    """That dev promised more than a test shows, or None where chance may explain the difference.
+    """That dev promised more than a test shows, or None where chance may explain the difference,
+    or a teacher's answers, which may be wrong, were all that dev told of.
 
     Args:
         training: a prompt's facts of its training.
@@ -68,6 +79,8 @@ def dev_far_above(training: Mapping[str, Any], accuracy: float, examples: int) -
         examples: of the test.
     """
     dev, count = training.get("dev_accuracy"), training.get("dev_examples")
+    if "teacher" in training:
+        return None
     if not (isinstance(dev, float) and isinstance(count, int) and count > 0 and examples > 0):
         return None
     mean = (dev * count + accuracy * examples) / (count + examples)

@@ -374,7 +374,8 @@ class Loop:
         )
         variant = self.variants[number]
         rate = variant.settings.rate_for(variant.prompt.encoder)
-        where = f"; the last checkpoint in {self.output} is good" if self.output else ""
+        saved = self.output is not None and checkpoint.is_there(self.output)
+        where = f"; the last checkpoint in {self.output} is good" if saved else ""
         return (
             f"{fault} at step {step} of {self.steps}: training stopped ({kept}"
             f"{where}). Use a lower learning rate than {rate:g}, or a base model in bfloat16 or "

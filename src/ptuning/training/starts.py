@@ -20,9 +20,10 @@ from dataclasses import replace
 from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
+from ..data.values import text_of
 from ..errors import InputError
 from ..prompts.task import Task, fill, named_fields
-from ..rendering.example import Example
+from ..rendering.example import Example, column_texts
 from ..rendering.render import Rendered, Renderer
 
 _LEAST = 4
@@ -123,9 +124,9 @@ def _of_different_answers(answers: Sequence[str], count: int, seed: int) -> list
 
 
 def _text(renderer: Renderer, row: Example, answer: str) -> str:
-    fields = [str(row[name]) for name in renderer.task.parsed.fields]
+    fields = [text_of(name, row[name]) for name in renderer.task.parsed.fields]
     word = renderer.labels[answer][0] if answer in renderer.labels else answer
-    columns = {name: str(value) for name, value in row.items()}
+    columns = column_texts(row, named_fields(word), "verbalizer") if renderer.labels else {}
     return " ".join([*fields, fill(word, columns) if renderer.labels else word])
 
 

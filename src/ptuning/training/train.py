@@ -27,7 +27,7 @@ from ..rendering.example import answer_column
 from ..rendering.lesson import Lessons
 from . import checkpoint, guidance
 from .calibration import calibrate
-from .checks import check_run, check_some
+from .checks import check_run, check_some, check_whole
 from .ensemble import best_members
 from .folds import FoldResult, choose, splits
 from .grid import choices
@@ -102,6 +102,7 @@ def train(
         rows, aside = as_rows(rows), False
         check_some(rows)
         if isinstance(dev, int | float):
+            check_whole(prompt, rows, answered=lessons is None)
             rows, dev = set_aside(rows, answer_column(prompt, rows[0]), dev, settings.seed)
             aside = bool(dev)
         dev = as_rows(dev)
@@ -142,6 +143,7 @@ def train(
             until = folds.epochs if folds else None
             about = None if lessons is None else lessons.about
             outcome = _learn(Loop(base, variants, place, listener, until, about), resume, folds)
+            _advise(guidance.too_few(len(outcome.kept), settings.ensemble), verbose)
             outcome.together = figures_together(base, outcome, 2 * settings.batch_size)
             if goes_on and outcome.complete:
                 left = _minutes_left(settings.max_minutes, started)
@@ -166,7 +168,8 @@ def train(
         best = {**learner.figures(), **(folds.best if folds else {})}
         if not variant.has_start:  # what begins as something good may stay as it is
             asked = answers if folds else dev_answers
-            _advise(guidance.nothing_learnt(learner.history, best, asked, majority), verbose)
+            right = "right" if lessons is None else "as the teacher says"
+            _advise(guidance.nothing_learnt(learner.history, best, asked, majority, right), verbose)
         return TrainResult(
             history=learner.history,
             best=best,
