@@ -707,6 +707,9 @@ def test_modules_to_save_are_trained_beside_the_head() -> None:
     assert model.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     assert model.modules_to_save == theirs.modules_to_save
     assert set(get_peft_model_state_dict(model)) == set(peft.get_peft_model_state_dict(theirs))
+    assert {k: v.tolist() for k, v in model.prompt_tokens.items()} == {
+        name: theirs.prompt_tokens[name].tolist() for name in theirs.prompt_tokens
+    }
     call(model)
 
 

@@ -591,6 +591,18 @@ def test_a_generation_config_may_be_given_by_position(family: str) -> None:
     assert got.tolist() == expected.tolist() and got.shape[1] == 9
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_without_a_text_generation_begins_as_pefts(family: str) -> None:
+    mine, theirs = pair(family)
+    options: dict[str, Any] = {"bos_token_id": 1, "max_new_tokens": 4, "do_sample": False}
+    got, expected = (model.generate(**options) for model in (mine, theirs))
+    assert got.tolist() == expected.tolist() and got.shape[1] > 1
+    for model in (mine, theirs):
+        model.generation_config.bos_token_id = 2
+    again, expected = (model.generate(max_new_tokens=4) for model in (mine, theirs))
+    assert again.tolist() == expected.tolist() and again[0, 0] == 2
+
+
 @seq2seq
 def test_an_encoder_decoder_takes_keywords_only(family: str) -> None:
     model = ours(base_model(family), family)

@@ -57,7 +57,7 @@ def page(report: Report) -> str:
         _mistakes(report),
     ]
     if len(report.history) > 1:
-        parts += ["<h2>Training</h2>", _curve(report.history)]
+        parts += ["<h2>Training</h2>", _curve(report.history, "teacher" in prompt.training)]
     parts += ["<h2>Nearest words of each virtual token</h2>", _words(report)]
     settings = {**prompt.settings(), **{f"training: {k}": v for k, v in prompt.training.items()}}
     parts += ["<h2>Settings</h2>", _pairs(settings), "<h2>Made with</h2>", _pairs(report.versions)]
@@ -168,8 +168,8 @@ def _short(value: Any, most: int = 500) -> str:
     return text if len(text) <= most else text[:most] + " …"
 
 
-def _curve(history: list[dict[str, Any]]) -> str:
-    """Loss, and the share right on dev, over the epochs."""
+def _curve(history: list[dict[str, Any]], taught: bool) -> str:
+    """Loss, and the share right on dev (as a teacher says, if one has taught), over the epochs."""
     losses = [_number(record.get("loss")) for record in history]
     shares = [_number(record.get("dev_accuracy")) for record in history]
     most = max((v for v in losses if v is not None), default=1.0) or 1.0
@@ -186,7 +186,8 @@ def _curve(history: list[dict[str, Any]]) -> str:
     if any(share is not None for share in shares):
         dev = line(shares, 1.0, "var(--second)")
         dev += '<text x="444" y="24">100 %</text>'
-        dev += '<text x="90" y="184" style="fill: var(--second)">right on dev</text>'
+        right = "as the teacher on dev" if taught else "right on dev"
+        dev += f'<text x="90" y="184" style="fill: var(--second)">{right}</text>'
     last = _text(history[-1].get("epoch", len(history)))
     return (
         '<svg viewBox="0 0 490 190" role="img" aria-label="training"><path d="M40 20V150H440" '

@@ -103,6 +103,8 @@ def generate(model: Any, given: dict[str, Any]) -> Any:
             return model.base_model.generate(**given)
     ids = given.pop("input_ids", None)
     ids = given.pop("inputs", None) if ids is None else ids
+    if ids is None and given.get("inputs_embeds") is None and not base.encodes_and_decodes:
+        ids = _beginning(model, given)
     if ids is None:
         raise InputError("input_ids must be provided for Peft model generation")
     if given.get("inputs_embeds") is not None:
@@ -123,6 +125,13 @@ def generate(model: Any, given: dict[str, Any]) -> Any:
             "out: put the prompt on its language model, or attach it with ptuning.attach"
         )
     return result
+
+
+def _beginning(model: Any, given: dict[str, Any]) -> Tensor | None:
+    """The id ``(1, 1)`` that a text begins with, where nothing else is to go on from."""
+    config = given.get("generation_config") or model.generation_config
+    first = given.get("bos_token_id", config.bos_token_id)
+    return None if first is None else torch.tensor([[first]], device=model.device)
 
 
 def _check_cache(base: Base, ids: Tensor, given: dict[str, Any]) -> None:

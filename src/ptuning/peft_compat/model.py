@@ -125,6 +125,12 @@ class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type
         return [self.active_adapter] if self.active_adapter else []
 
     @property
+    def prompt_tokens(self) -> dict[str, torch.Tensor]:
+        """Adapter name -> the numbers of its virtual tokens, which its encoder takes."""
+        encoders = self.prompt_encoder.items()
+        return {name: torch.arange(encoder.total_virtual_tokens) for name, encoder in encoders}
+
+    @property
     def modules_to_save(self) -> set[str] | None:
         """The names of all modules that adapters train, or None."""
         names = {n for c in self.peft_config.values() for n in c.modules_to_save or ()}
