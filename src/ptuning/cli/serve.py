@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -114,7 +115,13 @@ def serve(
         console.tell(f"http://{shown}:{at.getsockname()[1]}  page at /, addresses at /docs")
         if api_key is None and host not in _LOOPBACK:
             console.warn(f"all who reach {host} may ask; give --api-key")
-        run(served[0], registry, limits, api_key, at, console.say)
+        try:
+            run(served[0], registry, limits, api_key, at, console.say)
+        except KeyboardInterrupt:  # under a forward of the model's thread Python's own end aborts
+            console.say(console.stopped())
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(130)
 
 
 def _backend(
