@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,11 @@ import pytest
 import ptuning
 from ptuning import DataError, InputError
 from ptuning.backbone.base_model import BaseModel
-from ptuning.serving.backend import Wish
+from ptuning.serving.asking import Desk
+from ptuning.serving.backend import Gone, Wish
+from ptuning.serving.gate import Limits, Refused
 from ptuning.serving.local import Local
+from ptuning.serving.metrics import Metrics
 
 from .. import tiny
 from . import servers
@@ -88,3 +92,22 @@ def test_a_prompt_of_another_model_is_not_taken_on(place: Path) -> None:
         local.take_on("capital", servers.prompt(place, "capital"))
     assert not other.model.get_input_embeddings()._forward_hooks
     asyncio.run(local.close())
+
+
+def test_what_is_asked_of_a_prompt_that_was_let_go_is_asked_of_its_successor(
+    place: Path, local: Local
+) -> None:
+    old, new = (local.take_on("capital", servers.prompt(place, "capital")) for _ in range(2))
+    local.let_go(old)
+    row = servers.ROWS["capital"]
+    with pytest.raises(Gone, match="the prompt was taken off"):
+        answered(local, old, row)
+    registry: Any = SimpleNamespace(served={"capital": SimpleNamespace(handle=new)}, refused={})
+    desk = Desk(local, registry, Limits(), Metrics())
+    wish = desk.wish()
+    (said,) = asyncio.run(desk.answer("capital", old, [row], wish))
+    assert said.text == answered(local, new, row).text
+    registry.served.clear()
+    with pytest.raises(Refused) as refused:
+        asyncio.run(desk.answer("capital", old, [row], wish))
+    assert refused.value.status == 404

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError, PromptFileError
-from .backend import Answer, Backend, Row, Unreachable, Wish
+from .backend import Answer, Backend, Gone, Row, Unreachable, Wish
 from .batcher import Overloaded, Stopping, TooLate
 from .gate import Limits, Refused
 from .metrics import Metrics
@@ -94,13 +94,21 @@ class Desk:
         try:
             self.accepted += 1
             try:
-                answers = await self.backend.answer(handle, rows, wish)
+                answers = await self._answers(name, handle, rows, wish)
             finally:
                 self.answered += 1
         except Exception as error:
             raise _told(error) from error
         self.metrics.rows.labels(name).inc(len(rows))
         return answers
+
+    async def _answers(
+        self, name: str, handle: Any, rows: Sequence[Row], wish: Wish
+    ) -> list[Answer]:
+        try:
+            return await self.backend.answer(handle, rows, wish)
+        except Gone:  # another thread has renewed it since it was looked up, or taken it off
+            return await self.backend.answer(self.served(name).handle, rows, wish)
 
     async def stream(
         self, name: str, handle: Any, row: Row, wish: Wish
@@ -134,6 +142,8 @@ def refusal(error: Exception) -> Refused:
         return Refused(503, str(error), retry_after="1")
     if isinstance(error, TooLate):
         return Refused(504, f"{error}; send fewer rows, or ask again")
+    if isinstance(error, Gone):
+        return Refused(404, str(error))
     if isinstance(error, Unreachable):
         return Refused(502, str(error))
     if isinstance(error, PromptFileError):

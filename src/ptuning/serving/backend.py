@@ -68,6 +68,10 @@ class Unreachable(PtuningError):
     """A server behind does not answer, or not as it should."""
 
 
+class Gone(PtuningError):
+    """A prompt was taken off, or renewed, between the question and its turn."""
+
+
 class Backend(Protocol):
     """Answers for prompts that it took on."""
 

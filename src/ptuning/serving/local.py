@@ -25,6 +25,7 @@ from .backend import (
     PLAIN,
     PLAIN_CHAT,
     Answer,
+    Gone,
     Row,
     Wish,
     as_it_is,
@@ -50,6 +51,7 @@ class Handle:
         attachment: of a prompt.
         by_hand: the task without virtual tokens; made when it is first asked.
         nearest: what `nearest_words` said, once it was asked.
+        gone: it was let go.
     """
 
     task: Task
@@ -57,6 +59,7 @@ class Handle:
     attachment: Attachment | None = None
     by_hand: Handle | None = None
     nearest: list[dict[str, Any]] | None = None
+    gone: bool = False
 
     @property
     def plain(self) -> bool:
@@ -137,6 +140,7 @@ class Local:
         """Take a prompt off, behind the questions that wait."""
 
         def detach() -> None:
+            handle.gone = True
             if handle.attachment is not None:
                 handle.attachment.detach()
             self._renew()
@@ -277,6 +281,8 @@ class Local:
 
     def _wanted(self, asked: _Asked) -> Handle:
         handle = asked.handle
+        if handle.gone:
+            raise Gone("the prompt was taken off; GET /v1/models lists those that are there")
         if asked.wish.virtual:
             return handle
         if handle.by_hand is None:
