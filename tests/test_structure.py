@@ -176,12 +176,7 @@ def _own_names(tree: ast.Module) -> Iterator[str]:
 def test_private_names_of_other_packages_stand_in_upstream_alone() -> None:
     trees = {name: ast.parse(path.read_text()) for name, path in _modules().items()}
     own = {name for tree in trees.values() for name in _own_names(tree)}
-    own |= {
-        "_replace",
-        "_asdict",
-        "_fields",
-        "_exit",
-    }  # of named tuples and of os: public all the same
+    own |= {"_replace", "_asdict", "_fields", "_exit"}  # of named tuples and os: public
     foreign = [
         f"{module}:{line} {name}"
         for module, tree in trees.items()

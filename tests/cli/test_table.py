@@ -47,7 +47,6 @@ def test_a_table_is_enough(train: Run, run: Run) -> None:
     assert code == 0, err
 
 
-@pytest.mark.usefixtures("on_cpu")
 def test_a_faulty_row_has_its_number_in_the_file_though_some_are_set_aside(
     tmp_path: Path, model_folder: Path, run: Run
 ) -> None:
@@ -62,6 +61,7 @@ def test_a_faulty_row_has_its_number_in_the_file_though_some_are_set_aside(
     assert code == 2 and "training example 26: the template names the column 'text'" in err
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_the_run_file_keeps_what_was_found(train: Run, run: Run) -> None:
     train()
     settings, prompt = yaml.safe_load(Path("out/run.yaml").read_text()), Prompt.load("out")
