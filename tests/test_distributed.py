@@ -345,3 +345,14 @@ def test_the_command_line_writes_and_speaks_once(
     assert [code for code, _, _ in refused] == [2, 2]
     said = "".join(err for _, _, err in refused)
     assert said.count("error:") == 1 and "holds a saved prompt" in said
+
+
+def test_commands_of_one_process_are_refused_in_several(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command in ("predict", "evaluate", "report", "merge", "export", "inspect", "serve"):
+        code, out, err = run(command, "folder")
+        assert (code, out) == (2, "")
+        said = f"ptuning {command} runs in one process, and 2 were started"
+        assert said in " ".join(err.split()), err

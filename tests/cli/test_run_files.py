@@ -13,7 +13,8 @@ from ptuning.cli import run_files
 def read(path: Path, text: str | bytes) -> dict[str, Any]:
     path.write_bytes(text.encode() if isinstance(text, str) else text)
     names = ("model", "template", "labels", "chat", "epochs")
-    command = SimpleNamespace(params=[SimpleNamespace(name=name) for name in names])
+    params = [SimpleNamespace(name=name, is_flag=name == "chat") for name in names]
+    command = SimpleNamespace(params=params)
     context: Any = SimpleNamespace(command=command, default_map=None)
     run_files.use_config(context, path)
     return context.default_map
@@ -68,3 +69,10 @@ def test_a_run_file_that_is_none_is_one_error(
 def test_a_label_given_twice_is_an_error() -> None:
     with pytest.raises(InputError, match=r"'yes' stands there twice; .* separated by"):
         run_files.parse_labels("yes=Yes,yes=Sure")
+
+
+def test_true_is_no_number(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("epochs: true")
+    options = ["--model", "m", "--data", "d.csv", "--output", tmp_path / "out"]
+    code, out, err = run("train", *options, "--config", tmp_path / "run.yaml")
+    assert (code, out) == (2, "") and "Invalid value for '--epochs'" in " ".join(err.split())

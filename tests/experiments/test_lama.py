@@ -389,3 +389,14 @@ def test_ctrl_c_is_one_line(lama: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ptuning.cli.lama._probe_all", interrupted)
     code, _, err = lama("--relations", "P36")
     assert code == 130 and "stopped; the same command goes on" in err.splitlines()[-1]
+
+
+def test_a_number_is_a_subject_and_a_file_without_facts_leaves_its_relation_out(
+    lama: Run, data: Path, tmp_path: Path
+) -> None:
+    _write(data / "P99.jsonl", [{"sub_label": 0, "obj_label": "Paris"}] * 4)
+    facts = read_facts(data, Relation("P99", "[X] is in [Y] .", ""), tiny.tokenizer())
+    assert facts.train[0]["sub_label"] == 0
+    (data / "P99.jsonl").write_text("")
+    code, _, err = lama()
+    assert code == 0 and "P99 is left out" in err, err

@@ -56,3 +56,21 @@ def test_a_finished_parts_checkpoints_go(tmp_path: Path) -> None:
     ledger.put("P1", "data", {"figure": 1})
     assert ledger.get("P1", "data") == {"figure": 1}
     assert not (tmp_path / "running").exists()
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "run.json", "notes.txt"])
+def test_a_folder_that_holds_something_else_is_left_as_it_is(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match="is not empty; choose another folder, or --overwrite"):
+        Ledger(tmp_path, {"a": 1})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "mine"}
+    Ledger(tmp_path, {"a": 1}, overwrite=True)
+    assert (tmp_path / "run.json").read_text() != "mine"
+
+
+def test_the_settings_of_a_run_stay_while_its_first_part_is_not_finished(tmp_path: Path) -> None:
+    checkpoint.save(Ledger(tmp_path, {"a": 1}).running("P1"), 1, {"step": 1})
+    with pytest.raises(InputError, match="holds a run with a=1, and now it is 2"):
+        Ledger(tmp_path, {"a": 2})
+    assert '"a": 1' in (tmp_path / "run.json").read_text()
+    Ledger(tmp_path, {"a": 1})

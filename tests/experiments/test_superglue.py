@@ -477,3 +477,56 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     code, _, err = superglue(*options, **changes)
     assert code == 2 and "Traceback" not in err
     assert part in err.splitlines()[-1], err
+
+
+def test_a_test_file_whose_labels_are_held_back_is_passed_over(data: Path) -> None:
+    for hidden in (-1, None):
+        _write(data / "RTE/test.jsonl", [{**row, "label": hidden} for row in EXAMPLES["RTE"]])
+        assert len(read_few(data, TASKS["rte"]).test) == 4  # val.jsonl
+    (data / "RTE/val.jsonl").unlink()
+    assert read_few(data, TASKS["rte"]).test == []
+
+
+def test_labels_are_read_as_in_every_table(data: Path) -> None:
+    spelled = [1.0, " 0 ", "1", 0]
+    _write(data / "COPA/dev32.jsonl", [{**EXAMPLES["COPA"][0], "label": s} for s in spelled])
+    dev = read_few(data, TASKS["copa"]).dev
+    assert [row["label"] for row in dev] == ["1", "0", "1", "0"]
+
+
+def test_a_file_without_an_answer_to_label_is_refused(data: Path) -> None:
+    empty = {"idx": 3, "passage": {"text": "x", "questions": []}}
+    _write(data / "MultiRC/train.jsonl", [empty])
+    with pytest.raises(DataError, match=r"train.jsonl has no answers that could be labelled"):
+        read_few(data, TASKS["multirc"])
+    _write(data / "WSC/train.jsonl", [{**WSC, "target": {**WSC["target"], "span1_text": " "}}])
+    with pytest.raises(DataError, match=r"example 1 is no example of WSC: .*a span has no text"):
+        read_few(data, TASKS["wsc"])
+
+
+@pytest.mark.parametrize(
+    ("task", "part", "row", "said"),
+    [
+        ("rte", "val", {"premise": "x", "label": "entailment"},
+         "RTE, test example 1: the template names the column 'hypothesis'"),
+        ("rte", "train", {"premise": "x", "label": "entailment"}, "RTE, training example 1: "),
+        ("rte", "dev32", {"premise": "x", "hypothesis": [1], "label": "entailment"},
+         "RTE, dev example 1: the column 'hypothesis' holds a list"),
+        ("wsc", "train", {**WSC, "label": False},
+         "WSC is trained on its true examples, and the training file has none"),
+    ],
+)  # fmt: skip
+def test_what_no_training_could_use_is_said_before_anything_is_trained(
+    task: str, part: str, row: dict[str, Any], said: str, superglue: Run, data: Path, tmp_path: Path
+) -> None:
+    _write(data / task.upper() / f"{part}.jsonl", [row])
+    code, out, err = superglue(task=task)
+    assert (code, out) == (2, "")
+    assert said in " ".join(err.split())
+    assert not (tmp_path / "out" / "done").exists()
+
+
+def test_a_folder_that_is_not_there_is_said(superglue: Run, data: Path) -> None:
+    code, _, err = superglue(task="rte", data=str(data / "nowhere"))
+    assert code == 2
+    assert "nowhere is not there; give FewGLUE's folder" in " ".join(err.split())

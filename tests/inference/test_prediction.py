@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -395,3 +396,28 @@ def test_a_decoder_has_room_for_so_long_an_answer() -> None:
             Prompt(TEMPLATE, answer="capital"),
             [ROWS[0], {**ROWS[1], "capital": long}],
         )
+
+
+def test_candidates_are_a_list_of_answers() -> None:
+    model, tokenizer, prompt = setting("llama")
+    asked = partial(ptuning.predict, model, tokenizer, prompt, ROWS)
+    for candidates in ("yes", [], {"a": "b"}):
+        with pytest.raises(InputError, match="give a list of the answers that compete, or None"):
+            asked(candidates=candidates)
+        with pytest.raises(InputError, match="give a list of the answers that compete, or None"):
+            ptuning.evaluate(model, tokenizer, prompt, ROWS, candidates=candidates)  # type: ignore[arg-type]
+    assert asked(candidates=[1, 2]) == asked(candidates=["1", "2"])
+
+
+def test_what_is_no_prompt_is_said() -> None:
+    model, tokenizer, prompt = setting("llama")
+    for wrong in (None, "capital/", [prompt, None], 3):
+        with pytest.raises(InputError, match=r"expected a Prompt \(Prompt.load reads a folder\)"):
+            ptuning.predict(model, tokenizer, wrong, ROWS)
+    with pytest.raises(InputError, match="there is no prompt to ask"):
+        ptuning.predict(model, tokenizer, [], ROWS)
+    with pytest.raises(InputError, match=r"expected a Prompt \(Prompt.load reads a folder\)"):
+        ptuning.train(model, tokenizer, "capital/", ROWS)  # type: ignore[arg-type]
+    for work in (ptuning.train, ptuning.predict):
+        with pytest.raises(InputError, match="tokenizer is None; give the model's"):
+            work(model, None, prompt, ROWS)

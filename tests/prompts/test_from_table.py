@@ -147,6 +147,12 @@ def test_one_kind_of_answer_is_refused() -> None:
         prompt_for(["x"])
 
 
+def test_answers_that_are_missing_are_said_by_their_rows() -> None:
+    rows = [{"text": f"t {n}", "label": (1, None)[n % 2]} for n in range(8)]
+    with pytest.raises(DataError, match="example 2: the answer column 'label' is empty; give"):
+        Prompt.for_rows(rows, answer="label")
+
+
 def test_what_is_given_is_not_looked_for() -> None:
     table = {"id": [*range(24)], "label": ["a", "b"] * 12, "kind": ["c", "d", "e"] * 8}
     prompt = Prompt.for_rows(table, "kind", "[P] {id} [MASK]", encoder="none")

@@ -11,7 +11,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -1109,3 +1109,68 @@ def test_a_pipe_or_an_endless_device_is_no_file_of_a_prompt(name: str, tmp_path:
         assert torch.equal(
             ptuning.Prompt.load(folder).trained_vectors(), trained().trained_vectors()
         )
+
+
+def test_a_template_that_is_assigned_is_the_one_that_is_saved_and_used(tmp_path: Path) -> None:
+    prompt = trained("[P*3] {text} [MASK]")
+    prompt.template = "[P*3] Is it so that {text}? [MASK]"
+    assert prompt.parsed.text == prompt.template
+    prompt.save(tmp_path)
+    same(ptuning.Prompt.load(tmp_path), prompt)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("template", "[P*5] {text} [MASK]", "num_virtual_tokens is 3, and the template has 5"),
+        ("vectors", torch.ones(2, 8), "has 3 virtual tokens, and its vectors are 2"),
+        ("vectors", [[1.0]], "vectors is list; expected a tensor"),
+        ("max_length", 0, "max_length is 0"),
+        ("encoder", "foo", "encoder is 'foo'; expected one of"),
+        ("verbalizer", {"yes": "a", "no": "a"}, "share the word 'a'"),
+    ],
+)
+def test_what_was_assigned_and_contradicts_the_rest_is_neither_saved_nor_used(
+    name: str, value: Any, said: str, tmp_path: Path
+) -> None:
+    prompt = trained("[P*3] {text} [MASK]", verbalizer={"yes": "Paris", "no": "Rome"})
+    setattr(prompt, name, value)
+    tokenizer = tiny.tokenizer()
+    model = tiny.model("llama", vocab_size=len(tokenizer), hidden_size=8)
+    rows = [{"text": "France", "answer": "yes"}, {"text": "Italy", "answer": "no"}]
+    works: list[Callable[[], Any]] = [
+        lambda: prompt.save(tmp_path / "out"),
+        lambda: ptuning.predict(model, tokenizer, prompt, rows),
+        lambda: ptuning.evaluate(model, tokenizer, prompt, rows),
+        lambda: ptuning.attach(model, tokenizer, prompt),
+    ]
+    if name != "vectors":
+        works.append(lambda: ptuning.train(model, tokenizer, prompt, rows, epochs=1))
+    for work in works:
+        with pytest.raises(InputError, match=said):
+            work()
+    assert not (tmp_path / "out").exists()
+
+
+def test_vectors_of_another_template_are_refused() -> None:
+    with pytest.raises(InputError, match="has 1 virtual tokens, and its vectors are 5"):
+        ptuning.Prompt("[P] {text} [MASK]", vectors=torch.zeros(5, 8))
+
+
+def test_a_readme_of_ones_own_stays(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# My prompts")
+    trained().save(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# My prompts"
+    assert ptuning.Prompt.load(tmp_path).template == TEMPLATE
+    trained().save(tmp_path / "new")
+    trained("[P] {text} other [MASK]").save(tmp_path / "new")
+    assert "other" in (tmp_path / "new/README.md").read_text()
+
+
+def test_counts_may_be_numpys(tmp_path: Path) -> None:
+    import numpy as np
+
+    prompt = trained("[P*3] {text} [MASK]", max_length=np.int64(9), encoder_hidden_size=np.int32(4))
+    prompt.save(tmp_path)
+    same(ptuning.Prompt.load(tmp_path), prompt)
+    assert ptuning.TrainSettings(epochs=np.int64(2)).epochs == 2  # type: ignore[arg-type]

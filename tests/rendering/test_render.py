@@ -751,6 +751,11 @@ def test_chat_needs_a_causal_model_with_a_chat_template(smollm2_tokenizer: Any) 
         ({False: "no", True: "yes"}, "False", 0),
         ({"false": "no", "true": "yes"}, True, 1),
         ({"False": "no", "True": "yes"}, False, 0),
+        ({"false": "no", "true": "yes"}, "True", 1),
+        ({"false": "no", "true": "yes"}, " FALSE ", 0),
+        ({"FALSE": "no", "TRUE": "yes"}, True, 1),
+        ({"FALSE": "no", "TRUE": "yes"}, "true", 1),
+        ({"true": "no", "True": "yes"}, "True", 1),
         ({-1: "no", 2.5: "yes"}, 2.5, 1),
     ],
 )

@@ -162,3 +162,24 @@ def test_results_are_tables_and_pictures_in_a_notebook(base: tuple[Any, Any]) ->
 
 def test_the_package_lists_its_names() -> None:
     assert set(ptuning.__all__) <= set(dir(ptuning)) and ptuning.__version__
+
+
+def test_members_that_a_training_leaves_behind_are_said(base: tuple[Any, Any]) -> None:
+    prompt = Prompt("[P*2] {country} [MASK]", answer="capital", encoder="none")
+    train(*base, prompt, ROWS[:2], ROWS[2:], epochs=1, population=2, ensemble=2, verbose=False)
+    assert len(prompt.members) == 2
+    with pytest.warns(UserWarning, match="is an ensemble of 2 members; training goes on from the"):
+        train(*base, prompt, ROWS[:2], ROWS[2:], epochs=1, listener=lambda heard: None)
+    assert len(prompt.members) == 1
+
+
+@pytest.mark.parametrize("accuracy", [2.5, -1.0, float("inf"), float("nan")])
+def test_a_dev_accuracy_that_is_no_share_promises_nothing(accuracy: float) -> None:
+    told = {"dev_accuracy": accuracy, "dev_examples": 100}
+    assert guidance.dev_far_above(told, 0.1, 100) is None
+
+
+def test_a_seed_beyond_what_orders_are_drawn_with_is_refused() -> None:
+    assert TrainSettings(seed=10**12).seed == 10**12
+    with pytest.raises(ptuning.InputError, match="give at most 1,000,000,000,000"):
+        TrainSettings(seed=10**12 + 1)

@@ -56,6 +56,8 @@ A template of your own says where columns, virtual tokens [P] and the answer [MA
 Try it: `ptuning demo`""",
 )
 
+_ALONE = ("evaluate", "predict", "inspect", "merge", "export", "report", "serve", "fetch")
+"""Commands of one process; each of several would do all of it."""
 _INTERRUPTED = 130
 """What typer makes of Ctrl-C."""
 
@@ -70,6 +72,7 @@ def _version(shown: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
@@ -77,7 +80,12 @@ def _options(
         bool, typer.Option("--debug", help="Show the traceback of an error.")
     ] = False,  # `main` takes it out, wherever it stands
 ) -> None:
-    pass
+    started = os.environ.get("WORLD_SIZE", "1")
+    if context.invoked_subcommand in _ALONE and started != "1":
+        raise InputError(
+            f"ptuning {context.invoked_subcommand} runs in one process, and {started} were "
+            "started; start it without torchrun or accelerate launch"
+        )
 
 
 # What stands behind the options of `train` are parts of its grid.

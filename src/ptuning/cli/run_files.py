@@ -29,7 +29,9 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     values = read(path)
-    names = {p.name: p for p in context.command.params if p.name not in _NOT_SAVED}
+    names: dict[str | None, Any] = {
+        p.name: p for p in context.command.params if p.name not in _NOT_SAVED
+    }
     defaults: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
@@ -37,7 +39,9 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
             known = ", ".join(sorted(n for n in names if n))
             raise InputError(f"run file {path}: unknown option {key!r}; there are {known}")
         if value is not None:
-            defaults[name] = _as_option(name, value)
+            number = isinstance(value, bool) and not getattr(names[name], "is_flag", False)
+            # Python's true is 1: as text it is refused where a number is wanted.
+            defaults[name] = json.dumps(value) if number else _as_option(name, value)
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
 

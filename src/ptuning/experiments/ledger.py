@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from ..places import entry
 from ..prompts import peft_files, prompt_files
 from ..storage import check_writable, remove_own, write_file
 from ..training import checkpoint
+
+_SETTINGS = "run.json"
 
 
 def digest(*data: Any) -> str:
@@ -40,7 +43,7 @@ def format_of_run(output: Path, settings: dict[str, Any]) -> tuple[str, str] | N
     """
 
     def read() -> tuple[str, str] | None:
-        before, now = _read(output / "run.json"), json.loads(json.dumps(settings))
+        before, now = _read(output / _SETTINGS), json.loads(json.dumps(settings))
         if before is None or _named({**before, "dtype": ""}) != _named({**now, "dtype": ""}):
             return None
         return str(before.get("dtype")), f"the run in {output} was begun in it"
@@ -57,7 +60,7 @@ class Ledger:
         overwrite: forget the parts of another run that the folder holds.
 
     Raises:
-        InputError: the folder holds finished parts of a run with other settings.
+        InputError: the folder holds parts of a run with other settings, or other files.
         PtuningError: it cannot be written.
     """
 
@@ -72,14 +75,31 @@ class Ledger:
         check_writable(output)
         if overwrite:
             self._forget()
-        elif any(self._done.glob("*.json")):
-            self._check(_read(output / "run.json"), settings)
-        write_file(output / "run.json", pack_json(settings))
+        elif any(self._done.glob("*.json")) or any(self._begun()):
+            self._check(_read(output / _SETTINGS), settings)
+        else:
+            self._check_free()
+        write_file(output / _SETTINGS, pack_json(settings))
+
+    def _begun(self) -> Iterator[Path]:
+        """Checkpoints of parts that are not finished."""
+        return self._running.glob(f"*/{checkpoint.FOLDER}")
+
+    def _check_free(self) -> None:
+        """Refuse a folder that holds what no experiment has made, and a new one would replace."""
+        own = {_SETTINGS, self._done.name, self._prompts.name, self._running.name}
+        seen = {path.name for path in self.output.iterdir() if not path.name.startswith(".")}
+        of_run = _SETTINGS not in seen or _read(self.output / _SETTINGS) is not None
+        if seen - own or not of_run:
+            raise InputError(
+                f"--output {self.output} is not empty; choose another folder, or --overwrite to "
+                "write there all the same"
+            )
 
     def _forget(self) -> None:
         """Remove the parts of an earlier run, and nothing that no run has made."""
         parts = {path.stem for path in self._done.glob("*.json")}
-        parts |= {path.parent.name for path in self._running.glob(f"*/{checkpoint.FOLDER}")}
+        parts |= {path.parent.name for path in self._begun()}
         for part in parts:
             remove_own(self.prompt(part), (*prompt_files.NAMES, *peft_files.NAMES))
             self._end(part)

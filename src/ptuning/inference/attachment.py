@@ -38,7 +38,7 @@ class Attachment:
         at_least = first_free_id(tokenizer)
         members = [member for prompt in prompts for member in prompt.members]
         for prompt in members:
-            prompt.trained_vectors()
+            prompt.checked().trained_vectors()
             if prompt.modules:
                 raise InputError(
                     f"this prompt was trained together with {', '.join(sorted(prompt.modules))} "

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -22,14 +22,14 @@ from ..forward.together import biased
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task, at_least_one, majority_answer
 from ..rendering.example import Example, answer_column
-from ..rendering.render import render_all
+from ..rendering.render import Renderer, render_all
 from ..reporting import html_picture, html_table, percent, shares
 from ..training.calibration import bias_against, without_content
 from ..training.guidance import dev_far_above
 from .answering import Prediction
 from .attachment import placed
 from .baselines import automatic_templates
-from .prediction import members_of, predict_details
+from .prediction import as_candidates, as_tasks, members_of, predict_details
 
 _CHOOSING = 200
 """Rows on which the manual template is chosen."""
@@ -148,6 +148,8 @@ def evaluate(
         UserWarning: the accuracy is far below what dev had promised.
     """
     at_least_one("batch_size", batch_size)
+    as_tasks(prompt)
+    prompt, candidates = prompt.checked(), as_candidates(candidates)
     if candidates and prompt.labels:
         raise InputError(
             "candidates are for free answers, and this prompt compares its labels; leave them out"
@@ -227,15 +229,10 @@ def log_shares(
     model: nn.Module, tokenizer: Any, task: Task, rows: Sequence[Example]
 ) -> torch.Tensor:
     """Log-probabilities ``(N, labels)`` of a task's labels among themselves."""
-    members = members_of(task)
-    engine = Engine(BaseModel.of(model, tokenizer), 0 if len(members) == 1 else None)
-    renderers = [engine.renderer(member) for member in members]
-    for renderer in renderers:
-        renderer.compares = True
-    examples = [renderer.each(rows, "evaluation", answered=False) for renderer in renderers]
-    with ExitStack() as stack:
-        stack.enter_context(eval_mode(model))
-        first = [stack.enter_context(placed(model, tokenizer, member)) for member in members]
+    with _asked(model, tokenizer, task) as (engine, renderers, first):
+        for renderer in renderers:
+            renderer.compares = True
+        examples = [renderer.each(rows, "evaluation", answered=False) for renderer in renderers]
         return label_log_probabilities(engine, renderers, examples, first, None)
 
 
@@ -280,14 +277,9 @@ def teacher_forced(
     batch_size: int | None = None,
 ) -> tuple[float, float]:
     """Accuracy and loss of a prompt or manual template by one forward per batch (`score`)."""
-    members = members_of(task)
-    engine = Engine(BaseModel.of(model, tokenizer), 0 if len(members) == 1 else None)
-    renderers = [engine.renderer(member) for member in members]
-    examples = [render_all(renderer, rows, "evaluation") for renderer in renderers]
-    with ExitStack() as stack:
-        stack.enter_context(eval_mode(model))
-        first = [stack.enter_context(placed(model, tokenizer, member)) for member in members]
-        if len(members) == 1:
+    with _asked(model, tokenizer, task) as (engine, renderers, first):
+        examples = [render_all(renderer, rows, "evaluation") for renderer in renderers]
+        if len(renderers) == 1:
             return score(engine, renderers[0], examples[0], first[0], batch_size)
         return score_together(engine, renderers, examples, first, batch_size)
 
@@ -303,6 +295,20 @@ def manual_score(
     them, or of free answers, which need not end."""
     lenient = Task(**{**task.settings(), "answer_end": False, "label_mode": "labels"})
     return teacher_forced(model, tokenizer, lenient, rows, batch_size)[0]
+
+
+@contextmanager
+def _asked(
+    model: nn.Module, tokenizer: Any, task: Task
+) -> Iterator[tuple[Engine, list[Renderer], list[int]]]:
+    """The model in eval mode with a task's members on it: what asks them, what renders rows for
+    each, and the id of each one's first virtual token."""
+    members = members_of(task)
+    engine = Engine(BaseModel.of(model, tokenizer), 0 if len(members) == 1 else None)
+    with ExitStack() as stack:
+        stack.enter_context(eval_mode(model))
+        first = [stack.enter_context(placed(model, tokenizer, member)) for member in members]
+        yield engine, [engine.renderer(member) for member in members], first
 
 
 def _share(hits: Iterable[bool]) -> float:

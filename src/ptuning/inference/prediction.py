@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -15,6 +15,9 @@ from torch import nn
 from ..backbone.base_model import BaseModel, device_of
 from ..backbone.modes import eval_mode
 from ..data import Row, Rows, as_rows
+from ..data.rows import brief
+from ..data.values import text_of
+from ..errors import InputError
 from ..forward.engine import Engine
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task, at_least_one
@@ -80,7 +83,7 @@ def predict_details(
 ) -> list[Any]:
     """Like `predict`, with probabilities: a `Prediction` for each row."""
     at_least_one("batch_size", batch_size)
-    tasks = [prompt] if isinstance(prompt, Task) else list(prompt)
+    tasks = as_tasks(prompt)
     whole = as_rows(rows)
     at_once = rows_ahead(model, batch_size) or max(1, len(whole))
     blocks = [whole[at : at + at_once] for at in range(0, max(1, len(whole)), at_once)]
@@ -129,7 +132,7 @@ def stream_predictions(
     """
     at_least_one("batch_size", batch_size)
     options = candidates, answer_tokens, batch_size
-    for (predictions,) in _predicted(model, tokenizer, [prompt], blocks, *options, first):
+    for (predictions,) in _predicted(model, tokenizer, as_tasks(prompt), blocks, *options, first):
         yield predictions
 
 
@@ -146,13 +149,14 @@ def _predicted(
 ) -> Iterator[list[list[Prediction]]]:
     """Block by block each task's predictions."""
     members = [members_of(task) for task in tasks]
+    answers = as_candidates(candidates)
     several = sum(map(len, members)) > 1
     base = BaseModel.of(model, tokenizer)
     engine = Engine(base, None if several else _KEPT, repeats=True)
 
     def reader(task: Task) -> _Asked:
         settled = task if answer_tokens is None else replace(task, answer_tokens=answer_tokens)
-        renderer = engine.renderer(settled, list(candidates) if candidates else None)
+        renderer = engine.renderer(settled, answers)
         renderer.compares = bool(renderer.labels)
         return _Asked(renderer)
 
@@ -198,6 +202,41 @@ def _ahead(
             waiting = coming
         if waiting is not None:
             yield waiting.result()
+
+
+def as_tasks(prompt: Task | Sequence[Task]) -> list[Task]:
+    """One prompt or several as a list, as their fields are now.
+
+    Raises:
+        InputError: no prompt, something else, or fields that contradict each other.
+    """
+    several = isinstance(prompt, Sequence) and not isinstance(prompt, str)
+    tasks: list[Any] = list(prompt) if several else [prompt]  # type: ignore[arg-type]
+    if not tasks:
+        raise InputError("there is no prompt to ask; give one, or a list of some")
+    for task in tasks:
+        if not isinstance(task, Task):
+            raise InputError(
+                f"prompt is {brief(repr(task))}; expected a Prompt (Prompt.load reads a folder), "
+                "or a Task without virtual tokens"
+            )
+    return [replace(task) for task in tasks]
+
+
+def as_candidates(candidates: Iterable[Any] | None) -> list[str] | None:
+    """The answers that compete, as text.
+
+    Raises:
+        InputError: one text, or none; a candidate is no text.
+    """
+    if candidates is None:
+        return None
+    found = None if isinstance(candidates, str | Mapping) else list(candidates)
+    if not found:
+        raise InputError(
+            f"candidates is {candidates!r}; give a list of the answers that compete, or None"
+        )
+    return [text_of("candidates", candidate) for candidate in found]
 
 
 def members_of(task: Task) -> list[Task]:

@@ -16,7 +16,7 @@ from typing import Any
 from ..data.columns import Columns, columns_of
 from ..data.rows import named
 from .label_names import label_words, readable, telling_words
-from .task import Task
+from .task import Task, at_least_one
 from .template import escape
 
 AUTO = "auto"
@@ -65,6 +65,7 @@ def from_table(
     Raises:
         DataError: the table does not say enough (`columns_of`), or all answers are one.
     """
+    at_least_one("num_virtual_tokens", virtual)
     columns = columns_of(rows, answer, reads=template is None)
     words = label_words(rows, columns)
     made = template or template_of(columns, virtual or VIRTUAL, words is not None)

@@ -28,12 +28,17 @@ def label_words(rows: Sequence[Mapping[str, Any]], columns: Columns) -> dict[str
     """The name of each label in words that differ; None where answers are free text.
 
     Raises:
-        DataError: there are several examples, and one label.
+        DataError: there are several examples, and one label or none for some of them.
     """
     cells = [plain(row.get(columns.answer)) for row in rows]
     labels = [_label(columns.answer, cell) for cell in cells]
     known = list(dict.fromkeys(label for label in labels if label))
     if len(known) == 1 and len(labels) > 1:
+        if not all(labels):
+            raise DataError(
+                f"example {labels.index('') + 1}: the answer column {columns.answer!r} is empty; "
+                "give its answer, or leave the example out"
+            )
         raise DataError(
             f"every answer in the column {columns.answer!r} is {known[0]!r}; give examples of at "
             "least two kinds, or another column (answer=, --answer)"

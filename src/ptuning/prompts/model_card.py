@@ -13,6 +13,7 @@ from ..backbone.fetched import SOURCES
 from .template import parse
 
 TAGS = ["p-tuning", "prompt"]
+HEADING = "# A P-tuned prompt"
 _ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
@@ -28,7 +29,7 @@ def model_card(description: dict[str, Any]) -> str:
     named = base if reads == "peft" else shown if _ON_THE_HUB.fullmatch(shown) else None
     data = ModelCardData(library_name=reads, base_model=named or None, tags=TAGS)
     state = "trained with them" if "folder" in about else "frozen"
-    lines = ["---", data.to_yaml(), "---", "", "# A P-tuned prompt", ""]
+    lines = ["---", data.to_yaml(), "---", "", HEADING, ""]
     lines.append(
         f"{description['num_virtual_tokens']} virtual tokens for the model "
         f"{_code(shown or 'unknown')} ({state}), trained by P-tuning (arXiv 2103.10385)."

@@ -19,6 +19,7 @@ from ..backbone.identity import fingerprint
 from ..data import Rows, as_rows
 from ..errors import InputError, PromptFileError, PtuningError
 from . import peft_files, prompt_files
+from .consistency import check_alike, check_vectors
 from .encoder_config import CONFIG_NAME, PromptEncoderConfig, PromptEncoderReparameterizationType
 from .from_table import ENCODER, from_table
 from .label_names import as_verbalizer
@@ -68,7 +69,17 @@ class Prompt(PromptSettings):
         super().__post_init__()
         self.others = tuple(self.others)
         for other in self.others:
-            _check_alike(self, other)
+            check_alike(self, other)
+        if self.vectors is not None:
+            check_vectors(self.vectors, self.num_virtual_tokens)
+
+    def checked(self) -> Prompt:
+        """This prompt as its fields are now, which may have been assigned since it was made.
+
+        Raises:
+            InputError, TemplateError: they contradict each other.
+        """
+        return replace(self)
 
     @property
     def members(self) -> list[Prompt]:
@@ -199,12 +210,12 @@ class Prompt(PromptSettings):
         """Take over another prompt's settings, such as the winner's of a population."""
         for name in (*other.settings(), "num_virtual_tokens", "name_words"):
             setattr(self, name, getattr(other, name))
-        self.__dict__.pop("parsed", None)  # of the template before
 
     def save(
         self, folder: str | Path, *, keep_encoder: bool = True, peft: bool | None = None
     ) -> None:
-        """Write the prompt to a folder, atomically; other files there stay.
+        """Write the prompt to a folder, atomically; other files there stay, a README.md of your own
+        too.
 
         Args:
             folder: made if need be.
@@ -221,6 +232,8 @@ class Prompt(PromptSettings):
         """What `save` writes into `folder`: name -> content. PEFT's files of an earlier save, where
         they are not among them, have to go."""
         content = self.contents(keep_encoder=keep_encoder, folder=folder)
+        if prompt_files.has_other_card(Path(folder)):
+            del content[prompt_files.CARD]
         vectors = self.trained_vectors().float()
         kind = self.base_model.get("kind", "causal")
         fits_peft = self.special_tokens == "after" and kind in peft_files.TASK_TYPES
@@ -239,8 +252,10 @@ class Prompt(PromptSettings):
 
         Raises:
             PromptFileError: vectors or weights that are not finite.
+            InputError: settings that were assigned since and contradict each other.
         """
         vectors = self.trained_vectors()
+        self.checked()
         formats.check_numbers(vectors, "the prompt: vectors")
         tensors = {"vectors": vectors.float()}
         if keep_encoder and self.encoder_weights is not None:
@@ -372,27 +387,3 @@ def _described(prompt: Prompt) -> dict[str, Any]:
         if prompt.label_bias
         else {k: settings[k] for k in settings if k != prompt_files.BIAS}
     )
-
-
-def _check_alike(first: Prompt, other: Prompt) -> None:
-    """Refuse a member that cannot answer together with the first.
-
-    Raises:
-        InputError: it is an ensemble itself, or answers something else.
-    """
-    if not isinstance(other, Prompt) or other.others or other.modules or first.modules:
-        raise InputError(
-            f"a member of an ensemble is {other!r}; expected a trained prompt that is no ensemble "
-            "and was trained without further modules"
-        )
-    for name in ("labels", "label_mode", "answer_end"):
-        one, another = getattr(first, name), getattr(other, name)
-        same = one == another
-        if name == "labels":  # each may say them in its own words
-            counts = [[(k, len(words)) for k, words in labels.items()] for labels in (one, another)]
-            same = counts[0] == counts[1]
-        if not same:
-            raise InputError(
-                f"members of an ensemble answer the same: {name} is {one!r} of one and "
-                f"{another!r} of another"
-            )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import formats, places
 from ..errors import InputError, PromptFileError
-from .model_card import model_card
+from .model_card import HEADING, model_card
 
 FORMAT_VERSION = 2
 """The newest that is read."""
@@ -30,7 +30,8 @@ BIAS = "label_bias"
 """Key of ``prompt.json``: what is added to the labels' log-probabilities."""
 _SINCE_2 = (ENSEMBLE, BIAS)
 _DESCRIPTION, _TENSORS = "prompt.json", "prompt.safetensors"
-NAMES = (_TENSORS, _DESCRIPTION, "README.md")
+CARD = "README.md"
+NAMES = (_TENSORS, _DESCRIPTION, CARD)
 OF_FILES = ("format_version", "save_id", "sha256")
 """Keys of ``prompt.json`` that tell of the files, not of the prompt."""
 
@@ -49,8 +50,17 @@ def pack(description: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, b
     return {
         _TENSORS: packed,
         _DESCRIPTION: formats.pack_json({**whole, "sha256": {_TENSORS: formats.sha256(packed)}}),
-        "README.md": model_card(whole).encode("utf-8", "backslashreplace"),
+        CARD: model_card(whole).encode("utf-8", "backslashreplace"),
     }
+
+
+def has_other_card(folder: Path) -> bool:
+    """There is a README.md that no save has written."""
+    try:
+        text = (folder / CARD).read_text("utf-8", errors="replace")
+    except OSError:
+        return False
+    return HEADING not in text
 
 
 def are_in(folder: Path) -> bool:

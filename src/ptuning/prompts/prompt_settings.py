@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from ..data.values import plain
 from ..errors import InputError, excerpt
 from .task import Task, at_least_one, check_type, one_of
 from .template import MOST_VIRTUAL
@@ -60,6 +61,7 @@ class PromptSettings(Task):
         if not 0 <= self.encoder_dropout < 1:
             raise InputError(f"encoder_dropout is {self.encoder_dropout}; give a share, 0 to 1")
         for name, most in MOST.items():
+            setattr(self, name, plain(getattr(self, name)))
             at_least_one(name, getattr(self, name), most)
         if self.template is None:
             if self.num_virtual_tokens is None:

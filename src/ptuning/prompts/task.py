@@ -10,9 +10,10 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import lru_cache
+from numbers import Integral
 from typing import Any
 
 from ..data.values import plain, text_of
@@ -64,6 +65,7 @@ class Task:
         check_type(self, bool, "chat", "answer_end")
         one_of("label_mode", self.label_mode, ("labels", "vocabulary"))
         one_of("special_tokens", self.special_tokens, ("around", "after"))
+        self.max_length, self.answer_tokens = plain(self.max_length), plain(self.answer_tokens)
         at_least_one("max_length", self.max_length)
         at_least_one("answer_tokens", self.answer_tokens, MOST_ANSWER_TOKENS)
         if self.verbalizer is not None:
@@ -76,7 +78,7 @@ class Task:
                 f"must begin with all of them; it is: {excerpt(self.template)}"
             )
 
-    @cached_property
+    @property
     def parsed(self) -> Template:
         """The parsed template.
 
@@ -88,7 +90,7 @@ class Task:
                 "this prompt has no template, only virtual tokens in front; give one, such as "
                 '"[P*20]{text}", with special_tokens="after"'
             )
-        return parse(self.template)
+        return _parsed(self.template)
 
     @property
     def prompt_leads(self) -> bool:
@@ -146,19 +148,28 @@ class Task:
             )
 
 
+_parsed = lru_cache(256)(parse)
+
+
 def majority_answer(answers: Iterable[str]) -> str:
     """The commonest answer (of several the first): what to say without a look at the question."""
     return Counter(answers).most_common(1)[0][0]
 
 
-def as_label(value: Any, labels: Container[str]) -> Any:
-    """A cell of the answer column: JSON's true is the label ``true`` where there is one.
+def as_label(value: Any, labels: Collection[str]) -> Any:
+    """A cell of the answer column: true is the label ``true`` or ``True`` where there is one, as
+    JSON has it or in letters of either case, since each kind of file writes it in its own way.
 
     And 1.0 is the label ``1``: pandas makes fractions of whole numbers where one is missing.
     """
     value = plain(value)
-    if isinstance(value, bool) and json.dumps(value) in labels:
-        return json.dumps(value)
+    said = json.dumps(value) if isinstance(value, bool) else value
+    if isinstance(said, str) and said.strip() not in labels:
+        truth = said.strip().casefold()
+        alike = [label for label in labels if label.casefold() == truth]
+        return alike[0] if truth in ("true", "false") and len(alike) == 1 else value
+    if isinstance(value, bool):
+        return said
     if isinstance(value, float) and value.is_integer() and str(value) not in labels:
         return int(value) if str(int(value)) in labels else value
     return value
@@ -208,7 +219,7 @@ def at_least_one(name: str, value: int | None, most: int = 10**9) -> None:
     """
     if value is None:
         return
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise InputError(f"{name} is {excerpt(repr(value))}; give a whole number of at least 1")
     if value > most:
         raise InputError(f"{name} is beyond all use; give at most {most:,}")

@@ -110,6 +110,8 @@ class Renderer:
         candidates: list[str] | None = None,
         longest_answer: int | None = None,
     ):
+        if tokenizer is None:
+            raise InputError("tokenizer is None; give the model's")
         self.tokenizer, self.task, self.kind = tokenizer, task, kind
         self.groups = resolve_words(tokenizer, task)
         self.count = sum(map(len, self.groups))

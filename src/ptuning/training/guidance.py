@@ -61,6 +61,16 @@ def nothing_learnt(
     return None
 
 
+def members_go(had: int, wanted: int) -> str | None:
+    """That of an ensemble only the first member is trained on, or None."""
+    if had == 1:
+        return None
+    return (
+        f"this prompt is an ensemble of {had} members; training goes on from the first one, and "
+        f"afterwards {'there are no others' if wanted == 1 else 'the others are new'}"
+    )
+
+
 def too_few(kept: int, wanted: int) -> str | None:
     """That an ensemble is smaller than was asked for, or None."""
     if kept >= wanted:
@@ -82,6 +92,8 @@ def dev_far_above(training: Mapping[str, Any], accuracy: float, examples: int) -
     if "teacher" in training:
         return None
     if not (isinstance(dev, float) and isinstance(count, int) and count > 0 and examples > 0):
+        return None
+    if not 0 <= dev <= 1:  # a file that was edited
         return None
     mean = (dev * count + accuracy * examples) / (count + examples)
     chance = 2 * math.sqrt(mean * (1 - mean) * (1 / count + 1 / examples))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from ..data.values import plain
 from ..errors import InputError
 from ..prompts.task import at_least_one
 
@@ -38,6 +39,8 @@ steps of few examples.
 Of ten epochs (SmolLM2, float32, seed 0) the demo gains until the 7th, LAMA's P36 until the 3rd:
 with 4 both keep their result, and P36 stops after the 7th.
 """
+_MOST_SEED = 10**12
+"""Orders of examples are drawn with a multiple of it, in 64 bits."""
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -139,6 +142,8 @@ class TrainSettings:
     compile: str = "auto"
 
     def __post_init__(self) -> None:
+        for setting in fields(self):  # numpy's numbers, which no run file takes
+            object.__setattr__(self, setting.name, plain(getattr(self, setting.name)))
         for name in ("epochs", "batch_size", "gradient_accumulation", "ensemble"):
             at_least_one(name, getattr(self, name))
         if self.folds != 0 or self.folds is False:
@@ -149,6 +154,8 @@ class TrainSettings:
             at_least_one("patience", self.patience)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise InputError(f"seed is {self.seed!r}; give a whole number")
+        if abs(self.seed) > _MOST_SEED:
+            raise InputError(f"seed is {self.seed}; give at most {_MOST_SEED:,}")
         if self.refit is not None and not isinstance(self.refit, bool):
             raise InputError(f"refit is {self.refit!r}; expected True or False")
         for name in ("learning_rate", "max_grad_norm", "model_learning_rate", "max_minutes"):

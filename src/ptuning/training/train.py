@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from ..backbone.base_model import BaseModel
 from ..backbone.eight_bits import frozen_format
 from ..backbone.modes import check_free
 from ..data import Rows, as_rows
+from ..data.rows import brief
 from ..data.setting_aside import set_aside
 from ..errors import InputError
 from ..prompts.prompt import Prompt
@@ -99,6 +99,11 @@ def train(
     with distributed.together():
         started = time.monotonic()
         settings = with_options(settings or TrainSettings(), options)
+        if not isinstance(prompt, Prompt):
+            raise InputError(
+                f"prompt is {brief(repr(prompt))}; expected a Prompt (Prompt.load reads a folder)"
+            )
+        draft = prompt.checked()  # a training that fails leaves the prompt as it was
         rows, aside = as_rows(rows), False
         check_some(rows)
         if isinstance(dev, int | float):
@@ -110,7 +115,7 @@ def train(
         settings = settings.for_examples(len(rows))
         base = BaseModel.of(model, tokenizer)
         _check_model(base, prompt, settings)
-        draft = copy.copy(prompt)  # a training that fails leaves the prompt as it was
+        _advise(guidance.members_go(len(prompt.members), settings.ensemble), verbose)
         draft.others, draft.label_bias = (), None
         if lessons is None:
             draft.answer = answer_column(prompt, rows[0])

@@ -91,10 +91,11 @@ def read_facts(folder: Path, relation: Relation, tokenizer: Any) -> Facts:
         UnusableRelationError: too few have an object of one token.
     """
     path = _path(folder, relation.name)
-    rows = read_examples(path)
+    rows = read_examples(path) if path.stat().st_size else []
     for number, row in enumerate(rows, 1):
         for key in (SUBJECT, OBJECT):
-            if not row.get(key) or not isinstance(row[key], str | int | float):
+            value = row.get(key)
+            if not isinstance(value, str | int | float) or not str(value).strip():
                 raise DataError(f"{path}, fact {number}: {key} is {row.get(key)!r}; give text")
     usable = [row for row in rows if is_one_token(tokenizer, str(row[OBJECT]))]
     facts = Facts(*cut(usable))

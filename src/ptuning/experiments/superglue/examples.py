@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ...data import Row, read_examples
+from ...data.values import text_of
 from ...errors import DataError
+from ...prompts.task import as_label
 from ..splits import cut, shuffled
 from .tasks import SuperGlueTask
 
@@ -48,16 +50,19 @@ def read_few(folder: Path, task: SuperGlueTask, most: int | None = None) -> Spli
     """
     name = task.folder.lower()
     folders = [path for path in sorted(folder.glob("*")) if path.name.lower() == name]
+    if not folder.is_dir():
+        problem = "is a file" if folder.exists() else "is not there"
+        raise DataError(f"{folder} {problem}; give FewGLUE's folder (--data)")
     if not folders:
         raise DataError(f"{folder} has no folder {task.folder}; give FewGLUE's folder (--data)")
     task_folder = folders[0]
     test: Examples = []
     for path in [task_folder / file for file in TEST_FILES if (task_folder / file).is_file()]:
-        test = _rows_of(path, task)
-        if any(row.get("label") is not None for row in _flat(test)):
-            break  # SuperGLUE's own test.jsonl has none
-    if test:
-        test = _labelled(path, task, test)
+        found = _rows_of(path, task)
+        known = any(row.get("label") not in (None, -1) for row in _flat(found))
+        if known or path.name != "test.jsonl":  # SuperGLUE's own has none, or -1 in their place
+            test = _labelled(path, task, found)
+            break
     return Splits(
         read_rows(task_folder / "train.jsonl", task),
         read_rows(task_folder / "dev32.jsonl", task),
@@ -118,6 +123,8 @@ def _rows_of(path: Path, task: SuperGlueTask) -> Examples:
             raise DataError(
                 f"{path}, example {number} is no example of {task.folder}: {error!r}"
             ) from None
+    if not any(found):
+        raise DataError(f"{path} has no answers that could be labelled")
     return found
 
 
@@ -126,7 +133,7 @@ def _labelled(path: Path, task: SuperGlueTask, examples: Examples) -> Examples:
     for number, rows in enumerate(examples, 1):
         for row in rows:
             value = row.get("label")
-            label = str(value).lower()
+            label = text_of("label", as_label(value, task.labels)).strip().lower()
             if label not in task.labels:
                 said = "no label" if value is None else f"the label {value!r}"
                 raise DataError(
@@ -174,11 +181,13 @@ def _multirc(row: Row) -> Iterator[Row]:
 
 def _wsc(row: Row) -> Iterator[Row]:
     target = row["target"]
-    pronoun = " ".join(target["span2_text"].split())
+    pronoun, noun = (" ".join(target[name].split()) for name in ("span2_text", "span1_text"))
+    if not (pronoun and noun):
+        raise ValueError("a span has no text")
     yield {
         "text": _marked(row["text"], pronoun, int(target["span2_index"])),
         "pronoun": pronoun,
-        "noun": " ".join(target["span1_text"].split()),
+        "noun": noun,
         "label": row.get("label"),
     }
 

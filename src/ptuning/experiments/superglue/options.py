@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ...errors import InputError
+from ...errors import DataError, InputError
 from ...prompts.prompt_settings import PromptSettings
 from ...prompts.task import at_least_one
+from ...rendering.example import check_rows
 from ...training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -54,13 +55,21 @@ class SuperGlueOptions:
 
         Raises:
             InputError: an encoder, or a template: no virtual token, or an unknown column.
+            DataError: an example lacks a column, or there is none to train on.
         """
         for template in self.templates or task.templates:
             for encoder in self.grid["encoder"]:
                 prompt = PromptSettings(template, answer=task.answer, encoder=encoder)
-                unknown = set(prompt.parsed.fields) - set(splits.train[0])
-                if unknown:
-                    raise InputError(
-                        f"--template {template!r} names {{{min(unknown)}}}; {task.folder} has "
-                        f"{', '.join(splits.train[0])}"
-                    )
+            unknown = set(prompt.columns) - set(splits.train[0])
+            if self.templates and unknown:
+                raise InputError(
+                    f"--template {template!r} names {{{min(unknown)}}}; {task.folder} has "
+                    f"{', '.join(splits.train[0])}"
+                )
+            parts = {"training": splits.train, "dev": splits.dev, "test": splits.test}
+            for name, rows in parts.items():
+                check_rows(prompt, rows, f"{task.folder}, {name}", answered=False)
+        if task.generates and not any(row["label"] == "true" for row in splits.train):
+            raise DataError(
+                f"{task.folder} is trained on its true examples, and the training file has none"
+            )
