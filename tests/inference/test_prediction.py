@@ -412,11 +412,11 @@ def test_candidates_are_a_list_of_answers() -> None:
 def test_what_is_no_prompt_is_said() -> None:
     model, tokenizer, prompt = setting("llama")
     for wrong in (None, "capital/", [prompt, None], 3):
-        with pytest.raises(InputError, match=r"expected a Prompt \(Prompt.load reads a folder\)"):
+        with pytest.raises(InputError, match=r"expected a (Prompt|Task) \(Prompt.load reads"):
             ptuning.predict(model, tokenizer, wrong, ROWS)
     with pytest.raises(InputError, match="there is no prompt to ask"):
         ptuning.predict(model, tokenizer, [], ROWS)
-    with pytest.raises(InputError, match=r"expected a Prompt \(Prompt.load reads a folder\)"):
+    with pytest.raises(InputError, match=r"expected a (Prompt|Task) \(Prompt.load reads"):
         ptuning.train(model, tokenizer, "capital/", ROWS)  # type: ignore[arg-type]
     for work in (ptuning.train, ptuning.predict):
         with pytest.raises(InputError, match="tokenizer is None; give the model's"):

@@ -19,6 +19,7 @@ from ..errors import DataError, InputError
 from ..forward.engine import Engine
 from ..forward.scoring import label_log_probabilities, score, score_together
 from ..forward.together import biased
+from ..prompts.consistency import check_kind
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task, at_least_one, majority_answer
 from ..rendering.example import Example, answer_column
@@ -29,7 +30,7 @@ from ..training.guidance import dev_far_above
 from .answering import Prediction
 from .attachment import placed
 from .baselines import automatic_templates
-from .prediction import as_candidates, as_tasks, members_of, predict_details
+from .prediction import as_candidates, members_of, predict_details
 
 _CHOOSING = 200
 """Rows on which the manual template is chosen."""
@@ -148,7 +149,7 @@ def evaluate(
         UserWarning: the accuracy is far below what dev had promised.
     """
     at_least_one("batch_size", batch_size)
-    as_tasks(prompt)
+    check_kind(prompt, Prompt)
     prompt, candidates = prompt.checked(), as_candidates(candidates)
     if candidates and prompt.labels:
         raise InputError(

@@ -15,10 +15,10 @@ from torch import nn
 from ..backbone.base_model import BaseModel, device_of
 from ..backbone.modes import eval_mode
 from ..data import Row, Rows, as_rows
-from ..data.rows import brief
 from ..data.values import text_of
 from ..errors import InputError
 from ..forward.engine import Engine
+from ..prompts.consistency import check_kind
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task, at_least_one
 from ..rendering.render import Rendered, Renderer, tell_shortened
@@ -215,11 +215,7 @@ def as_tasks(prompt: Task | Sequence[Task]) -> list[Task]:
     if not tasks:
         raise InputError("there is no prompt to ask; give one, or a list of some")
     for task in tasks:
-        if not isinstance(task, Task):
-            raise InputError(
-                f"prompt is {brief(repr(task))}; expected a Prompt (Prompt.load reads a folder), "
-                "or a Task without virtual tokens"
-            )
+        check_kind(task, Task)
     return [replace(task) for task in tasks]
 
 

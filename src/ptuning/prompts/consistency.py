@@ -6,7 +6,25 @@ from typing import Any
 
 from torch import Tensor
 
+from ..data.rows import brief
 from ..errors import InputError
+
+
+def check_kind(prompt: Any, kind: type) -> None:
+    """Refuse what is no prompt, such as the name of its folder.
+
+    Args:
+        prompt: what came.
+        kind: `Prompt`, or `Task` where a manual template will do.
+
+    Raises:
+        InputError: says what came.
+    """
+    if not isinstance(prompt, kind):
+        raise InputError(
+            f"prompt is {brief(repr(prompt))}; expected a {kind.__name__} (Prompt.load reads a "
+            "folder)"
+        )
 
 
 def check_vectors(vectors: Tensor, count: int | None) -> None:

@@ -18,9 +18,9 @@ from ..backbone.base_model import BaseModel
 from ..backbone.eight_bits import frozen_format
 from ..backbone.modes import check_free
 from ..data import Rows, as_rows
-from ..data.rows import brief
 from ..data.setting_aside import set_aside
 from ..errors import InputError
+from ..prompts.consistency import check_kind
 from ..prompts.prompt import Prompt
 from ..prompts.task import majority_answer
 from ..rendering.example import answer_column
@@ -99,10 +99,7 @@ def train(
     with distributed.together():
         started = time.monotonic()
         settings = with_options(settings or TrainSettings(), options)
-        if not isinstance(prompt, Prompt):
-            raise InputError(
-                f"prompt is {brief(repr(prompt))}; expected a Prompt (Prompt.load reads a folder)"
-            )
+        check_kind(prompt, Prompt)
         draft = prompt.checked()  # a training that fails leaves the prompt as it was
         rows, aside = as_rows(rows), False
         check_some(rows)
