@@ -179,6 +179,13 @@ def test_a_dev_accuracy_that_is_no_share_promises_nothing(accuracy: float) -> No
     assert guidance.dev_far_above(told, 0.1, 100) is None
 
 
+@pytest.mark.parametrize("value", [1e38, float("inf"), float("nan"), 10**400])
+def test_a_number_beyond_all_use_is_refused(value: float) -> None:
+    for name in ("learning_rate", "model_learning_rate", "weight_decay", "word_noise"):
+        with pytest.raises(ptuning.InputError, match=f"{name} is .*; give a number"):
+            TrainSettings(**{name: value})
+
+
 def test_a_seed_beyond_what_orders_are_drawn_with_is_refused() -> None:
     assert TrainSettings(seed=10**12).seed == 10**12
     with pytest.raises(ptuning.InputError, match="give at most 1,000,000,000,000"):

@@ -41,6 +41,8 @@ with 4 both keep their result, and P36 stops after the 7th.
 """
 _MOST_SEED = 10**12
 """Orders of examples are drawn with a multiple of it, in 64 bits."""
+_MOST_NUMBER = 1e30
+"""Beyond all use; the vectors' float32 ends at 3e38."""
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -252,7 +254,10 @@ def with_options(settings: TrainSettings, options: dict[str, Any]) -> TrainSetti
 def _is_number(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return math.isfinite(value)
+    try:
+        return abs(float(value)) <= _MOST_NUMBER
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def parse_size(text: str) -> int:
