@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -474,9 +475,10 @@ def test_random_virtual_tokens_are_no_result(model: Any, tokenizer: Any) -> None
 
 
 @pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("labelled", [False, True])
 def test_a_plain_trainer_gives_the_same_vectors(
-    model: Any, tokenizer: Any, tmp_path: Path, labelled: bool
+    model: Any, tokenizer: Any, tmp_path: Path, labelled: bool, accumulation: int
 ) -> None:
     import transformers
 
@@ -490,12 +492,15 @@ def test_a_plain_trainer_gives_the_same_vectors(
     settings = TrainSettings(
         epochs=3, batch_size=3, shuffle=False, schedule="constant", warmup=0.0, learning_rate=1e-2
     )
+    settings = replace(settings, gradient_accumulation=accumulation)
     train(model, tokenizer, ours, rows, settings=settings, word_noise=0.0)
     module, data, collator = ptuning.trainer_parts(model, tokenizer, theirs, rows)
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path),
         num_train_epochs=3,
         per_device_train_batch_size=3,
+        per_device_eval_batch_size=len(rows),
+        gradient_accumulation_steps=accumulation,
         learning_rate=1e-2,
         lr_scheduler_type="constant",
         weight_decay=0.0,
@@ -510,7 +515,12 @@ def test_a_plain_trainer_gives_the_same_vectors(
     )
     trainer = transformers.Trainer(module, arguments, train_dataset=data, data_collator=collator)
     trainer.train()
+    measured = trainer.evaluate(data)["eval_loss"]
     module.finish(theirs)
+    assert measured == pytest.approx(
+        ptuning.evaluate(model, tokenizer, theirs, rows).loss, rel=1e-4
+    )
+    assert theirs.training["examples"] == len(rows)
     torch.testing.assert_close(theirs.trained_vectors(), ours.trained_vectors(), atol=1e-6, rtol=0)
     saved = next(tmp_path.glob("checkpoint-*/model.safetensors"))
     assert saved.stat().st_size < 100_000  # the encoder alone, not the base model
@@ -611,3 +621,70 @@ def test_trainers_gradient_checkpointing_is_refused_in_words() -> None:
     with pytest.raises(InputError, match="gradient_checkpointing has no effect here"):
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=None)
     module.finish(prompt_for())
+
+
+def test_a_trainers_result_keeps_nothing_of_a_training_before() -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    prompt = Prompt("[P*3] {text} [MASK]", verbalizer={"0": "yes", "1": "no"})
+    options: Any = {"epochs": 1, "verbose": False, "calibrate": "batch"}
+    train(model, tokenizer, prompt, LABELLED, LABELLED, population=2, ensemble=2, **options)
+    assert prompt.label_bias and prompt.others and "dev_accuracy" in prompt.training
+    with pytest.warns(UserWarning, match="is an ensemble of 2 members"):
+        module, *_ = ptuning.trainer_parts(model, tokenizer, prompt, LABELLED)
+    assert prompt.label_bias and prompt.others  # until it is finished
+    module.finish(prompt)
+    assert not prompt.label_bias and not prompt.others
+    assert set(prompt.training) == {"seed", "examples", "majority_answer"}
+
+
+def test_a_trainers_parts_are_refused_as_a_training_is() -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    with pytest.raises(InputError, match="expected a Prompt"):
+        ptuning.trainer_parts(model, tokenizer, "capital/", ROWS)  # type: ignore[arg-type]
+    prompt = prompt_for()
+    train(model, tokenizer, prompt, ROWS, epochs=1, verbose=False)
+    other = tiny.model("llama", hidden_size=48)
+    with pytest.raises(InputError, match="width"):
+        ptuning.trainer_parts(other, tokenizer, prompt, ROWS)
+
+
+def test_checkpoints_stay_in_the_folder_that_was_named_wherever_the_process_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def leaves(heard: Any) -> None:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+
+    options: Any = {"epochs": 2, "checkpoint_seconds": 0.0, "verbose": False}
+    train(model, tokenizer, prompt_for(), ROWS, output="out", listener=leaves, **options)
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert list((tmp_path / "out/checkpoints").glob("step-*"))
+
+
+def test_a_subclass_with_its_own_making_is_a_prompt() -> None:
+    class Named(Prompt):
+        def __init__(self, name: str, **others: Any):
+            self.name = name
+            super().__init__("[P*3] {text} [MASK]", **others)
+
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    prompt = Named("mine", verbalizer={"0": "yes", "1": "no"})
+    train(model, tokenizer, prompt, LABELLED, epochs=1, verbose=False)
+    assert len(ptuning.predict(model, tokenizer, prompt, LABELLED)) == len(LABELLED)
+
+
+def test_numpys_numbers_are_numbers_and_what_is_no_setting_is_said() -> None:
+    import numpy as np
+
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    share, seeds = np.float32(0.3), np.int64(2)
+    options: Any = {"dev": share, "population": seeds, "epochs": 1, "verbose": False}
+    result = train(model, tokenizer, prompt_for(), ROWS * 3, **options)
+    assert len(result.members) == 2 and "dev_loss" in result.best
+    with pytest.raises(InputError, match="expected TrainSettings"):
+        train(model, tokenizer, prompt_for(), ROWS, settings={"epochs": 1})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="population is True"):
+        train(model, tokenizer, prompt_for(), ROWS, population=True)

@@ -65,8 +65,9 @@ class Ledger:
     """
 
     def __init__(self, output: Path, settings: dict[str, Any], overwrite: bool = False):
-        self.output, self._done, self._prompts = output, output / "done", output / "prompts"
-        self._running = output / "running"
+        self.output, place = output, output.absolute()  # whatever chdir does
+        self._done, self._prompts = place / "done", place / "prompts"
+        self._running = place / "running"
         settings = json.loads(json.dumps(settings))
         distributed.from_main(lambda: self._open(settings, overwrite))
 

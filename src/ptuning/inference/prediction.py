@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -155,8 +155,8 @@ def _predicted(
     engine = Engine(base, None if several else _KEPT, repeats=True)
 
     def reader(task: Task) -> _Asked:
-        settled = task if answer_tokens is None else replace(task, answer_tokens=answer_tokens)
-        renderer = engine.renderer(settled, answers)
+        changes = {} if answer_tokens is None else {"answer_tokens": answer_tokens}
+        renderer = engine.renderer(task.checked(**changes), answers)
         renderer.compares = bool(renderer.labels)
         return _Asked(renderer)
 
@@ -216,7 +216,7 @@ def as_tasks(prompt: Task | Sequence[Task]) -> list[Task]:
         raise InputError("there is no prompt to ask; give one, or a list of some")
     for task in tasks:
         check_kind(task, Task)
-    return [replace(task) for task in tasks]
+    return [task.checked() for task in tasks]
 
 
 def as_candidates(candidates: Iterable[Any] | None) -> list[str] | None:

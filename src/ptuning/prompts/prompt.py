@@ -73,14 +73,6 @@ class Prompt(PromptSettings):
         if self.vectors is not None:
             check_vectors(self.vectors, self.num_virtual_tokens)
 
-    def checked(self) -> Prompt:
-        """This prompt as its fields are now, which may have been assigned since it was made.
-
-        Raises:
-            InputError, TemplateError: they contradict each other.
-        """
-        return replace(self)
-
     @property
     def members(self) -> list[Prompt]:
         """The prompts that answer together, the best first; alone it is this one. The first has

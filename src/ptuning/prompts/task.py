@@ -6,6 +6,7 @@ is a `Task`; a `Prompt` is a `Task` with trained virtual tokens.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -14,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from numbers import Integral
-from typing import Any
+from typing import Any, Self
 
 from ..data.values import plain, text_of
 from ..errors import InputError, excerpt
@@ -77,6 +78,21 @@ class Task:
                 'special_tokens="after" puts the virtual tokens before everything, so the template '
                 f"must begin with all of them; it is: {excerpt(self.template)}"
             )
+
+    def checked(self, **changes: Any) -> Self:
+        """The same as its fields are now, which may have been assigned since it was made.
+
+        Args:
+            changes: fields that are others.
+
+        Raises:
+            InputError, TemplateError: they contradict each other.
+        """
+        same = copy.copy(self)
+        for name, value in changes.items():
+            setattr(same, name, value)
+        same.__post_init__()
+        return same
 
     @property
     def parsed(self) -> Template:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..prompts.prompt import Prompt
+from ..prompts.task import at_least_one
 from ..rendering.render import Rendered, Renderer
 from .settings import TrainSettings
 
@@ -68,8 +69,7 @@ def choices(
     Raises:
         InputError: no member, an unknown key of the grid, or a value that cannot be used.
     """
-    if not isinstance(population, int) or population < 1:
-        raise InputError(f"population is {population}; give a whole number of at least 1")
+    at_least_one("population", population)
     if grid is not None and not isinstance(grid, Mapping):
         raise InputError(f"the grid is {grid!r}; give key -> list of values")
     grid = dict(grid or {})

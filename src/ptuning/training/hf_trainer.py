@@ -10,6 +10,7 @@ training has come is the trainer's.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,27 +19,46 @@ from torch import Tensor, nn
 
 from ..backbone.base_model import BaseModel
 from ..data import Rows, as_rows
-from ..errors import DataError, InputError
+from ..errors import InputError
 from ..forward.engine import Engine
+from ..prompts.consistency import check_kind
 from ..prompts.prompt import Prompt
+from ..prompts.task import majority_answer
 from ..rendering.collate import IGNORED, Batch
 from ..rendering.example import answer_column
 from ..rendering.render import Rendered, Renderer, render_all
-from .members import learn_answer_length
+from . import guidance
+from .checks import check_some
+from .members import answers_of, learn_answer_length
 from .population import Member, Population
 from .settings import TrainSettings
 from .starts import start_of
 
+_NAMES = {"label_ids": "words", "labels": "right"}
+"""Fields of `Batch` whose names mean something else to a trainer."""
+
 
 class PromptModule(Population):
-    """A `Population` of one prompt that hands its result over when training is done."""
+    """A `Population` of one prompt that hands its result over when training is done.
 
-    def __init__(self, engine: Engine, renderer: Renderer, prompt: Prompt, seed: int):
+    Attributes:
+        accepts_loss_kwargs: tells the trainer that `forward` knows what a step of several batches
+            is to be divided by.
+        draft: the prompt as it is trained.
+        facts: of the training, for `Prompt.training`.
+    """
+
+    accepts_loss_kwargs = True
+
+    def __init__(
+        self, engine: Engine, renderer: Renderer, prompt: Prompt, seed: int, facts: dict[str, Any]
+    ):
         start = TrainSettings().start_for(prompt.encoder)
         words = start_of(renderer, (), (), start, seed).words
         owner = renderer.owner if renderer.compares else None
         member = Member(prompt, engine.base.model, seed, words)
         super().__init__(engine, [member], owner)
+        self.draft, self.facts = prompt, facts
 
     def forward(
         self,
@@ -48,11 +68,24 @@ class PromptModule(Population):
         answers: Tensor,
         example: Tensor,
         member: Tensor,
-        label_ids: Tensor | None = None,
-        labels: Tensor | None = None,
+        labels: Tensor,
+        words: Tensor | None = None,
+        right: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
-        """The mean loss ``()`` of a batch, from the fields of `Batch` that the collator gives."""
+        """The mean loss ``()`` of a batch, from what the collator gives.
+
+        Args:
+            input_ids: this and the others but those below: the fields of `Batch`.
+            labels: what counts in the loss, for the trainer: the right labels ``(N,)``, or the
+                answers' tokens with -100 where there is none. (It takes each parameter with
+                "label" in its name for one that must be there.)
+            words: `Batch.label_ids`.
+            right: `Batch.labels`.
+            num_items_in_batch: how much counts in all batches of an optimizer step; by default in
+                this one.
+        """
         batch = Batch(
             self.engine.base.kind,
             input_ids,
@@ -61,11 +94,11 @@ class PromptModule(Population):
             answers,
             example,
             member,
-            label_ids,
-            labels,
+            words,
+            right,
             decoder_input_ids,
         )
-        count = len(member) if labels is not None else int((answers != IGNORED).sum())
+        count = int((labels != IGNORED).sum()) if num_items_in_batch is None else num_items_in_batch
         return {"loss": self.step(batch).sum() / count}
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
@@ -82,9 +115,13 @@ class PromptModule(Population):
 
     @torch.no_grad()
     def finish(self, prompt: Prompt) -> None:
-        """Give `prompt` its vectors and take the hooks off the base model."""
+        """Give `prompt` its vectors, and what belongs to them, and take the hooks off the base
+        model. What an earlier training gave it beside (a label bias, members of an ensemble) goes.
+        """
         self.eval()
         encoder = self.roster[0].encoder
+        prompt.become(self.draft)
+        prompt.others, prompt.training = (), dict(self.facts)
         prompt.vectors = encoder.table().float().cpu().clone()
         state = encoder.state_dict()
         prompt.encoder_weights = {k: v.detach().cpu().clone() for k, v in state.items()}
@@ -110,25 +147,37 @@ def trainer_parts(
         seed: of the encoder's initialisation, as in `train`.
 
     Returns:
-        the module, a list of one-example dictionaries, and what makes a batch of them: the tensors
-        of `Batch`, such as ``input_ids`` ``(R, T)``.
+        the module, a list of one-example dictionaries, and what makes a batch of them: the
+        arguments of `PromptModule.forward`, such as ``input_ids`` ``(R, T)``.
 
     Raises:
         DataError: there is no training example.
+        InputError: what is no prompt, or a model that is not the prompt's.
     """
+    check_kind(prompt, Prompt)
     rows = as_rows(rows)
-    if not rows:
-        raise DataError("there is no training example; give at least one")
-    prompt.answer = answer_column(prompt, rows[0])
-    engine = Engine(BaseModel.of(model, tokenizer), plain=True)
-    renderer = engine.renderer(prompt)
+    check_some(rows)
+    base = BaseModel.of(model, tokenizer)
+    if prompt.base_model:
+        base.check_same(prompt.base_model)
+    draft = prompt.checked()
+    if told := guidance.members_go(len(prompt.members), 1):
+        warnings.warn(told, stacklevel=2)
+    draft.others, draft.label_bias = (), None
+    draft.answer = answer_column(draft, rows[0])
+    engine = Engine(base, plain=True)
+    renderer = engine.renderer(draft)
     examples = render_all(renderer, rows, "training")
-    learn_answer_length(prompt, renderer, examples)
-    module = PromptModule(engine, renderer, prompt, seed)
+    learn_answer_length(draft, renderer, examples)
+    majority = majority_answer(answers_of(draft, rows, None))
+    facts = {"seed": seed, "examples": len(rows), "majority_answer": majority}
+    module = PromptModule(engine, renderer, draft, seed, facts)
     first_id = module.first_ids()[0]
 
     def collator(items: list[dict[str, Rendered]]) -> dict[str, Tensor]:
         batch = engine.batch([(item["example"], 0) for item in items], [first_id])
-        return {k: v for k, v in vars(batch).items() if isinstance(v, Tensor)}
+        found = {k: v for k, v in vars(batch).items() if isinstance(v, Tensor)}
+        given = {_NAMES.get(name, name): tensor for name, tensor in found.items()}
+        return {**given, "labels": given.get("right", given["answers"])}
 
     return module, [{"example": example} for example in examples], collator

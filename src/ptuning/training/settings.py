@@ -241,8 +241,12 @@ def with_options(settings: TrainSettings, options: dict[str, Any]) -> TrainSetti
     """The settings with some fields changed.
 
     Raises:
-        InputError: there is no such field.
+        InputError: there is no such field, or what came are no settings.
     """
+    if not isinstance(settings, TrainSettings):
+        raise InputError(
+            f"settings is {settings!r}; expected TrainSettings(...), or single settings by name"
+        )
     unknown = sorted(set(options) - set(asdict(settings)))
     if unknown:
         raise InputError(

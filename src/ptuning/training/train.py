@@ -19,6 +19,7 @@ from ..backbone.eight_bits import frozen_format
 from ..backbone.modes import check_free
 from ..data import Rows, as_rows
 from ..data.setting_aside import set_aside
+from ..data.values import plain
 from ..errors import InputError
 from ..prompts.consistency import check_kind
 from ..prompts.prompt import Prompt
@@ -98,11 +99,12 @@ def train(
     """
     with distributed.together():
         started = time.monotonic()
-        settings = with_options(settings or TrainSettings(), options)
+        settings = with_options(TrainSettings() if settings is None else settings, options)
         check_kind(prompt, Prompt)
         draft = prompt.checked()  # a training that fails leaves the prompt as it was
         rows, aside = as_rows(rows), False
         check_some(rows)
+        dev = plain(dev)  # a share may be numpy's
         if isinstance(dev, int | float):
             check_whole(prompt, rows, answered=lessons is None)
             rows, dev = set_aside(rows, answer_column(prompt, rows[0]), dev, settings.seed)
@@ -132,7 +134,7 @@ def train(
             if listener is None and verbose and distributed.state().is_main_process:
                 listener = showing.enter_context(shown())
             listener = listener or (lambda progress: None)
-            place = None if output is None else Path(output)
+            place = None if output is None else Path(output).absolute()  # whatever chdir does
             showing.enter_context(distributed.locked(place and place / checkpoint.FOLDER))
             folds: FoldResult | None = None
             if settings.folds:
