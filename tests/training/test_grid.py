@@ -301,16 +301,22 @@ def test_the_command_line_trains_a_population(tmp_path: Path, model_folder: Path
     assert repeated["members"] == result["members"]
 
 
+def trained_there(folder: Path, model: Path, run: Run, *options: str) -> tuple[int, str, str]:
+    """An ensemble of two, trained by the command on ``rows.jsonl`` into ``out``."""
+    rows = folder / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps(row) for row in ROWS))
+    return run(
+        "train", "--model", model, "--data", rows, "--dev", rows, "--answer", "capital",
+        "--template", TEMPLATE, "--epochs", "2", "--ensemble", "2", "--output", folder / "out",
+        *options,
+    )  # fmt: skip
+
+
 def test_the_command_line_trains_an_ensemble_and_takes_its_best_member(
     tmp_path: Path, model_folder: Path, run: Run
 ) -> None:
     rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
-    rows.write_text("\n".join(json.dumps(row) for row in ROWS))
-    code, said, err = run(
-        "train", "--model", model_folder, "--data", rows, "--dev", rows, "--answer", "capital",
-        "--template", TEMPLATE, "--epochs", "2", "--population", "3", "--ensemble", "2",
-        "--output", out,
-    )  # fmt: skip
+    code, said, err = trained_there(tmp_path, model_folder, run, "--population", "3")
     assert code == 0, err
     assert "with 1 more as an ensemble, dev" in said
     result = json.loads((out / "result.json").read_text())
@@ -334,13 +340,10 @@ def test_the_command_line_trains_an_ensemble_and_takes_its_best_member(
 def test_a_member_without_a_result_is_told_of_and_the_others_are_saved(
     tmp_path: Path, model_folder: Path, run: Run
 ) -> None:
-    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
-    rows.write_text("\n".join(json.dumps(row) for row in ROWS))
-    code, said, err = run(
-        "train", "--model", model_folder, "--data", rows, "--dev", rows, "--answer", "capital",
-        "--template", TEMPLATE, "--epochs", "2", "--encoder", "mlp", "--schedule", "constant",
-        "--warmup", "0", "--population-grid", "learning_rate=1e-3,1e25", "--ensemble", "2",
-        "--output", out,
+    out = tmp_path / "out"
+    code, said, err = trained_there(
+        tmp_path, model_folder, run, "--encoder", "mlp", "--schedule", "constant", "--warmup", "0",
+        "--population-grid", "learning_rate=1e-3,1e25",
     )  # fmt: skip
     assert code == 0, err
     assert "no result: not finite" in said and "virtual tokens saved" in said

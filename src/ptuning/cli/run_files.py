@@ -39,9 +39,8 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
             known = ", ".join(sorted(n for n in names if n))
             raise InputError(f"run file {path}: unknown option {key!r}; there are {known}")
         if value is not None:
-            number = isinstance(value, bool) and not getattr(names[name], "is_flag", False)
-            # Python's true is 1: as text it is refused where a number is wanted.
-            defaults[name] = json.dumps(value) if number else _as_option(name, value)
+            flag = isinstance(value, bool) and getattr(names[name], "is_flag", False)
+            defaults[name] = value if flag else _as_option(name, value)
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
 
@@ -124,8 +123,11 @@ def _check_keys(node: yaml.Node) -> None:
 
 
 def _as_option(name: str, value: Any) -> Any:
-    """A value as the command line would have it: lists and mappings as text."""
-    if isinstance(value, dict):
+    """A value as the command line would have it: lists and mappings as text.
+
+    And true and false, which to Python are numbers: as text they are refused where one is wanted.
+    """
+    if isinstance(value, dict | bool):
         return json.dumps(value)
     if isinstance(value, list):
         return _BETWEEN.get(name, ",").join(map(str, value))

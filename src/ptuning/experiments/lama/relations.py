@@ -96,7 +96,7 @@ def read_facts(folder: Path, relation: Relation, tokenizer: Any) -> Facts:
         for key in (SUBJECT, OBJECT):
             value = row.get(key)
             if not isinstance(value, str | int | float) or not str(value).strip():
-                raise DataError(f"{path}, fact {number}: {key} is {row.get(key)!r}; give text")
+                raise DataError(f"{path}, fact {number}: {key} is {value!r}; give text")
     usable = [row for row in rows if is_one_token(tokenizer, str(row[OBJECT]))]
     facts = Facts(*cut(usable))
     if not (facts.train and facts.dev and facts.test):

@@ -48,11 +48,11 @@ def read_few(folder: Path, task: SuperGlueTask, most: int | None = None) -> Spli
     Raises:
         DataError: a file, column or label is missing, or the label is not the task's.
     """
-    name = task.folder.lower()
-    folders = [path for path in sorted(folder.glob("*")) if path.name.lower() == name]
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "is not there"
         raise DataError(f"{folder} {problem}; give FewGLUE's folder (--data)")
+    name = task.folder.lower()
+    folders = [path for path in sorted(folder.glob("*")) if path.name.lower() == name]
     if not folders:
         raise DataError(f"{folder} has no folder {task.folder}; give FewGLUE's folder (--data)")
     task_folder = folders[0]
