@@ -38,12 +38,24 @@ def entry(folder: Path, name: str) -> Path:
     return folder / name
 
 
+def named(path: str | Path) -> Path:
+    """What was given as the path of a file or folder, seen to be one.
+
+    Raises:
+        InputError: it is none, or has no name: an empty one would be the working directory.
+    """
+    if not isinstance(path, str | os.PathLike) or not str(path).strip():
+        raise InputError(f"{path!r} is no path; give the name of a file or folder")
+    return Path(path)
+
+
 def real(path: str | Path) -> Path:
     """Absolute, and with symbolic links followed.
 
     Raises:
-        InputError: the system cannot have a file of that name.
+        InputError: it is no path (`named`), or the system cannot have a file of that name.
     """
+    path = named(path)
     try:
         return Path(os.path.realpath(path))
     except ValueError as error:  # a zero byte, half a surrogate pair
@@ -97,8 +109,9 @@ def local_folder(
 
     Raises:
         PromptFileError: neither exists.
+        InputError: it is no path.
     """
-    folder = Path(path) / (subfolder or "")
+    folder = named(path) / (subfolder or "")
     if folder.is_dir():
         return folder
     if folder.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):

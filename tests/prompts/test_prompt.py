@@ -1174,3 +1174,13 @@ def test_counts_may_be_numpys(tmp_path: Path) -> None:
     prompt.save(tmp_path)
     same(ptuning.Prompt.load(tmp_path), prompt)
     assert ptuning.TrainSettings(epochs=np.int64(2)).epochs == 2  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("nothing", ["", " ", 3, None, b"x"])
+def test_what_is_no_path_names_no_folder_of_a_prompt(nothing: Any) -> None:
+    for use in (trained().save, ptuning.Prompt.load, ptuning.Merged.load):
+        with pytest.raises(InputError, match="is no path; give the name"):
+            use(nothing)
+    for read in (ptuning.read_examples, ptuning.load_model):
+        with pytest.raises(InputError, match="is no path; give the name"):
+            read(nothing)

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -688,3 +691,43 @@ def test_numpys_numbers_are_numbers_and_what_is_no_setting_is_said() -> None:
         train(model, tokenizer, prompt_for(), ROWS, settings={"epochs": 1})  # type: ignore[arg-type]
     with pytest.raises(InputError, match="population is True"):
         train(model, tokenizer, prompt_for(), ROWS, population=True)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"lessons": [1]}, "expected Lessons"),
+        ({"listener": 3}, "expected a function"),
+        ({"output": 3}, "3 is no path"),
+        ({"output": ""}, "'' is no path"),
+    ],
+)
+def test_helpers_and_places_that_are_none_are_refused_in_words(
+    wrong: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        train(tiny.model("llama"), tiny.tokenizer(), prompt_for(), ROWS, epochs=1, **wrong)
+
+
+def test_a_trainers_module_that_is_forgotten_gives_the_model_back() -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    module, _, collator = ptuning.trainer_parts(model, tokenizer, prompt_for(), ROWS)
+    assert not any(p.requires_grad for p in model.parameters())
+    del module, collator
+    gc.collect()
+    assert all(p.requires_grad for p in model.parameters())
+    assert not model.get_input_embeddings()._forward_hooks
+
+
+def test_a_trainers_module_that_is_still_open_lets_the_process_end_in_silence() -> None:
+    script = (
+        "import ptuning; from tests import tiny; from ptuning import Prompt\n"
+        "model, tokenizer = tiny.model('llama'), tiny.tokenizer()\n"
+        "prompt = Prompt('[P*3] {text} [MASK]')\n"
+        "rows = [{'text': 'a', 'answer': 'b'}]\n"
+        "module = ptuning.trainer_parts(model, tokenizer, prompt, rows)\n"
+    )
+    root = Path(__file__).parents[2]
+    ran = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    assert ran.returncode == 0
+    assert "ignored" not in ran.stderr and "Error" not in ran.stderr

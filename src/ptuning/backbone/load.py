@@ -14,6 +14,7 @@ from filelock import FileLock
 
 from ..devices import best_device
 from ..errors import InputError, PtuningError
+from ..places import named
 from ..storage import one_save, settle
 from . import eight_bits
 from .number_format import FULL, Choice, fastest
@@ -63,6 +64,7 @@ def load_model(
     """
     import transformers
 
+    name = str(named(name))
     place = torch.device(device) if device else best_device()
     eight_bits.check_frozen(frozen, place)
     chosen = choose_dtype(name, dtype, device=place).dtype

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import DataError
+from ..places import named
 from .hub import hub_rows
 from .json_rows import json_rows
 from .parquet import parquet_rows
@@ -33,6 +34,7 @@ def read_examples(source: str | Path, separator: str | None = None) -> list[Row]
 
     Raises:
         DataError: missing, empty, malformed (with the line), or of an unknown kind.
+        InputError: `source` is no path, such as rows themselves.
     """
     return list(stream_examples(source, separator))
 
@@ -56,7 +58,7 @@ def is_parquet(source: str | Path) -> bool:
 
 
 def _rows(source: str | Path, separator: str | None) -> Iterator[Row]:
-    path = Path(source)
+    path = named(source)
     kind = _kind(path)
     if separator is not None and (len(separator) != 1 or separator in '"\r\n'):
         raise DataError(f"the separator is {separator!r}; give one character, such as ';'")

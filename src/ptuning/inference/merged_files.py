@@ -66,7 +66,7 @@ class Merged(NamedTuple):
         Raises:
             PromptFileError: it holds no merged model, or a damaged one.
         """
-        folder = Path(folder)
+        folder = places.named(folder)
         if not holds_merged(folder):
             raise PromptFileError(
                 f"{folder} holds no merged model ({PROMPTS} and config.json); give a folder that "

@@ -223,8 +223,9 @@ class Prompt(PromptSettings):
     ) -> dict[str, bytes]:
         """What `save` writes into `folder`: name -> content. PEFT's files of an earlier save, where
         they are not among them, have to go."""
+        folder = places.named(folder)
         content = self.contents(keep_encoder=keep_encoder, folder=folder)
-        if prompt_files.has_other_card(Path(folder)):
+        if prompt_files.has_other_card(folder):
             del content[prompt_files.CARD]
         vectors = self.trained_vectors().float()
         kind = self.base_model.get("kind", "causal")

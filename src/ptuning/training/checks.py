@@ -7,10 +7,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..data.rows import brief
 from ..errors import DataError, InputError
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
 from ..rendering.example import Example, answer_column, check_rows
+from ..rendering.lesson import Lessons
 from .accelerator import check_tracker
 from .calibration import check_calibration
 from .ensemble import check_ensemble
@@ -29,6 +31,18 @@ def check_some(rows: Sequence[Example]) -> None:
     """
     if not rows:
         raise DataError("there is no training example; give at least one")
+
+
+def check_helpers(lessons: Any, listener: Any) -> None:
+    """Refuse what can neither be learnt from nor be told.
+
+    Raises:
+        InputError: `lessons` that are no `Lessons`, or a `listener` that cannot be called.
+    """
+    if not isinstance(lessons, Lessons | None):
+        raise InputError(f"lessons is {brief(repr(lessons))}; expected Lessons, as `distill` makes")
+    if listener is not None and not callable(listener):
+        raise InputError(f"listener is {brief(repr(listener))}; expected a function of a Progress")
 
 
 def check_whole(task: Task, rows: Sequence[Example], *, answered: bool = True) -> None:

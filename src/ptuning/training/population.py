@@ -8,6 +8,7 @@ alone.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import accumulate
@@ -133,7 +134,7 @@ class Population(nn.Module):
                 self._injector = Injector.on(model)
                 self._span = self._injector.add(rows, first_free_id(tokenizer))
             stack.callback(self._injector.remove, self._span)
-            self._undo = stack.pop_all()
+            self._undo = weakref.finalize(self, stack.pop_all().close)  # also at the exit
         self.register_state_dict_post_hook(_drop_base)
         self.register_load_state_dict_post_hook(_expect_no_base)
 
@@ -217,7 +218,7 @@ class Population(nn.Module):
 
     def close(self) -> None:
         """Take the hooks off and give the base model its mode and gradients back."""
-        self._undo.close()
+        self._undo()
 
     def __enter__(self) -> Population:
         return self

@@ -21,6 +21,7 @@ from ..data import Rows, as_rows
 from ..data.setting_aside import set_aside
 from ..data.values import plain
 from ..errors import InputError
+from ..places import named
 from ..prompts.consistency import check_kind
 from ..prompts.prompt import Prompt
 from ..prompts.task import majority_answer
@@ -28,7 +29,7 @@ from ..rendering.example import answer_column
 from ..rendering.lesson import Lessons
 from . import checkpoint, guidance
 from .calibration import calibrate
-from .checks import check_run, check_some, check_whole
+from .checks import check_helpers, check_run, check_some, check_whole
 from .ensemble import best_members
 from .folds import FoldResult, choose, splits
 from .grid import choices
@@ -101,6 +102,7 @@ def train(
         started = time.monotonic()
         settings = with_options(TrainSettings() if settings is None else settings, options)
         check_kind(prompt, Prompt)
+        check_helpers(lessons, listener)
         draft = prompt.checked()  # a training that fails leaves the prompt as it was
         rows, aside = as_rows(rows), False
         check_some(rows)
@@ -134,7 +136,7 @@ def train(
             if listener is None and verbose and distributed.state().is_main_process:
                 listener = showing.enter_context(shown())
             listener = listener or (lambda progress: None)
-            place = None if output is None else Path(output).absolute()  # whatever chdir does
+            place = None if output is None else named(output).absolute()  # whatever chdir does
             showing.enter_context(distributed.locked(place and place / checkpoint.FOLDER))
             folds: FoldResult | None = None
             if settings.folds:
