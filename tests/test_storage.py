@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -277,3 +278,33 @@ def test_an_ordinary_name_is_an_entry(name: str, tmp_path: Path) -> None:
 def test_json_that_means_two_things_or_nothing_is_refused(text: str, fault: str) -> None:
     with pytest.raises(PromptFileError, match=fault):
         parse_json(text, "x.json")
+
+
+def test_what_was_never_a_complete_save_neither_stops_readers_nor_savers(tmp_path: Path) -> None:
+    folder = tmp_path / "f"
+    storage.write_folder(folder, OLD)
+    (folder / ".ptuning-saved").mkdir()
+    (folder / ".ptuning-saved" / "a").write_bytes(b"half")
+    with storage.reading(folder):
+        assert (folder / "a").read_bytes() == b"old a"
+    storage.write_folder(folder, NEW)
+    assert content(folder) == OLD | NEW and not hidden(folder)
+
+
+def test_where_a_file_system_has_no_locks_a_save_leaves_another_ones_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", unknown)
+    with storage.one_save(tmp_path / "one") as staged:
+        storage.write_all(staged, OLD)
+        storage.write_folder(tmp_path / "other", NEW)
+        assert content(staged) == OLD
+    assert content(tmp_path / "one") == OLD and content(tmp_path / "other") == NEW
+    dead = tmp_path / "other" / ".ptuning-01234567"
+    dead.mkdir()
+    os.utime(dead, (0, 0))
+    storage.write_folder(tmp_path / "other", NEW)
+    assert not dead.exists()

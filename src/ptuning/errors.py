@@ -4,6 +4,10 @@ Wrong input also is a ``ValueError``, so callers need not know this package to c
 The command line turns every ``PtuningError`` into one line and the exit code given here.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 
 class PtuningError(Exception):
     """Base of all errors of this package; on the command line a failure (exit code 1)."""
@@ -40,6 +44,16 @@ def excerpt(text: str, at: int = 0, most: int = 300) -> str:
     start = max(0, min(at - most // 2, len(text) - most))
     end = start + most
     return f"{'…' if start else ''}{text[start:end]}{'…' if end < len(text) else ''}"
+
+
+def repeated(names: Iterable[str]) -> str:
+    """The first name that has stood before, for a message; empty where all differ."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return ""
 
 
 class DataError(InputError):

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .errors import PromptFileError
+from .errors import PromptFileError, repeated
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _MOST_BYTES, _MOST_LEVELS = 64 * 2**20, 50
@@ -57,7 +57,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+            # Copies: a tensor of safetensors is a view of the file, whatever becomes of that.
+            found = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return found, metadata
     except (safetensors.SafetensorError, OSError) as error:
         with open(path, "rb") as raw:
             start = raw.read(3)
@@ -149,8 +151,7 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = repeated(key for key, _ in pairs)
         raise ValueError(f"the key {twice!r} stands there twice; keep one of them")
     return found
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from .errors import InputError, PromptFileError
+from .errors import InputError, PromptFileError, excerpt
 
 try:
     import fcntl
 except ImportError:  # Windows: readers and writers of one folder do not wait for each other there
     fcntl = None  # type: ignore[assignment]
-
-HOLDS = fcntl is not None
-"""Folders can be held here."""
 
 
 def entry(folder: Path, name: str) -> Path:
@@ -42,10 +40,19 @@ def named(path: str | Path) -> Path:
     """What was given as the path of a file or folder, seen to be one.
 
     Raises:
-        InputError: it is none, or has no name: an empty one would be the working directory.
+        InputError: it is none; or has no name: an empty one would be the working directory; or the
+            system cannot have a file of that name.
     """
     if not isinstance(path, str | os.PathLike) or not str(path).strip():
         raise InputError(f"{path!r} is no path; give the name of a file or folder")
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            told = excerpt(str(path), most=200)
+            raise InputError(f"{told} is too long for a file; choose a shorter name") from None
+    except ValueError as error:  # a zero byte, half a surrogate pair
+        raise InputError(f"{str(path)!r} can be no file's name: {error}; give another") from None
     return Path(path)
 
 
@@ -53,23 +60,20 @@ def real(path: str | Path) -> Path:
     """Absolute, and with symbolic links followed.
 
     Raises:
-        InputError: it is no path (`named`), or the system cannot have a file of that name.
+        InputError: it is no path (`named`).
     """
-    path = named(path)
-    try:
-        return Path(os.path.realpath(path))
-    except ValueError as error:  # a zero byte, half a surrogate pair
-        raise InputError(f"{str(path)!r} can be no file's name: {error}; give another") from None
+    return Path(os.path.realpath(named(path)))
 
 
 @contextmanager
-def held(folder: Path, shared: bool, wait: bool = True) -> Iterator[bool]:
+def held(folder: Path, shared: bool, wait: bool = True) -> Iterator[bool | None]:
     """Hold a folder among the processes of this computer; gives False where another has it.
 
-    The kernel keeps the hold, so nothing stays behind. Where a file system has no locks all may.
+    The kernel keeps the hold, so nothing stays behind. Where a system or file system has no locks
+    all may, and None says that nobody knows of the others.
     """
     if fcntl is None:
-        yield True
+        yield None
         return
     try:
         descriptor = os.open(folder, os.O_RDONLY)
@@ -77,17 +81,17 @@ def held(folder: Path, shared: bool, wait: bool = True) -> Iterator[bool]:
         yield False
         return
     except OSError:  # a folder that may be entered and not listed
-        yield True
+        yield None
         return
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    free = True
+    free: bool | None = True
     try:
         try:
             fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
         except BlockingIOError:
             free = False
-        except OSError:
-            pass
+        except OSError:  # a file system without locks
+            free = None
         yield free
     finally:
         if free:

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from .errors import InputError, PromptFileError, PtuningError
 from .formats import pack_json, read_json
-from .places import HOLDS, held, real
+from .places import held, real
 
 _OWN = ".ptuning-"
 _SAVED = f"{_OWN}saved"
@@ -131,7 +131,8 @@ def remove_own(folder: Path, names: Sequence[str] = ()) -> None:
         for name in names:
             (folder / name).unlink(missing_ok=True)
         _remove_dead(folder)
-        shutil.rmtree(folder / _SAVED, ignore_errors=True)
+        if (folder / _SAVED).exists():
+            _clear(folder)
         folder.rmdir()
 
 
@@ -141,7 +142,7 @@ def settle(folder: Path) -> None:
     Raises:
         PromptFileError: the folder cannot be written.
     """
-    if not (folder / _SAVED).is_dir():
+    if not _complete(folder):
         return
     try:
         with held(folder, shared=False):
@@ -160,7 +161,7 @@ def reading(folder: Path) -> Iterator[None]:
         while True:
             settle(folder)
             stack.enter_context(held(folder, shared=True))
-            if not (folder / _SAVED).is_dir():  # else a writer was killed in between
+            if not _complete(folder):  # else a writer was killed in between
                 break
             stack.close()
         yield
@@ -205,10 +206,9 @@ def locked(folder: str | Path) -> Iterator[None]:
 
 
 def _by_whom(path: Path) -> str:
-    try:
+    with suppress(OSError, ValueError):
         return f" (process {int(path.read_text())})"
-    except (OSError, ValueError):
-        return ""
+    return ""
 
 
 def check_writable(folder: str | Path) -> None:
@@ -235,9 +235,8 @@ def holds_something(folder: str | Path) -> bool:
     try:
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} is a file; give a folder")
-        return folder.is_dir() and any(
-            name == _SAVED or not name.startswith(_OWN) for name in os.listdir(folder)
-        )
+        names = os.listdir(folder) if folder.exists() else []
+        return _complete(folder) or any(not name.startswith(_OWN) for name in names)
     except OSError as error:
         raise _cannot_write(folder, error) from error
 
@@ -266,7 +265,9 @@ def _staging(place: Path) -> Iterator[Path]:
             staged = place / f"{_OWN}{secrets.token_hex(4)}"
             staged.mkdir()
             alive = stack.enter_context(held(staged, shared=False, wait=False))
-            if alive and staged.is_dir():  # else another process has just taken it for dead
+            if (
+                alive is not False and staged.is_dir()
+            ):  # else another process has just taken it for dead
                 break
         try:
             yield staged
@@ -280,7 +281,7 @@ def _remove_dead(place: Path) -> None:
         if len(path.name) != len(_OWN) + 8 or not path.is_dir():
             continue
         with suppress(OSError), held(path, shared=False, wait=False) as free:
-            if free and (HOLDS or time.time() - path.stat().st_mtime > _DEAD_AFTER):
+            if free or (free is None and time.time() - path.stat().st_mtime > _DEAD_AFTER):
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -304,6 +305,8 @@ def _put_in_place(staged: Path, folder: Path, remove: Sequence[str]) -> None:
     _sync(staged)
     with held(folder, shared=False):
         _move_in(folder)
+        if (folder / _SAVED).exists():  # what was never a complete save
+            _clear(folder)
         os.replace(staged, folder / _SAVED)
         _sync_folder(folder)
         _move_in(folder)
@@ -312,10 +315,10 @@ def _put_in_place(staged: Path, folder: Path, remove: Sequence[str]) -> None:
 def _move_in(folder: Path) -> None:
     """Put the files of the complete save in `folder`, if there is one, in their places."""
     saved = folder / _SAVED
-    if not (saved / _MANIFEST).is_file():
+    if not _complete(folder):
         return
     manifest = read_json(saved / _MANIFEST)
-    names, remove = ([n for n in manifest.get(k, []) if _plain(n)] for k in ("files", "remove"))
+    names, remove = (list(filter(_plain, manifest.get(k, []))) for k in ("files", "remove"))
     for name in remove:
         if name not in names or (saved / name).exists():
             _take_away(folder / name, saved)
@@ -325,8 +328,18 @@ def _move_in(folder: Path) -> None:
                 _take_away(folder / name, saved)
             os.replace(saved / name, folder / name)
     _sync_folder(folder)
+    _clear(folder)
+
+
+def _complete(folder: Path) -> bool:
+    """A complete save waits in `folder`; without a list of its files it is none."""
+    return (folder / _SAVED / _MANIFEST).is_file()
+
+
+def _clear(folder: Path) -> None:
+    """Remove what stands where a complete save waits; at no moment half of it stands there."""
     done = folder / f"{_OWN}{secrets.token_hex(4)}"
-    os.replace(saved, done)
+    os.replace(folder / _SAVED, done)
     shutil.rmtree(done, ignore_errors=True)
 
 
@@ -365,15 +378,15 @@ def _give_usual_rights(staged: Path) -> None:
 
 def _take_mode(new: Path, old: Path) -> None:
     if new.is_file() and old.is_file():
-        os.chmod(new, stat.S_IMODE(old.stat().st_mode))
+        shutil.copymode(old, new)
 
 
 def _sync(folder: Path) -> None:
     """Have all files of a folder, and what is below it, on the disk."""
     for place, _, names in os.walk(folder):
         for name in names:
-            with open(Path(place) / name, "rb") as file:
-                os.fsync(file.fileno())
+            with open(Path(place) / name, "r+b" if os.name == "nt" else "rb") as file:
+                os.fsync(file.fileno())  # Windows: of a file that is written
         _sync_folder(Path(place))
 
 

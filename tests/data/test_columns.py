@@ -158,3 +158,16 @@ def test_a_share_that_is_none_is_refused(share: Any) -> None:
 def test_a_fifth_is_set_aside_of_many_500_and_of_few_none() -> None:
     assert [usual_share(n) for n in (9, 10, 2500)] == [0.0, 0.2, 0.2]
     assert round(usual_share(100_000) * 100_000) == 500
+
+
+def test_wide_tables_of_columns_that_say_the_same_are_seen_through_at_once() -> None:
+    labels = ["red", "green", "blue"]
+    rows = [
+        {
+            "text": f"it is {n} {n % 7} things",
+            **{f"c{i}": labels[n % 3] + str(i) for i in range(300)},
+        }
+        for n in range(600)
+    ]
+    found = columns_of(rows, "c0")
+    assert found.read == ("text",) and len(found.left_out) == 299

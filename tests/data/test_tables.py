@@ -176,3 +176,17 @@ def test_names_that_can_be_none_are_data_errors(name: str) -> None:
     with pytest.raises(DataError) as caught:
         read_examples(name)
     assert len(str(caught.value)) < 500
+
+
+def test_a_data_frame_may_have_a_column_of_any_name() -> None:
+    frame = pandas.DataFrame({"features": ["a", "b"], "map": [1, 2], "label": ["x", "y"]})
+    assert as_rows(frame) == frame.to_dict("records")
+
+
+def test_numpys_times_read_as_dates_do() -> None:
+    day = numpy.datetime64("2020-01-01T12:30")
+    for unit in ("m", "ms", "ns"):
+        assert text_of("day", day.astype(f"datetime64[{unit}]")) == "2020-01-01 12:30:00"
+    assert text_of("day", numpy.datetime64("2020-01-01", "D")) == "2020-01-01"
+    assert text_of("day", numpy.timedelta64(90, "s").astype("timedelta64[ns]")) == "0:01:30"
+    assert text_of("day", numpy.datetime64("NaT", "ns")) == ""

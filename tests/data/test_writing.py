@@ -11,7 +11,7 @@ import pytest
 
 from ptuning.data import read_examples
 from ptuning.data.partial import Output, begun
-from ptuning.data.writing import convert, json_line
+from ptuning.data.writing import convert, json_line, write_parquet
 from ptuning.errors import DataError, InputError, PtuningError
 
 ROWS: list[dict[str, Any]] = [
@@ -193,3 +193,23 @@ def test_a_place_where_nothing_can_be_written_is_one_error(tmp_path: Path) -> No
     output = Output(tmp_path / "file" / "out.jsonl")
     with pytest.raises(PtuningError, match="cannot write to"), begun(output, {}, False, False):
         pass
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"k": {}}, {"k": {}}],
+        [{"k": {"inner": {}}}],
+        [{"k": [{}]}],
+        [{"k": 2**60 + 1}] * 10_000 + [{"k": 0.5}],
+        [{"k": 0.5}] * 10_000 + [{"k": 2**60 + 1}],
+        [{"k": [2**60 + 1]}, {"k": [0.5]}],
+    ],
+)
+def test_what_parquet_has_no_type_for_becomes_text(
+    rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    write_parquet(tmp_path / "a.parquet", lambda: iter(rows), ["k"])
+    read = read_examples(tmp_path / "a.parquet")
+    texts = [row["k"] if isinstance(row["k"], str) else json.dumps(row["k"]) for row in rows]
+    assert [row["k"] for row in read] == texts

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 import ptuning
-from ptuning import Prompt, Task, TrainSettings
+from ptuning import Prompt, Task, TrainSettings, predict_details
 from ptuning.errors import DataError, InputError
 from ptuning.experiments.lama import templates as templates
 from ptuning.experiments.lama.options import LamaOptions
@@ -141,7 +143,7 @@ def test_without_words_to_begin_with_the_template_is_anchored(manual: str) -> No
 
 @pytest.mark.parametrize(("facts", "epochs"), [(28, 10), (246, 5), (800, 3)])
 def test_small_relations_are_passed_over_more_often(facts: int, epochs: int) -> None:
-    options = LamaOptions(("own",), {"encoder": ["none"]}, 3, 1, None, TrainSettings(batch_size=8))
+    options = LamaOptions(("own",), settings=TrainSettings(batch_size=8))
     some = Facts([{}] * facts, [], [])
     assert options.settings_for(some).epochs == epochs
     assert replace(options, epochs=2).settings_for(some).epochs == 2
@@ -400,3 +402,29 @@ def test_a_number_is_a_subject_and_a_file_without_facts_leaves_its_relation_out(
     (data / "P99.jsonl").write_text("")
     code, _, err = lama()
     assert code == 0 and "P99 is left out" in err, err
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_an_ensembles_ranks_are_those_of_its_members_mean(family: str) -> None:
+    tokenizer = tiny.tokenizer(around=family == "bert")
+    model = tiny.model(family, vocab_size=len(tokenizer))
+    words = one_token_words(tokenizer)[:9]
+    rows = [{"sub_label": "town " * (n % 4 + 1), "obj_label": w} for n, w in enumerate(words)]
+    texts = ("[P*2] {sub_label} is in [MASK]", "[P*3] The town of {sub_label} [P] [MASK]")
+    members = [Prompt(text, answer="obj_label", answer_end=False) for text in texts]
+    for member in members:
+        count = member.num_virtual_tokens
+        member.vectors = torch.randn(count or 0, model.config.hidden_size)
+    both = copy.copy(members[0])
+    both.others = (members[1],)
+    ids = [tokenizer(" " + w, add_special_tokens=False)["input_ids"][0] for w in words]
+    said = [predict_details(model, tokenizer, m, rows, candidates=words) for m in members]
+    for candidates in (ids, None):
+        found = ranks(model, tokenizer, [both, *members], rows, candidates=candidates)
+        assert found[1:] == [ranks(model, tokenizer, [m], rows, candidates)[0] for m in members]
+        assert found[0] != found[1]
+        if candidates:
+            for row, rank, one, other in zip(rows, found[0], *said, strict=True):
+                mean = {w: log(one.probabilities[w]) + log(other.probabilities[w]) for w in words}
+                right = mean[row["obj_label"]]
+                assert rank == sum(value >= right - 1e-6 for value in mean.values())

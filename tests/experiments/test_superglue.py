@@ -19,6 +19,7 @@ from ptuning.experiments.superglue.tasks import TASKS
 from ptuning.inference.evaluation import teacher_forced
 from ptuning.prompts.task import Task
 from ptuning.rendering.render import Renderer
+from ptuning.training import ensemble
 from ptuning.training.settings import TrainSettings
 
 from .. import tiny
@@ -372,7 +373,7 @@ def test_members_near_the_best_answer_together_with_a_bias_from_dev(
     settings = TrainSettings(choose_by="loss", patience=0, epochs=1, learning_rate=0.3)
     options = SuperGlueOptions(best_templates=3, together=together, settings=settings)
     for near in (1.0, 100.0):
-        monkeypatch.setattr(experiment, "_NEAR", near)
+        monkeypatch.setattr(ensemble, "_NEAR", near)
         figures, prompt = experiment.tuned(model, tokenizer, task, splits, found, options)
         every = sum(
             t["verbalizer"] == found["templates"][0]["verbalizer"] for t in found["templates"]

@@ -1184,3 +1184,13 @@ def test_what_is_no_path_names_no_folder_of_a_prompt(nothing: Any) -> None:
     for read in (ptuning.read_examples, ptuning.load_model):
         with pytest.raises(InputError, match="is no path; give the name"):
             read(nothing)
+
+
+def test_a_loaded_prompt_stays_what_it_is_whatever_becomes_of_its_file(tmp_path: Path) -> None:
+    prompt = trained()
+    prompt.save(tmp_path / "p")
+    loaded = ptuning.Prompt.load(tmp_path / "p")
+    with open(tmp_path / "p" / "prompt.safetensors", "r+b") as file:  # as cp and rsync write
+        file.truncate(0)
+        file.write(bytes(4096))
+    assert torch.equal(loaded.trained_vectors(), prompt.trained_vectors())

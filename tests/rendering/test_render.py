@@ -1022,3 +1022,25 @@ def test_an_extended_copy_goes_with_its_tokenizer() -> None:
     del tokenizer
     gc.collect()
     assert copied() is None
+
+
+def test_texts_that_hold_names_of_virtual_tokens_make_one_copy_more_at_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+    extended = virtual_ids._extended
+
+    def counted(*given: Any) -> Any:
+        made.append(given[1])
+        return extended(*given)
+
+    monkeypatch.setattr(virtual_ids, "_extended", counted)
+    renderer = Renderer(tiny.tokenizer(), Prompt("[P*2] {text} [MASK]"), "causal", None)
+    for number in range(9):
+        text = "".join(f"<|virtual-{n}:0|>" for n in range(number))
+        rendered = renderer({"text": text, "answer": "no"}).sequences[0].ids
+        assert list(rendered).count(-1) == 1 and list(rendered).count(-2) == 1
+    assert len(made) <= 2
+    other = made[-1]
+    renderer({"text": f"<|virtual-0:0|>{other}0|>", "answer": "no"})
+    assert len(made) <= 3 and made[-1] != other

@@ -76,10 +76,3 @@ def device_of(model: nn.Module) -> torch.device:
     """Where a model takes its inputs."""
     device = getattr(model, "device", None)
     return device if isinstance(device, torch.device) else next(model.parameters()).device
-
-
-def first_free_id(tokenizer: Any) -> int:
-    """One past the tokenizer's highest id (its length, unless its ids have holes)."""
-    if tokenizer is None:
-        return 0
-    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)

@@ -6,7 +6,6 @@ quantized.
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Collection
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, PromptFileError
 from .injection import input_embedding
+from .tokens import tokenizer_hash
 from .traits import kind_of
 from .upstream import commit_of
 
@@ -152,16 +152,6 @@ def fingerprint(saved: dict[str, Any]) -> dict[str, Any]:
             "the prompt again, or retrain"
         ) from None
     return {"width": width, "rows": rows, "columns": columns, "values": values}
-
-
-def tokenizer_hash(tokenizer: Any, without: Collection[int] = ()) -> str:
-    """SHA-256 over the vocabulary with its ids, shortened to 32 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
-        if index in without:
-            continue
-        digest.update(f"{index}\t{token}\n".encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()[:32]
 
 
 def name_of(model: nn.Module) -> str:

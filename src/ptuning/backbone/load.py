@@ -64,7 +64,8 @@ def load_model(
     """
     import transformers
 
-    name = str(named(name))
+    named(name)
+    name = os.fspath(name)  # as it is written: a hub name's slash stays one on Windows
     place = torch.device(device) if device else best_device()
     eight_bits.check_frozen(frozen, place)
     chosen = choose_dtype(name, dtype, device=place).dtype

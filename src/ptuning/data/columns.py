@@ -67,13 +67,14 @@ def columns_of(
         raise DataError("there is no example to look at; give at least one")
     table = {name: _texts(rows, name) for name in dict.fromkeys(n for row in rows for n in row)}
     answer = _answer(table, answer)
+    answers = _order(table[answer])
     read, left_out, twin = [], {}, None
     for name, texts in table.items():
         if name == answer:
             continue
         if why := _unfit(name, texts):
             left_out[name] = why
-        elif _says_the_same(texts, table[answer]):
+        elif answers and _order(texts) == answers:
             left_out[name], twin = _TWIN, twin or name
         elif why := _says_nothing(name, texts or []):
             left_out[name] = why
@@ -143,23 +144,22 @@ def _has_few_values(texts: list[str]) -> bool:
 
 def _without_twins(names: list[str], table: Mapping[str, list[str] | None]) -> list[str]:
     """Of columns that say the same the one in words."""
-    kept: list[str] = []
+    kept: dict[Any, str] = {}
     for name in sorted(names, key=lambda n: not _in_words(table[n] or [])):
-        if not any(_says_the_same(table[name], table[other]) for other in kept):
-            kept.append(name)
-    return [name for name in names if name in kept]
+        kept.setdefault(_order(table[name]) or name, name)
+    return [name for name in names if name in kept.values()]
 
 
 def _in_words(texts: Sequence[str]) -> bool:
     return any(c.isalpha() for text in texts for c in text)
 
 
-def _says_the_same(texts: list[str] | None, others: list[str] | None) -> bool:
-    """Each value of one stands beside one value of the other, and does so often."""
-    if texts is None or others is None:
-        return False
-    pairs = len(set(zip(texts, others, strict=True)))
-    return pairs == len(set(texts)) == len(set(others)) and _OFTEN * pairs <= len(texts)
+def _order(texts: list[str] | None) -> tuple[int, ...]:
+    """For each value the number of its first row: of two columns the same where each value of one
+    stands beside one value of the other. Empty where values do not come often enough to tell."""
+    first: dict[str, int] = {}
+    order = tuple(first.setdefault(text, row) for row, text in enumerate(texts or ()))
+    return order if _OFTEN * len(first) <= len(order) else ()
 
 
 def _unfit(name: str, texts: list[str] | None) -> str | None:

@@ -127,9 +127,14 @@ class Partial:
         output, made = self._output, self.path
         with refused(output.asked):
             os.fsync(self._file.fileno())
+            self._file.close()  # Windows moves no open file
             if output.kind not in JSON_LINES:
                 made = Path(f"{self.path}.made")
-                convert(made)
+                try:
+                    convert(made)
+                except BaseException:
+                    made.unlink(missing_ok=True)
+                    raise
             if output.path.exists():
                 os.chmod(made, stat.S_IMODE(output.path.stat().st_mode))
             os.replace(made, output.path)
@@ -204,8 +209,8 @@ def _before(row: Row, added: str) -> bytes:
     return json_line({**row, added: None}).removesuffix(b"null}\n")
 
 
-def _check_free(free: bool, output: Output) -> None:
-    if not free:
+def _check_free(free: bool | None, output: Output) -> None:
+    if free is False:
         raise InputError(f"another run is writing to --output {output.asked}; wait for it")
 
 

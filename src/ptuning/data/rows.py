@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from ..errors import DataError
+from ..errors import DataError, repeated
 
 Row = dict[str, Any]
 """One example: column -> value."""
@@ -43,8 +43,7 @@ def unique_names(names: Sequence[str], where: str) -> None:
         DataError: names the column.
     """
     if len(set(names)) < len(names):
-        twice = next(name for name in names if list(names).count(name) > 1)
-        raise DataError(f"{where} has the column {twice!r} twice; rename one of the two")
+        raise DataError(f"{where} has the column {repeated(names)!r} twice; rename one of the two")
 
 
 def named(names: Iterable[Any]) -> str:

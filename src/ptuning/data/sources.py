@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import DataError
+from ..errors import DataError, InputError
 from ..places import named
 from .hub import hub_rows
 from .json_rows import json_rows
@@ -34,7 +34,6 @@ def read_examples(source: str | Path, separator: str | None = None) -> list[Row]
 
     Raises:
         DataError: missing, empty, malformed (with the line), or of an unknown kind.
-        InputError: `source` is no path, such as rows themselves.
     """
     return list(stream_examples(source, separator))
 
@@ -58,15 +57,19 @@ def is_parquet(source: str | Path) -> bool:
 
 
 def _rows(source: str | Path, separator: str | None) -> Iterator[Row]:
-    path = named(source)
+    try:
+        path = named(source)
+    except InputError as error:
+        raise DataError(f"data: {error}") from None
     kind = _kind(path)
     if separator is not None and (len(separator) != 1 or separator in '"\r\n'):
         raise DataError(f"the separator is {separator!r}; give one character, such as ';'")
     try:
         exists, is_file, is_folder = path.exists(), path.is_file(), path.is_dir()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "no name for a file"
-        raise DataError(f"data file {brief(str(source))} cannot be read: {reason}") from None
+    except OSError as error:
+        raise DataError(
+            f"data file {brief(str(source))} cannot be read: {error.strerror}"
+        ) from None
     known = (*_JSON, *_SEPARATORS, ".parquet")
     if kind not in known and not exists:
         return hub_rows(str(source))

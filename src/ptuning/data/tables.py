@@ -41,8 +41,6 @@ def as_rows(source: Rows) -> list[Row]:
 def _rows_of(source: Any) -> Iterator[Row]:
     if isinstance(source, str | PathLike):
         return stream_examples(source)  # type: ignore[arg-type]
-    if hasattr(source, "features") and hasattr(source, "map"):
-        return dataset_rows(source)
     columns = getattr(source, "columns", None)
     if columns is not None and hasattr(source, "to_dict"):
         names = [str(name) for name in columns]
@@ -50,6 +48,8 @@ def _rows_of(source: Any) -> Iterator[Row]:
         if hasattr(source, "to_dicts"):  # polars
             return iter(source.to_dicts())
         return iter(source.set_axis(names, axis="columns").to_dict("records"))
+    if hasattr(source, "features") and hasattr(source, "map"):
+        return dataset_rows(source)
     if hasattr(source, "to_pylist") and hasattr(source, "column_names"):  # pyarrow
         unique_names(source.column_names, "the table")
         return iter(source.to_pylist())

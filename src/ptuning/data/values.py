@@ -15,7 +15,10 @@ def plain(value: Any) -> Any:
     if isinstance(value, str | int | float) or value is None:
         return value
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-        return value.item()
+        kind = getattr(getattr(value, "dtype", None), "kind", "")
+        unit = {"M": "datetime64[us]", "m": "timedelta64[us]"}.get(kind)
+        bare = unit and isinstance(value.item(), int)  # what numpy makes of nanoseconds
+        return (value.astype(unit) if bare else value).item()
     return value
 
 
@@ -44,10 +47,12 @@ def text_of(column: str, value: Any) -> str:
         return ""
     else:
         text = _written(column, value)
-    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+    try:
+        text.encode()
+    except UnicodeEncodeError:
         raise DataError(
             f"the column {column!r} holds half a surrogate pair; repair its text: {_begin(text)}"
-        )
+        ) from None
     return text
 
 

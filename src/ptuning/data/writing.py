@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +96,19 @@ def write_parquet(path: Path, rows: Rereadable, columns: Sequence[str]) -> None:
     import pyarrow as pa
 
     kinds: dict[str, Any] = dict.fromkeys(columns, pa.null())
+    exact: set[str] = set()
     for some in in_blocks(rows(), _ROWS):
         for name in columns:
-            kinds[name] = _common(kinds[name], [row.get(name) for row in some])
-    schema = pa.schema([(name, kind or pa.string()) for name, kind in kinds.items()])
+            values = [row.get(name) for row in some]
+            kinds[name] = _common(kinds[name], values)
+            if any(map(_beyond_floats, values)):
+                exact.add(name)
+    kinds = {
+        name: None if kind is None or _cannot_hold(kind, name in exact) else kind
+        for name, kind in kinds.items()
+    }
+    texts = pa.string()
+    schema = pa.schema([(n, texts if kind is None else kind) for n, kind in kinds.items()])
     tables = (
         pa.table(
             [
@@ -139,13 +148,30 @@ def _common(kind: Any, values: list[Any]) -> Any:
     try:
         found = pa.array(_for_arrow(values, kind)).type
         both = [pa.schema([("", kind)]), pa.schema([("", found)])]
-        common = pa.unify_schemas(both, promote_options="permissive").types[0]
-        exact = pa.types.is_integer(found) or pa.types.is_integer(kind)
-        if exact and pa.types.is_floating(common) and not pa.types.is_floating(found):
-            pa.array(values, common)  # a whole number that floats do not hold makes it text
-        return common
+        return pa.unify_schemas(both, promote_options="permissive").types[0]
     except (pa.ArrowException, OverflowError, ValueError, TypeError):
         return None
+
+
+def _cannot_hold(kind: Any, exact: bool) -> bool:
+    """Parquet has no struct of nothing, and floats have not all whole numbers."""
+    import pyarrow as pa
+
+    inner = [kind.field(i).type for i in range(kind.num_fields)]
+    empty = pa.types.is_struct(kind) and not inner
+    return (
+        empty
+        or (exact and pa.types.is_floating(kind))
+        or any(_cannot_hold(one, exact) for one in inner)
+    )
+
+
+def _beyond_floats(value: Any) -> bool:
+    """There is a whole number in it that a float does not hold."""
+    if isinstance(value, dict | list | tuple):
+        return any(map(_beyond_floats, value.values() if isinstance(value, dict) else value))
+    value = plain(value)
+    return isinstance(value, int) and abs(value) > 2**53
 
 
 def _for_arrow(values: list[Any], kind: Any) -> list[Any]:
@@ -219,9 +245,4 @@ def _add_columns(path: Path, data: Path, added: Iterator[Row], names: Sequence[s
     first = next(made)
     fields = [first.schema.field(name) for name in names]
     whole = pa.schema([*schema, *fields], metadata=schema.metadata)
-    write_tables(path, whole, _chained(first, made))
-
-
-def _chained(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
+    write_tables(path, whole, chain([first], made))

@@ -102,7 +102,7 @@ def score_together(
         losses, hits = losses_of_labels(found, right, torch.arange(found.shape[1]))
         return float(hits.double().mean()), float(losses.double().mean())
     sums = torch.zeros(2, dtype=torch.float64)
-    for batch, sizes, _ in _batches_together(engine, examples, first_ids, batch_size):
+    for batch, sizes, _ in batches_together(engine, examples, first_ids, batch_size):
         means = mean_log_probabilities(engine.logits(batch), sizes)
         answers = batch.answers[first_rows(sizes)].to(means.device)
         hits = ((means.argmax(-1) == answers) | (answers == IGNORED)).all(1)
@@ -128,13 +128,13 @@ def label_log_probabilities(
     renderer = renderers[0]
     words = torch.tensor(renderer.owner)
     found = torch.zeros(len(examples[0]), len(renderer.labels))
-    for batch, sizes, chunk in _batches_together(engine, examples, first_ids, batch_size):
+    for batch, sizes, chunk in batches_together(engine, examples, first_ids, batch_size):
         scores = by_label(engine.word_scores(batch, len(words)).cpu(), words)
         found[chunk] = biased(mean_log_probabilities(scores, sizes), renderer.bias)
     return found
 
 
-def _batches_together(
+def batches_together(
     engine: Engine,
     examples: Sequence[list[Rendered]],
     first_ids: Sequence[int],

@@ -14,10 +14,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..backbone.base_model import first_free_id
 from ..backbone.identity import check_same
 from ..backbone.injection import Injector, Span
 from ..backbone.placement import Placement
+from ..backbone.tokens import first_free_id
 from ..backbone.upstream import uncompiled
 from ..errors import InputError
 from ..prompts.prompt import Prompt

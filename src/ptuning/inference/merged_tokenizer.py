@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..backbone.base_model import first_free_id
+from ..backbone.tokens import first_free_id
 from ..errors import InputError, PromptFileError
 from ..formats import parse_json
 from ..rendering.virtual_ids import add_virtual_tokens

@@ -11,7 +11,7 @@ as long as the tokenizer is what it was.
 from __future__ import annotations
 
 import copy
-import hashlib
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 
 from tokenizers import AddedToken
 
+from ..backbone.tokens import tokenizer_state
 from ..errors import InputError
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
@@ -135,26 +136,30 @@ class Names:
 
     def __init__(self, tokenizer: Any, count: int):
         self.tokenizer, self.count = tokenizer, count
-        self._made: dict[int, NamedTokenizer] = {}
+        self._usual: NamedTokenizer | None = None
+        self._other: NamedTokenizer | None = None
 
     def avoiding(self, text: str) -> NamedTokenizer:
-        """A tokenizer whose names do not occur in `text`."""
-        number = 0
-        while f"<|virtual-{number}:" in text:
-            number += 1
-        if number not in self._made:
-            self._made[number] = self._make(f"<|virtual-{number}:")
-        return self._made[number]
+        """A tokenizer whose names do not occur in `text`. Beside the usual one there is one other,
+        whose names nobody can guess: no text makes copies by the dozen."""
+        if _USUAL not in text:
+            self._usual = self._usual or self._make()
+            return self._usual
+        other = self._other
+        while other is None or other.prefix in text:
+            prefix = f"<|virtual-{secrets.token_hex(8)}:"
+            other = self._other = _extended(self.tokenizer, prefix, self.count)
+        return other
 
-    def _make(self, prefix: str) -> NamedTokenizer:
-        state = _state(self.tokenizer) if prefix == _USUAL else None
+    def _make(self) -> NamedTokenizer:
+        state = tokenizer_state(self.tokenizer)
         if state is None:
-            return _extended(self.tokenizer, prefix, self.count)
+            return _extended(self.tokenizer, _USUAL, self.count)
         with CHANGING:
             kept = _kept.get(self.tokenizer)
         if kept is None or kept.state != state or kept.size < self.count:
             count = -(-self.count // _ROUND) * _ROUND
-            kept = _Kept(state, count, _extended(self.tokenizer, prefix, count))
+            kept = _Kept(state, count, _extended(self.tokenizer, _USUAL, count))
             with CHANGING:
                 _kept[self.tokenizer] = kept
         return kept.named
@@ -171,38 +176,7 @@ class _Kept(NamedTuple):
 _USUAL = "<|virtual-0:"
 _ROUND = 32
 """Copies for more names than are asked for serve the next prompt too."""
-_OF_MODELS = (
-    *("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk"),
-    *("byte_fallback", "ignore_merges", "max_input_chars_per_word"),
-)
-"""What changes the ids that a vocabulary gives."""
 _kept: WeakKeyDictionary[Any, _Kept] = WeakKeyDictionary()
-
-
-def _state(tokenizer: Any) -> str | None:
-    """What tells a tokenizer from what its owner makes of it, such as by adding tokens.
-
-    None where it cannot be told: without a backend whose parts write themselves down. Padding and
-    truncation are whatever the last call asked for. A vocabulary as a whole takes a tenth of a
-    second to write, so of that there are the size and some tokens.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return None
-    plain = (bool, int, str, list, tuple, type(None))
-    own = {name: value for name, value in vars(tokenizer).items() if isinstance(value, plain)}
-    parts = backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder
-    size = backend.get_vocab_size(with_added_tokens=False)
-    try:
-        state = (
-            *(own, type(backend.model), size, str(backend.get_added_tokens_decoder())),
-            *(part if part is None else part.__getstate__() for part in parts),
-            *(getattr(backend.model, name, None) for name in _OF_MODELS),
-            *(backend.id_to_token(i) for i in range(0, size, max(1, size // 99))),
-        )
-    except Exception:  # a part that is written in Python
-        return None
-    return hashlib.sha256(repr(state).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _extended(tokenizer: Any, prefix: str, count: int) -> NamedTokenizer:

@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backbone.base_model import BaseModel, first_free_id
+from ..backbone.base_model import BaseModel
 from ..backbone.injection import Injector
 from ..backbone.modes import eval_mode
+from ..backbone.tokens import first_free_id
 from ..errors import InputError
 from ..forward.engine import Engine
 from ..forward.plain import losses_of_labels

@@ -18,6 +18,10 @@ from ..prompts.prompt import Prompt
 from .calibration import attached
 from .grid import Variant
 from .learner import Learner
+from .result import TrainResult
+
+_NEAR = 1.2
+"""A member whose dev loss is more than this many times the least has no say (`drop_far`)."""
 
 
 def check_ensemble(count: int, members: int) -> None:
@@ -65,3 +69,14 @@ def dev_figures(
     with attached(base, members) as first_ids:
         accuracy, loss = score_together(engine, renderers, examples, first_ids, batch_size)
     return {"dev_accuracy": accuracy, "dev_loss": loss}
+
+
+def drop_far(prompt: Prompt, result: TrainResult) -> None:
+    """Members of a trained ensemble that are far worse on dev than its best have no say any more;
+    the first one stays."""
+    if not prompt.others:
+        return
+    losses = [result.members[n]["best"]["dev_loss"] for n in result.ensemble["members"]]
+    most = _NEAR * min(losses)
+    others = zip(prompt.others, losses[1:], strict=True)
+    prompt.others = tuple(member for member, loss in others if loss <= most)

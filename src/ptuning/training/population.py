@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbone.base_model import first_free_id
 from ..backbone.injection import Injector, input_embedding, vectors_of
 from ..backbone.modes import eval_mode, in_training
+from ..backbone.tokens import first_free_id
 from ..errors import PromptFileError
 from ..forward.engine import Engine
 from ..forward.plain import Shortener

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbone.base_model import device_of, first_free_id
+from ..backbone.base_model import device_of
 from ..backbone.injection import input_embedding, vectors_of
+from ..backbone.tokens import first_free_id
 from ..prompts.prompt import Prompt
 from ..prompts.template import Virtual
 from .settings import TrainSettings

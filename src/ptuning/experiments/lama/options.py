@@ -27,6 +27,8 @@ class LamaOptions:
         grid: what members differ in beside it: ``encoder`` and others of `train`'s keys.
         virtual_tokens: virtual tokens of each group.
         population: seeds of each template, encoder and rate.
+        together: all members that are about as good on dev as the best one answer together; else
+            the best one alone.
         epochs: passes over a relation's facts; by default as many as 150 steps take, 3 to 10.
         settings: how to train otherwise.
 
@@ -39,6 +41,7 @@ class LamaOptions:
     grid: dict[str, list[Any]] = field(default_factory=lambda: {"encoder": ["none"]})
     virtual_tokens: int = 10
     population: int = 1
+    together: bool = True
     epochs: int | None = None
     settings: TrainSettings = field(
         default_factory=lambda: TrainSettings(patience=0, init="encoder")

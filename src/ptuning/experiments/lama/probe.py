@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -23,6 +25,7 @@ from ...errors import InputError
 from ...prompts.prompt import Prompt
 from ...prompts.task import Task, majority_answer
 from ...rendering.render import Renderer
+from ...training.ensemble import drop_far
 from ...training.progress import Progress
 from ...training.train import train
 from .options import LamaOptions
@@ -88,6 +91,9 @@ def probe(
     own = own if own in by_hand else None
     majority = majority_answer(str(row[OBJECT]) for row in facts.train)
     templates = _with_virtual_tokens(options, own or best, best, kind)
+    grid = {"template": templates, **options.grid}
+    members = options.population * prod(map(len, grid.values()))
+    settings = options.settings_for(facts)
     encoder = options.grid["encoder"][0]
     prompt = Prompt(templates[0], answer=OBJECT, encoder=encoder, answer_end=False)
     result = train(
@@ -96,14 +102,15 @@ def probe(
         prompt,
         facts.train,
         facts.dev,
-        settings=options.settings_for(facts),
+        settings=replace(settings, ensemble=members if options.together else 1),
         population=options.population,
-        grid={"template": templates, **options.grid},
+        grid=grid,
         listener=listener,
         verbose=False,
         output=running,
         resume=running is not None,
     )
+    drop_far(prompt, result)
     asked: dict[str, Task] = {"": prompt, **{text: by_hand[text] for text in (own, best) if text}}
     on_test = measured(asked, facts.test)
     manual: dict[str, float] = on_test[own] if own else {}
@@ -120,13 +127,10 @@ def probe(
         "manual_template": own,
         "best_manual_template": best,
         "majority_answer": majority,
+        "together": [member.template for member in prompt.members],
         "template": prompt.template,
         "encoder": prompt.encoder,
-        "dev_p1": (
-            measured({"": prompt}, facts.dev)[""]["p1"]
-            if candidates
-            else result.best["dev_accuracy"]
-        ),
+        "dev_p1": measured({"": prompt}, facts.dev)[""]["p1"],
         "epoch": result.best["epoch"],
         "members": result.members,
         "seconds": round(time.monotonic() - started, 1),

@@ -26,8 +26,8 @@ from ...prompts.prompt import Prompt
 from ...prompts.task import Task, majority_answer
 from ...rendering.example import columns_in_words
 from ...training.calibration import calibrate, fitted_bias
+from ...training.ensemble import drop_far
 from ...training.progress import Progress
-from ...training.result import TrainResult
 from ...training.train import train
 from .examples import Splits
 from .metrics import METRICS, same_noun
@@ -35,8 +35,6 @@ from .options import SuperGlueOptions
 from .tasks import SuperGlueTask
 
 Figures = dict[str, float]
-_NEAR = 1.2
-"""A member whose dev loss is more than this share of the best one's has no say."""
 
 
 def baselines(
@@ -149,7 +147,7 @@ def tuned(
         resume=running is not None,
     )
     if together:
-        _leave_out(prompt, result)
+        drop_far(prompt, result)
         if not columns_in_words(prompt):
             base = BaseModel.of(model, tokenizer)
             calibrate(base, prompt, "dev", rows, dev, settings.batch_size)
@@ -165,16 +163,6 @@ def tuned(
         "seconds": round(time.monotonic() - started, 1),
     }
     return figures, prompt
-
-
-def _leave_out(prompt: Prompt, result: TrainResult) -> None:
-    """Members of an ensemble that are far worse on dev than its best have no say any more."""
-    if not prompt.others:
-        return
-    losses = [result.members[n]["best"]["dev_loss"] for n in result.ensemble["members"]]
-    most = _NEAR * min(losses)
-    others = zip(prompt.others, losses[1:], strict=True)
-    prompt.others = tuple(member for member, loss in others if loss <= most)
 
 
 def measured(
