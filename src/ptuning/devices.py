@@ -50,9 +50,10 @@ def best_device() -> torch.device:
     return found or torch.device("cpu")
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
     """A tensor of the CPU on the device, without waiting for what that computes now."""
-    return tensor.to(device, non_blocking=True)
+    # Of one that is gone by then MPS would copy whatever stands there (pytorch#139550).
+    return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 def fetched(tensor: Tensor) -> Callable[[], Tensor]:
@@ -65,7 +66,7 @@ def fetched(tensor: Tensor) -> Callable[[], Tensor]:
     here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     here.copy_(tensor, non_blocking=True)
     done = torch.cuda.Event()
-    done.record()
+    done.record(torch.cuda.current_stream(tensor.device))
 
     def wait() -> Tensor:
         done.synchronize()

@@ -188,3 +188,11 @@ def test_a_gpu_multiplies_half_precision_without_rounding(dtype: torch.dtype) ->
     assert asked.grad is not None
     plain = 2 * exact @ head.weight.float().cpu()
     assert (asked.grad.float().cpu() - plain).norm() < 0.01 * plain.norm()
+
+
+def test_scores_of_label_words_are_not_rounded_by_autocast() -> None:
+    torch.manual_seed(0)
+    hidden, weights = torch.randn(3, 64), torch.randn(3, 5, 64)
+    expected = module._of_words(weights, hidden)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(module._of_words(weights, hidden), expected)

@@ -92,3 +92,15 @@ def test_the_estimate_names_the_end_of_the_time_and_seconds_are_not_worth_a_line
 def test_no_time_is_refused(base: Any, prompt: Prompt, minutes: float) -> None:
     with pytest.raises(ValueError, match="max_minutes is"):
         trained(base, prompt, max_minutes=minutes)
+
+
+def test_steps_in_which_much_is_prepared_are_not_what_the_others_take() -> None:
+    passed = itertools.accumulate([0.0, 5.0, 20.0, 1.0, 20.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    clock = Clock(2, epochs=10, dev_steps=4, prepares=8, now=lambda: next(passed))
+    said = [clock.stepped(100 - n) for n in range(10)]
+    assert said[:9] == [None] * 9
+    assert said[9] == (
+        "10 epochs take about 2 min, if dev does not stop earlier; the time given is over after "
+        "2 min"
+    )
+    assert clock._step == 1.0

@@ -130,6 +130,14 @@ class Trained:
         {"population": 3},
         {"grid": {"encoder": ["mlp", "none"]}, "template": AFTER, "epochs": 9},
         {"population": 4, "epochs": 6},
+        {"grid": {"encoder": ["mixture", "none"]}, "population": 2},
+        {
+            "grid": {
+                "encoder": ["lstm", "none", "mlp", "residual"],
+                "encoder_dropout": [0.2],
+            },
+            "epochs": 9,
+        },
     ],
     ids=str,
 )
@@ -458,3 +466,25 @@ def test_on_a_gpu_the_captured_steps_are_the_plain_ones(template: str) -> None:
         vectors.append(prompt.trained_vectors())
     assert any("are replayed" in note for note in notes)
     torch.testing.assert_close(vectors[1], vectors[0], atol=1e-5, rtol=0)
+
+
+def test_a_batch_that_is_small_only_without_its_padding_is_not_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = []
+    stands_still = engine.Engine.stands_still
+
+    def heard(self: Any, batch: Any, padded: float = 1.0) -> bool:
+        sizes.append((batch.answers.numel() * padded, stands_still(self, batch, padded)))
+        return sizes[-1][1]
+
+    monkeypatch.setattr(engine.Engine, "stands_still", heard)
+    Trained(Again, monkeypatch)
+    most = max(size for size, _ in sizes)
+    assert all(still for _, still in sizes)
+    words = len(tiny.tokenizer())
+    monkeypatch.setattr(chunked, "LARGEST", int(most * words) - 1)
+    sizes.clear()
+    graphed = Trained(Again, monkeypatch)
+    assert [still for size, still in sizes] == [size < most for size, _ in sizes]
+    assert all("are off" not in note for note in graphed.notes)

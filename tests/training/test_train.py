@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 
 import ptuning
 from ptuning import DataError, InputError, Prompt, TrainingError, TrainSettings, storage, train
+from ptuning.backbone.base_model import BaseModel
 from ptuning.inference.evaluation import teacher_forced
 from ptuning.training import accelerator as accelerator_module
 from ptuning.training import checkpoint
@@ -731,3 +733,22 @@ def test_a_trainers_module_that_is_still_open_lets_the_process_end_in_silence() 
     ran = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
     assert ran.returncode == 0
     assert "ignored" not in ran.stderr and "Error" not in ran.stderr
+
+
+def test_a_trainers_collator_leaves_batches_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    module, data, collator = ptuning.trainer_parts(model, tokenizer, prompt_for(), ROWS)
+    monkeypatch.setattr(BaseModel, "device", torch.device("meta"))  # in place of a GPU
+    assert {tensor.device.type for tensor in collator(data[:2]).values()} == {"cpu"}
+    module.close()
+
+
+def test_a_model_stays_on_the_device_of_the_kind_that_trains(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    there = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
+    model = SimpleNamespace(device=torch.device("cuda:1"), to=pytest.fail)
+    assert accelerator_module.move_model(model, there) == torch.device("cuda:1")
+    moved: list[Any] = []
+    model = SimpleNamespace(device=torch.device("cpu"), to=moved.append)
+    assert accelerator_module.move_model(model, there) == torch.device("cuda") and moved

@@ -169,11 +169,12 @@ def _read(model: nn.Module, batch: Batch, shortener: Shortener | None) -> Tensor
     return vocabulary_logits(model, batch, shortener)
 
 
-def reads_in_chunks(model: nn.Module, batch: Batch) -> bool:
-    """`losses` of the batch without label words looks at values, which no CUDA graph can hold."""
+def reads_in_chunks(model: nn.Module, batch: Batch, padded: float = 1.0) -> bool:
+    """`losses` of the batch, with so many times its rows, looks at values where it compares no
+    label words; no CUDA graph can hold that."""
     head = frozen_head(model)
-    return head is not None and batch.labels is None and _are_many(batch, head)
+    return head is not None and batch.labels is None and _are_many(batch, head, padded)
 
 
-def _are_many(batch: Batch, head: nn.Module) -> bool:
-    return batch.answers.numel() * getattr(head, "out_features", 0) > LARGEST
+def _are_many(batch: Batch, head: nn.Module, padded: float = 1.0) -> bool:
+    return padded * batch.answers.numel() * getattr(head, "out_features", 0) > LARGEST

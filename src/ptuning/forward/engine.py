@@ -84,9 +84,11 @@ class Engine:
         longest = base.longest_answer
         return Renderer(base.tokenizer, task, base.kind, base.context, candidates, longest)
 
-    def batch(self, rows: Sequence[Row], first_ids: Sequence[int]) -> Batch:
-        """As `batching.batch_for`, on the model's device."""
-        return batch_for(self.base, rows, first_ids).to(self.base.device)
+    def batch(
+        self, rows: Sequence[Row], first_ids: Sequence[int], device: str | None = None
+    ) -> Batch:
+        """As `batching.batch_for`, on the model's device or another one."""
+        return batch_for(self.base, rows, first_ids).to(device or self.base.device)
 
     def parts(self, rows: Sequence[Row], device: torch.device | None = None) -> list[list[Row]]:
         """Rows in parts that keep a device busy, the model's by default (`batching.by_length`)."""
@@ -174,10 +176,11 @@ class Engine:
         """The batch's frozen prefixes are read from the store."""
         return self.store is not None and self.store.serves(batch)
 
-    def stands_still(self, batch: Batch) -> bool:
-        """A graph can hold what the batch's `losses` compute: no look at values, no new packing."""
+    def stands_still(self, batch: Batch, padded: float = 1.0) -> bool:
+        """A graph can hold what the batch's `losses` compute, with so many times its rows: no look
+        at values, no new packing."""
         packs = self.serves_kept(batch) and pack(self.base.model, batch) is not None
-        return not packs and not chunked.reads_in_chunks(self.base.model, batch)
+        return not packs and not chunked.reads_in_chunks(self.base.model, batch, padded)
 
     def kept_at(self, slots: Tensor) -> Cache | None:
         """A cache around slots ``(R, kept)`` of the store's pool; None where there is no pool."""

@@ -161,7 +161,7 @@ def graphed_scores(model: nn.Module) -> GraphedScores | None:
     if device.index not in (None, torch.cuda.current_device()):
         return None
     exact = getattr(model, "dtype", None) == torch.float32 and not frozen_format(model)
-    new_graph = partial(CudaGraph, torch.cuda.graph_pool_handle())
+    new_graph = partial(CudaGraph, torch.cuda.graph_pool_handle(), device)
     # Half precision rounds differently in the kernels of another shape.
     return GraphedScores(model, new_graph, 1e-4 if exact else 0.02)
 

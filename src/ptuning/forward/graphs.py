@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -35,22 +35,28 @@ class CudaGraph:
 
     That is safe since each replay's outputs are used before the next replay. Of the threads of a
     process one captures at a time: a capture has the device's random state.
+
+    Args:
+        pool: of memory.
+        device: on which the function computes; it need not be the current one.
     """
 
     _libraries_are_up = False
     _capturing = threading.Lock()
+    _streams: ClassVar[dict[torch.device, Any]] = {}
+    """Of each device one: memory of a pool is reused on the stream that it was taken on."""
 
-    def __init__(self, pool: Any):
-        self._pool = pool
+    def __init__(self, pool: Any, device: torch.device):
+        self._pool, self._device = pool, device
         self._graph = torch.cuda.CUDAGraph()
 
     def capture(self, function: Callable[[], Any]) -> None:
         """Record, after runs on another stream: some that set libraries up, later one."""
-        with CudaGraph._capturing:
+        with CudaGraph._capturing, torch.cuda.device(self._device):
             self._capture(function)
 
     def _capture(self, function: Callable[[], Any]) -> None:
-        stream = torch.cuda.Stream()
+        stream = CudaGraph._streams.setdefault(self._device, torch.cuda.Stream())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(1 if CudaGraph._libraries_are_up else _WARM_UPS):
@@ -58,7 +64,8 @@ class CudaGraph:
         torch.cuda.current_stream().wait_stream(stream)
         outer = torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
+            options: Any = {"pool": self._pool, "capture_error_mode": "thread_local"}
+            with torch.cuda.graph(self._graph, stream=stream, **options):
                 self._outputs = function()
         except Exception:  # torch stays on the capture's stream then, and in its pool
             torch.cuda.set_stream(outer)

@@ -164,7 +164,8 @@ def _multiplies_unrounded(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _of_words(weights: Tensor, hidden: Tensor) -> Tensor:
     """Products ``(N, W)`` of each position's own words ``(N, W, width)``."""
-    return (_single(weights) @ _single(hidden).unsqueeze(-1)).squeeze(-1)
+    with torch.autocast(hidden.device.type, enabled=False):  # which would round them again
+        return (_single(weights) @ _single(hidden).unsqueeze(-1)).squeeze(-1)
 
 
 def _single(tensor: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy
+import psutil
 import torch
 from torch import Tensor, nn
 from transformers import Cache
@@ -172,8 +173,9 @@ class PrefixStore:
         columns: list[int] = []
         slot = self._used
         width = layers[0][0].shape[2]
+        ends = {prefix: number * width for number, prefix in enumerate(prefixes, 1)}
         for prefix in order:
-            end = (prefixes.index(prefix) + 1) * width
+            end = ends[prefix]
             columns += range(end - len(prefix), end)
             first[prefix] = slot
             slot += len(prefix)
@@ -327,7 +329,7 @@ def for_prediction(batch: Batch, common: Common | None = None) -> Batch:
 def budgets(most: int | None, device: torch.device) -> dict[str, int]:
     """Bytes that may be kept on the model's device, and in the host's memory behind it."""
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that share the host's memory
-    host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 // beside
+    host = psutil.virtual_memory().available // 4 // beside
     if device.type != "cuda":
         return {"device": host if most is None else most}
     free, _ = torch.cuda.mem_get_info(device)

@@ -10,6 +10,7 @@ written together too: each next token is chosen from the mean, and all members g
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -55,4 +56,4 @@ class Together(LogitsProcessor):
 
 def first_rows(sizes: Sequence[int]) -> list[int]:
     """The number of each group's first row."""
-    return [sum(sizes[:number]) for number in range(len(sizes))]
+    return list(accumulate(sizes, initial=0))[:-1]

@@ -14,6 +14,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from ..devices import sent
 from .layout import Sequence
 from .lesson import Lesson
 from .render import Rendered
@@ -74,7 +75,7 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
+            name: sent(value, device)
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
         }

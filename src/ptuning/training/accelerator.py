@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -114,8 +114,17 @@ def make_accelerator(settings: TrainSettings, output: Path | None) -> Accelerato
 
 
 def move_model(model: nn.Module, accelerator: Accelerator) -> torch.device:
-    """Move the model to accelerate's device, unless it has been spread or quantized."""
+    """Move the model to accelerate's device, unless it has been spread or quantized, or stands on a
+    device of that kind already and trains alone."""
+    here, asked = device_of(model), accelerator.device
     if getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False):
-        return device_of(model)
-    model.to(accelerator.device)
-    return accelerator.device
+        return here
+    if here.type == asked.type and accelerator.num_processes == 1:
+        return here
+    model.to(asked)
+    return asked
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one meanwhile, on which graphs are captured and events recorded."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
+from statistics import median
 
 from .. import distributed
 from .progress import in_words
 
+_LAST = 9
+"""Steps whose time counts."""
 _WORTH_SAYING = 60.0
 """Seconds below which nobody plans."""
 
@@ -15,10 +19,14 @@ _WORTH_SAYING = 60.0
 class Clock:
     """The time of one call of a training.
 
+    A step is taken to last as long as the middle one of the last ones: in some much is prepared
+    (compilation, CUDA graphs of new shapes).
+
     Args:
         limit: minutes that it may take, or None.
         epochs: at the most.
         dev_steps: what looking at dev takes, in steps, before it was done once.
+        prepares: so many steps behind the first one may be such.
         now: seconds.
     """
 
@@ -27,24 +35,36 @@ class Clock:
         limit: float | None,
         epochs: int,
         dev_steps: float,
+        prepares: int = 0,
         now: Callable[[], float] = time.monotonic,
     ):
         self._now, self._began = now, now()
         self._seconds = None if limit is None else 60 * limit
         self._epochs, self._dev_steps = epochs, dev_steps
-        self._first: float | None = None
-        self._step = 0.0
+        self._prepares = prepares
+        self._last: float | None = None
+        self._steps: deque[float] = deque(maxlen=_LAST)
+        self._taken = 0
         self._dev: float | None = None
+        self._looked = 0.0
 
     def stepped(self, left: int) -> str | None:
-        """A step is done, and so many are left; with the second one it is known what all take, as a
-        line for the user. The first one's time is not like the others': much is prepared in it."""
-        if self._first is None:
-            self._first = self._now()
-        elif not self._step:
-            self._step = self._now() - self._first
-            return self._estimate(left)
-        return None
+        """A step is done, and so many are left; with the second one (where more prepare something,
+        some later) it is known what all take, as a line for the user. The first one's time is not
+        like the others': much is prepared in it."""
+        last, self._last = self._last, self._now()
+        if last is not None:
+            self._steps.append(self._last - last - self._looked)
+            self._taken += 1
+        self._looked = 0.0
+        return self._estimate(left) if self._taken == 1 + self._prepares else None
+
+    @property
+    def _step(self) -> float:
+        """Seconds of a step; of few the shortest."""
+        if len(self._steps) <= self._prepares:
+            return min(self._steps, default=0.0)
+        return median(self._steps)
 
     def _estimate(self, left: int) -> str | None:
         seconds = left * self._step + self._epochs * self._dev_seconds()
@@ -60,6 +80,7 @@ class Clock:
     def looked(self, since: float) -> None:
         """Looking at dev took from `since`, a time of this clock, until now."""
         self._dev = self._now() - since
+        self._looked += self._dev
 
     @property
     def time(self) -> float:

@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..backbone.base_model import device_of
 from ..backbone.eight_bits import frozen_format
 from ..backbone.traits import (
     ModelKind,
@@ -31,6 +32,7 @@ from ..backbone.traits import (
     looks_at_lengths,
     packs_rows,
 )
+from ..backbone.upstream import has_foreign_hooks
 from ..forward.engine import CompiledLayers, Work
 from ..forward.graphs import MOST, CudaGraph, Graph
 from ..forward.plain import Shortened, positions
@@ -120,7 +122,7 @@ class GraphedStep:
             self._seen.add(shape)
             self._plain(batch, divisor)
             return
-        if shape not in self.shapes and not self._can_hold(batch):
+        if shape not in self.shapes and not self._can_hold(batch, shape):
             self._plain_shapes.add(shape)
             self._plain(batch, divisor)
             return
@@ -133,9 +135,10 @@ class GraphedStep:
         graph.replay()
         self.replays += 1
 
-    def _can_hold(self, batch: Batch) -> bool:
+    def _can_hold(self, batch: Batch, shape: Shape) -> bool:
         """A graph of the step is possible, and there is room for it."""
-        return len(self.shapes) < MOST and self.population.engine.stands_still(batch)
+        padded = shape.examples / len(batch.member)
+        return len(self.shapes) < MOST and self.population.engine.stands_still(batch, padded)
 
     def _slots(self, batch: Batch, shape: Shape) -> Any:
         """Of the batch's kept columns, as the store's `slots` gives them; None without such."""
@@ -181,6 +184,7 @@ class GraphedStep:
             self.shapes.pop(shape, None)
             if self._trims:
                 self._trims, shape = False, shape._replace(full=False)
+                self.shapes = {s: held for s, held in self.shapes.items() if not s.full}
             else:
                 fault = off if isinstance(off, str) else f"they are off by {off:.1e}"
                 self.say(f"compiled layers are off: {fault}; the layers run as they are")
@@ -284,6 +288,8 @@ def graphs_or_plain(
     why = obstacle(population.base, accelerator)
     if settings.tune_model:
         why = "the model is trained too"
+    elif has_foreign_hooks(population.base):
+        why = "the model has hooks, which a replay would not call"
     if why is not None:
         say(f"CUDA graphs are off: {why}; every step runs plain")
         return plain
@@ -291,7 +297,7 @@ def graphs_or_plain(
     exact = base.dtype == torch.float32 and accelerator.mixed_precision == "no"
     # Half precision rounds differently in the kernels of another shape.
     tolerance = 1e-3 if exact and not frozen_format(base) else 0.1
-    new_graph = partial(CudaGraph, torch.cuda.graph_pool_handle())
+    new_graph = partial(CudaGraph, torch.cuda.graph_pool_handle(), device_of(base))
     return GraphedStep(population, plain, accelerator.autocast, new_graph, tolerance, say)
 
 

@@ -175,7 +175,8 @@ def trainer_parts(
     first_id = module.first_ids()[0]
 
     def collator(items: list[dict[str, Rendered]]) -> dict[str, Tensor]:
-        batch = engine.batch([(item["example"], 0) for item in items], [first_id])
+        rows = [(item["example"], 0) for item in items]
+        batch = engine.batch(rows, [first_id], "cpu")  # Trainer pins and moves it
         found = {k: v for k, v in vars(batch).items() if isinstance(v, Tensor)}
         given = {_NAMES.get(name, name): tensor for name, tensor in found.items()}
         return {**given, "labels": given.get("right", given["answers"])}

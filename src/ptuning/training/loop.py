@@ -32,7 +32,7 @@ from ..forward.scoring import sums
 from ..rendering.collate import Batch
 from ..rendering.render import Rendered
 from . import checkpoint
-from .accelerator import accelerated, move_model
+from .accelerator import accelerated, current, move_model
 from .clock import Clock
 from .compiled_steps import CompiledSteps
 from .cuda_graphs import GraphedStep, graphs_or_plain, obstacle
@@ -50,6 +50,10 @@ class _Pending(NamedTuple):
     step: int
     epoch: int
     outcome: Later
+
+
+_CAPTURING = 8
+"""Steps behind the first one in which CUDA graphs are usually captured."""
 
 
 @dataclass
@@ -76,7 +80,8 @@ class Loop:
             renderer = self.variants[0].renderer
             owner = renderer.owner if renderer.compares else None
             tuned = self.settings.tune_model
-            with Population(self.engine, self.members, owner, tuned, self.noise) as population:
+            members = Population(self.engine, self.members, owner, tuned, self.noise)
+            with current(self.device), members as population:
                 self.population = population
                 part = graphs_or_plain(
                     population, self._plain_part, self.settings, self.accelerator, self.notes.append
@@ -87,7 +92,8 @@ class Loop:
                 self.take_step = self._on_compiled(steps)
                 dev_steps = len(self.variants[0].dev) / self._per_step
                 limit, epochs = self.settings.max_minutes, self.settings.settled_epochs
-                self.clock = Clock(limit, epochs, dev_steps)
+                prepares = _CAPTURING if steps.late else 0
+                self.clock = Clock(limit, epochs, dev_steps, prepares)
                 self._epochs()
         return self.learners
 

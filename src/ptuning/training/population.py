@@ -88,7 +88,8 @@ class Member(nn.Module):
         with CHANGING, torch.random.fork_rng(devices=devices):
             torch.set_rng_state(self.random_state)
             if device.type == "cuda":
-                torch.cuda.manual_seed(int(torch.randint(2**31, ())))
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(int(torch.randint(2**31, ())))
             table = self.encoder.table()
             self.random_state = torch.get_rng_state()
         return table

@@ -140,6 +140,7 @@ class ReplayedSteps:
         return self._reader.read(self._update.report)
 
     def _begin(self) -> None:
+        self.part.clear()  # of the last plain update
         with torch.no_grad():
             self.part.table.copy_(self.population.tables())
 

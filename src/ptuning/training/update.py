@@ -34,7 +34,9 @@ class Encoders:
         groups: dict[Any, list[int]] = {}
         for number, encoder in enumerate(encoders):
             form = [(name, tuple(p.shape)) for name, p in encoder.named_parameters()]
-            alone = number if hasattr(encoder, "lstm_head") else -1  # cuDNN's runs one at a time
+            # cuDNN's LSTMs run one at a time, and what is not trained (words) is each one's own.
+            single = hasattr(encoder, "lstm_head") or any(True for _ in encoder.buffers())
+            alone = number if single else -1
             groups.setdefault((tuple(form), alone), []).append(number)
         self._groups = [
             _Alike([encoders[n] for n in numbers]) if len(numbers) > 1 else _Alone(encoders[first])
