@@ -18,8 +18,18 @@ def chosen_device() -> torch.device | None:
         InputError: there is no such device here.
     """
     name = os.environ.get("PTUNING_DEVICE")
-    if not name:
-        return None
+    device = device_called(name) if name else None
+    if device is not None and device.type != "cpu" and device.index is not None:
+        torch.accelerator.set_device_index(device.index)  # accelerate takes the current one
+    return device
+
+
+def device_called(name: str | torch.device) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        InputError: it is no device's name, or there is no such device here.
+    """
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -31,8 +41,6 @@ def chosen_device() -> torch.device | None:
     if found is None or found.type != device.type or (device.index or 0) >= count:
         here = ", ".join(["cpu", *(f"{found}:{n}" for n in range(count))])
         raise InputError(f"the device {name} is not here; there is {here}")
-    if device.index is not None:
-        torch.accelerator.set_device_index(device.index)  # accelerate takes the current one
     return device
 
 

@@ -46,14 +46,14 @@ def excerpt(text: str, at: int = 0, most: int = 300) -> str:
     return f"{'…' if start else ''}{text[start:end]}{'…' if end < len(text) else ''}"
 
 
-def repeated(names: Iterable[str]) -> str:
-    """The first name that has stood before, for a message; empty where all differ."""
+def repeated(names: Iterable[str]) -> str | None:
+    """The first name that has stood before; None where all differ."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
             return name
         seen.add(name)
-    return ""
+    return None
 
 
 class DataError(InputError):

@@ -61,8 +61,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             found = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             return found, metadata
     except (safetensors.SafetensorError, OSError) as error:
-        with open(path, "rb") as raw:
-            start = raw.read(3)
+        try:
+            with open(path, "rb") as raw:
+                start = raw.read(3)
+        except OSError as refused:
+            raise PromptFileError(f"{path} cannot be read: {refused.strerror}") from None
         # A pickle's protocol, and its first instruction. A damaged safetensors file begins with its
         # header's length, which may look like the protocol; its third byte is far below "(".
         if start[:2] == b"PK" or (start[:1] == b"\x80" and start[2:] >= b"("):
@@ -119,7 +122,9 @@ def read_json(path: Path) -> dict[str, Any]:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise PromptFileError(f"{path} does not exist; give the folder of a saved prompt") from None
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise PromptFileError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise PromptFileError(f"{path} cannot be read as JSON: {error}") from error
     return parse_json(text, str(path))
 

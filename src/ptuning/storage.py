@@ -61,8 +61,7 @@ def write_folder(
 def write_all(staged: Path, files: Mapping[str, bytes]) -> None:
     """Put files into a save's new folder."""
     for name, content in files.items():
-        with open(staged / name, "wb") as file:
-            file.write(content)
+        (staged / name).write_bytes(content)
 
 
 @contextmanager
@@ -112,8 +111,7 @@ def write_file(path: str | Path, content: bytes) -> None:
         _check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _staging(path.parent) as staged:
-            with open(staged / "file", "wb") as file:
-                file.write(content)
+            (staged / "file").write_bytes(content)
             _sync(staged)
             _take_mode(staged / "file", path)
             os.replace(staged / "file", path)
@@ -300,8 +298,7 @@ def _put_in_place(staged: Path, folder: Path, remove: Sequence[str]) -> None:
     for name in names:
         _check_replaceable(folder / name, folders=(staged / name).is_dir())
         _take_mode(staged / name, folder / name)
-    manifest = {"files": sorted(names), "remove": list(remove)}
-    (staged / _MANIFEST).write_bytes(pack_json(manifest))
+    (staged / _MANIFEST).write_bytes(pack_json({"files": sorted(names), "remove": list(remove)}))
     _sync(staged)
     with held(folder, shared=False):
         _move_in(folder)
@@ -333,7 +330,10 @@ def _move_in(folder: Path) -> None:
 
 def _complete(folder: Path) -> bool:
     """A complete save waits in `folder`; without a list of its files it is none."""
-    return (folder / _SAVED / _MANIFEST).is_file()
+    try:
+        return (folder / _SAVED / _MANIFEST).is_file()
+    except OSError as error:
+        raise PromptFileError(f"{folder} cannot be read: {error.strerror}") from None
 
 
 def _clear(folder: Path) -> None:

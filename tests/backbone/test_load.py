@@ -183,3 +183,14 @@ def test_a_model_that_needs_code_of_its_own_is_refused_and_the_code_never_runs(
     with pytest.raises(InputError, match=r"never run here; .*trust_remote_code=True"):
         load_model(str(tmp_path))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "told"),
+    [("foo", "give cpu, cuda"), ("cuda:99", "is not here; there is"), ("mps:7", "is not here")],
+)
+def test_a_device_that_is_not_here_is_refused_at_once(
+    device: str, told: str, model_folder: Path
+) -> None:
+    with pytest.raises(InputError, match=told):
+        load_model(str(model_folder), device=device)

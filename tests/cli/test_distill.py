@@ -109,3 +109,14 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     code, _, err = run("distill", *chosen)
     assert code == 2 and message in err and err.count("error:") == 1
     assert not (folder / "out/run.yaml").exists()
+
+
+def test_texts_may_have_a_label_of_something_else(
+    run: Run, folder: Path, model_folder: Path
+) -> None:
+    rows = [json.loads(line) for line in (folder / "texts.jsonl").read_text().splitlines()]
+    lines = [json.dumps({**row, "label": "something else"}) + "\n" for row in rows]
+    (folder / "texts.jsonl").write_text("".join(lines))
+    code, out, err = run("distill", *options(folder, model_folder))
+    assert code == 0, err
+    assert "that chose the epoch are answered as the teacher does" in out and "right:" not in out

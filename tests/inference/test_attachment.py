@@ -487,3 +487,9 @@ def test_attaching_to_the_same_model_does_not_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ptuning.attach(model, TOKENIZER, prompt).detach()
+
+
+@pytest.mark.parametrize("wrong", [[], ["a"], "capital/", 3, iter([])])
+def test_what_is_no_prompt_is_not_attached(wrong: Any) -> None:
+    with pytest.raises(InputError, match=r"expected a Prompt|no prompt to attach"):
+        ptuning.attach(tiny.model("llama"), tiny.tokenizer(), wrong)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import decoders
 
 import ptuning
 from ptuning import InputError, Prompt, PtuningError, Task
@@ -14,6 +15,7 @@ from ptuning.errors import DataError
 from ptuning.inference import answering
 from ptuning.inference import prediction as predicting
 from ptuning.inference.baselines import automatic_templates
+from ptuning.inference.evaluation import teacher_forced
 from ptuning.inference.prediction import stream_predictions
 from ptuning.training.guidance import dev_far_above
 
@@ -421,3 +423,19 @@ def test_what_is_no_prompt_is_said() -> None:
     for work in (ptuning.train, ptuning.predict):
         with pytest.raises(InputError, match="tokenizer is None; give the model's"):
             work(model, None, prompt, ROWS)
+
+
+@pytest.mark.parametrize("answer", ["3.14", "Rome, Italy", "Paris"])
+def test_free_answers_are_compared_as_the_tokenizer_reads_them_back(answer: str) -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    backend = tokenizer.backend_tokenizer
+    spaces = [decoders.Replace(".", ". "), decoders.Replace(",", " ,")]
+    backend.decoder = decoders.Sequence([backend.decoder, *spaces])
+    prompt = Prompt("[P*2] {country} [MASK]", encoder="none")
+    rows = [{"country": "France", "answer": answer}] * 4
+    options = {"tune_model": True, "model_learning_rate": 1e-2, "verbose": False}
+    ptuning.train(model, tokenizer, prompt, rows, epochs=40, **options)
+    result = ptuning.evaluate(model, tokenizer, prompt, rows)
+    by_tokens = teacher_forced(model, tokenizer, prompt, rows)[0]
+    assert result.accuracy == by_tokens == 1.0
+    assert not result.confident_mistakes() and result.majority_accuracy == 1.0

@@ -962,3 +962,46 @@ def test_a_text_of_no_tokens_is_the_prompt_alone_as_in_peft() -> None:
     theirs = peft.get_peft_model(base_model(), config).eval()
     theirs.prompt_encoder.load_state_dict(model.prompt_encoder.state_dict())
     torch.testing.assert_close(call(model, ids=none), call(theirs, "CAUSAL_LM", none))
+
+
+def test_rows_with_different_trained_layers_have_the_numbers_of_each_alone() -> None:
+    model = prompted(modules_to_save=["layers.1"])
+    model.add_adapter("second", config_for(modules_to_save=["layers.1"]))
+    change_head(model, "second", 0.1)
+    names = ["default", "second", "second", "default"]
+    ids, mask = IDS[[0, 1, 0, 1]], torch.ones(4, IDS.shape[1], dtype=torch.long)
+    mask[1, :2] = 0
+    options = {"use_cache": False, "adapter_names": names}
+    with torch.no_grad():
+        got = model(input_ids=ids, attention_mask=mask, **options).logits
+        for row, name in enumerate(names):
+            one = {"input_ids": ids[row : row + 1], "attention_mask": mask[row : row + 1]}
+            alone = model(**one, use_cache=False, adapter_names=[name]).logits
+            torch.testing.assert_close(got[row, -3:], alone[0, -3:])
+        with pytest.raises(InputError, match="use_cache=False"):
+            model(input_ids=ids, attention_mask=mask, adapter_names=names)
+
+
+def test_rows_with_heads_of_their_own_generate_with_beams() -> None:
+    model = prompted(modules_to_save=["lm_head"])
+    model.add_adapter("second", config_for(modules_to_save=["lm_head"]))
+    change_head(model, "second")
+    options = {"max_new_tokens": 4, "num_beams": 2, "num_return_sequences": 2, "pad_token_id": 0}
+    options |= {"eos_token_id": None, "do_sample": False}
+    got = model.generate(input_ids=IDS, adapter_names=["default", "second"], **options)
+    for row, name in enumerate(["default", "second"]):
+        alone = model.generate(input_ids=IDS[row : row + 1], adapter_names=[name], **options)
+        assert torch.equal(got[2 * row : 2 * row + 2], alone)
+
+
+def test_an_adapter_that_a_folder_does_not_fit_keeps_its_vectors(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    options = {"template": "[P*3] {text}", "tokenizer": tokenizer}
+    with_template = get_peft_model(base_model(), config_for(), **options)
+    with_template.save_pretrained(tmp_path)
+    model = prompted()
+    before = {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
+    with pytest.raises(InputError, match="has another template"):
+        model.load_adapter(tmp_path, "default")
+    after = get_peft_model_state_dict(model)
+    assert all(torch.equal(after[key], value) for key, value in before.items())

@@ -1194,3 +1194,34 @@ def test_a_loaded_prompt_stays_what_it_is_whatever_becomes_of_its_file(tmp_path:
         file.truncate(0)
         file.write(bytes(4096))
     assert torch.equal(loaded.trained_vectors(), prompt.trained_vectors())
+
+
+@pytest.mark.parametrize("which", ["", "prompt.json", "prompt.safetensors"])
+def test_a_prompt_that_may_not_be_read_says_so(
+    which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained().save(tmp_path / "p")
+    (tmp_path / "p" / which).chmod(0)
+    if os.access(tmp_path / "p" / which, os.R_OK):  # root reads everything
+        _refuse_reading(tmp_path / "p" / which, monkeypatch)
+    with pytest.raises(PromptFileError, match=r"cannot be read: Permission denied"):
+        ptuning.Prompt.load(tmp_path / "p")
+
+
+def _refuse_reading(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the system does where it is nobody's to read."""
+
+    def refused(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(place: Any, *rest: Any, **more: Any) -> Any:
+            inside = Path(place).is_relative_to(path) if isinstance(place, str | Path) else False
+            if inside and (Path(place) != path or path.suffix):
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return function(place, *rest, **more)
+
+        return called
+
+    monkeypatch.setattr(Path, "read_bytes", refused(Path.read_bytes))
+    monkeypatch.setattr("builtins.open", refused(open))
+    monkeypatch.setattr(safetensors, "safe_open", refused(safetensors.safe_open))
+    if not path.suffix:
+        monkeypatch.setattr(Path, "is_file", refused(Path.is_file))

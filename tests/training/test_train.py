@@ -752,3 +752,16 @@ def test_a_model_stays_on_the_device_of_the_kind_that_trains(
     moved: list[Any] = []
     model = SimpleNamespace(device=torch.device("cpu"), to=moved.append)
     assert accelerator_module.move_model(model, there) == torch.device("cuda") and moved
+
+
+def test_a_trainers_module_that_is_finished_says_so() -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    module, data, collator = ptuning.trainer_parts(model, tokenizer, prompt_for(), ROWS)
+    batch = collator(data[:2])
+    assert torch.isfinite(module(**batch)["loss"])
+    del batch["labels"]
+    with pytest.raises(InputError, match="leave label_smoothing_factor out"):
+        module(**batch)
+    module.finish(prompt_for())
+    with pytest.raises(InputError, match="is finished"):
+        module(**collator(data[:2]))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from ..devices import best_device
+from ..devices import best_device, device_called
 from ..errors import InputError, PtuningError
 from ..places import named
 from ..storage import one_save, settle
@@ -60,13 +60,13 @@ def load_model(
 
     Raises:
         InputError: there is no such model, it has no language-model head, or it or the device is
-            not made for eight bits.
+            not made for eight bits; or there is no such device here.
     """
     import transformers
 
     named(name)
     name = os.fspath(name)  # as it is written: a hub name's slash stays one on Windows
-    place = torch.device(device) if device else best_device()
+    place = device_called(device) if device else best_device()
     eight_bits.check_frozen(frozen, place)
     chosen = choose_dtype(name, dtype, device=place).dtype
     source = _resolve(name)

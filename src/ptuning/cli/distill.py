@@ -161,7 +161,7 @@ def distill(
                 rows,
                 dev_rows,
                 teacher=text,
-                test=held_out,
+                test=held_out if test else (),
                 label_weight=label_weight,
                 calibrate_teacher=calibrate_teacher,
                 output=output,

@@ -12,7 +12,7 @@ import yaml
 from yaml.constructor import BaseConstructor, SafeConstructor
 
 from ..data.text import read_text
-from ..errors import InputError, PromptFileError
+from ..errors import InputError, PromptFileError, repeated
 
 _BETWEEN = {"template": "|", "population_grid": " "}
 _MOST_BYTES, _MOST_LEVELS, _MOST_VALUES = 10**6, 20, 10**5
@@ -114,8 +114,7 @@ def _check_keys(node: yaml.Node) -> None:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(keys) < len(node.value):
             raise ValueError("a key that is a list or a mapping")
-        if len(set(keys)) < len(keys):
-            twice = next(key for key in keys if keys.count(key) > 1)
+        if (twice := repeated(keys)) is not None:
             raise ValueError(f"the key {twice!r} stands there twice; keep one of them")
     pairs = isinstance(node, yaml.MappingNode)
     for inner in (value for _, value in node.value) if pairs else node.value:

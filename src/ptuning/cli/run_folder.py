@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from ..errors import InputError, PromptFileError
-from . import run_files
+from . import console, run_files
 
 SETTINGS, RESULT = "run.yaml", "result.json"
 
@@ -146,5 +146,6 @@ def begin(output: Path, run_file: bytes, anew: bool) -> None:
 def how_to_go_on(output: Path, command: str = "train") -> str:
     """What to say of a training that was stopped."""
     if is_interrupted(output):
-        return f"stopped; go on with: ptuning {command} --output {output} --resume"
+        told = console.command(command, "--output", output, "--resume")
+        return f"stopped; go on with: {told}"
     return "stopped before the first checkpoint; begin again"

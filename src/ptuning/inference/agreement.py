@@ -20,7 +20,7 @@ from ..forward.engine import Engine
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
 from ..rendering.render import Renderer
-from .answering import Prediction, Question, Reading, answers
+from .answering import Prediction, Question, Reading, answers, read_back
 from .attachment import placed
 from .prediction import members_of
 from .teaching import own_label, teacher_renderer
@@ -88,6 +88,8 @@ def compare(
     """
     base = BaseModel.of(model, tokenizer)
     own = [_known_label(prompt, row) for row in rows]
+    if not prompt.labels:
+        own = [text and read_back(tokenizer, text) for text in own]
     ours = [Engine(base).renderer(member) for member in members_of(prompt)]
     for renderer in ours:
         renderer.compares = bool(renderer.labels)

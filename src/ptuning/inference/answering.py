@@ -217,6 +217,13 @@ def _decode(engine: Engine, questions: list[Question], batch: Batch) -> list[Pre
     return _texts(engine.base.tokenizer, cut, scores)
 
 
+def read_back(tokenizer: Any, text: str) -> str:
+    """A free answer as it is read when the model gives it: not every tokenizer reads its own tokens
+    back as they were written."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
 def _texts(tokenizer: Any, ids: Tensor | list[list[int]], scores: Tensor) -> list[Prediction]:
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     probabilities = scores.sum(1).exp().tolist()

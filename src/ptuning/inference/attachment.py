@@ -20,6 +20,7 @@ from ..backbone.placement import Placement
 from ..backbone.tokens import first_free_id
 from ..backbone.upstream import uncompiled
 from ..errors import InputError
+from ..prompts.consistency import check_kind
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
 from ..threads import CHANGING
@@ -35,6 +36,8 @@ class Attachment:
     def __init__(self, model: nn.Module, tokenizer: Any, prompts: tuple[Prompt, ...]):
         model = uncompiled(model)
         self._spans: list[tuple[Prompt, Span]] = []
+        for prompt in prompts:
+            check_kind(prompt, Prompt)
         at_least = first_free_id(tokenizer)
         members = [member for prompt in prompts for member in prompt.members]
         for prompt in members:
@@ -131,7 +134,8 @@ def attach(model: nn.Module, tokenizer: Any, *prompts: Prompt) -> Attachment:
         prompts: trained prompts, in any number; of an ensemble all members are attached.
 
     Raises:
-        PromptFileError, InputError: a prompt's width is not the model's, or it has no vectors.
+        PromptFileError, InputError: a prompt's width is not the model's, it has no vectors, or
+            what came is no prompt, such as a list of them.
     """
     if not prompts:
         raise InputError("no prompt to attach; give at least one")

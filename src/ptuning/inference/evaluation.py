@@ -27,7 +27,7 @@ from ..rendering.render import Renderer, render_all
 from ..reporting import html_picture, html_table, percent, shares
 from ..training.calibration import bias_against, without_content
 from ..training.guidance import dev_far_above
-from .answering import Prediction
+from .answering import Prediction, read_back
 from .attachment import placed
 from .baselines import automatic_templates
 from .prediction import as_candidates, members_of, predict_details
@@ -54,7 +54,8 @@ class Evaluation:
         labels: order of rows and columns in `confusion`.
         confusion: right label (row) against predicted label (column); empty for free answers.
         predictions: one per row.
-        right_answers: one per row, as they are compared.
+        right_answers: one per row, as they are compared: free answers as the tokenizer reads them
+            back, which may put a space into a number or drop capitals.
     """
 
     examples: int
@@ -173,7 +174,9 @@ def evaluate(
         answer_tokens=answer_tokens,
         batch_size=batch_size,
     )
-    gold = [prompt.label_text(row[column]) for row in rows]
+    named = [prompt.label_text(row[column]) for row in rows]
+    compares = bool(prompt.labels or candidates)
+    gold = named if compares else [read_back(tokenizer, text) for text in named]
     said = [prediction.answer for prediction in predictions]
     labels = list(prompt.labels)
     confusion: list[list[int]] = []
@@ -183,7 +186,7 @@ def evaluate(
 
         confusion = confusion_matrix(gold, said, labels=labels).tolist()
         macro_f1 = float(f1_score(gold, said, labels=labels, average="macro", zero_division=0))
-    majority = prompt.training.get("majority_answer") or majority_answer(gold)
+    majority = prompt.training.get("majority_answer") or majority_answer(named)
     accuracy = _share(a == b for a, b in zip(gold, said, strict=True))
     if warning := dev_far_above(prompt.training, accuracy, len(rows)):
         warnings.warn(warning, stacklevel=2)
@@ -195,12 +198,14 @@ def evaluate(
         manual_template=by_hand.parsed.text,
         manual_accuracy=manual_accuracy,
         majority_answer=majority,
-        majority_accuracy=_share(answer == majority for answer in gold),
+        majority_accuracy=_share(answer == majority for answer in named),
         labels=labels,
         confusion=confusion,
         predictions=predictions,
         right_answers=gold,
-        manual_calibrated=calibrated_manual(model, tokenizer, prompt, by_hand, rows, gold)
+        manual_calibrated=calibrated_manual(
+            model, tokenizer, prompt, by_hand, rows, gold, batch_size
+        )
         if prompt.label_bias
         else None,
     )
@@ -213,12 +218,13 @@ def calibrated_manual(
     by_hand: Task,
     rows: Sequence[Example],
     gold: Sequence[str],
+    batch_size: int | None = None,
 ) -> float:
     """Accuracy of a manual template with a label bias that is measured as the prompt's was."""
-    on_rows = log_shares(model, tokenizer, by_hand, rows)
+    on_rows = log_shares(model, tokenizer, by_hand, rows, batch_size)
     if prompt.training.get("calibrate") == "context":
         content_free = without_content(by_hand.columns)
-        bias = bias_against(log_shares(model, tokenizer, by_hand, content_free))
+        bias = bias_against(log_shares(model, tokenizer, by_hand, content_free, batch_size))
     else:
         bias = bias_against(on_rows)
     labels = list(by_hand.labels)
@@ -227,14 +233,18 @@ def calibrated_manual(
 
 
 def log_shares(
-    model: nn.Module, tokenizer: Any, task: Task, rows: Sequence[Example]
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    rows: Sequence[Example],
+    batch_size: int | None = None,
 ) -> torch.Tensor:
     """Log-probabilities ``(N, labels)`` of a task's labels among themselves."""
     with _asked(model, tokenizer, task) as (engine, renderers, first):
         for renderer in renderers:
             renderer.compares = True
         examples = [renderer.each(rows, "evaluation", answered=False) for renderer in renderers]
-        return label_log_probabilities(engine, renderers, examples, first, None)
+        return label_log_probabilities(engine, renderers, examples, first, batch_size)
 
 
 def _best_manual(

@@ -96,6 +96,8 @@ def unmerge(merged: Merged, names: Iterable[str]) -> Merged:
             f"no merged prompt is called {unknown[0]!r}; there are "
             f"{', '.join(merged.prompts) or 'none'}"
         )
+    if not names:
+        return merged
     gone = [n for name in names for n in names_of(name, _count(merged.prompts[name]))]
     tokenizer = without_names(merged.tokenizer, gone)
     turns = chat_turns(merged.tokenizer)

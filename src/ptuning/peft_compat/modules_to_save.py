@@ -16,6 +16,7 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from transformers import Cache
 
 from ..backbone.upstream import checkpointing_of, set_checkpointing
 from ..errors import InputError
@@ -91,19 +92,26 @@ class ModulesToSaveWrapper(nn.Module):
         return self.modules_to_save[name]
 
     def _each(self, names: list[str | None], *args: Any, **kwargs: Any) -> Tensor:
-        size = len(names)
-        batched = [isinstance(x, Tensor) and x.dim() > 0 and len(x) == size for x in args]
-        if not batched or not batched[0]:
+        size = len(args[0]) if args and isinstance(args[0], Tensor) and args[0].dim() else 0
+        if not size or size % len(names):
             raise InputError(
-                f"rows with different trained modules need {size} rows in the module's input; run "
-                "them in a batch of their own"
+                f"rows with different trained modules need {len(names)} rows in the module's "
+                "input; run them in a batch of their own"
             )
+        if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+            raise InputError(
+                "rows with different trained layers would share the keys and values of one cache; "
+                "give use_cache=False, or run them in batches of their own"
+            )
+        # A row's beams and sequences stand beside one another, its tokens too.
+        names = [name for name in names for _ in range(size // len(names))]
         parts: dict[str | None, tuple[Tensor, Tensor]] = {}
         for name in dict.fromkeys(names):
             rows = torch.tensor([n for n, other in enumerate(names) if other == name])
             rows = rows.to(args[0].device)
-            own = [x[rows] if split else x for x, split in zip(args, batched, strict=True)]
-            parts[name] = rows, self._of(name)(*own, **kwargs)
+            first, *own = (_of_rows(value, rows, size) for value in args)
+            options = {key: _of_rows(value, rows, size) for key, value in kwargs.items()}
+            parts[name] = rows, self._of(name)(first, *own, **options)
         order = torch.cat([rows for rows, _ in parts.values()])
         return torch.cat([output for _, output in parts.values()])[order.argsort()]
 
@@ -121,6 +129,14 @@ class ModulesToSaveWrapper(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._local = threading.local()
+
+
+def _of_rows(value: Any, rows: Tensor, size: int) -> Any:
+    """Of what a module is called with the part of some rows; what is not of rows stays whole."""
+    if type(value) in (tuple, list):
+        return type(value)(_of_rows(inner, rows, size) for inner in value)
+    is_batched = isinstance(value, Tensor) and value.dim() > 1 and len(value) == size
+    return value[rows.to(value.device)] if is_batched else value
 
 
 class Remembering:

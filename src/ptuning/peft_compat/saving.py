@@ -148,18 +148,18 @@ def fill(model: Any, name: str, saved: Saved, ignore_mismatched_sizes: bool = Fa
     Raises:
         InputError: the adapter has another template than the saved one.
     """
+    if model.adapter(name).insertion.template != (saved.prompt.template if saved.prompt else None):
+        raise InputError(
+            f"adapter {name!r} has another template than the saved one; load it under another name"
+        )
+    if saved.prompt:
+        check_same(saved.prompt.base_model, model.base_model, None)
     result = set_peft_model_state_dict(model, saved.state, name, ignore_mismatched_sizes)
     encoder = model.prompt_encoder[name]
     weights = saved.prompt.encoder_weights if saved.prompt else None
     shapes = {key: tensor.shape for key, tensor in encoder.state_dict().items()}
     if weights and {key: tensor.shape for key, tensor in weights.items()} == shapes:
         encoder.load_state_dict(weights)
-    if saved.prompt:
-        check_same(saved.prompt.base_model, model.base_model, None)
-    if model.adapter(name).insertion.template != (saved.prompt.template if saved.prompt else None):
-        raise InputError(
-            f"adapter {name!r} has another template than the saved one; load it under another name"
-        )
     return result
 
 

@@ -8,7 +8,6 @@ the whole input and nothing else.
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,7 +51,7 @@ def pack(
         kind: `traits.kind_of` the model, for a configuration without a task type; None leaves it.
         modules: tensors of further trained modules, by their names in the base model.
     """
-    saved = dataclasses.replace(config, inference_mode=True)
+    saved = config.replace(inference_mode=True)
     if kind is not None and config.task_type is None:
         saved.task_type = TASK_TYPES.get(kind, TaskType.FEATURE_EXTRACTION)
     tensors = {"prompt_embeddings": rows}

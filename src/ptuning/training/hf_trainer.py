@@ -68,7 +68,7 @@ class PromptModule(Population):
         answers: Tensor,
         example: Tensor,
         member: Tensor,
-        labels: Tensor,
+        labels: Tensor | None = None,
         words: Tensor | None = None,
         right: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
@@ -98,6 +98,16 @@ class PromptModule(Population):
             right,
             decoder_input_ids,
         )
+        if labels is None:
+            raise InputError(
+                "the trainer took the labels away, as it does to smooth them; leave "
+                "label_smoothing_factor out, which means nothing here"
+            )
+        if not self.is_open:
+            raise InputError(
+                "this training is finished, and the prompt is off the model; evaluate before "
+                "`finish`, or use ptuning.evaluate"
+            )
         count = int((labels != IGNORED).sum()) if num_items_in_batch is None else num_items_in_batch
         return {"loss": self.step(batch).sum() / count}
 

@@ -217,6 +217,11 @@ class Population(nn.Module):
         losses = self.engine.losses(batch, self.words, shortener)
         return losses.new_zeros(len(self.members)).index_add(0, batch.member, losses)
 
+    @property
+    def is_open(self) -> bool:
+        """It is not closed yet."""
+        return self._undo.alive
+
     def close(self) -> None:
         """Take the hooks off and give the base model its mode and gradients back."""
         self._undo()
