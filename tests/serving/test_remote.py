@@ -274,3 +274,44 @@ def test_the_command_stands_in_front_of_it(
     assert said["answer"] == right.answer
     assert said["probabilities"] == pytest.approx(right.probabilities, abs=1e-5)
     assert about["virtual_tokens"] is None
+
+
+def test_rows_of_a_refused_request_make_room_when_they_have_ended(
+    place: Path, merged: Path, there: tuple[str, Any]
+) -> None:
+    remote = Remote(there[0], str(merged), waiting=4)
+    handle = remote.take_on("capital", servers.prompt(place, "capital"))
+    ended: list[str] = []
+
+    async def one(handle: Any, row: Any, wish: Any) -> Any:
+        if row["country"] == "bad":
+            raise InputError("a bad row")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(row["country"])
+            assert remote.depth == 3
+
+    remote._one = one  # type: ignore[method-assign]
+    rows = [{"country": "a"}, {"country": "bad"}, {"country": "b"}]
+    with pytest.raises(InputError, match="a bad row"):
+        asyncio.run(remote.answer(handle, rows, _wish()))
+    assert sorted(ended) == ["a", "b"] and remote.depth == 0
+
+
+def test_labels_in_a_stream_take_room_and_answers_have_that_of_their_limit(
+    place: Path, merged: Path, there: tuple[str, Any]
+) -> None:
+    remote = Remote(there[0], str(merged), waiting=0)
+    mood = remote.take_on("mood", servers.prompt(place, "mood"))
+
+    async def streamed() -> list[Any]:
+        return [part async for part in remote.stream(mood, servers.ROWS["mood"], _wish())]
+
+    with pytest.raises(Overloaded):
+        asyncio.run(streamed())
+    prompt = servers.prompt(place, "capital")
+    prompt.answer_tokens = None
+    handle = remote.take_on("capital", prompt)
+    _, example = remote._rendered(handle, {"country": "France " * 200}, _wish())
+    assert len(example.sequences[0].ids) + 64 <= 128 + 1

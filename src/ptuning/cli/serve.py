@@ -83,8 +83,9 @@ def serve(
         raise InputError(f"--backend is {backend!r}; expected local or vllm")
     if (backend == "vllm") != (url is not None):
         raise InputError("--backend vllm and --url go together: the address of a running server")
-    if url is not None and frozen != "own":
-        raise InputError("--frozen is for --backend local: the running server has its own model")
+    own = {"--frozen": frozen != "own", "--dtype": dtype != "auto", "--max-batch": max_batch != 32}
+    if url is not None and (given := [option for option, is_given in own.items() if is_given]):
+        raise InputError(f"{given[0]} is for --backend local: the running server has its own model")
     if api_key is not None and (len(api_key) < 8 or not api_key.isascii() or " " in api_key):
         raise InputError("--api-key: give at least 8 ASCII characters without spaces")
     from ..serving.gate import Limits

@@ -33,7 +33,7 @@ from .gate import Gate, Limits, Refused, error_body
 from .json_text import Json, event
 from .messages import PredictRequest, PredictResponse, in_words
 from .metrics import Metrics
-from .registry import Registry, Served
+from .registry import Absent, Registry, Served
 
 _RESCAN_SECONDS = 2.0
 _ABOUT = "Prompts trained by P-tuning, on one frozen language model."
@@ -137,8 +137,10 @@ def _prompts(app: FastAPI, desk: Desk, key: str | None) -> None:
         _may_change(key)
         try:
             served = await asyncio.to_thread(registry.put, name)
+        except Absent as error:
+            raise Refused(404, str(error)) from None
         except (InputError, PromptFileError) as error:
-            raise Refused(404 if "there is no" in str(error) else 422, str(error)) from None
+            raise Refused(422, str(error)) from None
         return _summary(served)
 
     @app.delete("/v1/prompts/{name}", tags=["prompts"])

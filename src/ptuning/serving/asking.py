@@ -61,7 +61,7 @@ class Desk:
         if len(stops) > 4 or any(not s or len(s) > 100 for s in stops):
             raise Refused(422, "stop: at most 4 texts of 1 to 100 characters")
         deadline = time.monotonic() + self.limits.seconds
-        return Wish(deadline, virtual, limit, stops)
+        return Wish(deadline, virtual, limit, stops, self.limits.tokens)
 
     def check_count(self, rows: Sequence[Row]) -> None:
         """Refuse more rows than may come at once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -31,7 +32,8 @@ class Wish:
     Attributes:
         deadline: of `time.monotonic`.
         virtual: with the prompt's virtual tokens; else by its words alone.
-        limit: longest free answer in tokens.
+        limit: longest free answer in tokens, where the request says it.
+        most: longest free answer in tokens that anybody gets.
         stop: texts that end a free answer.
     """
 
@@ -39,6 +41,12 @@ class Wish:
     virtual: bool = True
     limit: int | None = None
     stop: tuple[str, ...] = ()
+    most: int = sys.maxsize
+
+    def limit_of(self, task: Task, usual: int = LONGEST) -> int:
+        """Tokens of a free answer of a task: as the request says, else as the prompt does, else as
+        is usual."""
+        return self.limit or min(task.answer_tokens or usual, self.most)
 
 
 @dataclass(frozen=True)

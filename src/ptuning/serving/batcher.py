@@ -42,12 +42,14 @@ class Item:
         deadline: of `time.monotonic`.
         answer: comes here.
         abandoned: nobody wants the answer any more.
+        begun: a part of the answer has gone out, so that it is not asked for a second time.
     """
 
     question: Any
     deadline: float
     answer: Future[Any] = field(default_factory=Future)
     abandoned: bool = False
+    begun: bool = False
 
     @property
     def over(self) -> bool:
@@ -160,9 +162,9 @@ class Batcher:
         self._attempt([item for item in items if not item.answer.done()])
         for item in items:  # a batch that failed: each alone, so that one fault stays alone
             if not item.answer.done():
-                self._attempt([item], last=True)
+                self._attempt([item])
 
-    def _attempt(self, items: list[Item], last: bool = False) -> None:
+    def _attempt(self, items: list[Item]) -> None:
         if not items:
             return
         self.sizes(len(items))
@@ -171,8 +173,8 @@ class Batcher:
                 late = item.over and not isinstance(result, BaseException)
                 _settle(item, TooLate("the answer took too long") if late else result)
         except BaseException as error:
-            if last or len(items) == 1:
-                for item in items:
+            for item in items:
+                if item.begun or len(items) == 1:
                     _settle(item, error)
 
 

@@ -40,7 +40,7 @@ class Limits:
         waiting: rows that may wait.
         batch: rows of a batch.
         tokens: of a free answer.
-        requests: that are worked on at once.
+        requests: that are worked on at once, or as many as rows may wait where those are more.
     """
 
     body: int = 2**20
@@ -123,9 +123,11 @@ class Gate:
             self._ended(path, status, time.monotonic() - started)
 
     async def _let_in(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["path"] not in OPEN:
-            self._check_key(scope)
-        if self._inside >= self._limits.requests:
+        if scope["path"] in OPEN:  # also of a busy server: it is alive
+            await self._app(scope, receive, send)
+            return
+        self._check_key(scope)
+        if self._inside >= max(self._limits.requests, self._limits.waiting):
             raise Refused(429, f"{self._inside} requests are worked on; ask again", retry_after="1")
         self._inside += 1
         try:

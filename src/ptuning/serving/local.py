@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,12 +35,14 @@ from .backend import (
     is_plain,
     shown_name,
 )
-from .batcher import Batcher, Item
+from .batcher import Batcher, Item, TooLate
 
 _KEPT = 64 * 2**20
 """Bytes that the engine keeps of what rows have in common."""
 _NEAR = 16
 """Tokens in front of what is said that decide how it is spelled: a space, half a character."""
+_SETTLED = 64
+"""Tokens behind which what was said is not decoded again."""
 
 
 @dataclass(eq=False)
@@ -116,6 +120,7 @@ class Local:
     def __init__(self, base: BaseModel, most: int = 32, waiting: int = 1024):
         self.base, self.name = base, shown_name(name_of(base.model))
         self._most = most
+        self._ends = ends_of(base.model)
         self._engine = Engine(base, _KEPT)
         self.batcher = Batcher(self._answer, most, waiting)
         causal = base.kind is ModelKind.CAUSAL
@@ -152,7 +157,8 @@ class Local:
         items = [Item(_Asked(handle, row, wish), wish.deadline) for row in rows]
         self.batcher.ask(items)
         try:
-            return list(await asyncio.gather(*(asyncio.wrap_future(i.answer) for i in items)))
+            async with _until(wish.deadline):
+                return list(await asyncio.gather(*(asyncio.wrap_future(i.answer) for i in items)))
         finally:
             for item in items:
                 item.abandoned = True
@@ -170,7 +176,11 @@ class Local:
         self.batcher.ask([item])
         said = ""
         try:
-            while (part := await parts.get()) is not None:
+            while True:
+                async with _until(wish.deadline):
+                    part = await parts.get()
+                if part is None:
+                    break
                 said += part
                 yield part
             answer = item.answer.result()
@@ -183,19 +193,19 @@ class Local:
     def nearest(self, handle: Handle, count: int) -> list[dict[str, Any]] | None:
         """Nearest words of a prompt's virtual tokens."""
 
-        def look() -> list[dict[str, Any]]:
+        def look() -> None:
             prompt = handle.task
-            if not isinstance(prompt, Prompt):
-                return []
+            if handle.nearest is not None or not isinstance(prompt, Prompt):
+                return  # somebody has asked meanwhile
             found, mean = nearest_words(self.base.model, self.base.tokenizer, prompt, count)
-            return [
+            handle.nearest = [
                 {"norm": n.norm, "mean_norm": mean, "nearest": [list(w) for w in n.words]}
                 for n in found
             ]
 
         if handle.nearest is None:
-            handle.nearest = self.batcher.run(look)
-        return handle.nearest
+            self.batcher.run(look)
+        return handle.nearest or []
 
     @property
     def depth(self) -> int:
@@ -248,24 +258,29 @@ class Local:
             try:
                 wish: Wish = item.question.wish
                 handle = self._wanted(item.question)
-                limit = wish.limit or handle.task.answer_tokens or (1 if masked else LONGEST)
+                limit = wish.limit_of(handle.task, 1 if masked else LONGEST)
                 first, *others = handle.readings(item.question.row, limit, self._engine)
             except PtuningError as error:
                 yield item, error
                 continue
             before = first.example.sequences[0].ids if handle.goes_on else None
-            listener = _Listener(item, self.base.tokenizer, before)
+            ends = self._ends if is_plain(handle.task) else ()
+            listener = _Listener(item, self.base.tokenizer, before, ends)
             watched: Any = {"limit": limit, "watch": listener, "others": tuple(others)}
             asked.append((item, listener, Question(**vars(first), **watched)))
         with eval_mode(self.base.model):
             found = answers(self._engine, [question for *_, question in asked], self._most)
             for number, prediction in found:
                 item, listener, question = asked[number]
+                handle = item.question.handle
                 example = question.example
-                text = cut_at(prediction.answer, item.question.wish.stop).strip()
-                if item.question.handle.goes_on:
-                    text = listener.whole
-                at_once = masked or question.renderer.compares
+                compares = question.renderer.compares
+                text = prediction.answer
+                if not compares:
+                    text = cut_at(text, item.question.wish.stop).strip()
+                if handle.plain:  # its turn may have ended in a way of the model's own
+                    text = listener.whole if handle.goes_on else listener.whole.strip()
+                at_once = masked or compares
                 yield (
                     item,
                     Answer(
@@ -297,11 +312,21 @@ class _Listener:
         item: what was asked.
         tokenizer: of the model.
         before: the ids of a text that it goes on with, to the last space; None for an answer.
+        ends: ids that end it, beside the tokenizer's end of text.
     """
 
-    def __init__(self, item: Item, tokenizer: Any, before: tuple[int, ...] | None = None):
+    def __init__(
+        self,
+        item: Item,
+        tokenizer: Any,
+        before: tuple[int, ...] | None = None,
+        ends: Collection[int] = (),
+    ):
         self._item, self._tokenizer = item, tokenizer
-        self._before = None if before is None else before[-_NEAR:]
+        self._goes_on = before is not None
+        self._context = list(before or ())[-_NEAR:]
+        self._settled, self._from = "", 0
+        self._ends = {*ends, tokenizer.eos_token_id}
         self._stop: tuple[str, ...] = item.question.wish.stop
         self._heard: Callable[[str], None] | None = item.question.heard
         self._said = ""
@@ -311,7 +336,7 @@ class _Listener:
     def __call__(self, token: int) -> bool:
         """A token; says whether it is enough."""
         self.tokens.append(token)
-        if token == self._tokenizer.eos_token_id:
+        if token in self._ends:
             self.complete = True
         if self.complete or not (self._stop or self._heard):
             return self.complete or self._item.over
@@ -328,20 +353,42 @@ class _Listener:
         return cut_at(self._text(), self._stop)
 
     def _text(self) -> str:
-        if self._before is None:
-            return self._decoded(self.tokens)
-        return self._decoded([*self._before, *self.tokens])[len(self._decoded(self._before)) :]
+        """What is said; what was said long ago is not looked at again."""
+        new = [token for token in self.tokens[self._from :] if token not in self._ends]
+        before = len(self._decoded(self._context))
+        text = self._settled + self._decoded([*self._context, *new])[before:]
+        if len(new) >= _SETTLED and not text.endswith("\ufffd"):
+            self._settled, self._from = text, len(self.tokens)
+            self._context = [*self._context, *new][-_NEAR:]
+        return text
 
     def _decoded(self, ids: Sequence[int]) -> str:
-        clean = {} if self._before is None else {"clean_up_tokenization_spaces": False}
+        clean = {"clean_up_tokenization_spaces": False} if self._goes_on else {}
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, **clean))
 
     def _pass_on(self, text: str) -> None:
         """What is certain of the text: not its last spaces, half a character or half a stop."""
-        certain = (text if self._before is not None else text.strip()).rstrip("\ufffd")
+        certain = (text if self._goes_on else text.strip()).rstrip("\ufffd")
         if not self.complete and self._stop:
             certain = certain[: len(certain) - max(map(len, self._stop)) + 1]
         if certain.startswith(self._said) and len(certain) > len(self._said):
             assert self._heard is not None
+            self._item.begun = True
             self._heard(certain[len(self._said) :])
             self._said = certain
+
+
+def ends_of(model: Any) -> tuple[int, ...]:
+    """Ids that end what a model writes by itself, such as a turn of its chats."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return (ends,) if isinstance(ends, int) else tuple(ends or ())
+
+
+@asynccontextmanager
+async def _until(deadline: float) -> AsyncIterator[None]:
+    """A block that ends in time, whatever it waits for."""
+    try:
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+            yield
+    except TimeoutError:
+        raise TooLate("the answer took too long") from None

@@ -4,13 +4,36 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    WithJsonSchema,
+)
+from pydantic_core import PydanticCustomError
 
-Cell = StrictStr | StrictInt | StrictFloat | StrictBool | None
-Fields = dict[str, Cell]
+
+def _only_cells(fields: dict[str, Any]) -> dict[str, Any]:
+    """Told at the first fault: a list of them all takes seconds to make of a large body."""
+    for name, value in fields.items():
+        if isinstance(value, list | dict):
+            raise PydanticCustomError("cell", "{name}", {"name": name})
+    return fields
+
+
+_CELL = {"anyOf": [{"type": kind} for kind in ("string", "number", "boolean", "null")]}
+Fields = Annotated[
+    dict[str, Any],
+    AfterValidator(_only_cells),
+    WithJsonSchema({"type": "object", "additionalProperties": _CELL}),
+]
 Zero = Annotated[float, Field(ge=0, le=0)]
 One = Annotated[int, Field(ge=1, le=1)]
-Stop = StrictStr | list[StrictStr] | None
+Stop = StrictStr | Annotated[list[StrictStr], Field(fail_fast=True)] | None
 MaxTokens = Annotated[StrictInt | None, Field(ge=1)]
 
 
@@ -22,7 +45,7 @@ class PredictRequest(_Message):
     """Rows for a prompt: one as ``fields``, or many as ``rows``."""
 
     fields: Fields | None = None
-    rows: Annotated[list[Fields] | None, Field(min_length=1)] = None
+    rows: Annotated[list[Fields], Field(min_length=1, fail_fast=True)] | None = None
     virtual_tokens: StrictBool = True
     """False: the prompt's words alone, as one would write them by hand."""
     max_tokens: MaxTokens = None
@@ -61,7 +84,7 @@ class _OpenAI(_Message):
     fields: Fields | None = None
     max_tokens: MaxTokens = None
     stop: Stop = None
-    stream: StrictBool = False
+    stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     temperature: Zero | None = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
@@ -76,7 +99,9 @@ class _OpenAI(_Message):
 class CompletionRequest(_OpenAI):
     """OpenAI's completion; ``model`` is a prompt's name or the base model's."""
 
-    prompt: StrictStr | Annotated[list[StrictStr], Field(min_length=1)] | None = None
+    prompt: StrictStr | Annotated[list[StrictStr], Field(min_length=1, fail_fast=True)] | None = (
+        None
+    )
     best_of: One | None = None
     echo: Literal[False] | None = None
     logprobs: None = None
@@ -94,7 +119,7 @@ class Turn(_Message):
     """One message of a chat."""
 
     role: Literal["user", "system", "assistant"]
-    content: StrictStr | list[TextPart]
+    content: StrictStr | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = None
 
     @property
@@ -108,7 +133,7 @@ class Turn(_Message):
 class ChatRequest(_OpenAI):
     """OpenAI's chat completion."""
 
-    messages: Annotated[list[Turn], Field(min_length=1)]
+    messages: Annotated[list[Turn], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: MaxTokens = None
     logprobs: Literal[False] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
@@ -118,12 +143,13 @@ def in_words(errors: list[Any]) -> str:
     """The first of pydantic's errors, in one line."""
     first = min(errors, key=lambda e: -len(e["loc"])) if len(errors) == 1 else errors[0]
     path = [str(part) for part in first["loc"] if part != "body"]
-    cell = [i for i, part in enumerate(path) if part in ("str", "int", "float", "bool")]
-    where = ".".join(path[: cell[0]] if cell else path) or "the body"
     kind, message = first["type"], str(first["msg"])
+    if kind == "cell":
+        path.append(message)
+    where = ".".join(path) or "the body"
     if kind == "extra_forbidden":
         return f"{where} is no field of this request; see /docs"
-    if path and path[0] in ("fields", "rows") and cell:
+    if kind == "cell":
         return f"{where}: expected text, a number, true, false or null"
     if path and path[-1] in ("temperature", "frequency_penalty", "presence_penalty"):
         return f"{where}: answers are greedy here; send 0, or nothing"

@@ -35,7 +35,6 @@ class Served:
         prompt: as it was loaded.
         fields: columns that a row must have.
         handle: what the backend made of it.
-        stamp: sizes and times of the files that were read.
     """
 
     name: str
@@ -43,7 +42,10 @@ class Served:
     prompt: Prompt
     fields: tuple[str, ...]
     handle: Any
-    stamp: tuple[Any, ...]
+
+
+class Absent(InputError):
+    """There is no prompt of that name."""
 
 
 class Registry:
@@ -104,7 +106,7 @@ class Registry:
             InputError: no prompt says it.
         """
         reasons = []
-        for name, folder in sorted(self._found()[0].items()):
+        for name, folder in self._found()[0].items():
             try:
                 saved = Prompt.load(folder).base_model.get("name")
             except (PtuningError, OSError) as error:
@@ -145,7 +147,8 @@ class Registry:
         """Take on the prompt of this name in a collection, or renew it, now.
 
         Raises:
-            InputError: the name leads elsewhere, there is no such prompt, or it cannot be served.
+            Absent: there is no such prompt.
+            InputError: the name leads elsewhere, or the prompt cannot be served.
         """
         with self._changing:
             folder = self._named.get(name) or self._in_collection(name)
@@ -168,30 +171,44 @@ class Registry:
             self._drop(name, "taken off, as was asked")
 
     def _found(self) -> tuple[dict[str, Path], dict[str, str]]:
-        """Folders of prompts by name, and why others are none."""
-        found = {name: folder for name, folder in self._named.items() if is_prompt(folder)}
+        """Folders of prompts by name, in the order in which they were given, and why others are
+        none. What cannot be looked at now stays where it was served from."""
+        found = {name: folder for name, folder in self._named.items() if self._is_there(folder)}
         astray: dict[str, str] = {}
         for collection in self._collections:
             try:
                 entries = sorted(e.name for e in collection.iterdir() if not e.name.startswith("."))
-            except OSError:
+            except (FileNotFoundError, NotADirectoryError):
                 continue
+            except OSError:
+                known = [served.folder for served in self.served.values()]
+                entries = [folder.name for folder in known if collection in folder.parents]
             for name in entries:
                 try:
                     folder = _inside(collection, name)
                 except InputError as error:
                     astray[name] = str(error)
                     continue
-                if is_prompt(folder):
-                    found.setdefault(name, folder)
+                if not self._is_there(folder):
+                    continue
+                if places.real(found.setdefault(name, folder)) != places.real(folder):
+                    astray[f"{collection.name}/{name}"] = (
+                        f"another folder that is served has a prompt {name!r}; rename one of them"
+                    )
         return found, {name: why for name, why in astray.items() if name not in found}
+
+    def _is_there(self, folder: Path) -> bool:
+        try:
+            return _holds_prompt(folder)
+        except OSError:
+            return any(folder == served.folder for served in self.served.values())
 
     def _in_collection(self, name: str) -> Path:
         for collection in self._collections:
             folder = _inside(collection, name)
             if is_prompt(folder):
                 return folder
-        raise InputError(
+        raise Absent(
             f"there is no saved prompt {name!r} in the folders that are served; put one there first"
         )
 
@@ -201,12 +218,15 @@ class Registry:
             prompt = Prompt.load(folder)
             fields = fields_of(prompt)
             handle = self._take_on(name, prompt)
-        except (PtuningError, OSError) as error:
+        except Exception as error:  # of whatever kind: the others are served on
+            if not isinstance(error, PtuningError):  # may pass: memory, a file system
+                self._tried.pop(name, None)
+                error = PtuningError(f"{type(error).__name__}: {error}")
             kept = " (its version of before is served on)" if name in self.served else ""
-            self._refuse(name, f"{error}{kept}")
+            self._refuse(name, f"{error}{kept}", folder)
             return
         before = self.served.get(name)
-        self.served = {**self.served, name: Served(name, folder, prompt, fields, handle, stamp)}
+        self.served = {**self.served, name: Served(name, folder, prompt, fields, handle)}
         self.refused.pop(name, None)
         self._tell(f"{name}: {'renewed' if before else 'served'}, from {folder}")
         if before:
@@ -219,18 +239,34 @@ class Registry:
         self._tell(f"{name}: {what}")
         self._let_go(gone.handle)
 
-    def _refuse(self, name: str, reason: str) -> None:
-        if self.refused.get(name) != reason:
+    def _refuse(self, name: str, reason: str, folder: Path | None = None) -> None:
+        """Clients are told why, but not where the files are."""
+        shown = reason if folder is None else reason.replace(str(folder), name)
+        if self.refused.get(name) != shown:
             self._tell(f"{name}: refused: {reason}")
-        self.refused[name] = reason
+        self.refused[name] = shown
 
 
 def is_prompt(folder: Path) -> bool:
     """The folder holds files of a saved prompt, of ours or of PEFT's."""
     try:
-        return prompt_files.are_in(folder) or all((folder / n).exists() for n in peft_files.NAMES)
+        return _holds_prompt(folder)
     except OSError:
         return False
+
+
+def _holds_prompt(folder: Path) -> bool:
+    """The same, with the system's error where nobody can tell."""
+    theirs = all(_exists(folder / name) for name in peft_files.NAMES)
+    return theirs or any(_exists(folder / name) for name in prompt_files.NAMES[:2])
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def fields_of(prompt: Prompt) -> tuple[str, ...]:

@@ -32,7 +32,6 @@ from ..rendering.layout import Sequence as Tokens
 from ..rendering.merged_text import names_of
 from ..rendering.render import Renderer
 from .backend import (
-    LONGEST,
     PLAIN,
     PLAIN_CHAT,
     Answer,
@@ -135,14 +134,20 @@ class Remote:
     async def answer(self, handle: Handle, rows: Sequence[Row], wish: Wish) -> list[Answer]:
         """An answer for each row."""
         with self._room(len(rows)):
-            asked = [self._one(handle, row, wish) for row in rows]
-            return list(await asyncio.gather(*asked))
+            asked = [asyncio.ensure_future(self._one(handle, row, wish)) for row in rows]
+            try:
+                return list(await asyncio.gather(*asked))
+            finally:  # the first fault is the request's: nobody waits for the others any more
+                for one in asked:
+                    one.cancel()
+                await asyncio.gather(*asked, return_exceptions=True)
 
     async def stream(self, handle: Handle, row: Row, wish: Wish) -> AsyncIterator[str | Answer]:
         """Parts of a free answer as they come, and at last the whole."""
         handle, example = await asyncio.to_thread(self._rendered, handle, row, wish)
         if handle.renderer.compares:
-            yield await self._compared(handle, example, wish)
+            with self._room(1):
+                yield await self._compared(handle, example, wish)
             return
         ids = self._ids(handle, example.sequences[0])
         said, tokens, likelihood, complete = "", 0, 0.0, False
@@ -193,9 +198,9 @@ class Remote:
                 handle.by_hand = handle.by_hand or self._handle(handle.task.manual())
                 handle = handle.by_hand
             if is_plain(handle.task):
-                return handle, as_it_is(handle.renderer, row, wish.limit or LONGEST)
-            renderer, limit = handle.renderer, wish.limit or 0
-            if not renderer.compares and limit not in (0, handle.task.answer_tokens):
+                return handle, as_it_is(handle.renderer, row, wish.limit_of(handle.task))
+            renderer, limit = handle.renderer, wish.limit_of(handle.task)
+            if not renderer.compares and limit != handle.task.answer_tokens:
                 renderer = self._renderer(replace(handle.task, answer_tokens=limit))
             return handle, renderer(row, answered=False)
 
@@ -228,7 +233,7 @@ class Remote:
     def _free(self, handle: Handle, ids: list[int], wish: Wish) -> dict[str, Any]:
         """The body that asks for a free answer, greedily."""
         body = {
-            **self._body([ids], wish.limit or handle.task.answer_tokens or LONGEST),
+            **self._body([ids], wish.limit_of(handle.task)),
             "logprobs": 0,
         }
         if wish.stop:
