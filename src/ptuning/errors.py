@@ -46,6 +46,11 @@ def excerpt(text: str, at: int = 0, most: int = 300) -> str:
     return f"{'…' if start else ''}{text[start:end]}{'…' if end < len(text) else ''}"
 
 
+def in_one_line(error: BaseException) -> str:
+    """What an error of somebody else says first, or its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def repeated(names: Iterable[str]) -> str | None:
     """The first name that has stood before; None where all differ."""
     seen: set[str] = set()

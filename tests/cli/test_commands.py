@@ -685,7 +685,7 @@ def test_the_demo_writes_prompt_picture_and_figures(
     code, _, err = run("demo", "--model", model_folder)
     assert code == 0, err  # its own it replaces
     code, _, err = run("demo", "--model", model_folder, "--output", "x" * 300)
-    assert code == 1
+    assert code == 2
     assert_one_line(err, "choose a shorter name")
 
 

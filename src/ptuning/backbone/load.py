@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 
 from ..devices import best_device, device_called
-from ..errors import InputError, PtuningError
+from ..errors import InputError, PtuningError, in_one_line
 from ..places import named
 from ..storage import one_save, settle
 from . import eight_bits
@@ -139,7 +139,7 @@ def _readable(name: str) -> Iterator[None]:
                 "it, load it in Python with from_pretrained(..., trust_remote_code=True) and give "
                 "model and tokenizer to ptuning.train or ptuning.predict"
             ) from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = in_one_line(error)
         raise InputError(
             f"cannot load the model {name!r} ({reason}); give smollm2 or minilm (ptuning fetch), a "
             "folder with a transformers model, a .gguf file, or a hub name"

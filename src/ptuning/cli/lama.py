@@ -60,7 +60,7 @@ def lama(
     """Probe a model's knowledge of facts: by manual templates and by P-tuned prompts.
 
     For each relation of LAMA: its manual template, the best manual template on dev, the majority
-    answer, and the best of a population of prompts on dev; P@1, P@10 and MRR on test. The same
+    answer, and a population of prompts that answer together; P@1, P@10 and MRR on test. The same
     command goes on where it stopped, inside a training too. --output gets lama.json, lama.png,
     run.yaml and the prompts.
 
@@ -82,7 +82,7 @@ def lama(
         settings=TrainSettings(**settings, patience=0, init="encoder"),
     )
     given = run_files.settings_of(context)
-    elsewhere = ("output", "data", "relations", *CHANGE_NO_RESULT)
+    elsewhere = ("output", "data", "relations", "candidates", *CHANGE_NO_RESULT)
     decisive = {name: value for name, value in given.items() if name not in elsewhere}
     with distributed.together(), distributed.locked(output):
         console.speak_if(distributed.state().is_main_process)

@@ -213,7 +213,7 @@ _ELSEWHERE = {
     "patience": "the published figures were made without: it is 0 here",
     "learning_rate": "several compete: it is part of the grid",
     "tracker": "an experiment is many trainings, and a tracker follows one",
-    "ensemble": "the published figures are of single prompts",
+    "ensemble": "LamaOptions has it: --together",
     "calibrate": "the published figures were made without",
     "max_minutes": "an experiment's parts are resumed one by one, and none is half done",
     "folds": "each has a dev set",

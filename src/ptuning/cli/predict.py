@@ -71,6 +71,11 @@ def predict(
     if place is not None and not place.special:
         kept = "stopped; what was answered is kept: the same command with --resume goes on"
         console.on_stop(lambda: kept)
+    if json_output and (place is None or place.special):
+        raise InputError(
+            "--json tells of a file that was written; without --output predictions are JSON lines "
+            "already"
+        )
     if resume and (place is None or place.special):
         raise InputError("--resume needs an --output file, beside which the interrupted run stands")
     prompt = saved_prompt.load(prompt_folder)

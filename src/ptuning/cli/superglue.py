@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from ..experiments.superglue.examples import Splits
     from ..experiments.superglue.tasks import SuperGlueTask
 
-_ELSEWHERE = ("output", "data", "task", "seeds", "seed")
+_ELSEWHERE = ("output", "data", "train", "dev", "test", "task", "seeds", "seed")
+"""What does not decide on a part's figures, or is looked at by its content."""
 
 
 @filled(PANELS, wanted=OF_SUPERGLUE, settings=OF_SUPERGLUE_TRAINING)

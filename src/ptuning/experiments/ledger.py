@@ -88,10 +88,11 @@ class Ledger:
 
     def _check_free(self) -> None:
         """Refuse a folder that holds what no experiment has made, and a new one would replace."""
-        own = {_SETTINGS, self._done.name, self._prompts.name, self._running.name}
+        own = {self._done.name, self._prompts.name, self._running.name}
         seen = {path.name for path in self.output.iterdir() if not path.name.startswith(".")}
-        of_run = _SETTINGS not in seen or _read(self.output / _SETTINGS) is not None
-        if seen - own or not of_run:
+        # With settings it is an experiment's, whatever else is there: a kill behind --overwrite.
+        is_ours = _SETTINGS in seen and _read(self.output / _SETTINGS) is not None
+        if seen - own and not is_ours:
             raise InputError(
                 f"--output {self.output} is not empty; choose another folder, or --overwrite to "
                 "write there all the same"

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..backbone.upstream import sizes_apart
+from ..errors import in_one_line
 from .compiled import DYNAMIC, OneLayer, Work, layers_worth_it
 from .norms import plain_norms
 
@@ -75,7 +76,7 @@ class LayersOnCpu:
                 try:
                     return self._run(number, layer, args[0], named)
                 except Exception as error:  # whatever a compiler cannot do, or has not got
-                    self.fault = (str(error) or type(error).__name__).splitlines()[0]
+                    self.fault = in_one_line(error)
         return plain(layer, *args, **kwargs)
 
     def _run(self, number: int, layer: nn.Module, hidden: Tensor, named: dict[str, Any]) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy
 
-from ..errors import DataError, InputError
+from ..errors import DataError, InputError, in_one_line
 from ..prompts.task import Task
 from ..prompts.template import Field, Slot, Virtual
 from .known import Known, Tokenize
@@ -303,7 +303,7 @@ def as_chat(tokenizer: Any, turns: list[dict[str, str]]) -> str:
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # what the chat template raises, or its engine
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = in_one_line(error)
         who = " and ".join(turn["role"] for turn in turns)
         raise InputError(
             f"this model's chat template takes no turns of {who} ({reason})"

@@ -33,6 +33,7 @@ from ..backbone.traits import (
     packs_rows,
 )
 from ..backbone.upstream import has_foreign_hooks
+from ..errors import in_one_line
 from ..forward.engine import CompiledLayers, Work
 from ..forward.graphs import MOST, CudaGraph, Graph
 from ..forward.plain import Shortened, positions
@@ -334,4 +335,4 @@ def _cause(error: Exception) -> str:
     """A line of what broke a capture; its end fails too."""
     while error.__context__ is not None and isinstance(error.__context__, Exception):
         error = error.__context__
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return in_one_line(error)

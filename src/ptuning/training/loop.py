@@ -26,7 +26,7 @@ from torch import Tensor
 from .. import distributed
 from ..backbone.base_model import BaseModel
 from ..backbone.eight_bits import frozen_format
-from ..errors import PromptFileError, TrainingError
+from ..errors import PromptFileError, TrainingError, in_one_line
 from ..forward.engine import Engine, Work
 from ..forward.scoring import sums
 from ..rendering.collate import Batch
@@ -367,7 +367,7 @@ class Loop:
             if state.get("scaler") and self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = in_one_line(error)
             raise PromptFileError(
                 f"cannot resume: the newest checkpoint in {self.output} is not of such a training "
                 f"({reason}); remove it, or start anew with --overwrite"

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from .. import distributed
+from ..errors import in_one_line
 from ..forward.graphs import Graph
 from ..rendering.collate import Batch
 from .cuda_graphs import GraphedStep, MicroStep
@@ -177,7 +178,7 @@ class ReplayedSteps:
             graph.capture(update)
         except Exception as error:  # such as an encoder of a library that cannot be captured
             self._captures = False
-            fault = (str(error) or type(error).__name__).splitlines()[0]
+            fault = in_one_line(error)
             part.say(f"CUDA graphs: the update of the encoders runs plain ({fault})")
             return None
         finally:

@@ -1,8 +1,8 @@
 """LAMA knowledge probing: what a frozen model says of facts, asked by hand and by a trained prompt.
 
 For each relation: LAMA's manual template, the best manual template on dev, the majority answer, and
-a P-tuned prompt that is the best of a population on dev. All choices are made on dev, all figures
-are from test (protocol: `lama_data`).
+P-tuned prompts that answer together. All choices are made on dev, all figures are from test
+(protocol: `relations`).
 """
 
 from __future__ import annotations
