@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -161,14 +161,18 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_nested(value: dict[str, Any]) -> None:
-    level: list[Any] = [value]
-    for _ in range(_MOST_LEVELS):
-        texts = [text for text in level if isinstance(text, str)]
-        "".join(texts).encode()  # raises for half a surrogate pair
+def levels(value: Any) -> Iterator[list[Any]]:
+    """The values of JSON level by level, the outermost first; keys stand beside their values."""
+    level = [value]
+    while level:
+        yield level
         inner = [v if isinstance(v, list) else [*v, *v.values()] for v in level
                  if isinstance(v, list | dict)]  # fmt: skip
         level = [v for values in inner for v in values]
-        if not level:
-            return
-    raise ValueError(f"more than {_MOST_LEVELS} levels")
+
+
+def _check_nested(value: dict[str, Any]) -> None:
+    for number, level in enumerate(levels(value)):
+        if number == _MOST_LEVELS:
+            raise ValueError(f"more than {_MOST_LEVELS} levels")
+        "".join(v for v in level if isinstance(v, str)).encode()  # raises for half a surrogate pair

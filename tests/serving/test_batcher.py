@@ -139,24 +139,3 @@ def test_questions_that_nobody_waits_for_are_not_answered() -> None:
             item.answer.result(200)
     assert model.batches == [[0], [4]]
     batcher.close()
-
-
-def test_an_answer_of_which_a_part_has_gone_out_is_not_asked_for_again() -> None:
-    asked: list[list[Any]] = []
-
-    def speaks_and_fails(items: Sequence[Item]) -> Iterator[tuple[Item, Any]]:
-        asked.append([item.question for item in items])
-        items[0].begun = items[0].question == "speaks"
-        if len(items) > 1:
-            raise RuntimeError("out of memory")
-        yield items[0], "said"
-
-    batcher = Batcher(speaks_and_fails)
-    batcher.run(lambda: None)
-    items = _items("speaks", "waits")
-    batcher.ask(items)
-    assert items[1].answer.result(200) == "said"
-    with pytest.raises(RuntimeError, match="out of memory"):
-        items[0].answer.result(200)
-    assert asked == [["speaks", "waits"], ["waits"]]
-    batcher.close()

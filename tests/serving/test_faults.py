@@ -299,6 +299,7 @@ def test_an_answer_that_takes_too_long_is_given_up(place: Path) -> None:
         (["{place}/prompts/mood", "{place}/prompts/../prompts/mood"], "have one name, 'mood'"),
         (["{place}/prompts", "--port", "{taken}"], "cannot listen on 127.0.0.1"),
         (["{place}/prompts", "--host", "203.0.113.7"], "cannot listen on 203.0.113.7"),
+        (["{place}/prompts", "--host", "..a"], "cannot listen on ..a port 8000"),
         (["{place}/prompts", "--backend", "vllm"], "--backend vllm and --url go together"),
         (["{place}/prompts", "--api-key", "short"], "at least 8 ASCII characters"),
         (["{place}/broken"], "does not exist"),

@@ -16,12 +16,12 @@ import pytest
 import ptuning
 from ptuning import DataError, InputError
 from ptuning.backbone.base_model import BaseModel
-from ptuning.serving import local as local_module
+from ptuning.serving import local as module
 from ptuning.serving.asking import Desk
 from ptuning.serving.backend import Gone, Wish
 from ptuning.serving.batcher import Item, TooLate
 from ptuning.serving.gate import Limits, Refused
-from ptuning.serving.local import Local, _Listener, ends_of
+from ptuning.serving.local import Local
 from ptuning.serving.metrics import Metrics
 
 from .. import tiny
@@ -116,110 +116,183 @@ def test_what_is_asked_of_a_prompt_that_was_let_go_is_asked_of_its_successor(
     assert refused.value.status == 404
 
 
-def test_what_a_request_names_no_limit_for_has_the_servers(place: Path, local: Local) -> None:
+async def _streamed(local: Local, handle: Any, row: dict[str, Any], **wish: Any) -> list[Any]:
+    asked = Wish(time.monotonic() + 60, **wish)
+    return [part async for part in local.stream(handle, row, asked)]
+
+
+@pytest.mark.parametrize("name", ["capital", None])
+def test_no_answer_is_longer_than_the_server_writes(
+    place: Path, local: Local, name: str | None
+) -> None:
     registry: Any = SimpleNamespace(served={}, refused={})
     desk = Desk(local, registry, Limits(tokens=3), Metrics())
-    handle = local.take_on("capital", servers.prompt(place, "capital"))
-    for asked, row in ((handle, servers.ROWS["capital"]), (local.plain, {"text": "a b"})):
-        (answer,) = asyncio.run(desk.answer("capital", asked, [row], desk.wish()))
-        assert answer.written <= 3
-    assert answered(local, handle, servers.ROWS["capital"]).written > 3
+    handle = local.take_on(name, servers.prompt(place, name)) if name else local.plain
+    row = servers.ROWS[name] if name else {"text": "The capital of"}
+    (answer,) = asyncio.run(desk.answer("x", handle, [row], desk.wish()))
+    assert answer.written == 3 and not answer.complete
+    longer = answered(local, handle, row)
+    assert longer.written > 3 and longer.text.startswith(answer.text)
 
 
-def test_an_answer_that_is_late_is_given_up_while_its_batch_goes_on(
-    place: Path, local: Local
-) -> None:
-    handle = local.take_on("capital", servers.prompt(place, "capital"))
-    gate = threading.Event()
-
-    def hangs(items: Any) -> Any:
-        gate.wait(200)
-        return iter(())
-
-    local.batcher._answer = hangs
-    row = servers.ROWS["capital"]
-
-    async def asked() -> None:
-        await local.answer(handle, [row], Wish(time.monotonic() + 0.2))
-
-    async def streamed() -> None:
-        async for _ in local.stream(handle, row, Wish(time.monotonic() + 0.2)):
-            pass
-
-    for late in (asked, streamed):
-        with pytest.raises(TooLate, match="took too long"):
-            asyncio.run(late())
-    gate.set()
+def test_a_stop_ends_written_text_and_cuts_no_label(place: Path, local: Local) -> None:
+    handle = local.take_on("mood", servers.prompt(place, "mood"))
+    whole = answered(local, handle, servers.ROWS["mood"])
+    assert answered(local, handle, servers.ROWS["mood"], stop=("oo", "ad")) == whole
 
 
-def test_a_stop_does_not_cut_a_label(place: Path, local: Local) -> None:
-    prompt = servers.prompt(place, "mood")
-    prompt.verbalizer = {"not_good": ["Paris"], "not_bad": ["Rome"]}
-    answer = answered(local, local.take_on("mood", prompt), servers.ROWS["mood"], stop=("_",))
-    assert answer.text in answer.probabilities
-
-
-def test_a_chat_ends_where_the_model_ends_its_turns(place: Path, local: Local) -> None:
-    row = {"turns": [{"role": "user", "content": "France"}]}
-    base = local.base
-    ids = base.tokenizer("<s>France Answer:", return_tensors="pt", add_special_tokens=False)
-    written = base.model.generate(**ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
-    tokens = written[0, ids["input_ids"].shape[1] :].tolist()
-    whole = answered(local, local.plain_chat, row, limit=12)
-    assert whole.text == base.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-    local._ends = (tokens[4],)  # as a generation config may name several
-    ended = answered(local, local.plain_chat, row, limit=12)
-    assert ended.complete and ended.written == 1 + tokens.index(tokens[4]) < whole.written
-    assert whole.text.startswith(ended.text) and ended.text != whole.text
-    several = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[2, 9]))
-    assert ends_of(several) == (2, 9)
-
-
-@pytest.mark.parametrize("goes_on", [True, False])
-def test_a_long_stream_is_the_text_that_its_tokens_are(local: Local, goes_on: bool) -> None:
-    tokenizer = local.base.tokenizer
-    text = " ".join(f"The capital of {n} is Rome, naïve 東京 \U0001f600!" for n in range(40))
-    before, *ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    parts: list[str] = []
-    item: Any = Item(SimpleNamespace(wish=Wish(0.0), heard=parts.append), time.monotonic() + 300)
-    listener = _Listener(item, tokenizer, (before,) if goes_on else None)
-    seen: list[int] = []
-    decode = tokenizer.decode
-    tokenizer.decode = lambda tokens, **more: seen.append(len(tokens)) or decode(tokens, **more)
-    try:
-        for token in ids:
-            assert not listener(token)
-    finally:
-        del tokenizer.decode
-    expected = decode(ids) if not goes_on else decode([before, *ids])[len(decode([before])) :]
-    assert "".join(parts).strip() == expected.strip() and listener.whole == expected
-    assert max(seen) < 200 < len(ids)
-
-
-def test_many_first_looks_at_a_prompt_compute_its_words_once(
+def test_a_streamed_answer_is_sent_once_though_its_batch_fails(
     place: Path, local: Local, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    handle = local.take_on("mood", servers.prompt(place, "mood"))
-    counted: list[int] = []
-    real = local_module.nearest_words
+    handle, real = local.take_on("capital", servers.prompt(place, "capital")), module.answers
+    failed: list[int] = []
 
-    def counting(*given: Any) -> Any:
-        counted.append(1)
-        return real(*given)
+    def failing(engine: Any, questions: Any, most: int) -> Iterator[Any]:
+        found = list(real(engine, questions, most))
+        if len(questions) > 1:
+            failed.append(len(questions))
+            raise RuntimeError("the last row of the batch is too much")
+        yield from found
 
-    monkeypatch.setattr(local_module, "nearest_words", counting)
+    monkeypatch.setattr(module, "answers", failing)
     gate = threading.Event()
-    holding = threading.Thread(target=local.batcher.run, args=(lambda: gate.wait(200),))
-    holding.start()
-    found: list[Any] = []
-    lookers = [
-        threading.Thread(target=lambda: found.append(local.nearest(handle, 3))) for _ in range(4)
-    ]
-    for looker in lookers:
-        looker.start()
-    while local.depth < 4:
-        time.sleep(0.001)
+
+    async def both() -> list[list[Any]]:
+        local.batcher.begin(lambda: gate.wait(60))
+        rows = [servers.ROWS["capital"], {"country": "Oslo"}]
+        asked = [asyncio.create_task(_streamed(local, handle, row, limit=20)) for row in rows]
+        while local.depth < 2:
+            await asyncio.sleep(0)
+        gate.set()
+        return await asyncio.gather(*asked)
+
+    for *parts, last in asyncio.run(both()):
+        assert len(parts) > 1 and "".join(parts) == last.text
+    assert failed == [2]
+
+
+@pytest.mark.parametrize("way", ["answer", "stream", "nearest"])
+def test_what_takes_too_long_is_given_up_while_the_model_still_works(
+    place: Path, local: Local, way: str
+) -> None:
+    handle, row = local.take_on("mood", servers.prompt(place, "mood")), servers.ROWS["mood"]
+    gate = threading.Event()
+    local.batcher.begin(lambda: gate.wait(30))
+
+    async def ask() -> None:
+        wish = Wish(time.monotonic() + 0.05)
+        if way == "answer":
+            await local.answer(handle, [row], wish)
+        elif way == "stream":
+            _ = [part async for part in local.stream(handle, row, wish)]
+        else:
+            await local.nearest(handle, 5, wish.deadline)
+
+    with pytest.raises(TooLate):
+        asyncio.run(ask())
+    assert local.depth == 1  # the model has not even begun with it
     gate.set()
-    for thread in (holding, *lookers):
-        thread.join(200)
-    assert counted == [1] and len(found) == 4 and all(one == found[0] and one for one in found)
+    assert answered(local, handle, row).text
+
+
+def test_nearest_words_are_looked_for_once_however_many_ask(
+    place: Path, local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle, real = local.take_on("mood", servers.prompt(place, "mood")), module.nearest_words
+    looked: list[int] = []
+
+    def counted(*arguments: Any) -> Any:
+        looked.append(1)
+        if len(looked) == 1:
+            raise MemoryError
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "nearest_words", counted)
+
+    async def ask(count: int) -> list[Any]:
+        deadline = time.monotonic() + 60
+        asked = [local.nearest(handle, 5, deadline) for _ in range(count)]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    assert {type(found) for found in asyncio.run(ask(4))} == {MemoryError}
+    found = asyncio.run(ask(4))
+    assert found == [found[0]] * 4 and len(found[0]) == 3
+    assert len(looked) == 2
+
+
+_LONG = " ".join(tiny.TEXTS) + " 東京 москва — \U0001f44d\U0001f3fd . , ! don 't" * 3
+
+
+@pytest.mark.parametrize("stop", [(), ("no such text",)])
+@pytest.mark.parametrize("tidied", [False, True])
+@pytest.mark.parametrize("goes_on", [False, True])
+@pytest.mark.parametrize("kind", tiny.TOKENIZERS)
+def test_a_long_streamed_text_is_whole_and_decoded_in_linear_time(
+    kind: str, goes_on: bool, tidied: bool, stop: tuple[str, ...]
+) -> None:
+    tokenizer = tiny.tokenizer(kind)
+    tokenizer.clean_up_tokenization_spaces = tidied
+    decoded, real = list[int](), tokenizer.decode
+
+    def decode(ids: list[int], **options: Any) -> str:
+        decoded.append(len(ids))
+        return str(real(ids, **options))
+
+    tokenizer.decode = decode
+    before = tuple(tokenizer("The capital of", add_special_tokens=False)["input_ids"])
+    said: list[str] = []
+    wish = Wish(time.monotonic() + 600, stop=stop)
+    question = SimpleNamespace(wish=wish, heard=said.append)
+    item = Item(question, wish.deadline)
+    listener = module._Listener(item, tokenizer, [2], before if goes_on else None)
+    ids = tokenizer(_LONG, add_special_tokens=False)["input_ids"]
+    for token in ids:
+        assert not listener(token)
+    assert max(decoded) < 60 < len(ids)
+    listener(2)
+    whole = listener.whole
+    clean = {"clean_up_tokenization_spaces": False} if goes_on else {}
+    first, text = (
+        real(list(one), skip_special_tokens=True, **clean)
+        for one in (before if goes_on else (), (*(before if goes_on else ()), *ids))
+    )
+    assert whole == (text[len(first) :] if goes_on else text.strip())
+    held = max(map(len, stop), default=1)
+    assert whole.startswith(said[-1]) and len(said[-1]) > len(whole) - held - 8
+
+
+def _chatting(local: Local, count: int) -> tuple[list[dict[str, str]], list[int]]:
+    """A chat and what the model says to it, in tokens."""
+    turns = [{"role": "user", "content": "France and Italy"}]
+    tokenizer = local.base.tokenizer
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    said = local.base.model.generate(ids, max_new_tokens=count, do_sample=False, pad_token_id=0)
+    return turns, said[0, ids.shape[1] :].tolist()
+
+
+def test_each_of_the_models_ends_ends_its_own_answers(place: Path, local: Local) -> None:
+    config, row = local.base.model.generation_config, servers.ROWS["capital"]
+    handle = local.take_on("capital", servers.prompt(place, "capital"))
+    learnt = answered(local, handle, row)
+    turns, said = _chatting(local, 12)
+    at = next(n for n in range(2, 12) if said[n] not in said[:n])
+    own = answered(local, handle, row, virtual=False)
+    config.eos_token_id = [2, said[at]]
+    assert _chatting(local, 12)[1] == said[: at + 1]
+    answer = answered(local, local.plain_chat, {"turns": turns}, limit=12)
+    assert answer.complete and answer.written == at + 1
+    assert answer.text == local.base.tokenizer.decode(said[:at]).strip()
+    # One row that goes on beside it changes nothing of it.
+    rows = [{"turns": turns}, {"turns": [{"role": "user", "content": "Oslo"}]}]
+
+    async def both() -> list[Any]:
+        wish = Wish(time.monotonic() + 60, limit=40)
+        return await local.answer(local.plain_chat, rows, wish)
+
+    beside = asyncio.run(both())[0]
+    assert beside.text == answer.text
+    assert beside.probability == pytest.approx(answer.probability, abs=1e-6)
+    config.eos_token_id = list(range(400))  # a trained prompt has learnt the tokenizer's end
+    assert answered(local, handle, row) == learnt
+    assert answered(local, handle, row, virtual=False).written == 1 < own.written

@@ -1,18 +1,50 @@
-"""The prompts that a server offers, without a server: what is found, kept, refused and told."""
+"""Which prompts are offered while folders and devices go wrong."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
-from ptuning.serving.registry import Absent, Registry
+from ptuning import Prompt
+from ptuning.errors import InputError, PromptFileError
+from ptuning.serving.asking import Desk
+from ptuning.serving.gate import Limits, Refused
+from ptuning.serving.metrics import Metrics
+from ptuning.serving.registry import NoPrompt, Registry
 
 from . import servers
+
+
+class Backend:
+    """Takes on what `fails` lets it."""
+
+    def __init__(self) -> None:
+        self.fails: Callable[[str], Exception | None] = lambda name: None
+        self.taken: list[str] = []
+        self.let_go: list[Any] = []
+        self.told: list[str] = []
+
+    def take_on(self, name: str, prompt: Prompt) -> str:
+        self.taken.append(name)
+        if error := self.fails(name):
+            raise error
+        return name
+
+    def registry(self, *folders: Path | str) -> Registry:
+        texts = [str(folder) for folder in folders]
+        return Registry(texts, self.take_on, self.let_go.append, self.told.append)
+
+
+@pytest.fixture
+def backend() -> Backend:
+    return Backend()
 
 
 @pytest.fixture
@@ -21,107 +53,163 @@ def folder(place: Path, tmp_path: Path) -> Path:
     return tmp_path / "prompts"
 
 
-class Backend:
-    """Takes prompts on, unless it is told to fail."""
+def _unreadable(monkeypatch: pytest.MonkeyPatch, place: Path, number: int) -> None:
+    """What is in a folder cannot be read, as with chmod 000, whoever runs the tests."""
+    for name in ("stat", "listdir"):
+        real = getattr(os, name)
 
-    def __init__(self) -> None:
-        self.error: Exception | None = None
-        self.gone: list[Any] = []
+        def refusing(path: Any, *a: Any, real: Any = real, **o: Any) -> Any:
+            inside = not isinstance(path, int) and Path(path).is_relative_to(place)
+            if inside and (real.__name__ == "listdir" or Path(path) != place):
+                raise OSError(number, os.strerror(number), str(path))
+            return real(path, *a, **o)
 
-    def take_on(self, name: str, prompt: Any) -> str:
-        if self.error is not None:
-            raise self.error
-        return name
-
-    def registry(self, *folders: Path) -> Registry:
-        return Registry([str(folder) for folder in folders], self.take_on, self.gone.append)
+        monkeypatch.setattr(os, name, refusing)
 
 
-@pytest.fixture
-def backend() -> Backend:
-    return Backend()
-
-
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("no memory"), RuntimeError("odd"), OSError(5, "EIO")]
-)
-def test_a_prompt_that_could_not_be_taken_on_is_tried_again(
-    folder: Path, backend: Backend, error: Exception
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error"), MemoryError(), OSError(5, "EIO")])
+def test_a_prompt_that_the_device_fails_is_refused_alone_and_tried_again(
+    backend: Backend, folder: Path, error: Exception
 ) -> None:
+    backend.fails = lambda name: error if name == "capital" else None
     registry = backend.registry(folder)
-    backend.error = error
+    for _ in range(2):
+        registry.rescan()
+        assert set(registry.served) == {"mood", "pair"} and set(registry.refused) == {"capital"}
+    assert backend.taken.count("capital") == 2 and backend.taken.count("mood") == 1
+    assert len([line for line in backend.told if "refused" in line]) == 1
+    backend.fails = lambda name: None
     registry.rescan()
-    assert not registry.served and set(registry.refused) == set(servers.PROMPTS)
-    assert type(error).__name__ in registry.refused["mood"]
-    backend.error = None
-    registry.rescan()
-    assert set(registry.served) == set(servers.PROMPTS) and not registry.refused
+    assert set(registry.served) == set(servers.PROMPTS) and registry.refused == {}
 
 
-@pytest.mark.parametrize("which", ["", "mood", "mood/prompt.json"])
+def test_a_file_that_cannot_be_read_once_is_read_again(
+    backend: Backend, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(path: Path) -> Any:
+        try:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        except OSError as error:  # as `formats` does
+            raise PromptFileError(f"{path} cannot be read: {error.strerror}") from None
+
+    registry = backend.registry(folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(Prompt, "load", stale)
+        registry.rescan()
+    assert registry.served == {} and "Stale" in registry.refused["mood"]
+    registry.rescan()
+    assert set(registry.served) == set(servers.PROMPTS)
+
+
+def test_a_damaged_prompt_is_not_read_again_until_it_changes(
+    backend: Backend, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = folder / "capital" / "prompt.safetensors"
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:-40])
+    registry, real, read = backend.registry(folder), Prompt.load, list[str]()
+    monkeypatch.setattr(Prompt, "load", lambda path: read.append(path.name) or real(path))
+    registry.rescan()
+    registry.rescan()
+    assert read == ["capital", "mood", "pair"]
+    tensors.write_bytes(whole)
+    registry.rescan()
+    assert "capital" in registry.served
+
+
+@pytest.mark.parametrize("where", ["", "mood"])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EIO])
 def test_what_cannot_be_read_for_a_while_is_served_on(
-    folder: Path, backend: Backend, monkeypatch: pytest.MonkeyPatch, which: str
+    backend: Backend, folder: Path, monkeypatch: pytest.MonkeyPatch, where: str, number: int
 ) -> None:
     registry = backend.registry(folder)
     registry.rescan()
-    before = dict(registry.served)
-    _make_unreadable(folder / which, monkeypatch)
+    before = registry.served
+    with monkeypatch.context() as patched:
+        _unreadable(patched, folder / where, number)
+        registry.rescan()
+        assert registry.served == before
+        assert os.strerror(number) in registry.refused["mood"]
+        assert "is served on" in registry.refused["mood"]
     registry.rescan()
-    assert registry.served == before and not backend.gone
-    monkeypatch.undo()
-    registry.rescan()
-    assert set(registry.served) == set(before) and not registry.refused
+    assert registry.served == before and registry.refused == {} and backend.let_go == []
     shutil.rmtree(folder / "mood")
     registry.rescan()
-    assert set(registry.served) == {"capital", "pair"} and backend.gone
+    assert set(registry.served) == {"capital", "pair"}
+    assert "mood: taken off: its files are gone" in backend.told
 
 
-def _make_unreadable(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a network's file system that hangs: root, who may run the tests, reads everything else."""
-
-    def refused(function: Any) -> Any:
-        def called(place: Any, *rest: Any, **more: Any) -> Any:
-            inside = isinstance(place, str | Path) and Path(place).is_relative_to(path)
-            if inside and (Path(place) != path or path.suffix or function is os.scandir):
-                raise PermissionError(13, "Permission denied")
-            return function(place, *rest, **more)
-
-        return called
-
-    for name in ("stat", "open", "scandir", "listdir"):
-        monkeypatch.setattr(os, name, refused(getattr(os, name)))
-    for name in ("stat", "iterdir", "is_file", "read_bytes"):
-        monkeypatch.setattr(Path, name, refused(getattr(Path, name)))
-    monkeypatch.setattr("builtins.open", refused(open))
+def test_a_folder_that_cannot_be_read_at_the_start_is_refused(
+    backend: Backend, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _unreadable(monkeypatch, folder, errno.EACCES)
+    with pytest.raises(InputError, match="Permission denied"):
+        backend.registry(folder)
 
 
-def test_a_name_that_two_folders_have_is_told(folder: Path, backend: Backend) -> None:
-    other = folder.parent / "others"
+def test_a_second_prompt_of_one_name_is_told(backend: Backend, folder: Path) -> None:
+    other = folder.parent / "other"
     shutil.copytree(folder / "mood", other / "mood")
     registry = backend.registry(folder, other)
     registry.rescan()
     assert registry.served["mood"].folder == folder / "mood"
-    assert "rename one of them" in registry.refused["others/mood"]
-    shutil.rmtree(other)
+    assert "have one name, 'mood'" in registry.refused["mood"]
     registry.rescan()
-    assert not registry.refused
-
-
-def test_clients_are_not_told_where_files_are(folder: Path, backend: Backend) -> None:
-    told: list[str] = []
-    registry = Registry([str(folder)], backend.take_on, backend.gone.append, told.append)
-    (folder / "mood" / "prompt.safetensors").write_bytes(b"nothing")
+    assert len([line for line in backend.told if "have one name" in line]) == 1
+    shutil.rmtree(other / "mood")
     registry.rescan()
-    assert "damaged" in registry.refused["mood"] and str(folder) not in registry.refused["mood"]
-    assert any(str(folder) in line for line in told)
-    with pytest.raises(Absent):
-        registry.put("nobody")
+    assert registry.refused == {} and backend.taken.count("mood") == 1
+    named = backend.registry(folder, f"mood={folder / 'pair'}")
+    named.rescan()
+    assert named.served["mood"].folder == folder / "pair"
+    assert "have one name, 'mood'" in named.refused["mood"]
+    same = backend.registry(folder, folder / "mood")
+    same.rescan()
+    assert same.refused == {}
 
 
-def test_the_base_model_is_that_of_the_first_folder_that_was_given(
-    place: Path, folder: Path, backend: Backend
+def test_the_first_prompt_that_was_given_says_which_model_it_is(
+    backend: Backend, folder: Path
 ) -> None:
-    prompt = servers.prompt(place, "mood")
-    prompt.base_model = {**prompt.base_model, "name": "first/model"}
-    prompt.save(folder.parent / "zeta")
-    assert backend.registry(folder.parent / "zeta", folder / "mood").base_model() == "first/model"
+    for name in servers.PROMPTS:
+        prompt = Prompt.load(folder / name)
+        prompt.base_model = {**prompt.base_model, "name": f"model of {name}"}
+        prompt.save(folder / name)
+    more = folder.parent / "more"
+    shutil.move(folder / "pair", more / "pair")
+    for folders, first in [
+        ([folder / "mood", folder / "capital"], "mood"),
+        ([f"z={folder / 'mood'}", f"a={folder / 'capital'}"], "mood"),
+        ([more, folder / "capital"], "pair"),
+        ([folder, more], "capital"),
+        ([more, folder], "pair"),
+    ]:
+        assert backend.registry(*folders).base_model() == f"model of {first}"
+
+
+def test_clients_see_no_paths_of_the_server(backend: Backend, folder: Path) -> None:
+    tensors = folder / "mood" / "prompt.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-40])
+    (folder / "link").symlink_to(folder.parent)
+    reason = "this prompt was trained on '/srv/models/one', and '/srv/models/two' has other weights"
+    backend.fails = lambda name: InputError(reason) if name == "pair" else None
+    registry = backend.registry(folder, f"broken={folder / 'mood'}")
+    registry.rescan()
+    assert set(registry.served) == {"capital"}
+    assert set(registry.refused) == {"mood", "broken", "pair", "link"}
+    assert "mood/prompt.safetensors is truncated" in registry.refused["mood"]
+    assert "trained on 'one', and 'two' has" in registry.refused["pair"]
+    desk = Desk(SimpleNamespace(), registry, Limits(), Metrics())  # type: ignore[arg-type]
+    said = list(registry.refused.values())
+    for name in registry.refused:
+        with pytest.raises(Refused) as refused:
+            desk.served(name)
+        said.append(str(refused.value))
+    for name in ("nobody", "mood", "link", ".."):
+        with pytest.raises(InputError) as wrong:
+            registry.put(name)
+        said.append(registry.shown(str(wrong.value)))
+        assert isinstance(wrong.value, NoPrompt) == (name == "nobody")
+    for text in said:
+        assert str(folder.parent) not in text and "/srv" not in text, text
+    assert any(str(tensors) in line for line in backend.told)  # whoever runs it is told the whole

@@ -276,42 +276,72 @@ def test_the_command_stands_in_front_of_it(
     assert about["virtual_tokens"] is None
 
 
-def test_rows_of_a_refused_request_make_room_when_they_have_ended(
-    place: Path, merged: Path, there: tuple[str, Any]
+def test_the_first_fault_of_a_request_ends_the_rest_of_it(
+    place: Path, merged: Path, there: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    remote = Remote(there[0], str(merged), waiting=4)
+    remote = Remote(there[0], str(merged))
     handle = remote.take_on("capital", servers.prompt(place, "capital"))
-    ended: list[str] = []
+    waiting: list[int] = []
 
-    async def one(handle: Any, row: Any, wish: Any) -> Any:
-        if row["country"] == "bad":
-            raise InputError("a bad row")
+    async def post(body: dict[str, Any], wish: Wish) -> Any:
+        if len(waiting) == 2:
+            raise Unreachable("vLLM says 500")
+        waiting.append(1)
         try:
             await asyncio.Event().wait()
         finally:
-            ended.append(row["country"])
-            assert remote.depth == 3
+            waiting.remove(1)
 
-    remote._one = one  # type: ignore[method-assign]
-    rows = [{"country": "a"}, {"country": "bad"}, {"country": "b"}]
-    with pytest.raises(InputError, match="a bad row"):
-        asyncio.run(remote.answer(handle, rows, _wish()))
-    assert sorted(ended) == ["a", "b"] and remote.depth == 0
+    monkeypatch.setattr(remote, "_post", post)
+
+    async def ask() -> int:
+        with pytest.raises(Unreachable, match="vLLM says 500"):
+            await remote.answer(handle, [servers.ROWS["capital"]] * 3, _wish())
+        return len(waiting)
+
+    assert asyncio.run(ask()) == 0 == remote.depth
 
 
-def test_labels_in_a_stream_take_room_and_answers_have_that_of_their_limit(
+@pytest.mark.parametrize("name", ["capital", "pair"])
+@pytest.mark.parametrize("limit", [None, 7])
+def test_what_goes_there_has_room_in_its_context(
+    place: Path, merged: Path, there: tuple[str, Any], name: str, limit: int | None
+) -> None:
+    remote = Remote(there[0], str(merged))
+    prompt = servers.prompt(place, name)
+    prompt.answer_tokens = None
+    handle = remote.take_on(name, prompt)
+    row = dict.fromkeys(servers.ROWS[name], "Italy and its islands " * 40)
+    there[1].state.asked.clear()
+    (answer,) = asyncio.run(remote.answer(handle, [row], _wish(limit=limit)))
+    (body,) = there[1].state.asked
+    assert answer.shortened and body["max_tokens"] == (1 if name == "pair" else limit or 64)
+    longest = max(map(len, body["prompt"])) + body["max_tokens"]
+    assert longest <= 128  # as vLLM counts
+    assert longest > 110  # and no more is cut than must be
+
+
+def test_no_more_is_written_there_than_the_server_writes(
     place: Path, merged: Path, there: tuple[str, Any]
 ) -> None:
-    remote = Remote(there[0], str(merged), waiting=0)
-    mood = remote.take_on("mood", servers.prompt(place, "mood"))
+    remote = Remote(there[0], str(merged))
+    handle = remote.take_on("capital", servers.prompt(place, "capital"))
+    there[1].state.asked.clear()
 
-    async def streamed() -> list[Any]:
-        return [part async for part in remote.stream(mood, servers.ROWS["mood"], _wish())]
+    async def ask() -> None:
+        for asked, row in ((handle, servers.ROWS["capital"]), (remote.plain, {"text": "Rome"})):
+            await remote.answer(asked, [row], _wish(most=3))
+
+    asyncio.run(ask())
+    assert [body["max_tokens"] for body in there[1].state.asked] == [3, 3]
+
+
+def test_streamed_labels_need_room_too(place: Path, merged: Path, there: tuple[str, Any]) -> None:
+    remote = Remote(there[0], str(merged), waiting=0)
+    handle = remote.take_on("mood", servers.prompt(place, "mood"))
+
+    async def ask() -> list[Any]:
+        return [part async for part in remote.stream(handle, servers.ROWS["mood"], _wish())]
 
     with pytest.raises(Overloaded):
-        asyncio.run(streamed())
-    prompt = servers.prompt(place, "capital")
-    prompt.answer_tokens = None
-    handle = remote.take_on("capital", prompt)
-    _, example = remote._rendered(handle, {"country": "France " * 200}, _wish())
-    assert len(example.sequences[0].ids) + 64 <= 128 + 1
+        asyncio.run(ask())

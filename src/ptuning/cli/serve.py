@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from ..serving.backend import Backend
 
 _NEEDS = ("fastapi", "uvicorn", "prometheus_client", "httpx")
+_OF_LOCAL = ("frozen", "dtype", "max_batch")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(
+    context: typer.Context,
     prompt_folders: Annotated[
         list[str],
         typer.Argument(
@@ -83,9 +85,12 @@ def serve(
         raise InputError(f"--backend is {backend!r}; expected local or vllm")
     if (backend == "vllm") != (url is not None):
         raise InputError("--backend vllm and --url go together: the address of a running server")
-    own = {"--frozen": frozen != "own", "--dtype": dtype != "auto", "--max-batch": max_batch != 32}
-    if url is not None and (given := [option for option, is_given in own.items() if is_given]):
-        raise InputError(f"{given[0]} is for --backend local: the running server has its own model")
+    chosen = [name for name in _OF_LOCAL if _typed(context, name)]
+    if url is not None and chosen:
+        option = chosen[0].replace("_", "-")
+        raise InputError(
+            f"--{option} is for --backend local: the running server has its own model and batches"
+        )
     if api_key is not None and (len(api_key) < 8 or not api_key.isascii() or " " in api_key):
         raise InputError("--api-key: give at least 8 ASCII characters without spaces")
     from ..serving.gate import Limits
@@ -123,6 +128,10 @@ def serve(
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(130)
+
+
+def _typed(context: typer.Context, name: str) -> bool:
+    return getattr(context.get_parameter_source(name), "name", "DEFAULT") != "DEFAULT"
 
 
 def _backend(

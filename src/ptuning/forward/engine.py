@@ -25,6 +25,7 @@ from transformers import Cache
 from ..backbone.base_model import BaseModel
 from ..backbone.traits import ModelKind, first_position, packs_rows
 from ..backbone.upstream import uncompiled
+from ..prompts.prompt import Prompt
 from ..prompts.task import Task
 from ..rendering.collate import Batch
 from ..rendering.render import Rendered, Renderer
@@ -75,6 +76,15 @@ class Engine:
         self.store = PrefixStore(base.model, kept_bytes) if keeps else None
         self._shared: SharedPrefix | None = None
         self._common: Common | None = None
+
+    def ends(self, task: Task) -> list[int]:
+        """The tokens that end a free answer of a task: those of the model's generation settings
+        too, but not for a trained prompt, which has learnt the tokenizer's end alone."""
+        config = getattr(self.base.model, "generation_config", None)
+        more = None if isinstance(task, Prompt) else getattr(config, "eos_token_id", None)
+        own = self.base.tokenizer.eos_token_id
+        found = [own, *(more if isinstance(more, list | tuple) else [more])]
+        return list(dict.fromkeys(int(one) for one in found if one is not None))
 
     # Rows to batches.
 
@@ -229,6 +239,7 @@ class Engine:
         limit: int,
         watch: Callable[[Tensor], Tensor] | None = None,
         sizes: Sequence[int] | None = None,
+        ends: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The most likely tokens behind each row of a causal or encoder-decoder model.
 
@@ -239,15 +250,18 @@ class Engine:
                 enough; what a row is given after that means nothing.
             sizes: rows that answer together (`together`); by default each answers alone. Then
                 there are as many of each as groups: R is their number here.
+            ends: tokens that end an answer; by default the tokenizer's one.
 
         Returns:
-            ids ``(R, S)`` and their log-probabilities ``(R, S)``, 0 behind the end.
+            ids ``(R, S)`` and their log-probabilities ``(R, S)``, 0 behind the end and behind what
+            was enough.
         """
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
         model, tokenizer = self.base.model, self.base.tokenizer
         batch = batch.to(self.base.device)
         pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+        ends = [end] * (end is not None) if ends is None else list(ends)
         alone = sizes is None or len(sizes) == len(batch.input_ids)
         sizes = [1] * len(batch.input_ids) if sizes is None or alone else sizes
         first = torch.tensor(first_rows(sizes), device=batch.input_ids.device)
@@ -257,8 +271,8 @@ class Engine:
             do_sample=False,
             num_beams=1,
             use_cache=True,
-            eos_token_id=end,
-            pad_token_id=end if pad is None else pad,
+            eos_token_id=ends or None,
+            pad_token_id=pad if pad is not None else next(iter(ends), None),
             return_dict_in_generate=True,
             output_logits=alone,
             output_scores=not alone,
@@ -269,10 +283,12 @@ class Engine:
             more["position_ids"] = plain.position_ids(batch.attention_mask) + begins
         if not alone:
             more["logits_processor"] = LogitsProcessorList([Together(sizes)])
+        over: list[Tensor] = []
         if watch is not None:
 
             def enough(ids: Tensor, _: Any) -> Tensor:
-                return watch(ids[first, -1]).repeat_interleave(counts)
+                over.append(watch(ids[first, -1]).clone())
+                return over[-1].repeat_interleave(counts)
 
             more["stopping_criteria"] = StoppingCriteriaList([enough])
         with own_attention(model):
@@ -286,10 +302,11 @@ class Engine:
         chosen = output.sequences[first, -len(by_step) :]
         steps = zip(by_step, chosen.split(1, dim=1), strict=True)
         scores = torch.cat([_log_probability(logits[first], ids) for logits, ids in steps], dim=1)
-        if end is not None:  # what is filled in after the end has no probability of its own
-            ends = (chosen == end).long()
-            scores = scores.masked_fill(ends.cumsum(1) - ends > 0, 0.0)
-        return chosen, scores
+        # What is filled in after the end has no probability of its own.
+        ended = torch.isin(chosen, torch.tensor(ends, device=chosen.device, dtype=chosen.dtype))
+        if over:
+            ended |= torch.stack(over, dim=1)
+        return chosen, scores.masked_fill(ended.long().cumsum(1) - ended.long() > 0, 0.0)
 
 
 def _log_probability(logits: Tensor, ids: Tensor) -> Tensor:

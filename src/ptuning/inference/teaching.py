@@ -131,20 +131,20 @@ def _spoken(
     limit, tokenizer = renderer.task.answer_tokens, engine.base.tokenizer
     if limit is None:
         raise InputError("how long may the teacher's answers be? Give answer_tokens")
+    ends = engine.ends(renderer.task)
     width = limit * len(tokenizer)
     rows = max(1, min(batch_size or _ROWS, _LOGITS // width))
     made: dict[int, Lesson] = {}
     for chunk in engine.chunks(examples, rows):
         batch = engine.prediction_batch([(examples[i], 0) for i in chunk], [0])
-        spoken, _ = engine.continue_greedily(batch, limit)
-        ends = renderer.task.ends_answer
-        said = [_until(ids, tokenizer.eos_token_id, ends) for ids in spoken.tolist()]
+        spoken, _ = engine.continue_greedily(batch, limit, ends=ends)
+        said = [_until(ids, ends, renderer.task.ends_answer) for ids in spoken.tolist()]
         answered = [
             replace(examples[i], sequences=(replace(examples[i].sequences[0], answer=ids),))
             for i, ids in zip(chunk, said, strict=True)
         ]
         batch = engine.prediction_batch([(example, 0) for example in answered], [0])
-        shares = engine.logits(batch).float().softmax(-1)
+        shares = _with_one_end(engine.logits(batch).float().softmax(-1), ends)
         likeliest = shares.topk(min(LIKELIEST, shares.shape[-1]), dim=-1)
         values, ids = likeliest.values.cpu().numpy(), likeliest.indices.cpu().numpy()
         for row, (number, tokens) in enumerate(zip(chunk, said, strict=True)):
@@ -155,9 +155,18 @@ def _spoken(
     return [made[number] for number in range(len(examples))]
 
 
-def _until(ids: list[int], end: int | None, ends: bool) -> tuple[int, ...]:
-    """An answer's tokens up to its end, which belongs to it where answers end."""
-    if end is None or end not in ids:
-        return tuple(ids)
-    at = ids.index(end)
-    return tuple(ids[: at + 1 if ends else at])
+def _until(ids: list[int], ends: Sequence[int], kept: bool) -> tuple[int, ...]:
+    """An answer's tokens up to its end, which is the first of the ends where it is kept."""
+    for at, token in enumerate(ids):
+        if token in ends:
+            return (*ids[:at], *ends[: int(kept)])
+    return tuple(ids)
+
+
+def _with_one_end(shares: torch.Tensor, ends: Sequence[int]) -> torch.Tensor:
+    """Probabilities ``(…, vocabulary)`` where however the teacher ends is the first of the ends:
+    a student has the tokenizer's alone."""
+    if len(ends) > 1:
+        shares[..., ends[0]] = shares[..., list(ends)].sum(-1)
+        shares[..., list(ends[1:])] = 0.0
+    return shares

@@ -23,7 +23,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from ..errors import InputError, PromptFileError
+from ..errors import InputError
 from ..inference.report import training_history
 from ..reporting import versions
 from . import openai_api
@@ -33,7 +33,7 @@ from .gate import Gate, Limits, Refused, error_body
 from .json_text import Json, event
 from .messages import PredictRequest, PredictResponse, in_words
 from .metrics import Metrics
-from .registry import Absent, Registry, Served
+from .registry import NoPrompt, Registry, Served
 
 _RESCAN_SECONDS = 2.0
 _ABOUT = "Prompts trained by P-tuning, on one frozen language model."
@@ -127,7 +127,7 @@ def _prompts(app: FastAPI, desk: Desk, key: str | None) -> None:
     async def about(name: str) -> dict[str, Any]:
         """What a prompt is: template, fields, labels, nearest words, the curve of its training."""
         served = desk.served(name)
-        nearest = await asyncio.to_thread(backend.nearest, served.handle, 5)
+        nearest = await desk.nearest(served, 5)
         history = await asyncio.to_thread(_history, served)
         return {**_summary(served), "virtual_tokens": nearest, "history": history}
 
@@ -137,10 +137,9 @@ def _prompts(app: FastAPI, desk: Desk, key: str | None) -> None:
         _may_change(key)
         try:
             served = await asyncio.to_thread(registry.put, name)
-        except Absent as error:
-            raise Refused(404, str(error)) from None
-        except (InputError, PromptFileError) as error:
-            raise Refused(422, str(error)) from None
+        except InputError as error:
+            status = 404 if isinstance(error, NoPrompt) else 422
+            raise Refused(status, registry.shown(str(error))) from None
         return _summary(served)
 
     @app.delete("/v1/prompts/{name}", tags=["prompts"])

@@ -110,6 +110,18 @@ class Desk:
         except Gone:  # another thread has renewed it since it was looked up, or taken it off
             return await self.backend.answer(self.served(name).handle, rows, wish)
 
+    async def nearest(self, served: Served, count: int) -> list[dict[str, Any]] | None:
+        """Nearest words of a prompt's virtual tokens; None where nobody here has the model.
+
+        Raises:
+            Refused: and why.
+        """
+        try:
+            deadline = time.monotonic() + self.limits.seconds
+            return await self.backend.nearest(served.handle, count, deadline)
+        except Exception as error:
+            raise _told(error) from error
+
     async def stream(
         self, name: str, handle: Any, row: Row, wish: Wish
     ) -> AsyncIterator[str | Answer | Refused]:

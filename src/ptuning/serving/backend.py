@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import sys
+import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Protocol
@@ -14,6 +16,7 @@ from ..prompts.task import Task
 from ..rendering.layout import Sequence as Tokens
 from ..rendering.layout import as_chat
 from ..rendering.render import Rendered, Renderer
+from .batcher import TooLate
 
 PLAIN = Task("{text}", answer_tokens=64)
 """Text that the base model goes on with, without any prompt."""
@@ -32,21 +35,26 @@ class Wish:
     Attributes:
         deadline: of `time.monotonic`.
         virtual: with the prompt's virtual tokens; else by its words alone.
-        limit: longest free answer in tokens, where the request says it.
-        most: longest free answer in tokens that anybody gets.
+        limit: longest free answer in tokens; None leaves it to the prompt.
         stop: texts that end a free answer.
+        most: tokens of a free answer that the server writes at all.
     """
 
     deadline: float
     virtual: bool = True
     limit: int | None = None
     stop: tuple[str, ...] = ()
-    most: int = sys.maxsize
+    most: int | None = None
 
-    def limit_of(self, task: Task, usual: int = LONGEST) -> int:
-        """Tokens of a free answer of a task: as the request says, else as the prompt does, else as
-        is usual."""
-        return self.limit or min(task.answer_tokens or usual, self.most)
+    def tokens(self, task: Task, usual: int = LONGEST) -> int:
+        """The longest free answer of a task, in tokens.
+
+        Args:
+            task: says how many where the request does not.
+            usual: where neither says it.
+        """
+        wanted = self.limit or task.answer_tokens or usual
+        return wanted if self.most is None else min(wanted, self.most)
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,9 @@ class Backend(Protocol):
     def stream(self, handle: Any, row: Row, wish: Wish) -> AsyncIterator[str | Answer]:
         """Parts of a free answer as they come, and at last the whole."""
 
-    def nearest(self, handle: Any, count: int) -> list[dict[str, Any]] | None:
+    async def nearest(
+        self, handle: Any, count: int, deadline: float
+    ) -> list[dict[str, Any]] | None:
         """Nearest words of a prompt's virtual tokens; None where nobody here has the model."""
 
     @property
@@ -115,6 +125,20 @@ class Backend(Protocol):
 
     async def close(self) -> None:
         """Answer what waits, and end."""
+
+
+@asynccontextmanager
+async def in_time(deadline: float) -> AsyncIterator[None]:
+    """What is awaited here is given up at a time of `time.monotonic`.
+
+    Raises:
+        TooLate: it has come.
+    """
+    try:
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+            yield
+    except TimeoutError:
+        raise TooLate("the answer took too long") from None
 
 
 def is_plain(task: Task) -> bool:

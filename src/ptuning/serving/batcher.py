@@ -42,14 +42,12 @@ class Item:
         deadline: of `time.monotonic`.
         answer: comes here.
         abandoned: nobody wants the answer any more.
-        begun: a part of the answer has gone out, so that it is not asked for a second time.
     """
 
     question: Any
     deadline: float
     answer: Future[Any] = field(default_factory=Future)
     abandoned: bool = False
-    begun: bool = False
 
     @property
     def over(self) -> bool:
@@ -100,6 +98,14 @@ class Batcher:
 
     def run(self, job: Callable[[], Any]) -> Any:
         """Run a job in the thread, behind what waits now; gives its result or raises its error."""
+        return self.begin(job).result()
+
+    def begin(self, job: Callable[[], Any]) -> Future[Any]:
+        """As `run`, without waiting for it.
+
+        Raises:
+            Stopping: the thread has ended.
+        """
         done: Future[Any] = Future()
 
         def run() -> None:
@@ -113,7 +119,7 @@ class Batcher:
                 raise Stopping("the server has stopped")
             self._queue.append(run)
             self._changed.notify()
-        return done.result()
+        return done
 
     @property
     def depth(self) -> int:
@@ -162,9 +168,9 @@ class Batcher:
         self._attempt([item for item in items if not item.answer.done()])
         for item in items:  # a batch that failed: each alone, so that one fault stays alone
             if not item.answer.done():
-                self._attempt([item])
+                self._attempt([item], last=True)
 
-    def _attempt(self, items: list[Item]) -> None:
+    def _attempt(self, items: list[Item], last: bool = False) -> None:
         if not items:
             return
         self.sizes(len(items))
@@ -173,8 +179,8 @@ class Batcher:
                 late = item.over and not isinstance(result, BaseException)
                 _settle(item, TooLate("the answer took too long") if late else result)
         except BaseException as error:
-            for item in items:
-                if item.begun or len(items) == 1:
+            if last or len(items) == 1:
+                for item in items:
                     _settle(item, error)
 
 

@@ -14,9 +14,10 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-from ..formats import distinct
+from ..formats import distinct, levels
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -24,7 +25,7 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 OPEN = ("/", "/health", "/docs")
-"""Paths without a key: two pages without data, and whether the server lives."""
+"""Paths without a key or a count: two pages without data, and whether the server lives."""
 _LEVELS = 64
 
 
@@ -40,7 +41,6 @@ class Limits:
         waiting: rows that may wait.
         batch: rows of a batch.
         tokens: of a free answer.
-        requests: that are worked on at once, or as many as rows may wait where those are more.
     """
 
     body: int = 2**20
@@ -50,7 +50,11 @@ class Limits:
     waiting: int = 1024
     batch: int = 32
     tokens: int = 1024
-    requests: int = 512
+
+    @property
+    def requests(self) -> int:
+        """That are worked on at once: with one row each all that may wait, and a batch."""
+        return max(512, self.waiting + self.batch)
 
 
 class Refused(Exception):
@@ -123,11 +127,11 @@ class Gate:
             self._ended(path, status, time.monotonic() - started)
 
     async def _let_in(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["path"] in OPEN:  # also of a busy server: it is alive
-            await self._app(scope, receive, send)
+        if scope["path"] in OPEN:  # always: a probe that is refused would end a busy server
+            await self._app(scope, _handed_on(b"", receive), send)  # and they wait for no body
             return
         self._check_key(scope)
-        if self._inside >= max(self._limits.requests, self._limits.waiting):
+        if self._inside >= self._limits.requests:
             raise Refused(429, f"{self._inside} requests are worked on; ask again", retry_after="1")
         self._inside += 1
         try:
@@ -216,25 +220,12 @@ def check_json(body: bytes, content_type: bytes) -> None:
         raise Refused(400, f"the body is no JSON that can be read: {reason}") from None
     if not isinstance(value, dict):
         raise Refused(422, f"the body is a JSON {type(value).__name__}; send an object")
-    if _depth(value) > _LEVELS:
+    if next(islice(levels(value), _LEVELS, None), None) is not None:
         raise Refused(400, f"the body is nested deeper than {_LEVELS} levels")
 
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
-
-
-def _depth(value: Any) -> int:
-    level, depth = [value], 0
-    while level and depth <= _LEVELS:
-        depth += 1
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-    return depth
 
 
 def _handed_on(body: bytes, receive: Receive) -> Receive:

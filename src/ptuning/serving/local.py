@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,17 +31,16 @@ from .backend import (
     Wish,
     as_it_is,
     cut_at,
+    in_time,
     is_plain,
     shown_name,
 )
-from .batcher import Batcher, Item, TooLate
+from .batcher import Batcher, Item
 
 _KEPT = 64 * 2**20
 """Bytes that the engine keeps of what rows have in common."""
 _NEAR = 16
 """Tokens in front of what is said that decide how it is spelled: a space, half a character."""
-_SETTLED = 64
-"""Tokens behind which what was said is not decoded again."""
 
 
 @dataclass(eq=False)
@@ -54,7 +52,7 @@ class Handle:
         renderers: the task's, or of an ensemble each member's.
         attachment: of a prompt.
         by_hand: the task without virtual tokens; made when it is first asked.
-        nearest: what `nearest_words` said, once it was asked.
+        nearest: what `nearest_words` says, once it was asked.
         gone: it was let go.
     """
 
@@ -62,7 +60,7 @@ class Handle:
     renderers: list[Renderer]
     attachment: Attachment | None = None
     by_hand: Handle | None = None
-    nearest: list[dict[str, Any]] | None = None
+    nearest: Future[list[dict[str, Any]]] | None = None
     gone: bool = False
 
     @property
@@ -120,7 +118,6 @@ class Local:
     def __init__(self, base: BaseModel, most: int = 32, waiting: int = 1024):
         self.base, self.name = base, shown_name(name_of(base.model))
         self._most = most
-        self._ends = ends_of(base.model)
         self._engine = Engine(base, _KEPT)
         self.batcher = Batcher(self._answer, most, waiting)
         causal = base.kind is ModelKind.CAUSAL
@@ -157,7 +154,7 @@ class Local:
         items = [Item(_Asked(handle, row, wish), wish.deadline) for row in rows]
         self.batcher.ask(items)
         try:
-            async with _until(wish.deadline):
+            async with in_time(wish.deadline):
                 return list(await asyncio.gather(*(asyncio.wrap_future(i.answer) for i in items)))
         finally:
             for item in items:
@@ -167,17 +164,21 @@ class Local:
         """Parts of a free answer as they come, and at last the whole."""
         loop = asyncio.get_running_loop()
         parts: asyncio.Queue[str | None] = asyncio.Queue()
+        passed_on = ""
 
-        def heard(text: str | None) -> None:
-            loop.call_soon_threadsafe(parts.put_nowait, text)
+        def heard(text: str) -> None:
+            nonlocal passed_on  # in the model's thread; a row that is asked again goes on here
+            if text.startswith(passed_on) and len(text) > len(passed_on):
+                loop.call_soon_threadsafe(parts.put_nowait, text[len(passed_on) :])
+                passed_on = text
 
         item = Item(_Asked(handle, row, wish, heard), wish.deadline)
-        item.answer.add_done_callback(lambda _: heard(None))
+        item.answer.add_done_callback(lambda _: loop.call_soon_threadsafe(parts.put_nowait, None))
         self.batcher.ask([item])
         said = ""
         try:
             while True:
-                async with _until(wish.deadline):
+                async with in_time(wish.deadline):
                     part = await parts.get()
                 if part is None:
                     break
@@ -190,22 +191,23 @@ class Local:
         finally:
             item.abandoned = True
 
-    def nearest(self, handle: Handle, count: int) -> list[dict[str, Any]] | None:
-        """Nearest words of a prompt's virtual tokens."""
+    async def nearest(self, handle: Handle, count: int, deadline: float) -> list[dict[str, Any]]:
+        """Nearest words of a prompt's virtual tokens; looked for once, however many ask."""
 
-        def look() -> None:
+        def look() -> list[dict[str, Any]]:
             prompt = handle.task
-            if handle.nearest is not None or not isinstance(prompt, Prompt):
-                return  # somebody has asked meanwhile
+            if not isinstance(prompt, Prompt):
+                return []
             found, mean = nearest_words(self.base.model, self.base.tokenizer, prompt, count)
-            handle.nearest = [
+            return [
                 {"norm": n.norm, "mean_norm": mean, "nearest": [list(w) for w in n.words]}
                 for n in found
             ]
 
-        if handle.nearest is None:
-            self.batcher.run(look)
-        return handle.nearest or []
+        if handle.nearest is None or (handle.nearest.done() and handle.nearest.exception()):
+            handle.nearest = self.batcher.begin(look)
+        async with in_time(deadline):
+            return await asyncio.shield(asyncio.wrap_future(handle.nearest))
 
     @property
     def depth(self) -> int:
@@ -238,7 +240,7 @@ class Local:
         try:
             members = members_of(task)
             return Handle(task, [self._engine.renderer(one) for one in members], attachment)
-        except PtuningError:
+        except BaseException:
             if attachment is not None:
                 attachment.detach()
             raise
@@ -258,28 +260,25 @@ class Local:
             try:
                 wish: Wish = item.question.wish
                 handle = self._wanted(item.question)
-                limit = wish.limit_of(handle.task, 1 if masked else LONGEST)
+                limit = wish.tokens(handle.task, 1 if masked else LONGEST)
                 first, *others = handle.readings(item.question.row, limit, self._engine)
             except PtuningError as error:
                 yield item, error
                 continue
             before = first.example.sequences[0].ids if handle.goes_on else None
-            ends = self._ends if is_plain(handle.task) else ()
-            listener = _Listener(item, self.base.tokenizer, before, ends)
+            ends = self._engine.ends(handle.task)
+            listener = _Listener(item, self.base.tokenizer, ends, before)
             watched: Any = {"limit": limit, "watch": listener, "others": tuple(others)}
             asked.append((item, listener, Question(**vars(first), **watched)))
         with eval_mode(self.base.model):
             found = answers(self._engine, [question for *_, question in asked], self._most)
             for number, prediction in found:
                 item, listener, question = asked[number]
-                handle = item.question.handle
                 example = question.example
                 compares = question.renderer.compares
-                text = prediction.answer
-                if not compares:
+                text = prediction.answer if compares or masked else listener.whole
+                if masked and not compares:
                     text = cut_at(text, item.question.wish.stop).strip()
-                if handle.plain:  # its turn may have ended in a way of the model's own
-                    text = listener.whole if handle.goes_on else listener.whole.strip()
                 at_once = masked or compares
                 yield (
                     item,
@@ -311,31 +310,31 @@ class _Listener:
     Args:
         item: what was asked.
         tokenizer: of the model.
+        ends: tokens that end the answer, and are none of it.
         before: the ids of a text that it goes on with, to the last space; None for an answer.
-        ends: ids that end it, beside the tokenizer's end of text.
     """
 
     def __init__(
         self,
         item: Item,
         tokenizer: Any,
+        ends: Sequence[int],
         before: tuple[int, ...] | None = None,
-        ends: Collection[int] = (),
     ):
-        self._item, self._tokenizer = item, tokenizer
+        self._item, self._tokenizer, self._ends = item, tokenizer, ends
         self._goes_on = before is not None
-        self._context = list(before or ())[-_NEAR:]
-        self._settled, self._from = "", 0
-        self._ends = {*ends, tokenizer.eos_token_id}
+        self._ids = list((before or ())[-_NEAR:])
+        self._before = self._decoded(self._ids)
         self._stop: tuple[str, ...] = item.question.wish.stop
         self._heard: Callable[[str], None] | None = item.question.heard
-        self._said = ""
+        self._settled, self._from, self._to = "", 0, len(self._ids)
         self.tokens: list[int] = []
         self.complete = False
 
     def __call__(self, token: int) -> bool:
         """A token; says whether it is enough."""
         self.tokens.append(token)
+        self._ids.append(token)
         if token in self._ends:
             self.complete = True
         if self.complete or not (self._stop or self._heard):
@@ -344,51 +343,39 @@ class _Listener:
         whole = cut_at(text, self._stop)
         self.complete = len(whole) < len(text)
         if self._heard is not None:
-            self._pass_on(whole)
+            self._heard(self._certain(whole))
         return self.complete or self._item.over
 
     @property
     def whole(self) -> str:
-        """All that was said, up to a stop."""
-        return cut_at(self._text(), self._stop)
+        """All that was said, up to an end or a stop."""
+        ended = bool(self.tokens) and self.tokens[-1] in self._ends
+        text = self._decoded(self._ids[: len(self._ids) - ended])[len(self._before) :]
+        text = cut_at(text, self._stop)
+        return text if self._goes_on else text.strip()
 
     def _text(self) -> str:
-        """What is said; what was said long ago is not looked at again."""
-        new = [token for token in self.tokens[self._from :] if token not in self._ends]
-        before = len(self._decoded(self._context))
-        text = self._settled + self._decoded([*self._context, *new])[before:]
-        if len(new) >= _SETTLED and not text.endswith("\ufffd"):
-            self._settled, self._from = text, len(self.tokens)
-            self._context = [*self._context, *new][-_NEAR:]
-        return text
+        """All that was said; of a long answer only the last tokens are decoded again.
+
+        Those in front of `_to` are settled: their text stays what it is whatever comes. Decoding
+        begins at `_from`, some tokens before, since spelling depends on what stands in front.
+        """
+        ids = self._ids
+        settled, text = self._decoded(ids[self._from : self._to]), self._decoded(ids[self._from :])
+        if (to := len(ids) - _NEAR) >= self._to + _NEAR:
+            more = self._decoded(ids[self._from : to])
+            if text.startswith(more):  # not in the middle of a character, or of a tidied space
+                self._settled += more[len(settled) :]
+                self._from, self._to, settled = self._to, to, more
+        return self._settled + text[len(settled) :]
 
     def _decoded(self, ids: Sequence[int]) -> str:
         clean = {"clean_up_tokenization_spaces": False} if self._goes_on else {}
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, **clean))
 
-    def _pass_on(self, text: str) -> None:
+    def _certain(self, text: str) -> str:
         """What is certain of the text: not its last spaces, half a character or half a stop."""
         certain = (text if self._goes_on else text.strip()).rstrip("\ufffd")
         if not self.complete and self._stop:
             certain = certain[: len(certain) - max(map(len, self._stop)) + 1]
-        if certain.startswith(self._said) and len(certain) > len(self._said):
-            assert self._heard is not None
-            self._item.begun = True
-            self._heard(certain[len(self._said) :])
-            self._said = certain
-
-
-def ends_of(model: Any) -> tuple[int, ...]:
-    """Ids that end what a model writes by itself, such as a turn of its chats."""
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return (ends,) if isinstance(ends, int) else tuple(ends or ())
-
-
-@asynccontextmanager
-async def _until(deadline: float) -> AsyncIterator[None]:
-    """A block that ends in time, whatever it waits for."""
-    try:
-        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-            yield
-    except TimeoutError:
-        raise TooLate("the answer took too long") from None
+        return certain

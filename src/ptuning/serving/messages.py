@@ -1,51 +1,68 @@
-"""The bodies of requests: ours, and OpenAI's as far as greedy decoding goes."""
+"""The bodies of requests: ours, and OpenAI's as far as greedy decoding goes.
+
+Every check ends at its first fault: a body with a hundred thousand of them would hold up the
+server while pydantic tells them all, and only the first is told to the client.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StrictBool,
+    StrictFloat,
     StrictInt,
     StrictStr,
-    WithJsonSchema,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 
-def _only_cells(fields: dict[str, Any]) -> dict[str, Any]:
-    """Told at the first fault: a list of them all takes seconds to make of a large body."""
-    for name, value in fields.items():
-        if isinstance(value, list | dict):
-            raise PydanticCustomError("cell", "{name}", {"name": name})
+def _cells(fields: Any) -> Any:
+    for name, value in fields.items() if isinstance(fields, dict) else ():
+        if not isinstance(value, str | int | float | None):
+            told = {"field": name}
+            raise PydanticCustomError(
+                _INNER, "{field}: expected text, a number, true, false or null", told
+            )
     return fields
 
 
-_CELL = {"anyOf": [{"type": kind} for kind in ("string", "number", "boolean", "null")]}
-Fields = Annotated[
-    dict[str, Any],
-    AfterValidator(_only_cells),
-    WithJsonSchema({"type": "object", "additionalProperties": _CELL}),
-]
+_INNER = "of_an_inner_part"
+"""The type of errors whose words begin with what has no place of its own in pydantic's path."""
+Cell = StrictStr | StrictInt | StrictFloat | StrictBool | None
+Fields = Annotated[dict[str, Cell], BeforeValidator(_cells)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 One = Annotated[int, Field(ge=1, le=1)]
-Stop = StrictStr | Annotated[list[StrictStr], Field(fail_fast=True)] | None
+Texts = Annotated[list[StrictStr], Field(fail_fast=True)]
+Stop = StrictStr | Texts | None
 MaxTokens = Annotated[StrictInt | None, Field(ge=1)]
 
 
 class _Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        for name in value if isinstance(value, dict) else ():
+            if name not in cls.model_fields:
+                told = {"field": name}
+                raise PydanticCustomError(
+                    _INNER, "{field} is no field of this request; see /docs", told
+                )
+        return value
+
 
 class PredictRequest(_Message):
     """Rows for a prompt: one as ``fields``, or many as ``rows``."""
 
     fields: Fields | None = None
-    rows: Annotated[list[Fields], Field(min_length=1, fail_fast=True)] | None = None
+    rows: Annotated[list[Fields] | None, Field(min_length=1, fail_fast=True)] = None
     virtual_tokens: StrictBool = True
     """False: the prompt's words alone, as one would write them by hand."""
     max_tokens: MaxTokens = None
@@ -84,7 +101,7 @@ class _OpenAI(_Message):
     fields: Fields | None = None
     max_tokens: MaxTokens = None
     stop: Stop = None
-    stream: StrictBool | None = None
+    stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
     temperature: Zero | None = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
@@ -130,27 +147,30 @@ class Turn(_Message):
         return "".join(part.text for part in self.content)
 
 
+class ResponseFormat(_Message):
+    """The one that there is."""
+
+    type: Literal["text"]
+
+
 class ChatRequest(_OpenAI):
     """OpenAI's chat completion."""
 
     messages: Annotated[list[Turn], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: MaxTokens = None
     logprobs: Literal[False] | None = None
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    response_format: ResponseFormat | None = None
 
 
 def in_words(errors: list[Any]) -> str:
     """The first of pydantic's errors, in one line."""
-    first = min(errors, key=lambda e: -len(e["loc"])) if len(errors) == 1 else errors[0]
+    first = errors[0]
     path = [str(part) for part in first["loc"] if part != "body"]
+    union = [i for i, part in enumerate(path) if part in ("str", "list[str]", "list[TextPart]")]
+    where = ".".join(path[: union[0]] if union else path) or "the body"
     kind, message = first["type"], str(first["msg"])
-    if kind == "cell":
-        path.append(message)
-    where = ".".join(path) or "the body"
-    if kind == "extra_forbidden":
-        return f"{where} is no field of this request; see /docs"
-    if kind == "cell":
-        return f"{where}: expected text, a number, true, false or null"
+    if kind == _INNER:
+        return ".".join([*path, message])
     if path and path[-1] in ("temperature", "frequency_penalty", "presence_penalty"):
         return f"{where}: answers are greedy here; send 0, or nothing"
     return f"{where}: {message}"

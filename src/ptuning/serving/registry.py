@@ -5,11 +5,15 @@
     refused     damaged, of another model, without a template: the reason is kept and told
 
 A prompt whose files go is taken off; one whose files become unreadable is served on as it was
-loaded. Neither touches the others. Knows nothing of HTTP and of how answers are made.
+loaded, and looked at again each time. Neither touches the others. Reasons are for clients too, so
+they name folders by their last part; whoever runs the server is told the whole. Knows nothing of
+HTTP and of how answers are made.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,6 +27,10 @@ from ..prompts.prompt import Prompt
 from ..prompts.task import named_fields
 
 _FILES = tuple(dict.fromkeys([*prompt_files.NAMES, *peft_files.NAMES]))
+
+
+class NoPrompt(InputError):
+    """There is no prompt of that name."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +52,37 @@ class Served:
     handle: Any
 
 
-class Absent(InputError):
-    """There is no prompt of that name."""
+@dataclass(frozen=True)
+class _Look:
+    """What a look at the folders finds.
+
+    Attributes:
+        prompts: folders by name.
+        unseen: the same, of what may be there and cannot be read now.
+        astray: name -> why what bears it is no prompt, or not the one that is served.
+    """
+
+    prompts: dict[str, Path]
+    unseen: dict[str, Path]
+    astray: dict[str, str]
+
+    def add(self, name: str, folder: Path) -> None:
+        """A prompt, unless another has its name."""
+        first = self.prompts.get(name) or self.unseen.get(name)
+        if first is None:
+            self.prompts[name] = folder
+            self.astray.pop(name, None)
+        elif places.real(first) != places.real(folder):
+            self.astray[name] = (
+                f"{first} and {folder} have one name, {name!r}, and the first is served; rename "
+                f"the other, or serve it as OTHER={folder}"
+            )
+
+    def add_unseen(self, name: str, folder: Path, error: OSError, kept: str) -> None:
+        """What may be a prompt, and what is told of it beside the error."""
+        if name not in self.prompts:
+            self.unseen.setdefault(name, folder)
+            self.astray.setdefault(name, f"{folder} {_unreadable(error)}{kept}")
 
 
 class Registry:
@@ -59,10 +96,11 @@ class Registry:
 
     Attributes:
         served: what is offered now; replaced as a whole, never changed.
-        refused: name -> why it is not offered, or not in its newest version.
+        refused: name -> why it is not offered, or not in its newest version, as `shown`.
 
     Raises:
-        InputError: two folders have one name, or one is neither a prompt nor a folder.
+        InputError: two folders have one name, or one is neither a prompt nor a folder, or cannot
+            be read.
     """
 
     def __init__(
@@ -74,10 +112,12 @@ class Registry:
     ):
         self._take_on, self._let_go, self._tell = take_on, let_go, tell
         self._changing = threading.Lock()
-        self._named: dict[str, Path] = {}
-        self._collections: list[Path] = []
+        self._given: list[tuple[str | None, Path]] = []
         self._withheld: set[str] = set()
         self._tried: dict[str, tuple[Any, ...]] = {}
+        self._failed: dict[str, str] = {}
+        self._astray: dict[str, str] = {}
+        self._reasons: dict[str, str] = {}
         self.served: dict[str, Served] = {}
         self.refused: dict[str, str] = {}
         for text in folders:
@@ -87,8 +127,12 @@ class Registry:
         name, separator, rest = text.partition("=")
         given = bool(separator) and not Path(text).exists()
         folder = places.local_folder(rest if given else text)
-        if not is_prompt(folder) and not given and Path(text).is_dir():
-            self._collections.append(places.real(folder))
+        try:
+            there = is_prompt(folder)
+        except OSError as error:
+            raise InputError(f"{folder} {_unreadable(error)}; let the server read it") from None
+        if not there and not given and Path(text).is_dir():
+            self._given.append((None, places.real(folder)))
             return
         name = name if given else places.real(text).name
         places.entry(folder.parent, name)
@@ -97,23 +141,31 @@ class Registry:
                 f"{self._named[name]} and {folder} have one name, {name!r}; give another to one of "
                 f"them: OTHER={folder}"
             )
-        self._named[name] = folder
+        self._given.append((name, folder))
+
+    @property
+    def _named(self) -> dict[str, Path]:
+        return {name: folder for name, folder in self._given if name is not None}
 
     def base_model(self) -> str:
-        """The model that the first prompt that can be read was trained on.
+        """The model that the first prompt that can be read was trained on, in the order given.
 
         Raises:
             InputError: no prompt says it.
         """
         reasons = []
-        for name, folder in self._found()[0].items():
-            try:
-                saved = Prompt.load(folder).base_model.get("name")
-            except (PtuningError, OSError) as error:
-                reasons.append(f"{name}: {error}")
-                continue
-            if saved:
-                return str(saved)
+        found = self._found().prompts
+        for given, place in self._given:
+            for name, folder in found.items():
+                if name != given and (given is not None or folder.parent != place):
+                    continue
+                try:
+                    saved = Prompt.load(folder).base_model.get("name")
+                except (PtuningError, OSError) as error:
+                    reasons.append(f"{name}: {error}")
+                    continue
+                if saved:
+                    return str(saved)
         raise InputError("; ".join(reasons) or "no prompt says which model it is for; give --model")
 
     def check_named(self) -> None:
@@ -124,91 +176,94 @@ class Registry:
         """
         for name, folder in self._named.items():
             if name not in self.served:
-                raise InputError(f"{folder}: {self.refused.get(name, 'no saved prompt is there')}")
+                raise InputError(f"{folder}: {self._reasons.get(name, 'no saved prompt is there')}")
 
     def rescan(self) -> None:
         """Look at the folders again: new prompts are taken on, changed ones renewed."""
         with self._changing:
-            found, astray = self._found()
-            found = {n: f for n, f in found.items() if n not in self._withheld}
-            for name in [n for n in self.served if n not in found]:
+            look = self._found()
+            found = {n: f for n, f in look.prompts.items() if n not in self._withheld}
+            for name in [n for n in self.served if n not in found and n not in look.unseen]:
                 self._drop(name, "taken off: its files are gone")
-            for name in [n for n in self.refused if n not in found and n not in astray]:
-                del self.refused[name]
+            for name in {*self._tried, *self._failed} - {*found, *look.unseen}:
                 self._tried.pop(name, None)
-            for name, reason in astray.items():
-                self._refuse(name, reason)
+                self._failed.pop(name, None)
             for name, folder in sorted(found.items()):
                 stamp = _stamp(folder)
                 if self._tried.get(name) != stamp:
                     self._load(name, folder, stamp)
+            self._astray = look.astray
+            self._publish()
 
     def put(self, name: str) -> Served:
         """Take on the prompt of this name in a collection, or renew it, now.
 
         Raises:
-            Absent: there is no such prompt.
+            NoPrompt: there is none.
             InputError: the name leads elsewhere, or the prompt cannot be served.
         """
         with self._changing:
-            folder = self._named.get(name) or self._in_collection(name)
+            try:
+                folder = self._named.get(name) or self._in_collection(name)
+            except OSError as error:
+                raise InputError(f"{name}: {_unreadable(error)}") from None
             self._withheld.discard(name)
             self._load(name, folder, _stamp(folder))
-            if name in self.refused:
-                raise InputError(self.refused[name])
+            self._publish()
+            if name in self._failed:
+                raise InputError(self._failed[name])
             return self.served[name]
 
     def drop(self, name: str) -> None:
         """Offer a prompt no more, until it is put again; its files stay.
 
         Raises:
-            InputError: it is not offered.
+            NoPrompt: it is not offered.
         """
         with self._changing:
             if name not in self.served:
-                raise InputError(f"there is no prompt {name!r} here")
+                raise NoPrompt(f"there is no prompt {name!r} here")
             self._withheld.add(name)
             self._drop(name, "taken off, as was asked")
 
-    def _found(self) -> tuple[dict[str, Path], dict[str, str]]:
-        """Folders of prompts by name, in the order in which they were given, and why others are
-        none. What cannot be looked at now stays where it was served from."""
-        found = {name: folder for name, folder in self._named.items() if self._is_there(folder)}
-        astray: dict[str, str] = {}
-        for collection in self._collections:
-            try:
-                entries = sorted(e.name for e in collection.iterdir() if not e.name.startswith("."))
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            except OSError:
-                known = [served.folder for served in self.served.values()]
-                entries = [folder.name for folder in known if collection in folder.parents]
-            for name in entries:
-                try:
-                    folder = _inside(collection, name)
-                except InputError as error:
-                    astray[name] = str(error)
-                    continue
-                if not self._is_there(folder):
-                    continue
-                if places.real(found.setdefault(name, folder)) != places.real(folder):
-                    astray[f"{collection.name}/{name}"] = (
-                        f"another folder that is served has a prompt {name!r}; rename one of them"
-                    )
-        return found, {name: why for name, why in astray.items() if name not in found}
+    def shown(self, reason: str) -> str:
+        """A reason as clients see it: of folders that are served only the last part."""
+        folders = {folder for _, given in self._given for folder in (given, places.real(given))}
+        for folder in sorted(map(str, folders), key=len, reverse=True):
+            if os.sep in folder and Path(folder).name:
+                reason = reason.replace(folder, Path(folder).name)
+        return re.sub(r"'/[^'\n]*?([^'/\n]+)/?'", r"'\1'", reason)
 
-    def _is_there(self, folder: Path) -> bool:
-        try:
-            return _holds_prompt(folder)
-        except OSError:
-            return any(folder == served.folder for served in self.served.values())
+    def _found(self) -> _Look:
+        """What is in the folders now; what was named comes first, and is preferred."""
+        look = _Look({}, {}, {})
+        for given, place in sorted(self._given, key=lambda one: one[0] is None):
+            try:
+                names = [given] if given is not None else _entries(place)
+            except OSError as error:
+                look.astray[place.name] = f"{place} {_unreadable(error)}"
+                inside = {n: s.folder for n, s in self.served.items() if s.folder.parent == place}
+                for name, folder in inside.items():
+                    look.add_unseen(name, folder, error, self._kept(name))
+                continue
+            for name in names:
+                try:
+                    folder = place if given is not None else _inside(place, name)
+                    if is_prompt(folder):
+                        look.add(name, folder)
+                except InputError as error:
+                    look.astray.setdefault(name, str(error))
+                except OSError as error:
+                    look.add_unseen(name, folder, error, self._kept(name))
+        return look
 
     def _in_collection(self, name: str) -> Path:
-        for collection in self._collections:
-            folder = _inside(collection, name)
-            if is_prompt(folder):
-                return folder
-        raise Absent(
+        for given, collection in self._given:
+            if given is None:
+                folder = _inside(collection, name)
+                if is_prompt(folder):
+                    return folder
+        raise NoPrompt(
             f"there is no saved prompt {name!r} in the folders that are served; put one there first"
         )
 
@@ -218,19 +273,22 @@ class Registry:
             prompt = Prompt.load(folder)
             fields = fields_of(prompt)
             handle = self._take_on(name, prompt)
-        except Exception as error:  # of whatever kind: the others are served on
-            if not isinstance(error, PtuningError):  # may pass: memory, a file system
-                self._tried.pop(name, None)
-                error = PtuningError(f"{type(error).__name__}: {error}")
-            kept = " (its version of before is served on)" if name in self.served else ""
-            self._refuse(name, f"{error}{kept}", folder)
+        except Exception as error:  # whatever it is, the other prompts go on
+            known = isinstance(error, PtuningError | OSError)
+            kind = "" if known else f"{type(error).__name__}: "
+            self._failed[name] = f"{kind}{error}{self._kept(name)}"
+            if _may_pass(error):
+                del self._tried[name]
             return
         before = self.served.get(name)
         self.served = {**self.served, name: Served(name, folder, prompt, fields, handle)}
-        self.refused.pop(name, None)
+        self._failed.pop(name, None)
         self._tell(f"{name}: {'renewed' if before else 'served'}, from {folder}")
         if before:
             self._let_go(before.handle)
+
+    def _kept(self, name: str) -> str:
+        return " (its version of before is served on)" if name in self.served else ""
 
     def _drop(self, name: str, what: str) -> None:
         gone = self.served[name]
@@ -239,34 +297,64 @@ class Registry:
         self._tell(f"{name}: {what}")
         self._let_go(gone.handle)
 
-    def _refuse(self, name: str, reason: str, folder: Path | None = None) -> None:
-        """Clients are told why, but not where the files are."""
-        shown = reason if folder is None else reason.replace(str(folder), name)
-        if self.refused.get(name) != shown:
-            self._tell(f"{name}: refused: {reason}")
-        self.refused[name] = shown
+    def _publish(self) -> None:
+        """Say what is refused now, and tell what is new of it."""
+        reasons = {**self._astray, **self._failed}
+        if reasons == self._reasons:
+            return
+        for name, reason in reasons.items():
+            if self._reasons.get(name) != reason:
+                self._tell(f"{name}: refused: {reason}")
+        self._reasons = reasons
+        self.refused = {name: self.shown(reason) for name, reason in reasons.items()}
 
 
 def is_prompt(folder: Path) -> bool:
-    """The folder holds files of a saved prompt, of ours or of PEFT's."""
-    try:
-        return _holds_prompt(folder)
-    except OSError:
-        return False
+    """The folder holds files of a saved prompt, of ours or of PEFT's.
 
-
-def _holds_prompt(folder: Path) -> bool:
-    """The same, with the system's error where nobody can tell."""
-    theirs = all(_exists(folder / name) for name in peft_files.NAMES)
-    return theirs or any(_exists(folder / name) for name in prompt_files.NAMES[:2])
+    Raises:
+        OSError: the system cannot say it now.
+    """
+    ours = [folder / name for name in prompt_files.NAMES if name != prompt_files.CARD]
+    return any(map(_exists, ours)) or all(_exists(folder / name) for name in peft_files.NAMES)
 
 
 def _exists(path: Path) -> bool:
+    """As `Path.exists`, which in some Pythons takes what cannot be read for what is not there."""
     try:
-        path.stat()
+        os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
+
+
+def _entries(collection: Path) -> list[str]:
+    """The names in a folder; none where it is gone.
+
+    Raises:
+        OSError: the system cannot say them now.
+    """
+    try:
+        return sorted(name for name in os.listdir(collection) if not name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _unreadable(error: OSError) -> str:
+    return f"cannot be read now: {error.strerror or error}"
+
+
+def _may_pass(error: BaseException) -> bool:
+    """The system or the device has failed, not the prompt: the next look may find it otherwise."""
+    if not isinstance(error, PtuningError | OSError):
+        return True
+    found: BaseException | None = error
+    while found is not None:
+        gone = isinstance(found, FileNotFoundError | NotADirectoryError)
+        if isinstance(found, OSError) and not gone:
+            return True
+        found = found.__cause__ or found.__context__
+    return False
 
 
 def fields_of(prompt: Prompt) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ from .backend import (
     Wish,
     as_it_is,
     cut_at,
+    in_time,
     is_plain,
 )
 from .batcher import Overloaded, Stopping, TooLate
@@ -132,27 +133,25 @@ class Remote:
         """Nothing is held."""
 
     async def answer(self, handle: Handle, rows: Sequence[Row], wish: Wish) -> list[Answer]:
-        """An answer for each row."""
+        """An answer for each row; the first fault of one ends the others, and their requests."""
         with self._room(len(rows)):
-            asked = [asyncio.ensure_future(self._one(handle, row, wish)) for row in rows]
             try:
-                return list(await asyncio.gather(*asked))
-            finally:  # the first fault is the request's: nobody waits for the others any more
-                for one in asked:
-                    one.cancel()
-                await asyncio.gather(*asked, return_exceptions=True)
+                async with asyncio.TaskGroup() as together:
+                    asked = [together.create_task(self._one(handle, row, wish)) for row in rows]
+            except ExceptionGroup as faults:
+                raise faults.exceptions[0] from None
+            return [one.result() for one in asked]
 
     async def stream(self, handle: Handle, row: Row, wish: Wish) -> AsyncIterator[str | Answer]:
         """Parts of a free answer as they come, and at last the whole."""
-        handle, example = await asyncio.to_thread(self._rendered, handle, row, wish)
-        if handle.renderer.compares:
-            with self._room(1):
-                yield await self._compared(handle, example, wish)
-            return
-        ids = self._ids(handle, example.sequences[0])
-        said, tokens, likelihood, complete = "", 0, 0.0, False
-        body = {**self._free(handle, ids, wish), "stream": True}
         with self._room(1):
+            handle, example = await asyncio.to_thread(self._rendered, handle, row, wish)
+            if handle.renderer.compares:
+                yield await self._compared(handle, example, wish)
+                return
+            ids = self._ids(handle, example.sequences[0])
+            said, tokens, likelihood, complete = "", 0, 0.0, False
+            body = {**self._free(handle, ids, wish), "stream": True}
             async for choice in self._chunks(body, wish):
                 known = (choice.get("logprobs") or {}).get("token_logprobs") or []
                 tokens, likelihood = tokens + len(known), likelihood + sum(known)
@@ -165,7 +164,7 @@ class Remote:
         text = said if handle.goes_on else said.strip()
         yield Answer(text, likelihood, {}, shortened, len(ids), tokens, complete)
 
-    def nearest(self, handle: Handle, count: int) -> None:
+    async def nearest(self, handle: Handle, count: int, deadline: float) -> None:
         """Nobody here has the vocabulary's vectors."""
 
     @property
@@ -190,16 +189,19 @@ class Remote:
         return Handle(task, self._renderer(task), ids)
 
     def _renderer(self, task: Task) -> Renderer:
-        return Renderer(self._tokenizer, task, ModelKind.CAUSAL, self._context)
+        # Of its context vLLM counts the last token that is asked for, though nobody reads it, and
+        # wants one behind the words that are compared.
+        context = None if self._context is None else self._context - (2 if task.labels else 1)
+        return Renderer(self._tokenizer, task, ModelKind.CAUSAL, context)
 
     def _rendered(self, handle: Handle, row: Row, wish: Wish) -> tuple[Handle, Any]:
         with self._rendering:
             if not wish.virtual:
                 handle.by_hand = handle.by_hand or self._handle(handle.task.manual())
                 handle = handle.by_hand
+            renderer, limit = handle.renderer, wish.tokens(handle.task)
             if is_plain(handle.task):
-                return handle, as_it_is(handle.renderer, row, wish.limit_of(handle.task))
-            renderer, limit = handle.renderer, wish.limit_of(handle.task)
+                return handle, as_it_is(renderer, row, limit)
             if not renderer.compares and limit != handle.task.answer_tokens:
                 renderer = self._renderer(replace(handle.task, answer_tokens=limit))
             return handle, renderer(row, answered=False)
@@ -233,7 +235,7 @@ class Remote:
     def _free(self, handle: Handle, ids: list[int], wish: Wish) -> dict[str, Any]:
         """The body that asks for a free answer, greedily."""
         body = {
-            **self._body([ids], wish.limit_of(handle.task)),
+            **self._body([ids], wish.tokens(handle.task)),
             "logprobs": 0,
         }
         if wish.stop:
@@ -276,13 +278,11 @@ class Remote:
         return Answer(said, named[said], named, example.shortened, len(context), 1)
 
     async def _post(self, body: dict[str, Any], wish: Wish) -> Any:
-        left = wish.deadline - time.monotonic()
-        if left <= 0:
+        if wish.deadline <= time.monotonic():
             raise TooLate("the answer's time was over before its turn came")
-        try:
-            response = await self._there().post("/completions", json=body, timeout=left)
-        except httpx.TimeoutException:
-            raise TooLate("the answer took too long") from None
+        try:  # httpx has times for each step only, and none for all of them
+            async with in_time(wish.deadline):
+                response = await self._there().post("/completions", json=body, timeout=None)
         except httpx.HTTPError as error:
             raise Unreachable(f"vLLM does not answer: {error}") from None
         _check(response.status_code, response.content)
@@ -292,7 +292,7 @@ class Remote:
         """The choices of a stream, as they come."""
         try:
             async with (
-                asyncio.timeout(max(0.0, wish.deadline - time.monotonic())),
+                in_time(wish.deadline),
                 self._there().stream("POST", "/completions", json=body, timeout=None) as response,
             ):
                 if response.status_code >= 400:
@@ -305,8 +305,6 @@ class Remote:
                             raise Unreachable(f"vLLM says: {chunk['error']}")
                         if chunk["choices"]:
                             yield chunk["choices"][0]
-        except TimeoutError:
-            raise TooLate("the answer took too long") from None
         except httpx.HTTPError as error:
             raise Unreachable(f"vLLM does not answer: {error}") from None
 

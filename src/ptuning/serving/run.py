@@ -33,7 +33,7 @@ def listening(host: str, port: int) -> socket.socket:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)
         made.listen(2048)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # the last: no name, such as "a..b"
         raise InputError(
             f"cannot listen on {host} port {port}: {error}; choose with --host and --port"
         ) from None

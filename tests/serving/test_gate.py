@@ -1,0 +1,88 @@
+"""What stands in front of requests, and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from ptuning.cli.app import app as commands
+from ptuning.errors import InputError
+from ptuning.serving.gate import Gate, Limits
+from ptuning.serving.run import listening
+
+
+class Application:
+    """Answers at once, but at /slow when it is let."""
+
+    def __init__(self) -> None:
+        self.let, self.inside, self.bodies = asyncio.Event(), 0, list[bytes]()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.bodies.append((await receive())["body"])
+        if scope["path"] == "/slow":
+            self.inside += 1
+            await self.let.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def _ask(gate: Gate, path: str, receive: Any = None) -> int:
+    sent: list[Any] = []
+
+    async def nothing() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": path, "headers": []}
+    await gate(scope, receive or nothing, send)
+    return int(sent[0]["status"])
+
+
+@pytest.mark.parametrize("path", ["/health", "/", "/docs"])
+def test_a_full_server_says_that_it_lives(path: str) -> None:
+    async def run() -> tuple[int, int, int]:
+        application = Application()
+        limits = Limits(waiting=600, batch=2)
+        gate = Gate(application, None, limits)
+        slow = [asyncio.create_task(_ask(gate, "/slow")) for _ in range(limits.requests)]
+        while application.inside < len(slow):
+            await asyncio.sleep(0)
+        answers = await _ask(gate, path), await _ask(gate, "/v1/models"), len(slow)
+        application.let.set()
+        assert set(await asyncio.gather(*slow)) == {200}
+        return answers
+
+    health, other, inside = asyncio.run(run())
+    assert (health, other) == (200, 429)
+    assert inside == 602  # with one row each all that may wait, and a batch
+
+
+def test_an_open_page_waits_for_no_body() -> None:
+    async def never() -> Any:
+        raise AssertionError("the body was asked for")
+
+    async def run() -> tuple[int, list[bytes]]:
+        application = Application()
+        return await _ask(Gate(application, None, Limits()), "/health", never), application.bodies
+
+    assert asyncio.run(run()) == (200, [b""])
+
+
+def test_a_host_that_is_no_name_is_refused_in_a_line() -> None:
+    with pytest.raises(InputError, match=r"cannot listen on \.\.a port 0"):
+        listening("..a", 0)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--dtype", "float16"), ("--max-batch", "8"), ("--frozen", "int8")]
+)
+def test_options_of_the_model_here_are_refused_in_front_of_vllm(option: str, value: str) -> None:
+    command = ["serve", "x", "--backend", "vllm", "--url", "http://127.0.0.1:9/v1", option, value]
+    error = CliRunner().invoke(commands, command).exception
+    assert isinstance(error, InputError)
+    assert f"{option} is for --backend local" in str(error)
