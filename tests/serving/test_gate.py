@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from typer.testing import CliRunner
 
 from ptuning.cli.app import app as commands
 from ptuning.errors import InputError
-from ptuning.serving.gate import Gate, Limits
+from ptuning.serving import gate
+from ptuning.serving.gate import Gate, Limits, check_json
 from ptuning.serving.run import listening
 
 
@@ -29,7 +31,7 @@ class Application:
         await send({"type": "http.response.body", "body": b""})
 
 
-async def _ask(gate: Gate, path: str, receive: Any = None) -> int:
+async def _ask(before: Gate, path: str, receive: Any = None) -> int:
     sent: list[Any] = []
 
     async def nothing() -> Any:
@@ -38,8 +40,10 @@ async def _ask(gate: Gate, path: str, receive: Any = None) -> int:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": "GET", "path": path, "headers": []}
-    await gate(scope, receive or nothing, send)
+    headers = [(b"content-type", b"application/json")]
+    method = "GET" if receive is None else "POST"
+    scope = {"type": "http", "method": method, "path": path, "headers": headers}
+    await before(scope, receive or nothing, send)
     return int(sent[0]["status"])
 
 
@@ -48,11 +52,11 @@ def test_a_full_server_says_that_it_lives(path: str) -> None:
     async def run() -> tuple[int, int, int]:
         application = Application()
         limits = Limits(waiting=600, batch=2)
-        gate = Gate(application, None, limits)
-        slow = [asyncio.create_task(_ask(gate, "/slow")) for _ in range(limits.requests)]
+        full = Gate(application, None, limits)
+        slow = [asyncio.create_task(_ask(full, "/slow")) for _ in range(limits.requests)]
         while application.inside < len(slow):
             await asyncio.sleep(0)
-        answers = await _ask(gate, path), await _ask(gate, "/v1/models"), len(slow)
+        answers = await _ask(full, path), await _ask(full, "/v1/models"), len(slow)
         application.let.set()
         assert set(await asyncio.gather(*slow)) == {200}
         return answers
@@ -71,6 +75,25 @@ def test_an_open_page_waits_for_no_body() -> None:
         return await _ask(Gate(application, None, Limits()), "/health", never), application.bodies
 
     assert asyncio.run(run()) == (200, [b""])
+
+
+@pytest.mark.parametrize(("size", "apart"), [(10, False), (10**6, True)])
+def test_a_large_body_is_read_beside_the_other_requests(
+    size: int, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body, read = b'{"a": "' + b"a" * size + b'"}', list[bool]()
+
+    def check(body: bytes, kind: bytes) -> None:
+        read.append(threading.current_thread() is not threading.main_thread())
+        check_json(body, kind)
+
+    async def whole() -> Any:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    monkeypatch.setattr(gate, "check_json", check)
+    application = Application()
+    assert asyncio.run(_ask(Gate(application, None, Limits()), "/v1", whole)) == 200
+    assert read == [apart] and application.bodies == [body]
 
 
 def test_a_host_that_is_no_name_is_refused_in_a_line() -> None:

@@ -27,6 +27,8 @@ Application = Callable[[Message, Receive, Send], Awaitable[None]]
 OPEN = ("/", "/health", "/docs")
 """Paths without a key or a count: two pages without data, and whether the server lives."""
 _LEVELS = 64
+_LARGE = 2**16
+"""Bytes of a body."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,11 @@ class Gate:
             ) from None
         body = b"".join(parts)
         if scope["method"] in ("POST", "PUT", "PATCH") and body:
-            check_json(body, headers.get(b"content-type", b""))
+            kind = headers.get(b"content-type", b"")
+            if len(body) > _LARGE:  # a megabyte is read for half a second: others go on meanwhile
+                await asyncio.to_thread(check_json, body, kind)
+            else:
+                check_json(body, kind)
         return body
 
 
