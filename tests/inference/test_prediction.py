@@ -146,6 +146,26 @@ def test_a_manual_task_predicts_without_vectors() -> None:
     del prompt
 
 
+def test_a_manual_task_ends_where_the_model_ends_its_turns() -> None:
+    model, tokenizer, prompt = setting("llama")
+    task = Task("{country} is [MASK]", answer_tokens=6)
+    rows = ROWS[:1]
+    said = tokenizer(ptuning.predict(model, tokenizer, task, rows)[0]).input_ids
+    long = ptuning.predict(model, tokenizer, prompt, rows)
+    renderer = ptuning.Renderer(tokenizer, task, "causal")
+    ids = torch.tensor([[*renderer(rows[0]).sequences[0].ids]])
+    whole = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert len(said) >= 3 and 2 not in whole
+    model.generation_config.eos_token_id = [2, whole[2]]
+    (ended,) = ptuning.predict_details(model, tokenizer, task, rows)
+    assert ended.answer == tokenizer.decode(whole[:2], skip_special_tokens=True).strip()
+    steps = model(torch.cat([ids, torch.tensor([whole[:2]])], 1)).logits[0, -3:].softmax(-1)
+    expected = float(steps.detach().gather(1, torch.tensor(whole[:3])[:, None]).prod())
+    assert ended.probability == pytest.approx(expected, rel=1e-4)
+    # A trained prompt has learnt the tokenizer's end alone.
+    assert ptuning.predict(model, tokenizer, prompt, rows) == long
+
+
 def test_attached_or_not_the_prediction_is_the_same() -> None:
     model, tokenizer, prompt = setting("llama")
     alone = ptuning.predict_details(model, tokenizer, prompt, ROWS)

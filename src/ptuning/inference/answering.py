@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -104,7 +105,8 @@ def answers(
     for number, question in enumerate(questions):
         words = len(question.renderer.owner) if question.renderer.compares else 0
         masks = question.most if not words and engine.base.kind is ModelKind.MASKED else None
-        groups.setdefault((not words, words, masks or 0), []).append(number)
+        ends = () if words else tuple(engine.ends(question.renderer.task))
+        groups.setdefault((not words, words, masks or 0, ends), []).append(number)
     for key in sorted(groups):
         numbers = groups[key]
         members = max(len(questions[n].readings) for n in numbers)
@@ -123,8 +125,8 @@ def _read(numbers: list[int], later: Later) -> Iterator[tuple[int, Prediction]]:
 
 
 def in_one_batch(engine: Engine, questions: list[Question]) -> Later:
-    """The answers to questions that compare as many words each, or none; the device is asked for
-    them now.
+    """The answers to questions that compare as many words each, or none and whose answers have the
+    same ends; the device is asked for them now.
 
     Raises:
         PtuningError: numbers are not finite; when the answers are asked for.
@@ -210,10 +212,15 @@ def _decode(engine: Engine, questions: list[Question], batch: Batch) -> list[Pre
         raise InputError(
             "how long may a free answer be? Give answer_tokens (--answer-tokens N), or candidates"
         )
-    ids, scores = engine.continue_greedily(batch, max(known), _watching(questions), sizes)
+    ends = engine.ends(questions[0].renderer.task)
+    watching = _watching(questions)
+    ids, scores = engine.continue_greedily(batch, max(known), watching, sizes, ends)
     behind = torch.arange(ids.shape[1]) >= torch.tensor(known)[:, None]
     scores = scores.masked_fill(behind.to(scores.device), 0.0)
-    cut = [row[:limit] for row, limit in zip(ids.tolist(), known, strict=True)]
+    cut = [
+        list(takewhile(lambda token: token not in ends, row[:limit]))
+        for row, limit in zip(ids.tolist(), known, strict=True)
+    ]
     return _texts(engine.base.tokenizer, cut, scores)
 
 
