@@ -2,7 +2,7 @@
 
     dev examples choose      members and epochs; their figures are of these prompts
     at last                  the chosen ones go on from there, with training and dev examples, for
-                             two fifths of the epochs at half the rate
+                             two fifths of the epochs (`refit_epochs`) at half the rate
 
 It is what ``refit`` means in model selection, but goes on instead of beginning anew: as good in
 less time, and from a prompt that is known to be good (benchmarks/README.md, "On with all
@@ -30,7 +30,7 @@ from .loop import Loop
 from .progress import Progress, telling_once
 from .settings import TrainSettings
 
-_EPOCHS, _RATE = 0.4, 0.5
+_RATE = 0.5
 """Of the training's before."""
 _A_STEP = 1e-6
 """Minutes that there always are, less than a step takes: each call comes a step further."""
@@ -141,7 +141,7 @@ def _going_on(variant: Variant, learner: Learner, minutes: float | None) -> Vari
     prompt.vectors, prompt.encoder_weights = learner.best["vectors"], learner.best["weights"]
     settings = replace(
         before,
-        epochs=max(1, round(_EPOCHS * before.settled_epochs)),
+        epochs=max(1, round(before.refit_epochs * before.settled_epochs)),
         learning_rate=_RATE * before.rate_for(prompt.encoder),
         max_minutes=None if minutes is None else max(minutes, _A_STEP),
         tracker=None,  # whose run has these steps already
