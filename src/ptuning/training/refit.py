@@ -28,6 +28,7 @@ from . import checkpoint
 from .grid import Variant
 from .learner import Learner
 from .loop import Loop
+from .members import learn_answer_length
 from .progress import Progress, telling_once
 from .settings import TrainSettings
 
@@ -128,6 +129,8 @@ def refit(
         return {}, True
     for (_, learner), new in zip(going, again, strict=True):
         learner.best |= {name: new.best[name] for name in ("weights", "vectors")}
+    for variant, _ in chosen:
+        learn_answer_length(variant.prompt, variant.renderer, variant.dev)
     return {"examples": count, "epochs": epochs, "loss": again[0].history[-1]["loss"]}, True
 
 
