@@ -110,10 +110,18 @@ def test_what_is_asked_of_a_prompt_that_was_let_go_is_asked_of_its_successor(
     wish = desk.wish()
     (said,) = asyncio.run(desk.answer("capital", old, [row], wish))
     assert said.text == answered(local, new, row).text
+    *parts, whole = asyncio.run(_of_desk(desk, "capital", old, row))
+    assert "".join(parts) == whole.text == said.text
     registry.served.clear()
     with pytest.raises(Refused) as refused:
         asyncio.run(desk.answer("capital", old, [row], wish))
     assert refused.value.status == 404
+    (fault,) = asyncio.run(_of_desk(desk, "capital", old, row))
+    assert isinstance(fault, Refused) and fault.status == 404
+
+
+async def _of_desk(desk: Desk, name: str, handle: Any, row: dict[str, Any]) -> list[Any]:
+    return [part async for part in desk.stream(name, handle, row, desk.wish())]
 
 
 async def _streamed(local: Local, handle: Any, row: dict[str, Any], **wish: Any) -> list[Any]:
