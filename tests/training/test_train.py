@@ -571,6 +571,7 @@ def test_a_tracker_gets_the_losses(model: Any, tokenizer: Any, tmp_path: Path) -
         ({"batch_size": None}, "batch_size is None"),
         ({"population": None}, "population is None; give a whole number"),
         ({"shuffle": "no"}, "shuffle is 'no'; expected True or False"),
+        ({"resume": True}, "resume goes on from checkpoints; give the run's folder as output"),
         ({"halving": 0}, "halving is 0; expected True or False"),
     ],
 )

@@ -103,6 +103,8 @@ def train(
         settings = with_options(TrainSettings() if settings is None else settings, options)
         check_kind(prompt, Prompt)
         check_helpers(lessons, listener)
+        if resume and output is None:
+            raise InputError("resume goes on from checkpoints; give the run's folder as output")
         draft = prompt.checked()  # a training that fails leaves the prompt as it was
         rows, aside = as_rows(rows), False
         check_some(rows)
