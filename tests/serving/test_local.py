@@ -228,6 +228,17 @@ def test_nearest_words_are_looked_for_once_however_many_ask(
     assert len(looked) == 2
 
 
+def test_a_stream_has_no_space_more_than_the_answer_before_a_stop() -> None:
+    tokenizer = tiny.tokenizer()
+    said: list[str] = []
+    wish = Wish(time.monotonic() + 600, stop=("of ",))
+    question = SimpleNamespace(wish=wish, heard=said.append)
+    listener = module._Listener(Item(question, wish.deadline), tokenizer, [2])
+    ids = tokenizer(" cities of Europe", add_special_tokens=False)["input_ids"]
+    assert any([listener(token) for token in ids])
+    assert listener.whole == "cities" == said[-1] and not any(text.endswith(" ") for text in said)
+
+
 _LONG = " ".join(tiny.TEXTS) + " 東京 москва — \U0001f44d\U0001f3fd . , ! don 't" * 3
 
 
