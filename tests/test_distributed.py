@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -168,10 +169,32 @@ def fail_in_one_process(at: int) -> Outcome:
         Engine.batches = original  # type: ignore[method-assign]
 
 
+def without_memory_for_a_refit() -> Outcome:
+    """Process 1 has no memory left when what dev chose goes on: as if nothing had to go on."""
+    original = Loop._optimizer_step
+
+    def step(self: Loop, *where: Any) -> Any:
+        if rank() == 1 and self.goes_on and self.step == 2:
+            raise torch.OutOfMemoryError("2 GiB wanted")
+        return original(self, *where)
+
+    chosen = trained(epochs=4)
+    Loop._optimizer_step = step  # type: ignore[method-assign]
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            whole = trained(epochs=4, refit=True)
+    finally:
+        Loop._optimizer_step = original  # type: ignore[method-assign]
+    stays = torch.equal(whole["vectors"], chosen["vectors"])
+    return {"stays": stays, "told": [str(warning.message) for warning in told]}
+
+
 def everything(folder: Path) -> dict[str, Any]:
     """What all scenarios give in this process; those that fail stand between two that do not."""
     torch.set_num_threads(1)
     found: dict[str, Any] = {name: failure(work) for name, work in FAILURES.items()}
+    found["no memory for a refit"] = without_memory_for_a_refit()
     found |= {name: work(folder) for name, work in TRAININGS.items()}
     found["resumed"] = interrupted_and_resumed(folder)
     return found
@@ -271,6 +294,13 @@ def test_a_failure_is_everyones_and_one_says_it(two: Any) -> None:
     assert second["wrong input in one"][0] == "DataError"
     assert first["wrong input in one"][0] == "InputError"
     assert first["resumed"]["fault"] == ("Stopped", "here", False)
+
+
+def test_a_refit_that_one_process_cannot_do_is_left_by_all(two: Any) -> None:
+    for process, who in zip(two, ["process 1 has failed: ", ""], strict=True):
+        found = process["no memory for a refit"]
+        assert found["stays"]
+        assert any(f"what dev chose stays: {who}2 GiB wanted" in told for told in found["told"])
 
 
 def command(folder: Path, *more: str) -> list[str]:

@@ -24,7 +24,7 @@ from torch import Tensor, distributed
 
 from . import storage
 from .devices import chosen_device
-from .errors import InputError, PtuningError
+from .errors import InputError, PtuningError, TrainingError
 from .threads import CHANGING
 
 T = TypeVar("T")
@@ -154,14 +154,13 @@ def _exchange(error: Exception | None) -> None:
     distributed.all_reduce(failed)
     if not failed:
         return
-    told: list[tuple[bool, str] | None] = [None] * count()
+    told: list[tuple[type[PtuningError], str] | None] = [None] * count()
     distributed.all_gather_object(told, None if error is None else _in_words(error))
     process, words = next((n, words) for n, words in enumerate(told) if words is not None)
     if error is not None:
         _marked(error, process != state().process_index)
         return
-    wrong_input, text = words
-    kind = InputError if wrong_input else PtuningError
+    kind, text = words
     raise _marked(kind(f"process {process} has failed: {text}"), True)
 
 
@@ -170,7 +169,8 @@ def _marked(error: Exception, heard_elsewhere: bool) -> Exception:
     return error
 
 
-def _in_words(error: Exception) -> tuple[bool, str]:
+def _in_words(error: Exception) -> tuple[type[PtuningError], str]:
     known = isinstance(error, PtuningError)
     text = str(error) if known else f"{type(error).__name__}: {error}"
-    return isinstance(error, InputError), text
+    kinds = (InputError, TrainingError, PtuningError)
+    return next((kind for kind in kinds if isinstance(error, kind)), PtuningError), text

@@ -110,10 +110,18 @@ def test_what_is_asked_of_a_prompt_that_was_let_go_is_asked_of_its_successor(
     wish = desk.wish()
     (said,) = asyncio.run(desk.answer("capital", old, [row], wish))
     assert said.text == answered(local, new, row).text
+    *parts, whole = asyncio.run(_of_desk(desk, "capital", old, row))
+    assert "".join(parts) == whole.text == said.text
     registry.served.clear()
     with pytest.raises(Refused) as refused:
         asyncio.run(desk.answer("capital", old, [row], wish))
     assert refused.value.status == 404
+    (fault,) = asyncio.run(_of_desk(desk, "capital", old, row))
+    assert isinstance(fault, Refused) and fault.status == 404
+
+
+async def _of_desk(desk: Desk, name: str, handle: Any, row: dict[str, Any]) -> list[Any]:
+    return [part async for part in desk.stream(name, handle, row, desk.wish())]
 
 
 async def _streamed(local: Local, handle: Any, row: dict[str, Any], **wish: Any) -> list[Any]:
@@ -218,6 +226,17 @@ def test_nearest_words_are_looked_for_once_however_many_ask(
     found = asyncio.run(ask(4))
     assert found == [found[0]] * 4 and len(found[0]) == 3
     assert len(looked) == 2
+
+
+def test_a_stream_has_no_space_more_than_the_answer_before_a_stop() -> None:
+    tokenizer = tiny.tokenizer()
+    said: list[str] = []
+    wish = Wish(time.monotonic() + 600, stop=("of ",))
+    question = SimpleNamespace(wish=wish, heard=said.append)
+    listener = module._Listener(Item(question, wish.deadline), tokenizer, [2])
+    ids = tokenizer(" cities of Europe", add_special_tokens=False)["input_ids"]
+    assert any([listener(token) for token in ids])
+    assert listener.whole == "cities" == said[-1] and not any(text.endswith(" ") for text in said)
 
 
 _LONG = " ".join(tiny.TEXTS) + " 東京 москва — \U0001f44d\U0001f3fd . , ! don 't" * 3

@@ -90,6 +90,8 @@ def test_a_bias_learned_on_dev_is_that_of_its_log_probabilities() -> None:
 def test_means_of_probabilities_not_of_logarithms() -> None:
     known = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
     assert bias_against(known).tolist() == pytest.approx([-math.log(0.7), -math.log(0.3)])
+    unlikely = torch.tensor([[0.0, -800.0], [0.0, -900.0]])  # long words: less than any number
+    assert bias_against(unlikely).tolist() == pytest.approx([0.0, 800.0 + math.log(2)])
 
 
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))

@@ -119,6 +119,15 @@ def test_an_interrupted_run_goes_on_with_the_same_numbers(stop: int, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_begun_anew_forgets_the_folds_of_the_one_before(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"folds": 2, "output": tmp_path, "checkpoint_seconds": 0.0}
+    run(**how)
+    with pytest.raises(Stopped):
+        run(learning_rate=3e-2, listener=stop_after(3), **how)
+    _, result = run(learning_rate=3e-2, resume=True, **how)
+    assert len(result.folds) == 1 and result.complete
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ptuning
-from ptuning import InputError, Prompt, TrainingError, TrainSettings, train
+from ptuning import DataError, InputError, Prompt, TrainingError, TrainSettings, train
 from ptuning.training import checkpoint, refit
 from ptuning.training.learner import Learner
 from ptuning.training.loop import Loop
@@ -133,6 +133,30 @@ def test_dev_answers_may_be_longer_than_those_of_the_training() -> None:
     assert run(long, rows, dev, refit=True).refit["examples"] == 7
     assert short.answer_tokens and long.answer_tokens
     assert long.answer_tokens > short.answer_tokens
+
+
+def test_dev_answers_that_are_trained_on_fit_into_the_answer_tokens_given() -> None:
+    rows = [{"text": place, "answer": "Oslo"} for place in PLACES]
+    dev = [{"text": "Rome", "answer": "Oslo Berlin Vienna Madrid"}]
+    kept = Prompt("[P*2] {text} [MASK]", answer_tokens=3)
+    run(kept, rows, dev)
+    assert kept.answer_tokens == 3
+    with pytest.raises(DataError, match="dev example 1: the answer has 8 tokens, its end included"):
+        run(Prompt("[P*2] {text} [MASK]", answer_tokens=3), rows, dev, refit=True)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_refit_with_longer_dev_answers_may_come_to_a_resumed_run_or_be_left_out(
+    begun: bool, tmp_path: Path
+) -> None:
+    rows = [{"text": place, "answer": "Oslo"} for place in PLACES]
+    dev = [{"text": "Rome", "answer": "Oslo Berlin Vienna Madrid"}]
+    how: dict[str, Any] = {"checkpoint_seconds": 0.0, "output": tmp_path}
+    with pytest.raises(Stopped):
+        run(Prompt("[P*2] {text} [MASK]"), rows, dev, listener=stop_after(4), refit=begun, **how)
+    prompt = Prompt("[P*2] {text} [MASK]")
+    result = run(prompt, rows, dev, resume=True, refit=not begun, **how)
+    assert bool(result.refit) is not begun and prompt.answer_tokens == (2 if begun else 8)
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -567,6 +567,12 @@ def test_a_tracker_gets_the_losses(model: Any, tokenizer: Any, tmp_path: Path) -
         ({"choose_by": "f1"}, "choose_by is 'f1'"),
         ({"learning_rte": 1.0}, "unknown training setting 'learning_rte'"),
         ({"mixed_precision": "int3"}, "mixed_precision is 'int3'"),
+        ({"max_grad_norm": None}, "max_grad_norm is None; give a value, or leave it out"),
+        ({"batch_size": None}, "batch_size is None"),
+        ({"population": None}, "population is None; give a whole number"),
+        ({"shuffle": "no"}, "shuffle is 'no'; expected True or False"),
+        ({"resume": True}, "resume goes on from checkpoints; give the run's folder as output"),
+        ({"halving": 0}, "halving is 0; expected True or False"),
     ],
 )
 def test_settings_are_checked(

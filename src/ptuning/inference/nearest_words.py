@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..backbone.injection import input_embedding
+from ..prompts.consistency import check_kind
 from ..prompts.prompt import Prompt
 from ..prompts.task import at_least_one
 
@@ -34,6 +35,7 @@ def nearest_words(
 
     The vocabulary is read through the embedding module, so scaled embeddings compare rightly.
     """
+    check_kind(prompt, Prompt)
     at_least_one("count", count)
     embedding = input_embedding(model)
     size = min(embedding.num_embeddings, len(tokenizer))

@@ -128,13 +128,23 @@ class Desk:
         """Parts of an answer and the whole; a fault comes as the last part."""
         self.accepted += 1
         try:
-            async for part in self.backend.stream(handle, row, wish):
+            async for part in self._parts(name, handle, row, wish):
                 yield part
             self.metrics.rows.labels(name).inc()
         except Exception as error:
             yield _told(error)
         finally:
             self.answered += 1
+
+    async def _parts(
+        self, name: str, handle: Any, row: Row, wish: Wish
+    ) -> AsyncIterator[str | Answer]:
+        try:
+            async for part in self.backend.stream(handle, row, wish):
+                yield part
+        except Gone:  # as in `_answers`; nothing was said yet
+            async for part in self.backend.stream(self.served(name).handle, row, wish):
+                yield part
 
 
 def _told(error: Exception) -> Refused:

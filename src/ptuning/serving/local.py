@@ -374,8 +374,8 @@ class _Listener:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, **clean))
 
     def _certain(self, text: str) -> str:
-        """What is certain of the text: not its last spaces, half a character or half a stop."""
-        certain = (text if self._goes_on else text.strip()).rstrip("\ufffd")
+        """What is certain of the text: not half a character, half a stop or its last spaces."""
+        certain = text.rstrip("\ufffd")
         if not self.complete and self._stop:
-            certain = certain[: len(certain) - max(map(len, self._stop)) + 1]
-        return certain
+            certain = certain[: max(0, len(certain) - max(map(len, self._stop)) + 1)]
+        return certain if self._goes_on else certain.strip()

@@ -150,19 +150,19 @@ class Remote:
                 yield await self._compared(handle, example, wish)
                 return
             ids = self._ids(handle, example.sequences[0])
-            said, tokens, likelihood, complete = "", 0, 0.0, False
+            heard, said, tokens, likelihood, complete = "", "", 0, 0.0, False
             body = {**self._free(handle, ids, wish), "stream": True}
             async for choice in self._chunks(body, wish):
                 known = (choice.get("logprobs") or {}).get("token_logprobs") or []
                 tokens, likelihood = tokens + len(known), likelihood + sum(known)
                 complete = complete or choice.get("finish_reason") == "stop"
-                part = choice["text"] if said or handle.goes_on else choice["text"].lstrip()
-                said += part
-                if part:
-                    yield part
+                heard += choice["text"]
+                certain = heard if handle.goes_on else heard.strip()  # the last spaces wait
+                if len(certain) > len(said):
+                    yield certain[len(said) :]
+                    said = certain
         likelihood, shortened = math.exp(likelihood), example.shortened
-        text = said if handle.goes_on else said.strip()
-        yield Answer(text, likelihood, {}, shortened, len(ids), tokens, complete)
+        yield Answer(said, likelihood, {}, shortened, len(ids), tokens, complete)
 
     async def nearest(self, handle: Handle, count: int, deadline: float) -> None:
         """Nobody here has the vocabulary's vectors."""

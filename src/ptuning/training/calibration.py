@@ -12,6 +12,7 @@ The labels' log-probabilities get ``b`` added before they are compared (`Task.la
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -74,7 +75,7 @@ def without_content(columns: Sequence[str]) -> list[dict[str, str]]:
 
 def bias_against(log_probabilities: Tensor) -> Tensor:
     """The bias ``(labels,)`` that takes back the mean of probabilities ``(N, labels)``."""
-    return -log_probabilities.double().exp().mean(0).log()
+    return math.log(len(log_probabilities)) - log_probabilities.double().logsumexp(0)
 
 
 def fitted_bias(log_probabilities: Tensor, labels: Tensor) -> Tensor:

@@ -80,3 +80,4 @@ def drop_far(prompt: Prompt, result: TrainResult) -> None:
     most = _NEAR * min(losses)
     others = zip(prompt.others, losses[1:], strict=True)
     prompt.others = tuple(member for member, loss in others if loss <= most)
+    prompt.training = {**prompt.training, "members": len(prompt.members)}

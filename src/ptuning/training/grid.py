@@ -69,6 +69,8 @@ def choices(
     Raises:
         InputError: no member, an unknown key of the grid, or a value that cannot be used.
     """
+    if population is None:
+        raise InputError("population is None; give a whole number of at least 1, or leave it out")
     at_least_one("population", population)
     if grid is not None and not isinstance(grid, Mapping):
         raise InputError(f"the grid is {grid!r}; give key -> list of values")

@@ -29,7 +29,7 @@ from ..rendering.example import answer_column
 from ..rendering.render import Rendered, Renderer, render_all
 from . import guidance
 from .checks import check_some
-from .members import answers_of, learn_answer_length
+from .members import answers_of, check_answer_lengths, learn_answer_length
 from .population import Member, Population
 from .settings import TrainSettings
 from .starts import start_of
@@ -178,6 +178,7 @@ def trainer_parts(
     engine = Engine(base, plain=True)
     renderer = engine.renderer(draft)
     examples = render_all(renderer, rows, "training")
+    check_answer_lengths(draft, renderer, examples, "training")
     learn_answer_length(draft, renderer, examples)
     majority = majority_answer(answers_of(draft, rows, None))
     facts = {"seed": seed, "examples": len(rows), "majority_answer": majority}

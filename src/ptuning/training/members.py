@@ -33,8 +33,10 @@ def with_examples(
             renderer = Renderer(base.tokenizer, prompt, base.kind, base.context, None, longest)
             examples = _examples(renderer, rows, "training", learnt[0])
             dev_examples = _examples(renderer, dev, "dev", learnt[1])
-            later = dev_examples if settings.refit else ()
-            learn_answer_length(prompt, renderer, examples, later)
+            check_answer_lengths(prompt, renderer, examples, "training")
+            if settings.refit:  # these are trained on at last
+                check_answer_lengths(prompt, renderer, dev_examples, "dev")
+            learn_answer_length(prompt, renderer, examples)
             made[prompt.template] = renderer, examples, dev_examples
         renderer, examples, dev_examples = made[prompt.template]
         task = renderer.task
@@ -67,33 +69,44 @@ def answers_of(
     return [prompt.label_text(row[answer_column(prompt, row)]) for row in rows]
 
 
-def learn_answer_length(
-    prompt: Prompt, renderer: Renderer, examples: list[Rendered], later: Sequence[Rendered] = ()
+def check_answer_lengths(
+    prompt: Prompt, renderer: Renderer, examples: Sequence[Rendered], what: str
 ) -> None:
+    """Refuse free answers to train on that are longer than the user's ``answer_tokens``.
+
+    Raises:
+        DataError: names the first one.
+    """
+    given = prompt.answer_tokens
+    if prompt.labels or given is None or prompt.vectors is not None:
+        return
+    for number, example in enumerate(examples, 1):
+        length = len(example.sequences[0].answer)
+        if length > given:
+            ending = (
+                ", its end included" if renderer.kind == "causal" and prompt.ends_answer else ""
+            )
+            raise DataError(
+                f"{what} example {number}: the answer has {length} tokens{ending}, and "
+                f"answer_tokens is {given}; raise answer_tokens, or leave it out"
+            )
+
+
+def learn_answer_length(prompt: Prompt, renderer: Renderer, examples: Sequence[Rendered]) -> None:
     """How long free answers may be at inference: the longest seen; for masks, the commonest.
 
     Args:
-        prompt: learns it.
+        prompt: learns it; it may know of others.
         renderer: of its template.
         examples: that are trained on.
-        later: that are trained on behind them.
-
-    Raises:
-        DataError: an answer is longer than the ``answer_tokens`` that the user gave.
     """
     if prompt.labels:
         return
-    lengths = [len(example.sequences[0].answer) for example in examples]
-    given = prompt.answer_tokens
-    if given is not None and prompt.vectors is None and max(lengths) > given:
-        number = next(n for n, length in enumerate(lengths, 1) if length > given)
-        ending = ", its end included" if renderer.kind == "causal" and prompt.ends_answer else ""
-        raise DataError(
-            f"training example {number}: the answer has {lengths[number - 1]} tokens{ending}, and "
-            f"answer_tokens is {given}; raise answer_tokens, or leave it out"
-        )
+    lengths, given = (
+        [len(example.sequences[0].answer) for example in examples],
+        prompt.answer_tokens,
+    )
     if renderer.kind == "masked":
         prompt.answer_tokens = given or Counter(lengths).most_common(1)[0][0]
     else:
-        lengths += [len(example.sequences[0].answer) for example in later]
         prompt.answer_tokens = max([*lengths, given or 0])

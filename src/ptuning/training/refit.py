@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from .. import distributed
 from ..backbone.base_model import BaseModel
 from ..errors import InputError, TrainingError
 from ..prompts.prompt import Prompt
@@ -27,6 +28,7 @@ from . import checkpoint
 from .grid import Variant
 from .learner import Learner
 from .loop import Loop
+from .members import learn_answer_length
 from .progress import Progress, telling_once
 from .settings import TrainSettings
 
@@ -116,8 +118,8 @@ def refit(
     heard = telling_once(listener, f"on with all {count} examples, dev's too")
     loop = Loop(base, variants, folder, heard, goes_on=True)
     try:
-        again = loop.train(resume)
-    except (TrainingError, torch.OutOfMemoryError) as error:
+        again = _trained(loop, resume)
+    except TrainingError as error:
         warnings.warn(f"{_FAILED}: {error}", stacklevel=3)
         return {}, True
     if loop.stopped:
@@ -127,7 +129,22 @@ def refit(
         return {}, True
     for (_, learner), new in zip(going, again, strict=True):
         learner.best |= {name: new.best[name] for name in ("weights", "vectors")}
+    for variant, _ in chosen:
+        learn_answer_length(variant.prompt, variant.renderer, variant.dev)
     return {"examples": count, "epochs": epochs, "loss": again[0].history[-1]["loss"]}, True
+
+
+def _trained(loop: Loop, resume: bool) -> list[Learner]:
+    """The learners; where one of several processes has no memory left, it ends for all of them.
+
+    Raises:
+        TrainingError: the same in every process.
+    """
+    with distributed.together():
+        try:
+            return loop.train(resume)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(str(error)) from error
 
 
 def place_of(output: Path) -> Path:

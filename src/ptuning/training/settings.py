@@ -154,7 +154,12 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for setting in fields(self):  # numpy's numbers, which no run file takes
-            object.__setattr__(self, setting.name, plain(getattr(self, setting.name)))
+            name, value = setting.name, plain(getattr(self, setting.name))
+            object.__setattr__(self, name, value)
+            if value is None and setting.default is not None:
+                raise InputError(f"{name} is None; give a value, or leave it out")
+            if isinstance(setting.default, bool) and not isinstance(value, bool):
+                raise InputError(f"{name} is {value!r}; expected True or False")
         for name in ("epochs", "batch_size", "gradient_accumulation", "ensemble"):
             at_least_one(name, getattr(self, name))
         if self.folds != 0 or self.folds is False:

@@ -103,6 +103,8 @@ def train(
         settings = with_options(TrainSettings() if settings is None else settings, options)
         check_kind(prompt, Prompt)
         check_helpers(lessons, listener)
+        if resume and output is None:
+            raise InputError("resume goes on from checkpoints; give the run's folder as output")
         draft = prompt.checked()  # a training that fails leaves the prompt as it was
         rows, aside = as_rows(rows), False
         check_some(rows)
@@ -138,14 +140,15 @@ def train(
             listener = listener or (lambda progress: None)
             place = None if output is None else named(output).absolute()  # whatever chdir does
             showing.enter_context(distributed.locked(place and place / checkpoint.FOLDER))
+            if place is not None and not resume:  # what else a run before has left
+                old = place if settings.folds else place_of(place)
+                distributed.from_main(lambda: checkpoint.delete_all(old))
             folds: FoldResult | None = None
             if settings.folds:
                 parts = splits(rows, answers, settings.folds, settings.seed)
                 render = partial(with_examples, base)
                 folds = choose(base, chosen, parts, render, place, resume, listener)
                 variants = with_examples(base, folds.chosen[: settings.ensemble], rows, ())
-            if place is not None and not resume:
-                distributed.from_main(lambda: checkpoint.delete_all(place_of(place)))
             until = folds.epochs if folds else None
             about = None if lessons is None else lessons.about
             outcome = _learn(Loop(base, variants, place, listener, until, about), resume, folds)
