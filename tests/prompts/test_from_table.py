@@ -70,6 +70,7 @@ def test_so_many_virtual_tokens_as_are_wanted(count: int, template: str) -> None
         (["top_up-failed", "changePin"], {"top_up-failed": "top up failed",
                                           "changePin": "change Pin"}),
         ([True, False], {"true": "yes", "false": "no"}),
+        (["TRUE", "FALSE"], {"TRUE": "yes", "FALSE": "no"}),
         ([0, 1], {"0": "no", "1": "yes"}),
         (["1", "0"], {"1": "yes", "0": "no"}),
         ([-1, 0, 1], {"-1": "negative", "0": "neutral", "1": "positive"}),

@@ -19,7 +19,10 @@ from ..data.columns import Columns, are_labels
 from ..data.values import plain, text_of
 from ..errors import DataError
 
-_TRUTH = {"0": "no", "1": "yes", "true": "yes", "false": "no", "True": "yes", "False": "no"}
+_TRUTH = {
+    **{"0": "no", "false": "no", "False": "no", "FALSE": "no"},
+    **{"1": "yes", "true": "yes", "True": "yes", "TRUE": "yes"},
+}
 _SIGNS = {"-1": "negative", "0": "neutral", "1": "positive"}
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
