@@ -225,6 +225,15 @@ def test_malformed_csv_names_the_line(tmp_path: Path, text: str, line: int, part
     assert part in said
 
 
+@pytest.mark.parametrize("line", ["sep=;\r\n", "sep=|\n", '"sep=;"\n', "SEP=\t\n", "\ufeffsep=,\n"])
+def test_the_separator_that_a_table_names_for_excel(tmp_path: Path, line: str) -> None:
+    by = line.lower().partition("sep=")[2][0]
+    table = f"{line}a{by}b\n1{by}x: y! (z)\n"
+    assert read_examples(put(tmp_path, "a.csv", table)) == [{"a": "1", "b": "x: y! (z)"}]
+    assert read_examples(put(tmp_path, "b.csv", "sep=;,b\n1,2\n")) == [{"sep=;": "1", "b": "2"}]
+    assert "holds no example" in message(put(tmp_path, "c.csv", line))
+
+
 def test_malformed_tsv_names_its_separator(tmp_path: Path) -> None:
     assert "line 2: 3 cells" in message(put(tmp_path, "bad.tsv", "a\tb\n1\t2\t3\n"))
     assert read_examples(put(tmp_path, "a.tsv", "a\tb\n1,2\t3\n")) == [{"a": "1,2", "b": "3"}]

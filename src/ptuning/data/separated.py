@@ -7,6 +7,7 @@ end. So records are cut here; a test compares the two.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,8 @@ from .text import LONGEST_CELL, lines
 
 _OTHERS = (";", "\t", "|")
 _QUOTE = '"'
+_SAYS = re.compile(r'"?sep=([^"\r\n])"?[\r\n]*', re.IGNORECASE)
+"""A first line that names the separator, for Excel."""
 
 
 def separated_rows(path: Path, usual: str, separator: str | None = None) -> Iterator[Row]:
@@ -25,12 +28,14 @@ def separated_rows(path: Path, usual: str, separator: str | None = None) -> Iter
     Args:
         path: of the file.
         usual: the separator that its ending promises.
-        separator: the true one; by default found in the header (`_found`).
+        separator: the true one; by default what a line ``sep=;`` before the header says, else
+            found in the header (`_found`).
 
     Raises:
         DataError: malformed, with the line.
     """
-    separator = separator or _found(path, usual)
+    says = _SAYS.fullmatch(next(lines(path, newline=""), ""))
+    separator = separator or (says[1] if says else _found(path, usual))
     cut = records(path, separator)
     number, header = next(cut, (0, []))
     # A table of pandas has its index in front, under no name.
