@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..errors import DataError
-from .rows import Row, named
+from .rows import Row, brief, named
 from .text import LONGEST_CELL, lines
 
 _OTHERS = (";", "\t", "|")
@@ -37,11 +37,17 @@ def separated_rows(path: Path, usual: str, separator: str | None = None) -> Iter
     says = _SAYS.fullmatch(next(lines(path, newline=""), ""))
     separator = separator or (says[1] if says else _found(path, usual))
     cut = records(path, separator)
+    if says:
+        next(cut)
     number, header = next(cut, (0, []))
     # A table of pandas has its index in front, under no name.
     if len(set(header)) < len(header) or not all(name.strip() for name in header[1:] or header):
+        twice = [brief(name) for at, name in enumerate(header) if name and name in header[:at]]
+        unnamed = [at for at, name in enumerate(header, 1) if not name.strip()]
+        wrong = f"{twice[0]!r} stands twice" if twice else f"column {unnamed[-1]} has none"
         raise DataError(
-            f"{path} line {number}: column names must be there and differ: {named(header)}"
+            f"{path} line {number}: column names must be there and differ, and {wrong} "
+            f"({named(header)}); correct the header"
         )
     for number, cells in cut:
         if len(cells) != len(header):
