@@ -52,6 +52,12 @@ def test_where_the_answer_is_not_clear_it_is_asked_for(
     assert all(part in str(error.value) for part in parts), error.value
 
 
+def test_an_answer_column_that_is_no_name_is_refused() -> None:
+    given: Any = ["label"]
+    with pytest.raises(DataError, match=r"no answer column \['label'\]; it has 'text', 'label'"):
+        columns_of(rows(label=TEAMS), given)
+
+
 def test_a_column_that_is_not_there_and_a_table_without_rows_are_refused() -> None:
     with pytest.raises(DataError, match="no answer column 'team'; it has 'text', 'label'"):
         columns_of(rows(label=TEAMS), "team")

@@ -116,7 +116,7 @@ def _texts(rows: Sequence[Mapping[str, Any]], name: str) -> list[str] | None:
 
 def _answer(table: Mapping[str, list[str] | None], given: str | None) -> str:
     if given is not None:
-        if given not in table:
+        if not isinstance(given, str) or given not in table:
             raise DataError(
                 f"the data has no answer column {given!r}; it has {named(map(repr, table))}; "
                 "correct the name (answer=, --answer)"
