@@ -154,6 +154,23 @@ def test_answers_that_are_missing_are_said_by_their_rows() -> None:
         Prompt.for_rows(rows, answer="label")
 
 
+def test_dev_rows_say_nothing_of_what_is_read_or_answered() -> None:
+    numbered = [{"id": n, "text": text, "team": "xy"[n % 2]} for n, text in enumerate(TEXTS)]
+    prompt = Prompt.for_rows(numbered, dev=numbered)
+    assert (prompt.answer, prompt.template) == ("team", "[P*20] {text} [P*20] Team: [MASK]")
+    other = {"text": "t", "team": "z"}
+    assert words_of(Prompt.for_rows(numbered, dev=[other])) == {"x": "x", "y": "y", "z": "z"}
+    rows = [{**row, "title": f"about {row['text']}"} for row in numbered]
+    assert "{title}" in Prompt.for_rows(rows).template
+    assert "{title}" not in Prompt.for_rows(rows, dev=[other]).template
+    with pytest.raises(DataError, match=r"nothing to .* 'text': it is no text in every dev row"):
+        Prompt.for_rows(numbered, dev=[{"team": "x"}])
+    numbers = [{"label": n % 2, "label_text": ("bad", "good")[n % 2]} for n in range(24)]
+    graded = [{**row, "text": text} for row, text in zip(numbers, TEXTS, strict=True)]
+    dev = [{**graded[0], "label_text": "Bad"}]
+    assert words_of(Prompt.for_rows(graded, dev=dev)) == {"0": "bad", "1": "good"}
+
+
 def test_what_is_given_is_not_looked_for() -> None:
     table = {"id": [*range(24)], "label": ["a", "b"] * 12, "kind": ["c", "d", "e"] * 8}
     prompt = Prompt.for_rows(table, "kind", "[P] {id} [MASK]", encoder="none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -119,8 +120,8 @@ def train(
         rows = read_examples(data, separator)
         dev_rows = read_examples(dev, separator) if dev else []
         made = init_from is None and prompt["template"] in (None, AUTO)
-        trained = prompt_of(context, prompt, init_from, [*rows, *dev_rows])
-        columns = columns_of(rows, trained.answer) if made else None
+        trained = prompt_of(context, prompt, init_from, rows, dev_rows)
+        columns = columns_of(rows, trained.answer, dev=dev_rows) if made else None
         if dev and dev_share:
             _check_not_both_typed(context)
             dev_share = 0.0
@@ -222,6 +223,7 @@ def prompt_of(
     chosen: dict[str, Any],
     start_folder: Path | None,
     rows: list[Row],
+    dev_rows: Sequence[Row] = (),
 ) -> Prompt:
     """The prompt that the options describe, or the rows where they leave it to them; with
     --init-from the options change the saved one's."""
@@ -239,7 +241,7 @@ def prompt_of(
             template = None if found["template"] else chosen["template"]
             if "encoder" not in OF_PROMPT.given(context):
                 chosen.pop("encoder")
-            return Prompt.for_rows(rows, **{**chosen, "template": template})
+            return Prompt.for_rows(rows, dev=dev_rows, **{**chosen, "template": template})
         return Prompt(**chosen)
     given = {field: chosen[field] for field in OF_PROMPT.given(context)}
     start = Prompt.load(start_folder)

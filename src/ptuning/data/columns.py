@@ -49,7 +49,11 @@ class Columns:
 
 
 def columns_of(
-    rows: Sequence[Mapping[str, Any]], answer: str | None = None, *, reads: bool = True
+    rows: Sequence[Mapping[str, Any]],
+    answer: str | None = None,
+    *,
+    reads: bool = True,
+    dev: Sequence[Mapping[str, Any]] = (),
 ) -> Columns:
     """Find the answer of a table and what to read for it.
 
@@ -58,6 +62,7 @@ def columns_of(
         answer: the answer's column; by default ``answer``, else ``label``, else the one column
             with few values.
         reads: something must be left to read.
+        dev: other rows, which say nothing of the answer, but have to have what is read.
 
     Raises:
         DataError: it is not clear which column is the answer, there is none of that name, or
@@ -74,6 +79,8 @@ def columns_of(
             continue
         if why := _unfit(name, texts):
             left_out[name] = why
+        elif dev and _texts(dev, name) is None:
+            left_out[name] = "it is no text in every dev row"
         elif answers and _order(texts) == answers:
             left_out[name], twin = _TWIN, twin or name
         elif why := _says_nothing(name, texts or []):

@@ -53,6 +53,7 @@ def from_table(
     answer: str | None = None,
     template: str | None = None,
     virtual: int | None = None,
+    dev: Sequence[Mapping[str, Any]] = (),
 ) -> FromTable:
     """Find answer, columns to read, template and label names of a table.
 
@@ -61,12 +62,14 @@ def from_table(
         answer: the answer's column, where it is known.
         template: where there is one already.
         virtual: how many virtual tokens a template gets that is made; by default 40.
+        dev: other rows, whose labels count too, and which have to have what is read.
 
     Raises:
         DataError: the table does not say enough (`columns_of`), or all answers are one.
     """
     at_least_one("num_virtual_tokens", virtual)
-    columns = columns_of(rows, answer, reads=template is None)
+    columns = columns_of(rows, answer, reads=template is None, dev=dev)
+    rows = [*rows, *(row for row in dev if columns.answer in row)]
     words = label_words(rows, columns)
     made = template or template_of(columns, virtual or VIRTUAL, words is not None)
     telling = telling_words(words, rows, columns) if words else {}

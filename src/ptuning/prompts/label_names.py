@@ -56,10 +56,9 @@ def label_words(rows: Sequence[Mapping[str, Any]], columns: Columns) -> dict[str
         )
     names = _names(known)
     if columns.twin is not None and not any(map(_has_letters, known)):
-        twins = {
-            label: text_of(columns.twin, row[columns.twin]).strip()
-            for label, row in zip(labels, rows, strict=True)
-        }
+        twins: dict[str, str] = {}
+        for label, row in zip(labels, rows, strict=True):
+            twins.setdefault(label, text_of(columns.twin, row[columns.twin]).strip())
         names = [twins[label] for label in known]
     return dict(zip(known, _distinct(known, names), strict=True))
 

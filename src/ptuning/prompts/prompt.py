@@ -118,6 +118,8 @@ class Prompt(PromptSettings):
         answer: str | None = None,
         template: str | None = None,
         verbalizer: Mapping[str, str | Sequence[str]] | None = None,
+        *,
+        dev: Rows = (),
         **settings: Any,
     ) -> Prompt:
         """A prompt for a table: its template is made of the columns' names, its label words of the
@@ -129,6 +131,8 @@ class Prompt(PromptSettings):
                 with few values.
             template: one of your own instead.
             verbalizer: label words of your own instead.
+            dev: examples that choose the epoch, where they are not of `rows`: their labels count
+                too, and only columns that they have are read.
             settings: others of the prompt, such as ``encoder``, which is ``none`` where the
                 template is made.
 
@@ -143,7 +147,7 @@ class Prompt(PromptSettings):
         virtual = settings.get("num_virtual_tokens")
         if template is None:
             settings = {"encoder": ENCODER, **settings}
-        found = from_table(as_rows(rows), answer, template, virtual)
+        found = from_table(as_rows(rows), answer, template, virtual, as_rows(dev))
         prompt = cls(found.template, found.columns.answer, verbalizer, **settings)
         if verbalizer is None and found.words is not None:
             prompt.verbalizer = as_verbalizer(
