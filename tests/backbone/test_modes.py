@@ -120,3 +120,12 @@ def test_a_training_that_changes_the_weights_is_alone() -> None:
         with in_training(model, False):
             pass
     check_free(model, True)
+
+
+def test_a_training_that_could_not_begin_leaves_the_model_to_others() -> None:
+    with torch.inference_mode():
+        model = tiny.model().requires_grad_(False)  # and so they stay
+    with pytest.raises(RuntimeError, match="inference tensor"), in_training(model, True):
+        raise AssertionError("it began")
+    with in_training(model, False):
+        check_free(model, False)

@@ -103,10 +103,10 @@ def _counted(
     key = input_embedding(model)
     with CHANGING:
         use = uses.get(key) or _Use()
+        use.changed += change()  # where it fails there is no user
         use.users += 1
         use.tunes = tunes
         uses[key] = use
-        use.changed += change()
     try:
         yield
     finally:
