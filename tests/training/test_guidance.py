@@ -100,6 +100,15 @@ def test_a_training_that_taught_something_is_not_called_useless() -> None:
     assert guidance.nothing_learnt(history, best, ["Paris", "Rome"], "Paris") is None
 
 
+def test_where_all_dev_answers_are_one_and_right_dev_cannot_tell() -> None:
+    best = {"epoch": 1, "loss": 1.0, "dev_accuracy": 1.0}
+    said = guidance.nothing_learnt([best], best, ["Paris", "Paris"], "Paris", "as the teacher says")
+    assert said == (
+        "dev cannot tell what was learnt: 100.0 % of it is as the teacher says, and all its "
+        "answers are 'Paris'; give dev examples with other answers, too"
+    )
+
+
 def test_by_default_a_training_stops_soon_after_its_task_is_solved(base: tuple[Any, Any]) -> None:
     words = {"Paris": "yes", "Rome": "no"}
 

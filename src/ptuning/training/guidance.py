@@ -48,6 +48,11 @@ def nothing_learnt(
     )
     if dev_answers and "dev_accuracy" in best:
         always = sum(answer == majority for answer in dev_answers) / len(dev_answers)
+        if best["dev_accuracy"] == always == 1:
+            return (
+                f"dev cannot tell what was learnt: 100.0 % of it is {right}, and all its answers "
+                f"are {majority!r}; give dev examples with other answers, too"
+            )
         if best["dev_accuracy"] <= always:
             return (
                 f"nothing was learnt: {100 * best['dev_accuracy']:.1f} % of dev is {right}, and "
