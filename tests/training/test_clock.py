@@ -83,6 +83,9 @@ def test_the_estimate_names_the_end_of_the_time_and_seconds_are_not_worth_a_line
         "10 epochs take about 5 min, if dev does not stop earlier; the time given is over after "
         "60 s"
     )
+    times = iter([0.0, 5.0, 7.0])
+    once = Clock(None, epochs=1, dev_steps=0, now=lambda: next(times))
+    assert [once.stepped(n) for n in (100, 99)] == [None, "1 epoch takes about 3 min"]
     times = iter([0.0, 1.0, 1.1])
     short = Clock(None, epochs=10, dev_steps=4, now=lambda: next(times))
     assert [short.stepped(n) for n in (100, 99)] == [None, None] and not short.is_over()

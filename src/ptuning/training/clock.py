@@ -70,7 +70,8 @@ class Clock:
         seconds = left * self._step + self._epochs * self._dev_seconds()
         if seconds < _WORTH_SAYING:
             return None
-        line = f"{self._epochs} epochs take about {in_words(seconds)}"
+        epochs = "1 epoch takes" if self._epochs == 1 else f"{self._epochs} epochs take"
+        line = f"{epochs} about {in_words(seconds)}"
         if self._dev_steps:
             line += ", if dev does not stop earlier"
         if self._seconds is not None and self._seconds < seconds:
