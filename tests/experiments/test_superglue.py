@@ -179,6 +179,10 @@ def test_one_file_is_cut_in_three(tmp_path: Path) -> None:
     assert (len(full.train), len(full.dev), len(full.test)) == (12, 3, 5)
     seen = {row["question"] for part in (full.train, full.dev, full.test) for row in part}
     assert len(seen) == 20
+    for count in range(3, 20):
+        _write(file, rows[:count])
+        full = read_full(TASKS["boolq"], file, None, None)
+        assert full.train and full.dev and full.test
     _write(file, rows[:2])
     with pytest.raises(DataError, match="too few examples to be cut"):
         read_full(TASKS["boolq"], file, None, None)

@@ -19,5 +19,6 @@ def shuffled(items: Iterable[T]) -> list[T]:
 def cut(items: Iterable[T]) -> tuple[list[T], list[T], list[T]]:
     """Train, dev and test: 60, 15 and 25 % of the shuffled items."""
     items = shuffled(items)
-    first, second = int(0.6 * len(items)), int(0.75 * len(items))
+    first = int(0.6 * len(items))
+    second = max(first + 1, int(0.75 * len(items)))  # of five, too, there is one for dev
     return items[:first], items[first:second], items[second:]
