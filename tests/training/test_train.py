@@ -573,6 +573,7 @@ def test_a_tracker_gets_the_losses(model: Any, tokenizer: Any, tmp_path: Path) -
         ({"shuffle": "no"}, "shuffle is 'no'; expected True or False"),
         ({"resume": True}, "resume goes on from checkpoints; give the run's folder as output"),
         ({"halving": 0}, "halving is 0; expected True or False"),
+        ({"tune_model": 1}, "tune_model is 1; expected True or False"),
     ],
 )
 def test_settings_are_checked(
