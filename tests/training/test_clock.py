@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,16 +65,36 @@ def test_a_training_that_ends_in_time_is_complete(base: Any, prompt: Prompt) -> 
     assert trained(base, prompt, max_minutes=60).complete
 
 
-@pytest.mark.usefixtures("on_cpu")
-def test_what_a_training_takes_is_said_with_its_second_step(
+def test_reading_the_examples_takes_of_the_time_too(
     base: Any, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float] = []
+    minutes = SimpleNamespace(monotonic=partial(lambda now: 60.0 * now(), ticking()))
+    monkeypatch.setattr(sys.modules["ptuning.training.train"], "time", minutes)
+    monkeypatch.setattr(loop, "Clock", lambda limit, *args: given.append(limit) or Clock(60, *args))
+    trained(base, prompt, max_minutes=3)  # one of which is over when the loop begins
+    trained(base, prompt, max_minutes=0.5)
+    assert given[0] == 2.0 and 0 < given[1] < 1e-3
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(
+    ("options", "more"),
+    [
+        ({}, ""),
+        ({"refit": True}, ", and 7 min more on with all examples"),
+        ({"refit": True, "population": 3}, ", and 2 min more on with all examples"),
+    ],
+)
+def test_what_a_training_takes_is_said_with_its_second_step(
+    base: Any, prompt: Prompt, monkeypatch: pytest.MonkeyPatch, options: Any, more: str
 ) -> None:
     heard: list[Progress] = []
     slow = partial(lambda now: 60.0 * now(), ticking())
     monkeypatch.setattr(loop, "Clock", lambda *args: Clock(*args, now=slow))
-    trained(base, prompt, listener=heard.append)
-    (said,) = [(one.step, one.note) for one in heard if one.note]
-    assert said == (3, "3 epochs take about 16 min, if dev does not stop earlier")
+    trained(base, prompt, listener=heard.append, **options)
+    said, *_ = [(one.step, one.note) for one in heard if one.note]
+    assert said == (3, "3 epochs take about 16 min, if dev does not stop earlier" + more)
 
 
 def test_the_estimate_names_the_end_of_the_time_and_seconds_are_not_worth_a_line() -> None:

@@ -27,6 +27,7 @@ class Clock:
         epochs: at the most.
         dev_steps: what looking at dev takes, in steps, before it was done once.
         prepares: so many steps behind the first one may be such.
+        behind: steps of what comes when dev has chosen: on with all examples.
         now: seconds.
     """
 
@@ -36,12 +37,13 @@ class Clock:
         epochs: int,
         dev_steps: float,
         prepares: int = 0,
+        behind: float = 0.0,
         now: Callable[[], float] = time.monotonic,
     ):
         self._now, self._began = now, now()
         self._seconds = None if limit is None else 60 * limit
         self._epochs, self._dev_steps = epochs, dev_steps
-        self._prepares = prepares
+        self._prepares, self._behind = prepares, behind
         self._last: float | None = None
         self._steps: deque[float] = deque(maxlen=_LAST)
         self._taken = 0
@@ -68,12 +70,15 @@ class Clock:
 
     def _estimate(self, left: int) -> str | None:
         seconds = left * self._step + self._epochs * self._dev_seconds()
-        if seconds < _WORTH_SAYING:
+        behind = self._behind * self._step
+        if seconds + behind < _WORTH_SAYING:
             return None
         epochs = "1 epoch takes" if self._epochs == 1 else f"{self._epochs} epochs take"
         line = f"{epochs} about {in_words(seconds)}"
         if self._dev_steps:
             line += ", if dev does not stop earlier"
+        if behind:
+            line += f", and {in_words(behind)} more on with all examples"
         if self._seconds is not None and self._seconds < seconds:
             line += f"; the time given is over after {in_words(self._seconds)}"
         return line

@@ -93,7 +93,7 @@ class Loop:
                 dev_steps = len(self.variants[0].dev) / self._per_step
                 limit, epochs = self.settings.max_minutes, self.settings.settled_epochs
                 prepares = _CAPTURING if steps.late else 0
-                self.clock = Clock(limit, epochs, dev_steps, prepares)
+                self.clock = Clock(limit, epochs, dev_steps, prepares, self._steps_behind())
                 self._epochs()
         return self.learners
 
@@ -106,6 +106,14 @@ class Loop:
     def _per_step(self) -> int:
         """Examples of an optimizer step."""
         return self.settings.batch_size * self.settings.gradient_accumulation
+
+    def _steps_behind(self) -> float:
+        """What a refit of those that are kept takes, in steps of this training."""
+        if not self.settings.refit or self.goes_on:
+            return 0.0
+        first, kept = self.variants[0], min(1.0, self.settings.ensemble / len(self.variants))
+        more = 1 + len(first.dev) / len(first.examples)
+        return self.settings.refit_epochs * self.steps * more * kept
 
     def _work(self) -> Work:
         """What decides on compiled layers."""

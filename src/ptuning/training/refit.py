@@ -34,8 +34,6 @@ from .settings import TrainSettings
 
 _RATE = 0.5
 """Of the training's before."""
-_A_STEP = 1e-6
-"""Minutes that there always are, less than a step takes: each call comes a step further."""
 _FAILED = "training on with all examples failed, and what dev chose stays"
 _MOST = 500
 """Examples in all up to which a refit is usual: of many more the dev examples are few."""
@@ -160,7 +158,7 @@ def _going_on(variant: Variant, learner: Learner, minutes: float | None) -> Vari
         before,
         epochs=max(1, round(before.refit_epochs * before.settled_epochs)),
         learning_rate=_RATE * before.rate_for(prompt.encoder),
-        max_minutes=None if minutes is None else max(minutes, _A_STEP),
+        max_minutes=minutes,
         tracker=None,  # whose run has these steps already
     )
     examples = [*variant.examples, *variant.dev]

@@ -74,8 +74,8 @@ class TrainSettings:
         patience: stop after so many epochs without a better dev result; 0 never stops. By default
             4, or of few examples as many as 100 steps take; where all dev answers are right 4, and
             a lower loss no longer counts as better. While noise on words grows none are counted.
-        max_minutes: stop after so many minutes, dev included; the best result until then is the
-            prompt, and the run can be resumed.
+        max_minutes: stop after so many minutes, reading the examples and dev included; the best
+            result until then is the prompt, and the run can be resumed.
         shuffle: a new order of the examples in each epoch.
         mixed_precision: ``no``, ``bf16`` or ``fp16``: accelerate's autocast for the base model.
         tracker: a tracker of accelerate, such as ``tensorboard`` or ``wandb``.

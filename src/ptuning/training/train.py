@@ -42,6 +42,9 @@ from .result import TrainResult
 from .settings import TrainSettings, with_options
 from .word_noise import settled_noise
 
+_A_STEP = 1e-6
+"""Minutes that there always are, less than a step takes: each call comes a step further."""
+
 
 def train(
     model: nn.Module,
@@ -151,6 +154,10 @@ def train(
                 variants = with_examples(base, folds.chosen[: settings.ensemble], rows, ())
             until = folds.epochs if folds else None
             about = None if lessons is None else lessons.about
+            left = _minutes_left(settings.max_minutes, started)
+            variants = [
+                replace(v, settings=replace(v.settings, max_minutes=left)) for v in variants
+            ]
             outcome = _learn(Loop(base, variants, place, listener, until, about), resume, folds)
             _advise(guidance.too_few(len(outcome.kept), settings.ensemble), verbose)
             outcome.together = figures_together(base, outcome, 2 * settings.batch_size)
@@ -212,10 +219,11 @@ def _learn(loop: Loop, resume: bool, folds: FoldResult | None) -> Outcome:
 
 
 def _minutes_left(given: float | None, started: float) -> float | None:
-    """What is left of the time; one answer for all processes."""
+    """What is left of the time, if only for a step; one answer for all processes."""
     if given is None:
         return None
-    return distributed.from_main(lambda: given - (time.monotonic() - started) / 60)
+    left = distributed.from_main(lambda: given - (time.monotonic() - started) / 60)
+    return max(left, _A_STEP)
 
 
 def _advise(text: str | None, verbose: bool) -> None:
