@@ -250,21 +250,6 @@ def test_rows_that_virtual_tokens_begin_at_are_those_of_the_training(
     assert seen[0] == seen[1] == seen[2]
 
 
-@pytest.mark.parametrize("shares", [(0.4, 1.0), (1.0, 0.4)])
-def test_a_refit_that_goes_on_for_another_share_of_the_epochs_says_so(
-    shares: tuple[float, float], tmp_path: Path
-) -> None:
-    begun, wanted = shares
-    how: dict[str, Any] = {"refit": True, "checkpoint_seconds": 0.0, "output": tmp_path}
-    with pytest.raises(Stopped):
-        run(labelled(), listener=stop_after(4), refit_epochs=begun, **how)
-    with pytest.raises(Stopped):  # until the refit has begun it may be another
-        run(labelled(), listener=stop_after(14), resume=True, refit_epochs=wanted, **how)
-    with pytest.raises(InputError, match=f"refit_epochs differs .*then {wanted}, now {begun}"):
-        run(labelled(), resume=True, refit_epochs=begun, **how)
-    assert run(labelled(), resume=True, refit_epochs=wanted, **how).complete
-
-
 def test_a_run_begun_anew_forgets_the_refit_of_the_one_before(tmp_path: Path) -> None:
     def stop(progress: Progress) -> None:
         nonlocal behind

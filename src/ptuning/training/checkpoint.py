@@ -139,23 +139,18 @@ def _number(folder: Path) -> int:
 
 
 def identity_of(
-    variants: Sequence[Variant],
-    base: BaseModel,
-    teacher: dict[str, Any] | None = None,
-    goes_on: bool = False,
+    variants: Sequence[Variant], base: BaseModel, teacher: dict[str, Any] | None = None
 ) -> dict[str, str]:
-    """All that the numbers of a run depend on; of a refit (`goes_on`) with its epochs as the share
-    that the user gives."""
+    """All that the numbers of a run depend on."""
     first = variants[0]
     dtype = str(getattr(base.model, "dtype", None)).removeprefix("torch.")
     chosen = {_FORMAT: dtype, **asdict(first.settings), **first.prompt.settings()}
     if frozen := frozen_format(base.model):
         chosen["frozen"] = frozen
-    # A refit comes behind this, or is it.
-    for name in (*CHANGE_NO_RESULT, "refit", "epochs" if goes_on else "refit_epochs"):
+    for name in (*CHANGE_NO_RESULT, "refit", "refit_epochs"):  # which comes behind this, or is it
         del chosen[name]
     for name, default in LATER.items():  # older releases' checkpoints do not name them
-        if name in chosen and chosen[name] == default:
+        if chosen[name] == default:
             del chosen[name]
     chosen["patience"] = chosen["patience"] or None  # both were "never" in the first release
     if chosen.get("init") == "encoder":  # older releases do not name the start, and had no other

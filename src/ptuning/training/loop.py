@@ -160,7 +160,7 @@ class Loop:
         kept_bytes = 0 if self.noise else settings.prefix_bytes  # what is kept has no noise
         self.engine = Engine(self.base, kept_bytes, plain=whole_rows)
         self.engine.expect(example for v in self.variants for example in (*v.examples, *v.dev))
-        self.identity = checkpoint.identity_of(self.variants, self.base, self.teacher, self.goes_on)
+        self.identity = checkpoint.identity_of(self.variants, self.base, self.teacher)
         self.notes: list[str] = []
         self.step, self.stopped = 0, False
         self._pending: list[_Pending] = []

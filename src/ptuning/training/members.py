@@ -83,8 +83,9 @@ def check_answer_lengths(
     for number, example in enumerate(examples, 1):
         length = len(example.sequences[0].answer)
         if length > given:
-            ends = renderer.kind == "causal" and prompt.ends_answer
-            ending = ", its end included" if ends else ""
+            ending = (
+                ", its end included" if renderer.kind == "causal" and prompt.ends_answer else ""
+            )
             raise DataError(
                 f"{what} example {number}: the answer has {length} tokens{ending}, and "
                 f"answer_tokens is {given}; raise answer_tokens, or leave it out"
@@ -101,8 +102,10 @@ def learn_answer_length(prompt: Prompt, renderer: Renderer, examples: Sequence[R
     """
     if prompt.labels:
         return
-    lengths = [len(example.sequences[0].answer) for example in examples]
-    given = prompt.answer_tokens
+    lengths, given = (
+        [len(example.sequences[0].answer) for example in examples],
+        prompt.answer_tokens,
+    )
     if renderer.kind == "masked":
         prompt.answer_tokens = given or Counter(lengths).most_common(1)[0][0]
     else:

@@ -26,7 +26,7 @@ CHANGE_NO_RESULT = (
 """Settings that a run may be resumed with others of."""
 LATER = {
     **{"ensemble": 1, "calibrate": "none", "folds": 0, "init": None, "label_bias": None},
-    **{"word_noise": 0.0, "refit_epochs": 0.4},
+    "word_noise": 0.0,
 }
 """Settings that older releases do not have: at its default one is no part of a run's identity."""
 _EPOCHS, _STEPS, _MOST_EPOCHS = 10, 200, 50
