@@ -318,29 +318,6 @@ def test_candidates_compete_alone(
     assert code == 2 and f"{words[0]!r} is not among the candidates" in err
 
 
-def test_thorough_goes_on_with_the_dev_facts(
-    lama: Run, data: Path, model_folder: Path, tmp_path: Path
-) -> None:
-    code, _, err = lama("--relations", "P36", "--effort", "thorough")
-    assert code == 0, err
-    report = json.loads((tmp_path / "out/lama.json").read_text())
-    figures = report["relations"]["P36"]
-    assert figures["dev_p1"] is None  # the dev facts were trained on
-    saved = Prompt.load(tmp_path / "out/prompts/P36")
-    assert saved.training["refit_examples"] == figures["train_examples"] + figures["dev_examples"]
-    model, tokenizer = ptuning.load_model(str(model_folder), dtype=report["settings"]["dtype"])
-    facts = read_facts(data, read_relations(data, ["P36"])[0], tokenizer)
-    again = metrics(ranks(model, tokenizer, [saved], facts.test)[0])
-    assert again["p1"] == figures["ptuned_p1"] and again["mrr"] == figures["ptuned_mrr"]
-    code, _, err = lama("--relations", "P36")
-    assert code == 2 and "effort='thorough'" in err
-    thorough = LamaOptions(effort="thorough").settings_for(facts)
-    assert thorough.refit and thorough.refit_epochs == 1.0
-    assert LamaOptions().settings_for(facts).refit is None
-    with pytest.raises(InputError, match="effort is 'much'; expected usual or thorough"):
-        LamaOptions(effort="much")
-
-
 def test_a_relation_that_cannot_be_asked_does_not_end_the_others(
     lama: Run, data: Path, tmp_path: Path
 ) -> None:

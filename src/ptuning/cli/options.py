@@ -118,7 +118,6 @@ PANELS = {
         "calibrate",
         "folds",
         "refit",
-        "refit_epochs",
         "calibrate_teacher",
         "label_weight",
     ),
@@ -186,7 +185,6 @@ OF_DISTILLING = Fields(
         **dict.fromkeys(("tune_model", "model_learning_rate"), "the teacher is the model as it is"),
         "folds": "texts without labels are many: some of them choose",
         "refit": "texts without labels are many: some of them choose",
-        "refit_epochs": "there is no refit",
         "calibrate": "the prompt learns the teacher's shares of the labels: --calibrate-teacher",
     },
 )
@@ -221,8 +219,7 @@ _ELSEWHERE = {
     "folds": "each has a dev set",
     "init": "the published figures were made as the encoder begins: it is encoder here",
     "word_noise": "the published figures were made without: it is 0 here",
-    "refit": "the published figures were made without, or LamaOptions has it: --effort",
-    "refit_epochs": "as refit",
+    "refit": "the published figures were made without",
 }
 OF_LAMA = Fields(
     LamaOptions,

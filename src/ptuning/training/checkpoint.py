@@ -147,7 +147,7 @@ def identity_of(
     chosen = {_FORMAT: dtype, **asdict(first.settings), **first.prompt.settings()}
     if frozen := frozen_format(base.model):
         chosen["frozen"] = frozen
-    for name in (*CHANGE_NO_RESULT, "refit", "refit_epochs"):  # which comes behind this, or is it
+    for name in (*CHANGE_NO_RESULT, "refit"):  # which comes behind this, or is it
         del chosen[name]
     for name, default in LATER.items():  # older releases' checkpoints do not name them
         if chosen[name] == default:

@@ -2,7 +2,7 @@
 
     dev examples choose      members and epochs; their figures are of these prompts
     at last                  the chosen ones go on from there, with training and dev examples, for
-                             two fifths of the epochs (`refit_epochs`) at half the rate
+                             two fifths of the epochs at half the rate
 
 It is what ``refit`` means in model selection, but goes on instead of beginning anew: as good in
 less time, and from a prompt that is known to be good (benchmarks/README.md, "On with all
@@ -32,7 +32,7 @@ from .members import learn_answer_length
 from .progress import Progress, telling_once
 from .settings import TrainSettings
 
-_RATE = 0.5
+_EPOCHS, _RATE = 0.4, 0.5
 """Of the training's before."""
 _FAILED = "training on with all examples failed, and what dev chose stays"
 _MOST = 500
@@ -156,7 +156,7 @@ def _going_on(variant: Variant, learner: Learner, minutes: float | None) -> Vari
     prompt.vectors, prompt.encoder_weights = learner.best["vectors"], learner.best["weights"]
     settings = replace(
         before,
-        epochs=max(1, round(before.refit_epochs * before.settled_epochs)),
+        epochs=max(1, round(_EPOCHS * before.settled_epochs)),
         learning_rate=_RATE * before.rate_for(prompt.encoder),
         max_minutes=minutes,
         tracker=None,  # whose run has these steps already

@@ -41,13 +41,6 @@ with 4 both keep their result, and P36 stops after the 7th.
 """
 _MOST_SEED = 10**12
 """Orders of examples are drawn with a multiple of it, in 64 bits."""
-_ABOVE_ZERO = (
-    "learning_rate",
-    "max_grad_norm",
-    "model_learning_rate",
-    "max_minutes",
-    "refit_epochs",
-)
 _MOST_NUMBER = 1e30
 """Beyond all use; the vectors' float32 ends at 3e38."""
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -91,10 +84,9 @@ class TrainSettings:
             epoch are chosen by their mean, and the prompt then trains on all examples. For few
             examples; costs as many trainings more.
         refit: when dev has chosen, go on from the best epoch with training and dev examples
-            together, at half the rate; the dev figures are those of before. By default where
-            labels are asked for and dev examples were set aside of 500 at most (``--dev-share``),
-            but not with ``calibrate`` or ``tune_model``.
-        refit_epochs: of a refit, as a share of the training's.
+            together, for two fifths of the epochs at half the rate; the dev figures are those of
+            before. By default where labels are asked for and dev examples were set aside of 500 at
+            most (``--dev-share``), but not with ``calibrate`` or ``tune_model``.
         init: where virtual tokens begin that the template gives no words: ``words`` (at random
             words of the vocabulary, by default), ``encoder`` (as an MLP or LSTM makes them, which
             is the paper's and PEFT's way, and learns late with some seeds), ``labels`` (at the
@@ -143,7 +135,6 @@ class TrainSettings:
     calibrate: str = "none"
     folds: int = 0
     refit: bool | None = None
-    refit_epochs: float = 0.4
     init: str | None = None
     word_noise: float | None = None
     prefix_cache: str = "auto"
@@ -174,7 +165,7 @@ class TrainSettings:
             raise InputError(f"seed is {self.seed}; give at most {_MOST_SEED:,}")
         if self.refit is not None and not isinstance(self.refit, bool):
             raise InputError(f"refit is {self.refit!r}; expected True or False")
-        for name in _ABOVE_ZERO:
+        for name in ("learning_rate", "max_grad_norm", "model_learning_rate", "max_minutes"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value > 0):
                 raise InputError(f"{name} is {value!r}; give a number above 0")

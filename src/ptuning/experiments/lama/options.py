@@ -13,7 +13,6 @@ from .relations import OBJECT, SUBJECT, Facts
 from .templates import plain_template
 
 TEMPLATES = ("own", "best", "own-words", "best-words", "plain")
-EFFORTS = ("usual", "thorough")
 _STEPS, _FEWEST, _MOST = 150, 3, 10
 
 
@@ -30,8 +29,6 @@ class LamaOptions:
         population: seeds of each template, encoder and rate.
         together: all members that are about as good on dev as the best one answer together; else
             the best one alone.
-        effort: ``usual``; or ``thorough``, about twice as long: what dev has chosen goes on with
-            the dev facts too, for as many epochs again.
         epochs: passes over a relation's facts; by default as many as 150 steps take, 3 to 10.
         settings: how to train otherwise.
 
@@ -45,7 +42,6 @@ class LamaOptions:
     virtual_tokens: int = 10
     population: int = 1
     together: bool = True
-    effort: str = "usual"
     epochs: int | None = None
     settings: TrainSettings = field(
         default_factory=lambda: TrainSettings(patience=0, init="encoder")
@@ -54,8 +50,6 @@ class LamaOptions:
     def __post_init__(self) -> None:
         if self.settings.word_noise is None:  # the published figures were made without
             object.__setattr__(self, "settings", replace(self.settings, word_noise=0.0))
-        if self.effort not in EFFORTS:
-            raise InputError(f"effort is {self.effort!r}; expected usual or thorough")
         for name in ("virtual_tokens", "population", "epochs"):
             at_least_one(name, getattr(self, name))
         for template in self.templates:
@@ -75,8 +69,7 @@ class LamaOptions:
 
     def settings_for(self, facts: Facts) -> TrainSettings:
         """How to train on a relation's facts."""
+        if self.epochs is not None:
+            return replace(self.settings, epochs=self.epochs)
         enough = round(_STEPS * self.settings.batch_size / len(facts.train))
-        settings = replace(self.settings, epochs=self.epochs or min(max(enough, _FEWEST), _MOST))
-        if self.effort == "usual":
-            return settings
-        return replace(settings, refit=True, refit_epochs=1.0)
+        return replace(self.settings, epochs=min(max(enough, _FEWEST), _MOST))

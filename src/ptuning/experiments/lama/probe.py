@@ -130,7 +130,7 @@ def probe(
         "together": [member.template for member in prompt.members],
         "template": prompt.template,
         "encoder": prompt.encoder,
-        "dev_p1": None if result.refit else measured({"": prompt}, facts.dev)[""]["p1"],
+        "dev_p1": measured({"": prompt}, facts.dev)[""]["p1"],
         "epoch": result.best["epoch"],
         "members": result.members,
         "seconds": round(time.monotonic() - started, 1),
