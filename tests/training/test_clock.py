@@ -82,7 +82,7 @@ def test_reading_the_examples_takes_of_the_time_too(
     ("options", "more"),
     [
         ({}, ""),
-        ({"refit": True}, ", and 7 min more on with all examples"),
+        ({"refit": True}, ", and 6 min more on with all examples"),
         ({"refit": True, "population": 3}, ", and 2 min more on with all examples"),
     ],
 )

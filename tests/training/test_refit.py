@@ -183,7 +183,8 @@ def test_where_its_time_is_over_dev_s_choice_stays_and_the_run_can_go_on(
     run(whole, refit=True)
     from ptuning.training import train as trained
 
-    monkeypatch.setattr(trained, "_minutes_left", lambda given, started: 1e-9)
+    left = iter([60.0, 1e-9])  # of the training and of what comes behind it
+    monkeypatch.setattr(trained, "_minutes_left", lambda given, started: next(left))
     result = run(stopped, refit=True, output=tmp_path, max_minutes=60)
     assert not result.complete and result.refit == {}
     assert torch.equal(stopped.trained_vectors(), chosen.trained_vectors())

@@ -113,7 +113,7 @@ class Loop:
             return 0.0
         first, kept = self.variants[0], min(1.0, self.settings.ensemble / len(self.variants))
         more = 1 + len(first.dev) / len(first.examples)
-        return self.settings.refit_epochs * self.steps * more * kept
+        return self.settings.refit_epochs * self.steps_per_epoch * more * kept
 
     def _work(self) -> Work:
         """What decides on compiled layers."""

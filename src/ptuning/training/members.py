@@ -83,9 +83,8 @@ def check_answer_lengths(
     for number, example in enumerate(examples, 1):
         length = len(example.sequences[0].answer)
         if length > given:
-            ending = (
-                ", its end included" if renderer.kind == "causal" and prompt.ends_answer else ""
-            )
+            ends = renderer.kind == "causal" and prompt.ends_answer
+            ending = ", its end included" if ends else ""
             raise DataError(
                 f"{what} example {number}: the answer has {length} tokens{ending}, and "
                 f"answer_tokens is {given}; raise answer_tokens, or leave it out"
@@ -102,10 +101,8 @@ def learn_answer_length(prompt: Prompt, renderer: Renderer, examples: Sequence[R
     """
     if prompt.labels:
         return
-    lengths, given = (
-        [len(example.sequences[0].answer) for example in examples],
-        prompt.answer_tokens,
-    )
+    lengths = [len(example.sequences[0].answer) for example in examples]
+    given = prompt.answer_tokens
     if renderer.kind == "masked":
         prompt.answer_tokens = given or Counter(lengths).most_common(1)[0][0]
     else:

@@ -32,7 +32,7 @@ from .members import learn_answer_length
 from .progress import Progress, telling_once
 from .settings import TrainSettings
 
-_EPOCHS, _RATE = 0.4, 0.5
+_RATE = 0.5
 """Of the training's before."""
 _FAILED = "training on with all examples failed, and what dev chose stays"
 _MOST = 500
@@ -156,7 +156,7 @@ def _going_on(variant: Variant, learner: Learner, minutes: float | None) -> Vari
     prompt.vectors, prompt.encoder_weights = learner.best["vectors"], learner.best["weights"]
     settings = replace(
         before,
-        epochs=max(1, round(_EPOCHS * before.settled_epochs)),
+        epochs=before.refit_epochs,
         learning_rate=_RATE * before.rate_for(prompt.encoder),
         max_minutes=minutes,
         tracker=None,  # whose run has these steps already

@@ -39,6 +39,8 @@ steps of few examples.
 Of ten epochs (SmolLM2, float32, seed 0) the demo gains until the 7th, LAMA's P36 until the 3rd:
 with 4 both keep their result, and P36 stops after the 7th.
 """
+_REFIT = 0.4
+"""Epochs of a refit, as a share of the training's."""
 _MOST_SEED = 10**12
 """Orders of examples are drawn with a multiple of it, in 64 bits."""
 _MOST_NUMBER = 1e30
@@ -216,6 +218,11 @@ class TrainSettings:
         """The epochs, once the number of examples is known (`for_examples`)."""
         assert self.epochs is not None
         return self.epochs
+
+    @property
+    def refit_epochs(self) -> int:
+        """Epochs of a refit."""
+        return max(1, round(_REFIT * self.settled_epochs))
 
     def steps_per_epoch(self, count: int) -> int:
         """Optimizer steps that so many examples take."""
