@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 
 from ptuning.data import read_examples
 from ptuning.data.partial import Output, begun
-from ptuning.data.writing import convert, json_line, write_parquet
+from ptuning.data.rows import Row
+from ptuning.data.writing import SEPARATORS, convert, json_line, write_parquet, write_separated
 from ptuning.errors import DataError, InputError, PtuningError
 
 ROWS: list[dict[str, Any]] = [
@@ -41,6 +43,34 @@ def test_separated_values_have_every_column_and_json_where_there_is_no_text(
         {"text": "é\u2028", "n": "2", "b": "false", "x": "1.5", "l": "[]", "m": "two",
          "late": '{"k": "v"}', "prediction": "no\n", "p": "0.5"},
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [".csv", ".tsv"])
+def test_separated_values_are_read_back_whatever_their_texts_hold(
+    tmp_path: Path, kind: str
+) -> None:
+    texts = [
+        "a\rb",
+        "a\r",
+        "\r",
+        "a\nb",
+        "a\r\nb",
+        "a,b\tc",
+        'say "hi"',
+        " a ",
+        "",
+        '"',
+        "a\x0bb\u2028",
+    ]
+    rows: list[Row] = [{"text": text, "prediction": text[::-1]} for text in texts]
+    path = tmp_path / f"out{kind}"
+    write_separated(path, rows, ["text", "prediction"], SEPARATORS[kind])
+    assert read_examples(path) == rows
+    with path.open(newline="", encoding="utf-8") as file:
+        assert list(csv.DictReader(file, delimiter=SEPARATORS[kind])) == rows
+    alone = [{"text": text} for text in texts]
+    write_separated(path, alone, ["text"], SEPARATORS[kind])
+    assert read_examples(path) == alone
 
 
 def test_parquet_keeps_types_and_writes_as_text_what_has_none_in_common(tmp_path: Path) -> None:

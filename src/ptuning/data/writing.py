@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -79,10 +79,21 @@ def write_separated(
 ) -> None:
     """Rows as CSV or TSV: a missing value is empty, and lists, dicts and truths are JSON."""
     with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        writer = csv.writer(file, delimiter=separator, lineterminator="\n")
-        writer.writerow(columns)
-        for row in rows:
-            writer.writerow([_cell(row.get(name)) for name in columns])
+        for cells in chain([columns], ([_cell(row.get(name)) for name in columns] for row in rows)):
+            file.write(_record(cells, separator))
+
+
+def _record(cells: Sequence[str], separator: str) -> str:
+    """A line of separated values.
+
+    The csv module of Python 3.11 leaves a carriage return unquoted where lines end otherwise, and
+    readers, ours too, end the row there.
+    """
+    if list(cells) == [""]:
+        return '""\n'  # an empty line would be no row
+    special = re.compile(f'[{re.escape(separator)}"\r\n]')
+    quoted = ('"' + c.replace('"', '""') + '"' if special.search(c) else c for c in cells)
+    return separator.join(quoted) + "\n"
 
 
 def write_parquet(path: Path, rows: Rereadable, columns: Sequence[str]) -> None:
