@@ -100,6 +100,37 @@ def test_a_prompt_table_has_ids_behind_the_vocabulary() -> None:
     assert about["parts"] == [2, " {country}", 1]
 
 
+@pytest.mark.parametrize(
+    ("template", "settings"),
+    [
+        ("[P*2] {country} is in [P] [MASK]", {}),
+        ("[P*3] {country} is in [MASK]", {"special_tokens": "after"}),
+        ("[P*2] {country} is in [P] [MASK]", {"chat": True}),
+    ],
+)
+def test_the_parts_beside_a_prompt_table_give_the_ids_of_the_attached_prompt(
+    template: str, settings: dict[str, Any]
+) -> None:
+    base = _base(bos=True)
+    base.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    )
+    prompt = _prompt(base, template, **settings)
+    about = json.loads(export(prompt, base, "tensorrt-llm")["prompt_table.json"])
+    ids: list[int] = []
+    for part in about["parts"]:
+        if isinstance(part, int):
+            ids += [-1 - i for i in range(sum(i < 0 for i in ids), sum(i < 0 for i in ids) + part)]
+        else:
+            text = part.replace("{country}", "France")
+            ids += base.tokenizer(text, add_special_tokens=False)["input_ids"]
+    begins = [base.tokenizer.bos_token_id] * about["add_special_tokens"]
+    asked = ptuning.Renderer(base.tokenizer, prompt, "causal")(
+        {"country": "France"}, answered=False
+    )
+    assert (*begins, *ids) == asked.sequences[0].ids
+
+
 @pytest.mark.parametrize("family", ["t5", "bert"])
 def test_vllm_is_given_no_vectors_for_a_model_that_it_does_not_let_speak(family: str) -> None:
     tokenizer = tiny.tokenizer()

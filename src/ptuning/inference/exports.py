@@ -120,14 +120,22 @@ def _vllm_embeds(prompt: Prompt, base: BaseModel) -> dict[str, bytes]:
     return {"vllm_embeds.json": formats.pack_json(about)}
 
 
-def _pieces(prompt: Prompt, base: BaseModel) -> tuple[Any, list[tuple[bool, str]]]:
-    """The text in parts: ``(False, text with fields)``, or ``(True, how many virtual tokens)``."""
+def _pieces(
+    prompt: Prompt, base: BaseModel, chat: bool = True
+) -> tuple[Any, list[tuple[bool, str]]]:
+    """The text in parts: ``(False, text with fields)``, or ``(True, how many virtual tokens)``.
+
+    Args:
+        prompt: trained.
+        base: its model.
+        chat: the reader puts the chat around it.
+    """
     names = names_of("p", len(prompt.trained_vectors()))
     merged, ids = with_names(base.tokenizer, names)
     text = merged_text(prompt, "p", base.kind, base.tokenizer, merged, ids)
-    if text.turn is None:
+    if text.turn is None or not chat:
         whole = text.text
-    else:  # the chat around it is the server's
+    else:
         doubled = [p.replace("{", "{{").replace("}", "}}") for p in text.turn]
         whole = "".join(f"{{{p}}}" if n % 2 else doubled[n] for n, p in enumerate(text.turn))
     parts = [part for part in re.split(f"({'|'.join(map(re.escape, names))})", whole) if part]
@@ -151,13 +159,14 @@ def _packed(vectors: Tensor, dtype: torch.dtype) -> str:
 def _tensorrt_llm(prompt: Prompt, base: BaseModel) -> dict[str, bytes]:
     vectors = prompt.trained_vectors().float()
     first = input_embedding(base.model).num_embeddings
-    text, pieces = _pieces(prompt, base)
+    text, pieces = _pieces(prompt, base, chat=False)  # it takes ids
     file = io.BytesIO()
     np.save(file, vectors.detach().cpu().numpy()[None])
     about = {
         "task_id": 0,
         "virtual_ids": list(range(first, first + len(vectors))),
         "parts": [int(p) if virtual else p for virtual, p in pieces],
+        "add_special_tokens": text.add_special_tokens,
         **_labels(prompt, text),
     }
     return {"prompt_table.npy": file.getvalue(), "prompt_table.json": formats.pack_json(about)}
