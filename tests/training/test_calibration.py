@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -240,6 +241,11 @@ def test_what_cannot_be_calibrated_is_refused(
 def test_a_bias_that_is_none_is_refused(bias: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         fresh(label_bias=bias)
+
+
+def test_a_bias_may_be_of_numpys_or_torchs_numbers() -> None:
+    prompt = fresh(label_bias={"a": np.float32(0.5), "b": torch.tensor(-1), "c": np.int64(0)})
+    assert prompt.label_bias == {"a": 0.5, "b": -1.0, "c": 0.0}
 
 
 def test_the_command_line_calibrates(tmp_path: Path, model_folder: Path, run: Run) -> None:

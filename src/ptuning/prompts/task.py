@@ -273,7 +273,7 @@ def _words_by_label(verbalizer: Mapping[str, str | Sequence[str]]) -> dict[str, 
 def _bias_by_label(bias: Any, labels: Mapping[str, Any]) -> dict[str, float]:
     if not isinstance(bias, Mapping):
         raise InputError(f"label_bias is {bias!r}; expected label -> number")
-    found = {str(label): value for label, value in bias.items()}
+    found = {str(label): plain(value) for label, value in bias.items()}
     for label, value in found.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not math.isfinite(value):
