@@ -894,6 +894,25 @@ def test_unusable_verbalizer_is_an_error(verbalizer: dict[Any, Any], part: str) 
         Task("[P] {x} [MASK]", verbalizer=verbalizer)
 
 
+def test_words_that_a_tokenizer_does_not_tell_apart_are_refused_before_a_training() -> None:
+    tokenizer = tiny.tokenizer("wordpiece")
+    task = Task(
+        "{x} [MASK]",
+        verbalizer={"good": ["\N{THUMBS UP SIGN}"], "bad": ["no", "\N{THUMBS DOWN SIGN}"]},
+    )
+    row = {"x": "it rains", "label": "good"}
+    with pytest.raises(InputError, match=r"label 'good' and .* of 'bad' are the same to this"):
+        Renderer(tokenizer, task, "masked")(row)
+    with pytest.raises(InputError, match="give each label words that it tells apart"):
+        Renderer(tokenizer, task, "masked").each([row], "training")
+    # An example's own words may be alike, and so may two words of one label.
+    own = Task("{x} [MASK]", verbalizer={"0": "{one}", "1": "{two}"})
+    made = Renderer(tokenizer, own, "masked")({"x": "a", "one": "yes", "two": "yes", "label": "0"})
+    assert made.label_ids[0] == made.label_ids[1]
+    same = Task("{x} [MASK]", verbalizer={"good": ["yes", " yes"], "bad": "no"})
+    assert len(Renderer(tokenizer, same, "masked")(row).label_ids) == 3
+
+
 # [P:words].
 
 

@@ -248,10 +248,26 @@ class Renderer:
         sequences = self._fitting(asked.drafts, known) or self._shortened(asked, known)
         if not self.compares:
             return Rendered(sequences, label=asked.label)
+        self._check_words(sequences)
         first = sequences[0].ids
         if all(len(s.answer) == 1 and s.ids == first for s in sequences):
             return Rendered(sequences[:1], tuple(s.answer[0] for s in sequences), asked.label)
         return Rendered(sequences, label=asked.label)
+
+    def _check_words(self, sequences: tuple[Sequence, ...]) -> None:
+        """Refuse words of two labels that are the same tokens, such as unknown ones: no training
+        could tell them apart. (An example's own words and candidates may be alike.)"""
+        if self._literal or self._in_words or len({s.answer for s in sequences}) == len(sequences):
+            return
+        spelled = [(label, word) for label, words in self.labels.items() for word in words]
+        seen: dict[tuple[int, ...], tuple[str, str]] = {}
+        for (label, word), sequence in zip(spelled, sequences, strict=True):
+            other, its_word = seen.setdefault(sequence.answer, (label, word))
+            if other != label:
+                raise InputError(
+                    f"the words {its_word!r} of the label {other!r} and {word!r} of {label!r} are "
+                    "the same to this tokenizer; give each label words that it tells apart"
+                )
 
     def _word(self, word: str, columns: dict[str, str]) -> str:
         if self._literal:
