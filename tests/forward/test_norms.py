@@ -185,3 +185,24 @@ def test_a_training_uses_them_and_gives_what_plain_norms_give(
             assert len(seen) > 10
         vectors.append(prompt.trained_vectors())
     torch.testing.assert_close(*vectors, atol=1e-5, rtol=0)
+
+
+def test_what_others_put_before_a_norm_since_is_called_and_stays() -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    rows = [{"a": "it rains", "label": "yes"}, {"a": "Oslo", "label": "no"}] * 2
+
+    def train() -> None:
+        prompt = ptuning.Prompt("[P*2] {a} [MASK]", verbalizer={"yes": "yes", "no": "no"})
+        ptuning.train(model, tokenizer, prompt, rows, epochs=1, verbose=False)
+
+    train()
+    norm: Any = model.model.norm
+    plain, calls = norm.forward, []
+
+    def put(hidden: Tensor) -> Any:
+        calls.append(hidden.shape)
+        return plain(hidden)
+
+    norm.forward = put
+    train()
+    assert calls and norm.forward is put

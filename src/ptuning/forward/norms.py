@@ -68,16 +68,17 @@ def plain_norms() -> Iterator[None]:
 
 def _count(model: nn.Module, served: list[nn.Module], change: int) -> None:
     """The first forward puts ours before the modules' own, the last takes them away: threads may
-    overlap."""
+    overlap. What others have put there since (a kernel, a hook) stays, and serves."""
     with CHANGING:
         before = _forwards.get(model, 0)
         _forwards[model] = before + change
         if before and _forwards[model]:
             return
         for norm in served:
-            if before:
-                vars(norm).pop("forward", None)
-            else:
+            put = vars(norm).get("forward")
+            if before and getattr(put, "func", None) is _forward:
+                del norm.forward
+            elif not before and put is None:
                 norm.forward = partial(_forward, norm)
 
 
