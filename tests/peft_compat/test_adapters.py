@@ -1005,3 +1005,13 @@ def test_an_adapter_that_a_folder_does_not_fit_keeps_its_vectors(tmp_path: Path)
         model.load_adapter(tmp_path, "default")
     after = get_peft_model_state_dict(model)
     assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_a_second_model_on_one_base_says_that_it_replaces_the_first_one_s_head() -> None:
+    base = base_model("SEQ_CLS", "bert")
+    get_peft_model(base, config_for("SEQ_CLS"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_peft_model(base, config_for("SEQ_CLS"), "other")
+    with pytest.warns(UserWarning, match="adapter 'default', which are replaced by new ones"):
+        get_peft_model(base, config_for("SEQ_CLS"))

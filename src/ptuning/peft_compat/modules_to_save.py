@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -49,7 +50,18 @@ class ModulesToSaveWrapper(nn.Module):
         return set(self.modules_to_save)
 
     def add(self, name: str) -> None:
-        """A trainable copy of the original for an adapter; of offloaded weights a real one."""
+        """A trainable copy of the original for an adapter; of offloaded weights a real one.
+
+        Warns:
+            UserWarning: another `PeftModel` on the same model has one of that name, which is lost.
+        """
+        if name in self.modules_to_save:
+            warnings.warn(
+                f"another PeftModel on this base model has trained modules for adapter {name!r}, "
+                "which are replaced by new ones; to keep both give another adapter_name, or add "
+                "the adapter to that PeftModel (add_adapter, load_adapter)",
+                stacklevel=2,
+            )
         with align_module_device(self.original_module):
             made = copy.deepcopy(self.original_module)
         remove_hook_from_module(made, recurse=True)
