@@ -909,7 +909,7 @@ def test_words_that_a_tokenizer_does_not_tell_apart_are_refused_before_a_trainin
     own = Task("{x} [MASK]", verbalizer={"0": "{one}", "1": "{two}"})
     made = Renderer(tokenizer, own, "masked")({"x": "a", "one": "yes", "two": "yes", "label": "0"})
     assert made.label_ids[0] == made.label_ids[1]
-    same = Task("{x} [MASK]", verbalizer={"good": ["yes", " yes"], "bad": "no"})
+    same = Task("{x} [MASK]", verbalizer={"good": ["yes", " yes"], "bad": "it"})
     assert len(Renderer(tokenizer, same, "masked")(row).label_ids) == 3
 
 
