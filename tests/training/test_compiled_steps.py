@@ -230,5 +230,6 @@ def test_the_minutes_that_a_training_may_take_are_weighed(monkeypatch: pytest.Mo
     monkeypatch.setattr(Engine, "layers_on_cpu", lambda engine, work: asked.append(work))
     Trained(monkeypatch, "auto", max_minutes=2.5)
     Trained(monkeypatch, "auto")
-    assert [work.seconds for work in asked] == [150, math.inf]
+    # Reading the examples has taken some of it.
+    assert 60 < asked[0].seconds < 150 and asked[1].seconds == math.inf
     assert asked[0][:3] == asked[1][:3] and asked[0].steps == 3 * 5
