@@ -78,20 +78,20 @@ def write_separated(
     path: Path, rows: Iterable[Row], columns: Sequence[str], separator: str
 ) -> None:
     """Rows as CSV or TSV: a missing value is empty, and lists, dicts and truths are JSON."""
+    special = re.compile(f'[{re.escape(separator)}"\r\n]')
     with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         for cells in chain([columns], ([_cell(row.get(name)) for name in columns] for row in rows)):
-            file.write(_record(cells, separator))
+            file.write(_record(cells, separator, special))
 
 
-def _record(cells: Sequence[str], separator: str) -> str:
-    """A line of separated values.
+def _record(cells: Sequence[str], separator: str, special: re.Pattern[str]) -> str:
+    """A line of separated values; cells with something `special` in them are quoted.
 
     The csv module of Python 3.11 leaves a carriage return unquoted where lines end otherwise, and
     readers, ours too, end the row there.
     """
     if list(cells) == [""]:
         return '""\n'  # an empty line would be no row
-    special = re.compile(f'[{re.escape(separator)}"\r\n]')
     quoted = ('"' + c.replace('"', '""') + '"' if special.search(c) else c for c in cells)
     return separator.join(quoted) + "\n"
 
