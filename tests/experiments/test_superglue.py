@@ -385,6 +385,8 @@ def test_members_near_the_best_answer_together_with_a_bias_from_dev(
         several = together and name != "wsc" and near > 1
         assert len(figures["together"]) == len(prompt.members) == (min(3, every) if several else 1)
         assert prompt.training.get("members", 1) == len(prompt.members)
+        dropped = together and name != "wsc" and near == 1.0  # what all did on dev is nobody's
+        assert ("dev_loss" in prompt.training) == (not dropped)
         assert figures["together"][0] == prompt.template == figures["template"]
         # Of choices that each row names itself, none can be preferred.
         assert (prompt.label_bias is not None) == (together and name == "boolq")

@@ -574,6 +574,11 @@ def test_a_tracker_gets_the_losses(model: Any, tokenizer: Any, tmp_path: Path) -
         ({"resume": True}, "resume goes on from checkpoints; give the run's folder as output"),
         ({"halving": 0}, "halving is 0; expected True or False"),
         ({"tune_model": 1}, "tune_model is 1; expected True or False"),
+        ({"folds": -2}, "folds is -2; give at least 2, or 0 for none"),
+        ({"folds": False}, "folds is False; give at least 2"),
+        ({"patience": -1}, "patience is -1; give at least 1, or 0 to never stop"),
+        ({"patience": 1.5}, "patience is 1.5; give at least 1"),
+        ({"patience": 10**10}, "patience is beyond all use"),
     ],
 )
 def test_settings_are_checked(

@@ -73,11 +73,15 @@ def dev_figures(
 
 def drop_far(prompt: Prompt, result: TrainResult) -> None:
     """Members of a trained ensemble that are far worse on dev than its best have no say any more;
-    the first one stays."""
+    the first one stays. The dev figures of all together then stand for nobody."""
     if not prompt.others:
         return
     losses = [result.members[n]["best"]["dev_loss"] for n in result.ensemble["members"]]
     most = _NEAR * min(losses)
     others = zip(prompt.others, losses[1:], strict=True)
-    prompt.others = tuple(member for member, loss in others if loss <= most)
-    prompt.training = {**prompt.training, "members": len(prompt.members)}
+    near = tuple(member for member, loss in others if loss <= most)
+    if len(near) == len(prompt.others):
+        return
+    prompt.others = near
+    known = {k: v for k, v in prompt.training.items() if k not in ("dev_accuracy", "dev_loss")}
+    prompt.training = {**known, "members": len(prompt.members)}

@@ -155,12 +155,8 @@ class TrainSettings:
                 raise InputError(f"{name} is {value!r}; expected True or False")
         for name in ("epochs", "batch_size", "gradient_accumulation", "ensemble"):
             at_least_one(name, getattr(self, name))
-        if self.folds != 0 or self.folds is False:
-            at_least_one("folds", self.folds, 1000)
-            if self.folds == 1:
-                raise InputError("folds is 1; give at least 2, or 0 for none")
-        if self.patience != 0 or self.patience is False:
-            at_least_one("patience", self.patience)
+        _none_or("folds", self.folds, 2, "for none")
+        _none_or("patience", self.patience, 1, "to never stop")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise InputError(f"seed is {self.seed!r}; give a whole number")
         if abs(self.seed) > _MOST_SEED:
@@ -265,6 +261,14 @@ def with_options(settings: TrainSettings, options: dict[str, Any]) -> TrainSetti
             f"unknown training setting {unknown[0]!r}; there are {', '.join(asdict(settings))}"
         )
     return replace(settings, **options)
+
+
+def _none_or(name: str, value: int | None, least: int, zero: str) -> None:
+    """Refuse a count that is neither 0, whose meaning `zero` says, nor of at least so many."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and (not whole or (value != 0 and value < least)):
+        raise InputError(f"{name} is {value!r}; give at least {least}, or 0 {zero}")
+    at_least_one(name, value or None)
 
 
 def _is_number(value: object) -> bool:
