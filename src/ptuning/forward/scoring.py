@@ -107,7 +107,7 @@ def score_together(
         answers = batch.answers[first_rows(sizes)].to(means.device)
         hits = ((means.argmax(-1) == answers) | (answers == IGNORED)).all(1)
         losses = answer_nll(means, answers).sum(1)
-        sums += torch.stack([hits.sum().double(), losses.sum().double()]).cpu()
+        sums += torch.stack([hits.sum(), losses.sum()]).cpu()  # MPS has no float64
     weight = sum(example.weight for example in examples[0])
     return float(sums[0]) / len(examples[0]), float(sums[1]) / weight
 
