@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ptuning import peft_compat
 from ptuning.backbone.injection import input_embedding
+from ptuning.backbone.upstream import CACHE
 from ptuning.errors import InputError
 from ptuning.peft_compat import PromptEncoderConfig, get_peft_model
 
@@ -133,8 +134,8 @@ def assert_same(got: Any, expected: Any) -> None:
     if isinstance(expected, Tensor):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     elif isinstance(expected, dict):
-        known = {k: v for k, v in expected.items() if k != "past_key_values"}
-        assert {k for k in got if k != "past_key_values"} == set(known)
+        known = {k: v for k, v in expected.items() if k != CACHE}
+        assert {k for k in got if k != CACHE} == set(known)
         for key, value in known.items():
             assert_same(got[key], value)
     elif isinstance(expected, tuple | list):

@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from ptuning.backbone.upstream import BEFORE, CACHE
 from ptuning.errors import InputError
 from ptuning.peft_compat import PromptEncoderConfig, get_peft_model
 
@@ -68,6 +69,21 @@ def test_the_first_calls_padding_stays_padding(family: str, mask: Tensor) -> Non
             input_ids=IDS[:, 3:], past_key_values=first.past_key_values, attention_mask=mask
         ).logits
     close(got[:1], alone)
+
+
+def test_keys_and_values_are_taken_by_the_name_of_any_release() -> None:
+    model = model_of("llama")
+    with torch.no_grad():
+        whole = model(input_ids=IDS).logits[:, -3:]
+        for name in (BEFORE, CACHE):
+            first = model(input_ids=IDS[:, :3], use_cache=True)
+            read = copy.deepcopy(first[CACHE])
+            close(model(input_ids=IDS[:, 3:], **{name: first[CACHE]}).logits, whole)
+            said = model.generate(input_ids=IDS, max_new_tokens=1, **{name: read})
+            assert said[:, -1].equal(whole[:, -1].argmax(-1))
+        both = {BEFORE: first[CACHE], "cache": first[CACHE]}
+        with pytest.raises(InputError, match="cache"):  # one argument, or one that is none there
+            model(input_ids=IDS[:, 3:], **both)
 
 
 def test_token_by_token_and_from_a_copied_cache() -> None:

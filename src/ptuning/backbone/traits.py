@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from ..errors import InputError
-from .upstream import attention_of, is_compiled, is_offloaded, is_stateful, uncompiled
+from .upstream import CACHE, attention_of, is_compiled, is_offloaded, is_stateful, uncompiled
 
 
 class ModelKind(enum.StrEnum):
@@ -197,7 +197,7 @@ def reads_caches(model: nn.Module) -> bool:
     config: Any = model.config
     kinds = getattr(config.get_text_config(), "layer_types", None) or ["full_attention"]
     attends = {"full_attention", "sliding_attention"}.issuperset(kinds)
-    takes = "past_key_values" in forward_parameters(model)
+    takes = CACHE in forward_parameters(model)
     if not (attends and takes) or counts_columns(model) or scales_with_length(model):
         return False
     return not (checkpoints_gradients(model) or is_spread(model) or is_stateful(model))

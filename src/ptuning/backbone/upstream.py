@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager, suppress
+from dataclasses import fields
 from typing import Any, Protocol
 
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.fx.experimental import _config as symbolic_shapes
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+BEFORE = "past_key_values"
+CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else BEFORE
+"""What models, their layers and outputs call keys and values: since transformers 5.24 `cache`."""
 
 
 def uncompiled(model: Any) -> Any:
@@ -171,7 +177,7 @@ def _decoding_view(model_class: Any) -> type:
             self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
         ) -> dict[str, Any]:
             ids, kwargs = self._reads.step(input_ids, kwargs)
-            cache = kwargs.get("past_key_values")
+            cache = kwargs.get(CACHE)
             if next_sequence_length is not None and cache is not None:
                 next_sequence_length = ids.shape[1] - int(cache.get_seq_length())
             elif next_sequence_length == input_ids.shape[1]:  # a state, in its first step

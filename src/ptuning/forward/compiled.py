@@ -26,6 +26,7 @@ from transformers import Cache
 
 from ..backbone.base_model import device_of
 from ..backbone.traits import layer_weights, repeated_layers
+from ..backbone.upstream import CACHE
 from .attention import grouped_on_gpu
 
 DYNAMIC = True
@@ -140,9 +141,9 @@ def _last(run: Callable[..., Any], hidden: Tensor, kwargs: dict[str, Any], keep:
         kwargs: of the layer, rotary positions and a mask among them.
         keep: ``(K,)`` the columns.
     """
-    taken = _Taken(kwargs.get("past_key_values"))
+    taken = _Taken(kwargs.get(CACHE))
     with suppress(_Enough):
-        run(hidden, **{**kwargs, "past_key_values": taken, "use_cache": True})
+        run(hidden, **{**kwargs, CACHE: taken, "use_cache": True})
     mask = kwargs.get("attention_mask")
     if mask is None:
         known = taken.keys.shape[2] - hidden.shape[1]
@@ -152,7 +153,7 @@ def _last(run: Callable[..., Any], hidden: Tensor, kwargs: dict[str, Any], keep:
         mask = mask[:, :, keep]
     chosen = {
         "attention_mask": mask,
-        "past_key_values": taken,
+        CACHE: taken,
         "position_ids": kwargs["position_ids"][:, keep],
         "position_embeddings": tuple(part[:, keep] for part in kwargs["position_embeddings"]),
     }

@@ -24,7 +24,7 @@ from transformers import Cache
 
 from ..backbone.base_model import BaseModel
 from ..backbone.traits import ModelKind, first_position, packs_rows
-from ..backbone.upstream import uncompiled
+from ..backbone.upstream import CACHE, uncompiled
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
 from ..rendering.collate import Batch
@@ -278,7 +278,7 @@ class Engine:
             output_scores=not alone,
         )
         cache = self.store.cache(batch) if self.store is not None else None
-        more: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        more: dict[str, Any] = {} if cache is None else {CACHE: cache}
         if begins := first_position(model):  # transformers would count from 0
             more["position_ids"] = plain.position_ids(batch.attention_mask) + begins
         if not alone:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ..backbone.upstream import CACHE
 from .attention import own_attention
 from .kv_pool import KeyValuePool
 from .norms import own_norms
@@ -79,8 +80,8 @@ def keys_and_values(model: nn.Module, ids: Tensor, mask: Tensor) -> list[tuple[T
         body(
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
             **positions(body, mask, ids.shape[1], 1),
         )
     layers: list[Any] = cache.layers

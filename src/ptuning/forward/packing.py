@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..backbone.traits import packs_rows
+from ..backbone.upstream import CACHE
 from ..devices import sent
 from ..rendering.collate import Batch
 from .plain import Shortened
@@ -60,7 +61,7 @@ class Packed:
             "attention_mask": self.attention_mask,
             "position_ids": self.position_ids,
             "logits_to_keep": self.keep,
-            "past_key_values": cache,
+            CACHE: cache,
         }
         return Shortened(inputs, lambda logits: logits[self.group[:, None], self.answers])
 

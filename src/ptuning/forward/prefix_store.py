@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..backbone.traits import reads_caches
+from ..backbone.upstream import CACHE
 from ..devices import sent
 from ..rendering.collate import IGNORED, Batch, longest_suffix
 from ..rendering.render import Rendered
@@ -83,7 +84,7 @@ class PrefixStore:
         inputs = {
             "input_ids": batch.input_ids[:, total - columns :],
             "attention_mask": batch.attention_mask,
-            "past_key_values": self._stacked(batch, columns),
+            CACHE: self._stacked(batch, columns),
             **positions(self.model, batch.attention_mask, columns, count),
         }
         return Shortened(inputs, lambda logits: logits[:, -count:])

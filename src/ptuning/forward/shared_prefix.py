@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..backbone.traits import ModelKind, packs_rows, reads_caches
+from ..backbone.upstream import CACHE
 from ..devices import sent
 from ..rendering.collate import Batch
 from .batching import busy_with
@@ -75,7 +76,7 @@ class SharedPrefix:
         inputs = {
             "input_ids": batch.input_ids[:, -columns:],
             "attention_mask": batch.attention_mask,
-            "past_key_values": self._cache(openings, counts, total - columns),
+            CACHE: self._cache(openings, counts, total - columns),
             **positions(self.model, batch.attention_mask, columns, count),
         }
         return Shortened(inputs, lambda logits: logits[:, -count:])

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..backbone.upstream import BEFORE, CACHE
 from ..errors import InputError
 
 FILLERS: dict[str, int] = {
@@ -22,9 +23,9 @@ FILLERS: dict[str, int] = {
 """What inserted tokens get in arguments with a value per token; 0 in all others."""
 _OWN = """
 input_ids inputs_embeds attention_mask position_ids labels start_positions end_positions
-past_key_values logits_to_keep
+logits_to_keep
 """
-OWN = frozenset(_OWN.split())
+OWN = frozenset([*_OWN.split(), CACHE])
 """What `placing` treats by name."""
 # Values per token, by the names that transformers' models give them; others go by their shape.
 _PER_TOKEN = """
@@ -75,6 +76,19 @@ _REFUSED = {
 }
 
 
+def renamed(given: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments, keys and values by the name that this release of transformers has.
+
+    Raises:
+        InputError: they are given by both names.
+    """
+    if given.get(BEFORE) is None or CACHE == BEFORE:
+        return given
+    if given.get(CACHE) is not None:
+        raise InputError(f"{CACHE} and {BEFORE} are one argument; give {CACHE} alone")
+    return {**{k: v for k, v in given.items() if k != BEFORE}, CACHE: given[BEFORE]}
+
+
 def check(inputs: Mapping[str, Any]) -> None:
     """Refuse what no prompt goes with.
 
@@ -85,7 +99,7 @@ def check(inputs: Mapping[str, Any]) -> None:
         InputError: one of them cannot be given room for a prompt; the message names it.
     """
     for name, reason in _REFUSED.items():
-        if inputs.get(name) is not None:
+        if inputs.get(name) is not None and name != CACHE:
             raise _refusal(name, reason)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backbone.upstream import generating_view
+from ..backbone.upstream import CACHE, generating_view
 from ..errors import InputError
 from . import arguments, continuing, generation
 from .adapters import Adapter
@@ -31,7 +31,8 @@ def forward(model: Any, given: dict[str, Any]) -> Any:
         model: a ``PeftModel``.
         given: the base model's arguments. ``adapter_names`` gives each row its own adapter (None or
             ``"__base__"`` for none), ``drop_virtual_positions`` overrides the model's setting.
-            ``past_key_values`` of an earlier call have the prompt in them, and get no second one.
+            ``past_key_values`` (since transformers 5.24 ``cache``) of an earlier call have the
+            prompt in them, and get no second one.
 
     Returns:
         The base model's output; parts per token are ``(B, virtual tokens + T, …)``, and
@@ -40,7 +41,7 @@ def forward(model: Any, given: dict[str, Any]) -> Any:
     Raises:
         InputError: an argument that has no room for a prompt, or rows that do not fit.
     """
-    inputs = {k: v for k, v in given.items() if v is not None}
+    inputs = {k: v for k, v in arguments.renamed(given).items() if v is not None}
     inputs.pop("task_ids", None)
     drop = inputs.pop("drop_virtual_positions", model.drop_virtual_positions)
     names = inputs.pop("adapter_names", None)
@@ -51,7 +52,7 @@ def forward(model: Any, given: dict[str, Any]) -> Any:
         with _modules_of(model, [None]):
             return model.base_model(**inputs)
     rows = _rows(model, names, inputs)
-    if not base.encodes_and_decodes and continuing.tokens_in(inputs.get("past_key_values")):
+    if not base.encodes_and_decodes and continuing.tokens_in(inputs.get(CACHE)):
         return _go_on(model, base, rows, inputs)
     with _written(model, base, rows) as adapters, ExitStack() as stack:
         placed, where = place(base, adapters, inputs, stack, of_text=drop)
@@ -65,7 +66,7 @@ def forward(model: Any, given: dict[str, Any]) -> Any:
                 where.length,
                 _lengths(adapters) * (size if len(adapters) == 1 else 1),
             )
-            continuing.note(output.get("past_key_values"), held)
+            continuing.note(output.get(CACHE), held)
         output = restored(output, where, decoder=base.logits_of_decoder, text_only=drop)
         return output.to_tuple() if as_tuple else output
 
@@ -73,7 +74,7 @@ def forward(model: Any, given: dict[str, Any]) -> Any:
 def _go_on(model: Any, base: Base, rows: Sequence[str | None], inputs: dict[str, Any]) -> Any:
     """A call behind a cache that has the prompt already."""
     arguments.check(inputs)
-    cache = inputs["past_key_values"]
+    cache = inputs[CACHE]
     told = base.accepts("position_ids") and not (base.traits.several_axes or base.reference_layout)
     held = continuing.held_by(cache)
     placed, after = continuing.continued(held, inputs, base.traits.first_position, positions=told)
@@ -95,6 +96,7 @@ def generate(model: Any, given: dict[str, Any]) -> Any:
     Raises:
         InputError: no ``input_ids``, or an argument that does not go with prompts.
     """
+    given = arguments.renamed(given)
     given.pop("task_ids", None)
     names = given.pop("adapter_names", None)
     base = model.base()
@@ -136,7 +138,7 @@ def _beginning(model: Any, given: dict[str, Any]) -> Tensor | None:
 
 def _check_cache(base: Base, ids: Tensor, given: dict[str, Any]) -> None:
     """A cache that generation goes on from has the prompt; the ids are those of all the text."""
-    cache, mask = given.get("past_key_values"), given.get("attention_mask")
+    cache, mask = given.get(CACHE), given.get("attention_mask")
     if base.encodes_and_decodes or not continuing.tokens_in(cache):
         return
     text = continuing.held_by(cache).text

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backbone.placement import Placement
+from ..backbone.upstream import CACHE
 from ..errors import InputError
 from . import arguments, continuing
 from .placing import Base, Rows, inserted_ids, pad_id, place, placement
@@ -73,7 +74,7 @@ class Prompts:
             kwargs["position_ids"] = self._positions(start, positions)
         lengths = tuple(0 if row is None else row.insertion.length for row in self._each(text))
         held = continuing.Held(kwargs.get("attention_mask"), ids.shape[1], text.shape[1], lengths)
-        continuing.note(kwargs.get("past_key_values"), held)
+        continuing.note(kwargs.get(CACHE), held)
         return ids, kwargs
 
     def encoder(self, text: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any], str]:

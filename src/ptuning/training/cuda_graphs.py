@@ -32,7 +32,7 @@ from ..backbone.traits import (
     looks_at_lengths,
     packs_rows,
 )
-from ..backbone.upstream import has_foreign_hooks
+from ..backbone.upstream import CACHE, has_foreign_hooks
 from ..errors import in_one_line
 from ..forward.engine import CompiledLayers, Work
 from ..forward.graphs import MOST, CudaGraph, Graph
@@ -255,7 +255,7 @@ class GraphedStep:
             **positions(base, static.attention_mask, columns, count),
         }
         if slots is not None:
-            asked["past_key_values"] = self.population.engine.kept_at(slots)
+            asked[CACHE] = self.population.engine.kept_at(slots)
         if "keep" in inputs:
             asked["logits_to_keep"] = inputs["keep"]
         if self.fast_layers and self._trims and "logits_to_keep" in asked:
