@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import ptuning
 from ptuning.backbone.injection import input_embedding
+from ptuning.backbone.upstream import BEFORE, CACHE
 from ptuning.errors import InputError
 from ptuning.peft_compat import PromptEncoderConfig, get_peft_model
 
@@ -26,6 +27,28 @@ LEFT = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
 every_family = pytest.mark.parametrize("family", FAMILIES)
 causal = pytest.mark.parametrize("family", tiny.CAUSAL)
 seq2seq = pytest.mark.parametrize("family", tiny.SEQ2SEQ)
+
+
+@pytest.fixture(autouse=True)
+def peft_knows_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT 0.21.2 looks for them by their name before transformers 5.24, and where it finds none it
+    puts the prompt in anew with each token."""
+    plain = peft.PeftModelForCausalLM.prepare_inputs_for_generation
+
+    def prepared(self: Any, *args: Any, **kwargs: Any) -> Any:
+        of_base = self.base_model_prepare_inputs_for_generation
+
+        def renamed(*args: Any, **kwargs: Any) -> dict[str, Any]:
+            return {BEFORE if k == CACHE else k: v for k, v in of_base(*args, **kwargs).items()}
+
+        self.base_model_prepare_inputs_for_generation = renamed
+        try:
+            return plain(self, *args, **kwargs)
+        finally:
+            self.base_model_prepare_inputs_for_generation = of_base
+
+    if CACHE != BEFORE:
+        monkeypatch.setattr(peft.PeftModelForCausalLM, "prepare_inputs_for_generation", prepared)
 
 
 def base_model(family: str, **changes: Any) -> Any:
