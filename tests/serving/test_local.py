@@ -143,6 +143,19 @@ def test_no_answer_is_longer_than_the_server_writes(
     assert longer.written > 3 and longer.text.startswith(answer.text)
 
 
+@pytest.mark.parametrize("virtual", [True, False])
+def test_labels_that_were_trained_over_the_vocabulary_are_compared(
+    place: Path, local: Local, virtual: bool
+) -> None:
+    prompt = replace(servers.prompt(place, "mood"), label_mode="vocabulary")
+    task: Any = prompt if virtual else prompt.manual()
+    row = servers.ROWS["mood"]
+    (expected,) = ptuning.predict_details(*servers.model(place), task, [row])
+    answer = answered(local, local.take_on("mood", prompt), row, virtual=virtual)
+    assert answer.text == expected.answer
+    assert answer.probabilities == pytest.approx(expected.probabilities, abs=1e-5)
+
+
 def test_a_stop_ends_written_text_and_cuts_no_label(place: Path, local: Local) -> None:
     handle = local.take_on("mood", servers.prompt(place, "mood"))
     whole = answered(local, handle, servers.ROWS["mood"])

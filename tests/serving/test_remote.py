@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +133,13 @@ def _wish(seconds: float = 300, **options: Any) -> Wish:
 
 
 @pytest.mark.parametrize("virtual", [True, False])
+@pytest.mark.parametrize("mode", ["labels", "vocabulary"])
 @pytest.mark.parametrize("name", list(servers.PROMPTS))
 def test_answers_are_those_of_predict(
-    place: Path, merged: Path, there: tuple[str, Any], name: str, virtual: bool
+    place: Path, merged: Path, there: tuple[str, Any], name: str, mode: str, virtual: bool
 ) -> None:
     remote = Remote(there[0], str(merged))
-    prompt: Any = servers.prompt(place, name)
+    prompt: Any = replace(servers.prompt(place, name), label_mode=mode)
     handle = remote.take_on(name, prompt)
     row = servers.ROWS[name]
     rows = [row, {**row, next(iter(row)): "Italy and all of its many islands"}]

@@ -90,9 +90,7 @@ def compare(
     own = [_known_label(prompt, row) for row in rows]
     if not prompt.labels:
         own = [text and read_back(tokenizer, text) for text in own]
-    ours = [Engine(base).renderer(member) for member in members_of(prompt)]
-    for renderer in ours:
-        renderer.compares = bool(renderer.labels)
+    ours = [Engine(base).renderer(member).asking() for member in members_of(prompt)]
     theirs = teacher_renderer(Engine(base), teacher)
     with ExitStack() as stack:
         stack.enter_context(eval_mode(model))

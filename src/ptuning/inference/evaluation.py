@@ -242,7 +242,7 @@ def log_shares(
     """Log-probabilities ``(N, labels)`` of a task's labels among themselves."""
     with _asked(model, tokenizer, task) as (engine, renderers, first):
         for renderer in renderers:
-            renderer.compares = True
+            renderer.asking()
         examples = [renderer.each(rows, "evaluation", answered=False) for renderer in renderers]
         return label_log_probabilities(engine, renderers, examples, first, batch_size)
 

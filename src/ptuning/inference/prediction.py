@@ -156,9 +156,7 @@ def _predicted(
 
     def reader(task: Task) -> _Asked:
         changes = {} if answer_tokens is None else {"answer_tokens": answer_tokens}
-        renderer = engine.renderer(task.checked(**changes), answers)
-        renderer.compares = bool(renderer.labels)
-        return _Asked(renderer)
+        return _Asked(engine.renderer(task.checked(**changes), answers).asking())
 
     asked = [[reader(task) for task in of_task] for of_task in members]
     number = first

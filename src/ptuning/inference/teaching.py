@@ -39,8 +39,7 @@ def teacher_renderer(engine: Engine, teacher: Task) -> Renderer:
         InputError: the model has no room for a text behind the teacher's, or is a masked one
             without label words.
     """
-    renderer = engine.renderer(teacher)
-    renderer.compares = bool(renderer.labels)
+    renderer = engine.renderer(teacher).asking()
     if engine.base.kind is ModelKind.MASKED and not renderer.compares:
         raise InputError(
             "a masked model teaches label words only, since a free answer's length is unknown; "

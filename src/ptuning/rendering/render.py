@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, Self
 
 from ..data.rows import in_blocks
 from ..errors import DataError, InputError
@@ -136,6 +136,11 @@ class Renderer:
         self._longest_answer = longest_answer
         self.layout = Layout(tokenizer, task, kind, [len(group) for group in self.groups])
         self._check_kind()
+
+    def asking(self) -> Self:
+        """For predictions: labels are compared among each other, however they were trained."""
+        self.compares = bool(self.labels)
+        return self
 
     def _check_kind(self) -> None:
         task, template = self.task, self.task.parsed

@@ -239,7 +239,8 @@ class Local:
             self._renew()
         try:
             members = members_of(task)
-            return Handle(task, [self._engine.renderer(one) for one in members], attachment)
+            renderers = [self._engine.renderer(one).asking() for one in members]
+            return Handle(task, renderers, attachment)
         except BaseException:
             if attachment is not None:
                 attachment.detach()

@@ -192,7 +192,7 @@ class Remote:
         # Of its context vLLM counts the last token that is asked for, though nobody reads it, and
         # wants one behind the words that are compared.
         context = None if self._context is None else self._context - (2 if task.labels else 1)
-        return Renderer(self._tokenizer, task, ModelKind.CAUSAL, context)
+        return Renderer(self._tokenizer, task, ModelKind.CAUSAL, context).asking()
 
     def _rendered(self, handle: Handle, row: Row, wish: Wish) -> tuple[Handle, Any]:
         with self._rendering:

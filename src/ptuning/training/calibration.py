@@ -123,9 +123,7 @@ def calibrate(
     """
     prompt.label_bias = None
     engine = Engine(base)
-    renderers = [engine.renderer(member) for member in prompt.members]
-    for renderer in renderers:
-        renderer.compares = True
+    renderers = [engine.renderer(member).asking() for member in prompt.members]
     with attached(base, prompt.members) as first_ids:
 
         def asked(rows: Sequence[Example], answered: bool) -> tuple[Tensor, list[int | None]]:
