@@ -141,6 +141,10 @@ def _chat(model: str, count: int, said: str = "a", **others: Any) -> bytes:
     return json.dumps({"model": model, "messages": turns, **others}).encode()
 
 
+def _text(model: str, said: str) -> bytes:
+    return json.dumps({"model": model, "prompt": said}).encode()
+
+
 _PREDICT = "/v1/prompts/mood/predict"
 _WRONG: list[tuple[str, bytes, int, str]] = [
     (_PREDICT, b'{"fields": {"text": "\xff"}}', 400, "no UTF-8: byte 21 is 0xff"),
@@ -167,6 +171,8 @@ _WRONG: list[tuple[str, bytes, int, str]] = [
     ("/v1/prompts/nobody/predict", b'{"fields": {}}', 404, "there is no prompt 'nobody'"),
     ("/v1/prompts/mood/predikt", b"{}", 404, "Not Found; see /docs"),
     ("/v1/completions", b'{"model": "pair", "prompt": "a"}', 422, "'a', 'b'; send them as"),
+    ("/v1/completions", _text("pair", "[" * 19_000), 422, "'a', 'b'; send them as"),
+    ("/v1/completions", _text("pair", '{"a": NaN, "b": 1}'), 422, "'a', 'b'; send them as"),
     ("/v1/completions", b'{"model": "mood", "prompt": "a", "n": 2}', 422, "n: "),
     ("/v1/completions", b'{"model": "mood", "prompt": []}', 422, "prompt"),
     ("/v1/completions", b'{"model": "mood", "prompt": "a", "fields": {"text": "b"}}', 422, "both"),

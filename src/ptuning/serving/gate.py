@@ -216,7 +216,7 @@ def check_json(body: bytes, content_type: bytes) -> None:
             400, f"the body is no UTF-8: byte {error.start} is 0x{body[error.start]:02x}"
         ) from None
     try:
-        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=distinct)
+        value = json.loads(text, parse_constant=no_constant, object_pairs_hook=distinct)
     except json.JSONDecodeError as error:
         raise Refused(
             400, f"the body is no JSON: line {error.lineno} column {error.colno}: {error.msg}"
@@ -230,7 +230,12 @@ def check_json(body: bytes, content_type: bytes) -> None:
         raise Refused(400, f"the body is nested deeper than {_LEVELS} levels")
 
 
-def _no_constant(name: str) -> None:
+def no_constant(name: str) -> None:
+    """Refuse NaN and infinities, for `json.loads`.
+
+    Raises:
+        ValueError: names what came.
+    """
     raise ValueError(f"{name} is no JSON number")
 
 

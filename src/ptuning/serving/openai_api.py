@@ -19,7 +19,7 @@ from fastapi.responses import Response, StreamingResponse
 from ..formats import distinct
 from .asking import Desk
 from .backend import Answer, Row
-from .gate import Refused, error_body
+from .gate import Refused, error_body, no_constant
 from .json_text import Json, event
 from .messages import ChatRequest, CompletionRequest
 from .registry import Served
@@ -89,8 +89,8 @@ def _row(served: Served | None, text: str | None, fields: Row | None) -> Row:
     if len(served.fields) == 1:
         return {served.fields[0]: text}
     try:
-        row = json.loads(text, object_pairs_hook=distinct)
-    except ValueError:
+        row = json.loads(text, parse_constant=no_constant, object_pairs_hook=distinct)
+    except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict) or any(isinstance(v, dict | list) for v in row.values()):
         raise Refused(
