@@ -143,6 +143,15 @@ def test_no_answer_is_longer_than_the_server_writes(
     assert longer.written > 3 and longer.text.startswith(answer.text)
 
 
+def test_more_rows_than_may_ever_wait_are_too_many(local: Local) -> None:
+    registry: Any = SimpleNamespace(served={}, refused={})
+    desk = Desk(local, registry, Limits(rows=9, waiting=5), Metrics())
+    desk.check_count([{}] * 5)
+    with pytest.raises(Refused, match="6 rows came; at most 5 may at once") as refused:
+        desk.check_count([{}] * 6)
+    assert refused.value.status == 413
+
+
 @pytest.mark.parametrize("virtual", [True, False])
 def test_labels_that_were_trained_over_the_vocabulary_are_compared(
     place: Path, local: Local, virtual: bool

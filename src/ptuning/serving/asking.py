@@ -64,9 +64,10 @@ class Desk:
         return Wish(deadline, virtual, limit, stops, self.limits.tokens)
 
     def check_count(self, rows: Sequence[Row]) -> None:
-        """Refuse more rows than may come at once."""
-        if len(rows) > self.limits.rows:
-            raise Refused(413, f"{len(rows)} rows came; at most {self.limits.rows} may at once")
+        """Refuse more rows than may come at once, or than could ever wait."""
+        most = min(self.limits.rows, self.limits.waiting)
+        if len(rows) > most:
+            raise Refused(413, f"{len(rows)} rows came; at most {most} may at once")
 
     def check_rows(self, served: Served, rows: Sequence[Row], named: bool) -> None:
         """Refuse rows that the prompt does not take.
