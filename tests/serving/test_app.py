@@ -88,6 +88,9 @@ def test_openais_client_completes_and_chats(server: servers.Server, client: Any)
     assert chat.choices[0].message.content == said[0]
     parts = theirs.chat.completions.create(model="capital", messages=turns, stream=True)
     assert "".join(p.choices[0].delta.content or "" for p in parts) == said[0]
+    with theirs.chat.completions.stream(model="mood", messages=turns) as events:
+        joined = events.get_final_completion().choices[0]
+    assert (joined.message.role, joined.finish_reason) == ("assistant", "stop")
     pair = theirs.completions.create(
         model="pair", prompt="", extra_body={"fields": servers.ROWS["pair"]}
     )

@@ -164,9 +164,11 @@ async def _events(
     usage: bool,
 ) -> AsyncIterator[str]:
     frame = {**frame, "object": "chat.completion.chunk" if chat else "text_completion"}
+    role = {"role": "assistant"}  # told once: clients join what chunks say, the role too
 
     def chunk(text: str, end: str | None = None) -> str:
-        said = {"delta": {"role": "assistant", "content": text}} if chat else {"text": text}
+        said = {"delta": {**role, "content": text}} if chat else {"text": text}
+        role.clear()
         choice = {"index": 0, "finish_reason": end, "logprobs": None, **said}
         return event({**frame, "choices": [choice]})
 
