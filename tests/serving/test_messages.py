@@ -59,5 +59,14 @@ def test_of_many_faults_the_first_is_told_and_no_other_looked_for(
 def test_optional_fields_of_openais_may_be_null(kind: Any, body: dict[str, Any]) -> None:
     optional = [name for name in kind.model_fields if name not in body]
     assert {"stream", "n", "stop"} <= set(optional)
-    made = kind.model_validate({**body, **dict.fromkeys(optional)})
+    others = ["tools", "top_logprobs", "metadata"]
+    made = kind.model_validate({**body, **dict.fromkeys([*optional, *others])})
     assert not made.stream
+
+
+def test_a_turn_of_openais_own_may_be_said_again() -> None:
+    openai = pytest.importorskip("openai.types.chat")
+    turn = openai.ChatCompletionMessage(role="assistant", content="Oslo").model_dump()
+    assert None in turn.values()
+    made = ChatRequest.model_validate({"model": "m", "messages": [turn]})
+    assert made.messages[0].text == "Oslo"

@@ -49,13 +49,17 @@ class _Message(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, value: Any) -> Any:
-        for name in value if isinstance(value, dict) else ():
+        """Clients write null for what they do not say, also in fields that are not taken here."""
+        if not isinstance(value, dict):
+            return value
+        said = {k: v for k, v in value.items() if v is not None or k in cls.model_fields}
+        for name in said:
             if name not in cls.model_fields:
                 told = {"field": name}
                 raise PydanticCustomError(
                     _INNER, "{field} is no field of this request; see /docs", told
                 )
-        return value
+        return said
 
 
 class PredictRequest(_Message):
