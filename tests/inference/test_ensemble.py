@@ -217,6 +217,29 @@ def test_evaluate_measures_all_members() -> None:
     )
 
 
+def test_an_ensemble_may_be_measured_by_another_column() -> None:
+    model, tokenizer, members = setting("llama", LABELS["one token"])
+    ensemble, expected = (
+        together(members),
+        ptuning.evaluate(model, tokenizer, together(members), ROWS),
+    )
+    ensemble.answer = "right"
+    rows = [{"text": row["text"], "right": row["label"]} for row in ROWS]
+    result = ptuning.evaluate(model, tokenizer, ensemble, rows)
+    assert (result.accuracy, result.loss) == (expected.accuracy, expected.loss)
+
+
+def test_each_row_is_measured_by_the_answer_column_that_it_has() -> None:
+    model, tokenizer, (prompt, *_) = setting("llama", {**LABELS["one token"], "answer": None})
+    rows = [
+        {"text": "France", "answer": "b"},
+        {"text": "Italy", "label": "a"},
+        {"text": "Oslo", "label": "b", "answer": "a"},
+    ]
+    result = ptuning.evaluate(model, tokenizer, prompt, rows)
+    assert result.right_answers == ["b", "a", "a"]
+
+
 def test_columns_are_those_of_all_members() -> None:
     templates = (TEMPLATES[0], "{text} {title} [P*2] [MASK]")
     model, tokenizer, members = setting("llama", LABELS["one token"], 2, templates)

@@ -76,12 +76,14 @@ class Prompt(PromptSettings):
     @property
     def members(self) -> list[Prompt]:
         """The prompts that answer together, the best first; alone it is this one. The first has
-        the label bias of all together."""
+        the label bias of all together, and its answer column is that of all."""
         if not self.others:
             return [self]
-        first = copy.copy(self)
+        first, *others = (copy.copy(member) for member in (self, *self.others))
         first.others = ()
-        return [first, *self.others]
+        for other in others:
+            other.answer = self.answer
+        return [first, *others]
 
     def alone(self) -> Prompt:
         """The first member of an ensemble as a prompt of its own, with the same vectors; a label
