@@ -27,6 +27,7 @@ from ..rendering.render import Renderer, render_all
 from ..reporting import html_picture, html_table, percent, shares
 from ..training.calibration import bias_against, without_content
 from ..training.guidance import dev_far_above
+from ..training.members import answers_of
 from .answering import Prediction, read_back
 from .attachment import placed
 from .baselines import automatic_templates
@@ -160,10 +161,9 @@ def evaluate(
     if not rows:
         raise DataError("there is no example to evaluate on; give at least one")
     _, loss = teacher_forced(model, tokenizer, prompt, rows, batch_size)
-    column = answer_column(prompt, rows[0])
     asked = partial(_by_hand, model, tokenizer, candidates=candidates, batch_size=batch_size)
     masked = BaseModel.of(model, tokenizer).kind == "masked"
-    by_hand = prompt.manual(manual or _best_manual(asked, prompt, column, masked, rows))
+    by_hand = prompt.manual(manual or _best_manual(asked, prompt, masked, rows))
     manual_accuracy = asked(by_hand, rows)
     predictions = predict_details(
         model,
@@ -174,7 +174,7 @@ def evaluate(
         answer_tokens=answer_tokens,
         batch_size=batch_size,
     )
-    named = [prompt.label_text(row[column]) for row in rows]
+    named = answers_of(prompt, rows)
     compares = bool(prompt.labels or candidates)
     gold = named if compares else [read_back(tokenizer, text) for text in named]
     said = [prediction.answer for prediction in predictions]
@@ -250,11 +250,11 @@ def log_shares(
 def _best_manual(
     score: Callable[[Task, Sequence[Example]], float],
     prompt: Prompt,
-    column: str,
     masked: bool,
     rows: Sequence[Example],
 ) -> str:
     """The automatic template that is best on the first rows."""
+    column = answer_column(prompt, rows[0])
     own, *others = automatic_templates(prompt, column, masked)
     scores = {own: score(prompt.manual(own), rows[:_CHOOSING])}
     for template in others:
@@ -276,8 +276,7 @@ def _by_hand(
         return manual_score(model, tokenizer, task, rows, batch_size)
     options: Any = {"candidates": candidates, "batch_size": batch_size}
     found = predict_details(model, tokenizer, task, rows, **options)
-    column = answer_column(task, rows[0])
-    return _share(p.answer == task.label_text(r[column]) for p, r in zip(found, rows, strict=True))
+    return _share(p.answer == own for p, own in zip(found, answers_of(task, rows), strict=True))
 
 
 def teacher_forced(

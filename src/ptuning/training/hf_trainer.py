@@ -180,7 +180,7 @@ def trainer_parts(
     examples = render_all(renderer, rows, "training")
     check_answer_lengths(draft, renderer, examples, "training")
     learn_answer_length(draft, renderer, examples)
-    majority = majority_answer(answers_of(draft, rows, None))
+    majority = majority_answer(answers_of(draft, rows))
     facts = {"seed": seed, "examples": len(rows), "majority_answer": majority}
     module = PromptModule(engine, renderer, draft, seed, facts)
     first_id = module.first_ids()[0]

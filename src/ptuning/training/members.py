@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from ..backbone.base_model import BaseModel
 from ..errors import DataError
 from ..prompts.prompt import Prompt
+from ..prompts.task import Task
 from ..rendering.example import Example, answer_column
 from ..rendering.lesson import Lesson
 from ..rendering.render import Rendered, Renderer, render_all, taught
@@ -61,12 +62,12 @@ def _examples(
 
 
 def answers_of(
-    prompt: Prompt, rows: Sequence[Example], lessons: Sequence[Lesson] | None
+    task: Task, rows: Sequence[Example], lessons: Sequence[Lesson] | None = None
 ) -> list[str]:
     """What the rows ask for, as it is compared."""
     if lessons is not None:
         return [lesson.answer for lesson in lessons]
-    return [prompt.label_text(row[answer_column(prompt, row)]) for row in rows]
+    return [task.label_text(row[answer_column(task, row)]) for row in rows]
 
 
 def check_answer_lengths(
