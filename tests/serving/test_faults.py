@@ -154,6 +154,21 @@ def test_a_client_that_leaves_its_stream_frees_the_model(server: servers.Server)
     _until(lambda: "ptuning_waiting_rows 0.0" in servers.get(f"{server.url}/metrics").text)
 
 
+def test_clients_that_lose_patience_free_the_model(place: Path) -> None:
+    with servers.serving(place / "prompts", "--timeout", "60") as server:
+        body = {"rows": [servers.ROWS["capital"]] * 250, "max_tokens": 110}
+        path = f"{server.url}/v1/prompts/capital/predict"
+        for _ in range(4):
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(path, json=body, timeout=0.3)
+        assert _ask(server.url, "mood").status_code == 200
+        metrics = servers.get(f"{server.url}/metrics").text
+        assert "ptuning_waiting_rows 0.0" in metrics
+        assert 'path="/v1/prompts/{name}/predict",status="499"} 4.0' in metrics
+        assert server.end() == 0
+        assert server.said[-1] == "stopped: 5 requests accepted, 5 answered"
+
+
 def test_prompts_come_go_and_break_while_others_are_served(place: Path, folder: Path) -> None:
     with servers.serving(folder) as server:
         failed: list[str] = []

@@ -12,7 +12,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -119,7 +119,8 @@ class Gate:
         try:
             await self._let_in(scope, receive, noted)
         except Refused as error:
-            await _refuse(noted, error)
+            if not status:
+                await _refuse(noted, error)
         except Exception as error:  # nobody has a word for it: the log has the whole
             traceback.print_exception(error, file=sys.stderr)
             if not status:
@@ -138,7 +139,7 @@ class Gate:
         self._inside += 1
         try:
             body = await self._body(scope, receive)
-            await self._app(scope, _handed_on(body, receive), send)
+            await _while_awaited(self._app(scope, _handed_on(body, receive), send), receive)
         finally:
             self._inside -= 1
 
@@ -188,6 +189,25 @@ class Gate:
             else:
                 check_json(body, kind)
         return body
+
+
+async def _while_awaited(work: Coroutine[Any, Any, None], receive: Receive) -> None:
+    """A request's work, which is given up when the client has gone: else those who lose patience
+    and ask again hold up everybody.
+
+    Raises:
+        Refused: it has; nobody hears it but the metrics.
+    """
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(receive())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done() and leaving.result()["type"] == "http.disconnect":
+            raise Refused(499, "the client has left")
+        await working
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 async def _refuse(send: Send, error: Refused) -> None:
