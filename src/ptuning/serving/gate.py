@@ -12,7 +12,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -191,7 +191,7 @@ class Gate:
         return body
 
 
-async def _while_awaited(work: Coroutine[Any, Any, None], receive: Receive) -> None:
+async def _while_awaited(work: Awaitable[None], receive: Receive) -> None:
     """A request's work, which is given up when the client has gone: else those who lose patience
     and ask again hold up everybody.
 
