@@ -85,6 +85,28 @@ def test_a_merged_model_that_looks_ids_up_again_answers_as_the_attached_prompt(
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["Esm", "MobileBert"])
+def test_a_head_of_several_parts_grows_as_a_whole(name: str, tied: bool, tmp_path: Path) -> None:
+    own: dict[str, Any] = {"position_embedding_type": "rotary", "mask_token_id": 4}
+    if name == "MobileBert":
+        own = {"embedding_size": 16, "intra_bottleneck_size": 32, "true_hidden_size": 32}
+    tokenizer = tiny.tokenizer("wordpiece", around=True)
+    sizes = {**tiny.FAMILIES["bert"][2], **own, "vocab_size": len(tokenizer)}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**sizes, tie_word_embeddings=tied)
+    model = getattr(transformers, f"{name}ForMaskedLM")(config).eval()
+    prompt = _prompt(model, tokenizer)
+    ptuning.merge(model, tokenizer, {"cap": prompt}).save(tmp_path / "merged")
+    loaded = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "merged")
+    merged = ptuning.Merged.load(tmp_path / "merged")
+    ids = _ids(merged.tokenizer, merged.prompts["cap"], ROWS[0])
+    got, words = _logits(loaded, ids), len(tokenizer)
+    expected = _attached(model, tokenizer, prompt, ROWS[0])[:, :words]
+    torch.testing.assert_close(got[:, :words], expected, rtol=1e-5, atol=1e-5)
+    assert (got[:, words:].max(1).values < got[:, :words].max(1).values).all()
+
+
 def _base(family: str, **changes: Any) -> tuple[Any, Any]:
     masked = family in tiny.MASKED
     tokenizer = tiny.tokenizer("wordpiece" if masked else "byte_bpe", around=masked)

@@ -305,9 +305,12 @@ def vocabulary_bias(model: nn.Module) -> Tensor | None:
 
 
 def output_bias(model: nn.Module) -> Tensor | None:
-    """What is added to the logits: the head's own bias ``(vocabulary,)``, or `vocabulary_bias`."""
-    bias = vocabulary_bias(model)
-    return bias if bias is not None else getattr(output_head(model), "bias", None)
+    """What is added to the logits: `vocabulary_bias`, or the bias ``(vocabulary,)`` of the head or,
+    where that has none (ESM), of the module around it."""
+    head = output_head(model)
+    around = [module for module in model.modules() if head in [*module.children()]]
+    found = [vocabulary_bias(model), *(getattr(one, "bias", None) for one in (head, *around))]
+    return next((bias for bias in found if isinstance(bias, Tensor)), None)
 
 
 _ENGINES_TIE = ("cohere", "cohere2", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")

@@ -164,13 +164,19 @@ def _quiet_head(
     twin: Any, embedding: nn.Embedding, head: Any, rows: int, ids: Tensor, unlikely: list[int]
 ) -> bool:
     """See to it that no virtual token is ever said; True where the head cannot."""
-    tied, bias = _is_tied(twin), output_bias(twin)
+    tied, bias, around = _is_tied(twin), output_bias(twin), _parent(twin, head)
+    for module in around.children():  # MobileBERT's head has a second part, on its side
+        if not isinstance(module, nn.Linear) or module is head:
+            continue
+        if module.in_features == head.out_features:
+            _grow(module.weight, rows, dim=1)
+            module.in_features = rows
     if not tied:
         _grow(head.weight, rows)
     head.out_features = rows
     if bias is not None:
         _grow(bias, rows, dim=bias.dim() - 1)
-        copies = getattr(_parent(twin, head), "bias", None)  # BERT's and RoBERTa's, if not tied
+        copies = getattr(around, "bias", None)  # BERT's and RoBERTa's, if not tied
         if isinstance(copies, Tensor) and copies is not bias:
             _grow(copies, rows)
         bias[..., ids.to(bias.device)] = _NEVER
