@@ -32,7 +32,7 @@ def device_called(name: str | torch.device) -> torch.device:
     """
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise InputError(f"device is {name!r}; give cpu, cuda, cuda:1, mps or xpu") from None
     if device.type == "cpu":
         return device

@@ -46,6 +46,12 @@ def excerpt(text: str, at: int = 0, most: int = 300) -> str:
     return f"{'…' if start else ''}{text[start:end]}{'…' if end < len(text) else ''}"
 
 
+def briefly(value: object) -> str:
+    """What came, for a message: on one line, and of a long one the beginning."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
 def in_one_line(error: BaseException) -> str:
     """What an error of somebody else says first, or its kind where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .identity import check_same, describe
+from .tokens import check_tokenizer
 from .traits import ModelKind, context_length, decoder_length, kind_of
 
 
@@ -36,9 +37,11 @@ class BaseModel:
         """Read off what a model and its tokenizer are.
 
         Raises:
-            InputError: the model has no output head over a vocabulary.
+            InputError: one of them is none, or the model has no output head over a vocabulary.
         """
-        return cls(model, tokenizer, kind_of(model), context_length(model, tokenizer))
+        kind = kind_of(model)
+        check_tokenizer(tokenizer)
+        return cls(model, tokenizer, kind, context_length(model, tokenizer))
 
     @property
     def longest_answer(self) -> int | None:

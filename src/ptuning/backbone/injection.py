@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..threads import CHANGING
+from .traits import check_model
 from .upstream import hook_owners, remove_hooks_of
 
 Words = Callable[[Tensor, Tensor], Tensor]
@@ -344,8 +345,9 @@ def input_embedding(model: nn.Module) -> nn.Embedding:
     """The module that turns input ids into vectors.
 
     Raises:
-        InputError: the model has none.
+        InputError: it is no model, or has none.
     """
+    check_model(model)
     get = getattr(model, "get_input_embeddings", None)
     try:
         module = get() if get else None

@@ -66,7 +66,7 @@ def load_model(
 
     named(name)
     name = os.fspath(name)  # as it is written: a hub name's slash stays one on Windows
-    place = device_called(device) if device else best_device()
+    place = best_device() if device is None else device_called(device)
     eight_bits.check_frozen(frozen, place)
     chosen = choose_dtype(name, dtype, device=place).dtype
     source = _resolve(name)
@@ -152,7 +152,7 @@ def check_dtype(dtype: str) -> None:
     Raises:
         InputError: it is none.
     """
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
 
 

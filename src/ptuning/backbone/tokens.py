@@ -11,6 +11,7 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+from ..errors import InputError, briefly
 from ..threads import CHANGING
 
 _OF_MODELS = (
@@ -31,6 +32,19 @@ class _Seen(NamedTuple):
 _seen: WeakKeyDictionary[Any, _Seen] = WeakKeyDictionary()
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse what is no tokenizer, such as the model.
+
+    Raises:
+        InputError: says what came.
+    """
+    if not hasattr(tokenizer, "get_vocab"):
+        raise InputError(
+            f"tokenizer is {briefly(tokenizer)}; give the model's (ptuning.load_model gives "
+            "model and tokenizer)"
+        )
+
+
 def first_free_id(tokenizer: Any) -> int:
     """One past the tokenizer's highest id (its length, unless its ids have holes)."""
     return 0 if tokenizer is None else _looked_at(tokenizer).first_free
@@ -42,6 +56,7 @@ def tokenizer_hash(tokenizer: Any, without: Collection[int] = ()) -> str:
 
 
 def _looked_at(tokenizer: Any) -> _Seen:
+    check_tokenizer(tokenizer)
     state = tokenizer_state(tokenizer)
     with CHANGING:
         seen = None if state is None else _seen.get(tokenizer)

@@ -14,8 +14,21 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-from ..errors import InputError
+from ..errors import InputError, briefly
 from .upstream import CACHE, attention_of, is_compiled, is_offloaded, is_stateful, uncompiled
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no model, such as the name of one.
+
+    Raises:
+        InputError: says what came.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"model is {briefly(model)}; expected a loaded model (ptuning.load_model gives "
+            "model and tokenizer)"
+        )
 
 
 class ModelKind(enum.StrEnum):
@@ -52,8 +65,9 @@ def kind_of(model: nn.Module) -> ModelKind:
     """How the model gives an answer.
 
     Raises:
-        InputError: the model has no output head over a vocabulary.
+        InputError: it is no model, or has no output head over a vocabulary.
     """
+    check_model(model)
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return ModelKind.SEQ2SEQ

@@ -62,7 +62,8 @@ def _rows(source: str | Path, separator: str | None) -> Iterator[Row]:
     except InputError as error:
         raise DataError(f"data: {error}") from None
     kind = _kind(path)
-    if separator is not None and (len(separator) != 1 or separator in '"\r\n'):
+    single = isinstance(separator, str) and len(separator) == 1
+    if separator is not None and (not single or separator in '"\r\n'):
         raise DataError(f"the separator is {separator!r}; give one character, such as ';'")
     try:
         exists, is_file, is_folder = path.exists(), path.is_file(), path.is_dir()

@@ -16,7 +16,7 @@ from torch import nn
 from ..backbone.base_model import BaseModel
 from ..backbone.identity import difference
 from ..backbone.injection import input_embedding
-from ..errors import InputError, PromptFileError
+from ..errors import InputError, PromptFileError, briefly
 from ..prompts.prompt import Prompt
 from ..rendering.merged_text import merged_text, names_of
 from .merged_files import Merged
@@ -53,6 +53,8 @@ def merge(
         >>> merged.save("merged/")
     """
     base = BaseModel.of(model, tokenizer)
+    if not isinstance(already, Mapping | None):
+        raise InputError(f"already is {briefly(already)}; give the merged model's Merged.prompts")
     table = {name: dict(entry) for name, entry in (already or {}).items()}
     before = _virtual_ids(table, tokenizer)
     _check(base, prompts, table, before)

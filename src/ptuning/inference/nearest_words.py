@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..backbone.injection import input_embedding
+from ..backbone.tokens import check_tokenizer
 from ..prompts.consistency import check_kind
 from ..prompts.prompt import Prompt
 from ..prompts.task import at_least_one
@@ -38,6 +39,7 @@ def nearest_words(
     check_kind(prompt, Prompt)
     at_least_one("count", count)
     embedding = input_embedding(model)
+    check_tokenizer(tokenizer)
     size = min(embedding.num_embeddings, len(tokenizer))
     ids = torch.arange(size, device=embedding.weight.device)
     vocabulary = torch.cat([embedding(part).float().cpu() for part in ids.split(8192)])

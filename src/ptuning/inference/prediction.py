@@ -84,10 +84,11 @@ def predict_details(
     """Like `predict`, with probabilities: a `Prediction` for each row."""
     at_least_one("batch_size", batch_size)
     tasks = as_tasks(prompt)
+    base = BaseModel.of(model, tokenizer)
     whole = as_rows(rows)
     at_once = rows_ahead(model, batch_size) or max(1, len(whole))
     blocks = [whole[at : at + at_once] for at in range(0, max(1, len(whole)), at_once)]
-    found = _predicted(model, tokenizer, tasks, blocks, candidates, answer_tokens, batch_size)
+    found = _predicted(base, tasks, blocks, candidates, answer_tokens, batch_size)
     results = [list(chain.from_iterable(of_task)) for of_task in zip(*found, strict=True)]
     return results[0] if isinstance(prompt, Task) else results
 
@@ -132,14 +133,14 @@ def stream_predictions(
     """
     at_least_one("batch_size", batch_size)
     options = candidates, answer_tokens, batch_size
-    for (predictions,) in _predicted(model, tokenizer, as_tasks(prompt), blocks, *options, first):
+    base = BaseModel.of(model, tokenizer)
+    for (predictions,) in _predicted(base, as_tasks(prompt), blocks, *options, first):
         yield predictions
 
 
 @torch.no_grad()
 def _predicted(
-    model: nn.Module,
-    tokenizer: Any,
+    base: BaseModel,
     tasks: Sequence[Task],
     blocks: Iterable[Sequence[Row]],
     candidates: Sequence[str] | None,
@@ -151,7 +152,6 @@ def _predicted(
     members = [members_of(task) for task in tasks]
     answers = as_candidates(candidates)
     several = sum(map(len, members)) > 1
-    base = BaseModel.of(model, tokenizer)
     engine = Engine(base, None if several else _KEPT, repeats=True)
 
     def reader(task: Task) -> _Asked:
@@ -166,9 +166,11 @@ def _predicted(
         return [one.rendered(rows, number) for one in readers]
 
     with ExitStack() as stack:
-        stack.enter_context(eval_mode(model))
+        stack.enter_context(eval_mode(base.model))
         for one in readers:
-            one.first_id = stack.enter_context(placed(model, tokenizer, one.renderer.task))
+            one.first_id = stack.enter_context(
+                placed(base.model, base.tokenizer, one.renderer.task)
+            )
         for examples in _ahead(render, blocks, first, engine.base.device.type != "cpu"):
             for one, of_one in zip(readers, examples, strict=True):
                 one.take_up(of_one)
@@ -225,7 +227,8 @@ def as_candidates(candidates: Iterable[Any] | None) -> list[str] | None:
     """
     if candidates is None:
         return None
-    found = None if isinstance(candidates, str | Mapping) else list(candidates)
+    listed = isinstance(candidates, Iterable) and not isinstance(candidates, str | bytes | Mapping)
+    found = list(candidates) if listed else None
     if not found:
         raise InputError(
             f"candidates is {candidates!r}; give a list of the answers that compete, or None"

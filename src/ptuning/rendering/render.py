@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Self
 
+from ..backbone.tokens import check_tokenizer
 from ..data.rows import in_blocks
 from ..errors import DataError, InputError
 from ..prompts.prompt import Prompt
@@ -110,8 +111,7 @@ class Renderer:
         candidates: list[str] | None = None,
         longest_answer: int | None = None,
     ):
-        if tokenizer is None:
-            raise InputError("tokenizer is None; give the model's")
+        check_tokenizer(tokenizer)
         self.tokenizer, self.task, self.kind = tokenizer, task, kind
         self.groups = resolve_words(tokenizer, task)
         self.count = sum(map(len, self.groups))

@@ -165,6 +165,7 @@ def trainer_parts(
         InputError: what is no prompt, or a model that is not the prompt's.
     """
     check_kind(prompt, Prompt)
+    seed = TrainSettings(seed=seed).seed
     rows = as_rows(rows)
     check_some(rows)
     base = BaseModel.of(model, tokenizer)
