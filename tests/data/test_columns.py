@@ -120,6 +120,24 @@ def test_codes_are_read_where_there_is_nothing_else() -> None:
         columns_of([{"label": team} for team in TEAMS])
 
 
+@pytest.mark.parametrize("header", [" text", "text {en}"])
+def test_codes_are_not_read_in_place_of_a_text_that_cannot_be(header: str) -> None:
+    table = [{"id": n, header: TEXTS[n], " label": TEAMS[n]} for n in range(24)]
+    with pytest.raises(
+        DataError, match="nothing to answer ' label' from: 'id': the row's number; "
+    ):
+        columns_of(table)
+    with pytest.raises(DataError, match=r"cannot stand in a template .*: rename it"):
+        columns_of(table)
+
+
+def test_codes_are_not_read_in_place_of_a_text_that_some_rows_lack() -> None:
+    table = [{"id": n, "text": TEXTS[n], "label": TEAMS[n]} for n in range(24)]
+    del table[7]["text"]
+    with pytest.raises(DataError, match="'text': it is no text in every row"):
+        columns_of(table)
+
+
 def test_texts_that_come_again_with_their_labels_are_read_where_there_is_nothing_else() -> None:
     few = [{"text": "a joy", "label": 1}, {"text": "dull", "label": 0}] * 12
     found = columns_of(few)

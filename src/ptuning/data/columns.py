@@ -74,13 +74,15 @@ def columns_of(
     answer = _answer(table, answer)
     answers = _order(table[answer])
     read, left_out, twin = [], {}, None
+    unusable = False  # there is a column that a person may have meant
     for name, texts in table.items():
         if name == answer:
             continue
         if why := _unfit(name, texts):
             left_out[name] = why
+            unusable |= bool(name.strip())
         elif dev and _texts(dev, name) is None:
-            left_out[name] = "it is no text in every dev row"
+            left_out[name], unusable = "it is no text in every dev row", True
         elif answers and _order(texts) == answers:
             left_out[name], twin = _TWIN, twin or name
         elif why := _says_nothing(name, texts or []):
@@ -88,7 +90,7 @@ def columns_of(
         else:
             read.append(name)
     for reasons in ((_TWIN,), (_CODE, _NUMBER)):  # they may be all there is
-        if not read:
+        if not read and not unusable:
             read = [name for name, why in left_out.items() if why in reasons]
             left_out = {name: why for name, why in left_out.items() if name not in read}
     if not read and reads:
@@ -174,7 +176,7 @@ def _unfit(name: str, texts: list[str] | None) -> str | None:
     if not name.strip():
         return "it has no name"
     if name != name.strip() or set(name) & set("{}"):
-        return "its name cannot stand in a template (spaces around it, or braces)"
+        return "its name cannot stand in a template (spaces around it, or braces): rename it"
     return "it is no text in every row" if texts is None else None
 
 
@@ -185,7 +187,9 @@ def _says_nothing(name: str, texts: list[str]) -> str | None:
     several = len(texts) > 1
     if several and len(set(texts)) == 1:
         return f"it is always {brief(texts[0], 40)!r}"
-    if len(texts) < 3 or len(set(texts)) < len(texts) or any(re.search(r"\s", t) for t in texts):
+    if len(texts) < 3:
+        return None
+    if len(set(texts)) < len(texts) or any(re.search(r"\s", t) for t in texts):
         return None
     if all(re.fullmatch(r"[+-]?\d{1,18}", text) for text in texts):
         steps = [b - a for a, b in pairwise(map(int, texts))]
