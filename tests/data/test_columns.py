@@ -78,6 +78,10 @@ LEFT_OUT = {
     "bo{d}y": (TEXTS, "braces"),
     " body": (TEXTS, "spaces"),
     "label_text": (["x", "y", "z"] * 8, "in other words"),
+    "Created": ([f"2024-03-05 {max(n, 3):02}:10:59" for n in range(24)], "moment"),
+    "Timestamp": ([f"3/{n + 1}/2024 14:32:10" for n in range(24)], "moment"),
+    "Updated": ([f"{n + 1}/Nov/24 3:04 PM" for n in range(24)], "moment"),
+    "Solved at": ([f"2024-03-05T{n:02}:10:59Z" if n % 2 else "" for n in range(24)], "moment"),
 }
 
 
@@ -95,6 +99,8 @@ def test_columns_that_help_nobody_are_left_out(name: str) -> None:
         [f"name{'x' * n}" for n in range(24)],
         [n * 37 % 24 for n in range(24)],
         [f"{n}.{n}5" for n in range(24)],
+        ["2024-03-05 10:00", "2024-03-06 11:30"] * 12,
+        [f"on 2024-03-05 10:{n:02} it broke" for n in range(24)],
         ["red", "green"] * 12,
     ],
 )

@@ -29,6 +29,11 @@ _ID_NAME = re.compile(
 _TWIN = "the answer in other words"
 _CODE = "a code of its own in every row"
 _NUMBER = "the row's number"
+_MOMENT = "a moment of its own in most rows"
+_DATE_AND_TIME = re.compile(
+    r"\d{1,4}[-/. ]\w{1,9}[-/. ]\d{1,4}[T, ]+\d{1,2}:\d\d(:\d\d([.,]\d+)?)?"
+    r"(\s?[AaPp]\.?[Mm]\.?)?(\s?(Z|UTC|GMT|[+-]\d\d:?\d\d))?"
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def columns_of(
             left_out[name] = why
         else:
             read.append(name)
-    for reasons in ((_TWIN,), (_CODE, _NUMBER)):  # they may be all there is
+    for reasons in ((_TWIN,), (_CODE, _NUMBER, _MOMENT)):  # they may be all there is
         if not read and not unusable:
             read = [name for name, why in left_out.items() if why in reasons]
             left_out = {name: why for name, why in left_out.items() if name not in read}
@@ -189,6 +194,9 @@ def _says_nothing(name: str, texts: list[str]) -> str | None:
         return f"it is always {brief(texts[0], 40)!r}"
     if len(texts) < 3:
         return None
+    moments = [text for text in texts if text]
+    if 2 * len(set(moments)) > len(moments) and all(map(_DATE_AND_TIME.fullmatch, moments)):
+        return _MOMENT
     if len(set(texts)) < len(texts) or any(re.search(r"\s", t) for t in texts):
         return None
     if all(re.fullmatch(r"[+-]?\d{1,18}", text) for text in texts):
