@@ -30,6 +30,9 @@ def rows(**columns: list[Any]) -> list[dict[str, Any]]:
         ({"team": TEAMS}, "team"),
         ({"team": TEAMS, "category": ["a", "b"] * 12}, "category"),
         ({"team_id": [0, 1, 2] * 8, "team": TEAMS}, "team"),
+        ({"team": TEAMS, "rating": ["good", "", ""] * 8}, "team"),
+        ({"team": TEAMS, "category": ["good", None, None] * 8}, "team"),
+        ({"team": [*TEAMS[:23], ""]}, "team"),
     ],
 )
 def test_the_answer_is_found(columns: dict[str, list[Any]], answer: str) -> None:

@@ -141,6 +141,7 @@ def _answer(table: Mapping[str, list[str] | None], given: str | None) -> str:
         if alike:
             return wanted if wanted in alike else alike[0]
     few = [name for name, texts in table.items() if texts and _has_few_values(texts)]
+    few = [name for name in few if all(table[name] or ())] or few  # every example has an answer
     usual = [name for name in few if name.strip().lower() in _USUAL]
     found = _without_twins(usual or few, table)
     if len(found) == 1:
