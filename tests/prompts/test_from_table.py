@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -98,6 +99,17 @@ def test_frames_and_data_sets_are_tables_and_class_labels_have_names() -> None:
     features = datasets.Features({"text": datasets.Value("string"), "label": kinds})
     data = datasets.Dataset.from_dict({"text": TEXTS, "label": [0, 1] * 12}, features=features)
     assert words_of(Prompt.for_rows(data)) == {"world": "world", "sport": "sport"}
+
+
+@pytest.mark.parametrize("written", ["true", "True", "TRUE"])
+def test_truths_of_two_kinds_of_files_are_the_same_labels(written: str) -> None:
+    other = {"true": "false", "True": "False", "TRUE": "FALSE"}[written]
+    own = [{"text": text, "label": n % 2 == 0} for n, text in enumerate(TEXTS)]
+    text = [{"text": text, "label": (written, other)[n % 2]} for n, text in enumerate(TEXTS)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert words_of(Prompt.for_rows(own, dev=text)) == {"true": "yes", "false": "no"}
+        assert words_of(Prompt.for_rows(text, dev=own)) == {written: "yes", other: "no"}
 
 
 def test_labels_that_differ_only_in_case_are_two_and_said() -> None:

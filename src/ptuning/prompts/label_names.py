@@ -18,6 +18,7 @@ from typing import Any
 from ..data.columns import Columns, are_labels
 from ..data.values import plain, text_of
 from ..errors import DataError
+from .task import as_label
 
 _TRUTH = {
     **{"0": "no", "false": "no", "False": "no", "FALSE": "no"},
@@ -34,7 +35,7 @@ def label_words(rows: Sequence[Mapping[str, Any]], columns: Columns) -> dict[str
         DataError: there are several examples, and one label or none for some of them.
     """
     cells = [plain(row.get(columns.answer)) for row in rows]
-    labels = [_label(columns.answer, cell) for cell in cells]
+    labels = _labels(columns.answer, cells)
     known = list(dict.fromkeys(label for label in labels if label))
     if len(known) == 1 and len(labels) > 1:
         if not all(labels):
@@ -81,8 +82,8 @@ def telling_words(
     asked = {word.casefold() for of_label in words.values() for word in of_label}
     examples: Counter[str] = Counter()
     having: defaultdict[str, Counter[str]] = defaultdict(Counter)  # word -> label -> examples
-    for row in rows:
-        label = _label(columns.answer, plain(row.get(columns.answer)))
+    labels = _labels(columns.answer, [row.get(columns.answer) for row in rows])
+    for row, label in zip(rows, labels, strict=True):
         if label in names:
             text = " ".join(str(row.get(name) or "") for name in columns.read)
             examples[label] += 1
@@ -109,8 +110,20 @@ def names_having(words: Mapping[str, Iterable[str]]) -> Counter[str]:
     return Counter(word for of in words.values() for word in {one.casefold() for one in of})
 
 
+def _labels(column: str, cells: Iterable[Any]) -> list[str]:
+    """The cells of the answer column as labels. Files of several kinds write one truth in several
+    ways; it is called as it came first."""
+    known: dict[str, None] = {}
+    labels = []
+    for cell in cells:
+        labels.append(_label(column, as_label(cell, known)))
+        known.setdefault(labels[-1])
+    return labels
+
+
 def _label(column: str, cell: Any) -> str:
     """A cell of the answer column as a label: JSON's true is ``true``, and 1.0 is ``1``."""
+    cell = plain(cell)
     if isinstance(cell, bool):
         return json.dumps(cell)
     if isinstance(cell, float) and cell.is_integer():

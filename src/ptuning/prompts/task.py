@@ -182,8 +182,10 @@ def as_label(value: Any, labels: Collection[str]) -> Any:
     said = json.dumps(value) if isinstance(value, bool) else value
     if isinstance(said, str) and said.strip() not in labels:
         truth = said.strip().casefold()
+        if truth not in ("true", "false"):
+            return value
         alike = [label for label in labels if label.casefold() == truth]
-        return alike[0] if truth in ("true", "false") and len(alike) == 1 else value
+        return alike[0] if len(alike) == 1 else value
     if isinstance(value, bool):
         return said
     if isinstance(value, float) and value.is_integer() and str(value) not in labels:
