@@ -190,3 +190,19 @@ def test_numpys_times_read_as_dates_do() -> None:
     assert text_of("day", numpy.datetime64("2020-01-01", "D")) == "2020-01-01"
     assert text_of("day", numpy.timedelta64(90, "s").astype("timedelta64[ns]")) == "0:01:30"
     assert text_of("day", numpy.datetime64("NaT", "ns")) == ""
+
+
+@pytest.mark.parametrize("form", ["pandas", "arrow", "numpy", "torch"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_data_set_gives_plain_rows_whatever_it_is_set_to_give(form: str, streamed: bool) -> None:
+    data = class_labels()
+    source: Any = data.to_iterable_dataset() if streamed else data
+    assert as_rows(source.with_format(form)) == as_rows(data)
+
+
+def test_a_transform_of_the_user_s_own_is_kept() -> None:
+    def shout(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {**rows, "text": [text.upper() for text in rows["text"]]}
+
+    rows = as_rows(class_labels().with_transform(shout))
+    assert [row["text"] for row in rows] == [text.upper() for text in COLUMNS["text"]]

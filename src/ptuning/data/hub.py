@@ -51,7 +51,12 @@ def _readers() -> list[str]:
 
 
 def dataset_rows(data: Any) -> Iterator[Row]:
-    """Rows of a `datasets.Dataset`; class labels are their names, and none where there is none."""
+    """Rows of a `datasets.Dataset`; class labels are their names, and none where there is none.
+
+    What it is set to give (tensors, frames) does not count, but for a transform of the user's own.
+    """
+    if getattr(data, "format", {}).get("type") != "custom":
+        data = data.with_format(None)
     features = data.features or {}
     names = {column: kind for column, kind in features.items() if hasattr(kind, "int2str")}
     for row in data:
