@@ -188,6 +188,7 @@ def test_a_count_alone_is_pefts_placement() -> None:
         ({"yes": "Yes", "no": "  "}, "label 'no' has an empty word"),
         ({"yes": "Yes", "no": []}, "label 'no' has an empty word"),
         ({"yes": ["Yes", ""], "no": "No"}, "label 'yes' has an empty word"),
+        ({"yes": ["Yes", 1], "no": "No"}, r"label 'yes' stands for \['Yes', 1\]; expected a word"),
         ({"yes": "Yes", "no": 3}, "'no'"),
         ({"yes": "Yes", "no": ["No", "Yes"]}, "labels 'yes' and 'no' share the word 'Yes'"),
     ],
@@ -1225,3 +1226,9 @@ def _refuse_reading(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(safetensors, "safe_open", refused(safetensors.safe_open))
     if not path.suffix:
         monkeypatch.setattr(Path, "is_file", refused(Path.is_file))
+
+
+@pytest.mark.parametrize("given", [None, 3, "out"])
+def test_members_that_are_no_list_are_refused(given: Any) -> None:
+    with pytest.raises(InputError, match=r"others is .*; expected a list of trained prompts"):
+        ptuning.Prompt("[P] {text} [MASK]", others=given)

@@ -67,6 +67,8 @@ class Prompt(PromptSettings):
     def __post_init__(self) -> None:
         check_type(self, dict, "base_model", "training", "peft_config")
         super().__post_init__()
+        if not isinstance(self.others, list | tuple):
+            raise InputError(f"others is {self.others!r}; expected a list of trained prompts")
         self.others = tuple(self.others)
         for other in self.others:
             check_alike(self, other)

@@ -250,16 +250,17 @@ def _words_by_label(verbalizer: Mapping[str, str | Sequence[str]]) -> dict[str, 
         )
     words: dict[str, tuple[str, ...]] = {}
     for label, given in verbalizer.items():
-        if not isinstance(given, str | list | tuple):
+        listed: Any = given if isinstance(given, list | tuple) else [given]
+        if not all(isinstance(word, str) for word in listed):
             raise InputError(
                 f"the verbalizer's label {str(label)!r} stands for {given!r}; expected a word or a "
                 "list of words"
             )
-        words[str(label)] = (given,) if isinstance(given, str) else tuple(given)
+        words[str(label)] = tuple(listed)
     if len(words) < 2:
         raise InputError(f"a verbalizer needs at least two labels; it has {sorted(words)}")
     for label, options in words.items():
-        if not options or not all(isinstance(w, str) and w.strip() for w in options):
+        if not options or not all(word.strip() for word in options):
             raise InputError(f"label {label!r} has an empty word; give the word that stands for it")
     owner: dict[str, str] = {}
     for label, options in words.items():
