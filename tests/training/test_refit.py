@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,29 @@ def test_noise_on_words_has_its_size_from_the_first_step(monkeypatch: pytest.Mon
     run(labelled(), refit=True)
     assert [grown for grown, _ in sizes] == [False] * 15 + [True] * 8
     assert {share for grown, share in sizes if grown} == {1.0}
+
+
+@pytest.mark.parametrize("options", [{"refit": True}, {"dev": (), "folds": 2}], ids=str)
+def test_what_a_part_keeps_goes_before_the_next_one_begins(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[weakref.ref[Any]] = []
+    trained = Loop.train
+
+    def noted(self: Loop, resume: bool) -> list[Learner]:
+        assert not any(engine() for engine in kept)
+        learners = trained(self, resume)
+        kept.append(weakref.ref(self.engine))
+        return learners
+
+    monkeypatch.setattr(Loop, "train", noted)
+    gc.collect()
+    gc.disable()  # which comes round seldom, and memory of a device does not call it
+    try:
+        run(labelled(), **options)
+    finally:
+        gc.enable()
+    assert len(kept) > 1
 
 
 def test_it_is_usual_where_few_labelled_examples_were_set_aside() -> None:

@@ -29,7 +29,6 @@ from ..backbone.eight_bits import frozen_format
 from ..errors import PromptFileError, TrainingError, in_one_line
 from ..forward.engine import Engine, Work
 from ..forward.scoring import sums
-from ..rendering.collate import Batch
 from ..rendering.render import Rendered
 from . import checkpoint
 from .accelerator import accelerated, current, move_model
@@ -41,7 +40,7 @@ from .learner import Learner, halve
 from .population import Member, Population
 from .progress import Progress
 from .settings import TrainSettings
-from .steps import Later, PlainSteps, ReplayedSteps, steps_of
+from .steps import Later, PlainSteps, ReplayedSteps, plain_part, steps_of
 
 
 class _Pending(NamedTuple):
@@ -83,8 +82,9 @@ class Loop:
             members = Population(self.engine, self.members, owner, tuned, self.noise)
             with current(self.device), members as population:
                 self.population = population
+                plain = plain_part(population, self.accelerator)
                 part = graphs_or_plain(
-                    population, self._plain_part, self.settings, self.accelerator, self.notes.append
+                    population, plain, self.settings, self.accelerator, self.notes.append
                 )
                 if isinstance(part, GraphedStep):
                     part.compile_layers(self._work())
@@ -219,14 +219,6 @@ class Loop:
             rows = self._rows([c[start : start + self.settings.batch_size] for c in chosen])
             micro_batches.append(self.engine.batches(rows, first_ids, self.take_step.device))
         return self.take_step(micro_batches, weights)
-
-    def _plain_part(self, batch: Batch, divisor: Tensor) -> Tensor:
-        """Each member's share of its mean loss; its gradient goes to the table. `cuda_graphs` may
-        replay it instead."""
-        with self.accelerator.autocast():
-            losses = self.population.losses(batch) / divisor
-        self.accelerator.backward(losses.sum())
-        return losses.detach()
 
     def _settle(self, leave: int) -> None:
         """Take in what became of all steps but the last `leave`; a member that is no longer finite

@@ -45,6 +45,19 @@ Later = Callable[[], Outcome]
 """Waits for the step if it is still running."""
 
 
+def plain_part(population: Population, accelerator: Accelerator) -> MicroStep:
+    """Losses and gradient of a part as Python asks for them. (No method of the loop: in a circle
+    with it, what a training keeps on the device would outlive it.)"""
+
+    def part(batch: Batch, divisor: Tensor) -> Tensor:
+        with accelerator.autocast():
+            losses = population.losses(batch) / divisor
+        accelerator.backward(losses.sum())
+        return losses.detach()
+
+    return part
+
+
 class PlainSteps:
     """Steps whose every operation Python asks for.
 
