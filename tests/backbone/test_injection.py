@@ -242,6 +242,10 @@ def test_rows_of_another_width_are_refused_and_leave_no_hook(shape: tuple[int, .
 def test_a_model_without_an_input_embedding_is_refused() -> None:
     with pytest.raises(InputError, match="Linear has no input embedding"):
         Injector(nn.Linear(2, 2))
+    model = tiny.model()
+    model.set_input_embeddings(nn.Linear(2, 2))  # such as one that is quantized in its own way
+    with pytest.raises(InputError, match="LlamaForCausalLM has no input embedding"):
+        Injector(model)
 
 
 @pytest.mark.parametrize("family", ["llama", "t5", "bart"])

@@ -68,7 +68,20 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**SMALL, "is_decoder": True, "max_position_embeddings": 130, "pad_token_id": 1},
     ),
 }
-COUNTING = ("BartConfig", "BartForCausalLM"), ("RoFormerConfig", "RoFormerForCausalLM")
+EXPERTS_OF_IDS = {
+    **{**SMALL, "num_key_value_heads": 1, "q_lora_rank": 8, "head_dim": 8, "sliding_window": 8},
+    **{"moe_intermediate_size": 48, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    **{"o_lora_rank": 8, "o_groups": 2, "index_n_heads": 2, "index_head_dim": 8},
+    "mlp_layer_types": ["hash_moe", "moe"],
+}
+MODELS["experts by the ids"] = ("DeepseekV4Config", "DeepseekV4ForCausalLM", EXPERTS_OF_IDS)
+COUNTING = (
+    ("BartConfig", "BartForCausalLM"),
+    ("RoFormerConfig", "RoFormerForCausalLM"),
+    ("TrOCRConfig", "TrOCRForCausalLM"),
+    ("WhisperConfig", "WhisperForCausalLM"),
+    ("ProphetNetConfig", "ProphetNetForCausalLM"),
+)
 
 
 def made(config: str, model: str, values: dict[str, Any]) -> Any:
@@ -118,7 +131,11 @@ def test_what_fast_paths_such_models_take() -> None:
 
 @pytest.mark.parametrize(("config", "model"), COUNTING)
 def test_where_padding_counts_as_positions_rows_stand_alone(config: str, model: str) -> None:
-    decoder = made(config, model, {**tiny.FAMILIES["bart"][2], **SMALL, "is_decoder": True})
+    values = {**tiny.FAMILIES["bart"][2], **SMALL, "is_decoder": True}
+    if config == "ProphetNetConfig":  # which names its sizes otherwise
+        values = {name: SMALL[name] for name in ("vocab_size", "hidden_size")}
+        values |= {"num_decoder_layers": 2, "num_decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+    decoder = made(config, model, values)
     tokenizer = tiny.tokenizer()
     prompt = ptuning.Prompt("[P*3] {country} [MASK]", answer="capital")
     with pytest.raises(InputError, match=r"counts padding as positions.*batch_size=1"):

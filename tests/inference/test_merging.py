@@ -107,6 +107,29 @@ def test_a_head_of_several_parts_grows_as_a_whole(name: str, tied: bool, tmp_pat
     assert (got[:, words:].max(1).values < got[:, :words].max(1).values).all()
 
 
+def test_experts_that_are_chosen_by_ids_are_the_attached_prompts_when_it_is_merged() -> None:
+    torch.manual_seed(0)
+    config = transformers.DeepseekV4Config(
+        **{"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"head_dim": 8, "q_lora_rank": 8, "o_lora_rank": 8, "o_groups": 2, "index_n_heads": 2},
+        **{"index_head_dim": 8, "moe_intermediate_size": 48, "n_routed_experts": 4},
+        **{"num_experts_per_tok": 2, "mlp_layer_types": ["hash_moe", "moe"], "sliding_window": 8},
+    )
+    model = transformers.DeepseekV4ForCausalLM(config).eval()
+    tokenizer = tiny.tokenizer()
+    table = model.model.layers[0].mlp.gate.tid2eid
+    table.copy_(torch.stack([torch.arange(400) % 4, (torch.arange(400) + 1) % 4], 1))
+    prompt = _prompt(model, tokenizer, verbalizer={"a": "Paris", "b": "Rome"})
+    with torch.no_grad(), ptuning.attach(model, tokenizer, prompt) as attached:
+        ids = torch.tensor([[15, 16, 17]])
+        expected = model(**attached.prepend(prompt, ids)).logits[:, -1, :400]
+    merged = ptuning.merge(model, tokenizer, {"one": prompt})
+    virtual = merged.prompts["one"]["virtual_ids"]
+    with torch.no_grad():
+        got = merged.model(torch.tensor([[*virtual, 15, 16, 17]])).logits[:, -1, :400]
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
 def _base(family: str, **changes: Any) -> tuple[Any, Any]:
     masked = family in tiny.MASKED
     tokenizer = tiny.tokenizer("wordpiece" if masked else "byte_bpe", around=masked)

@@ -30,8 +30,9 @@ from .upstream import hook_owners, remove_hooks_of
 
 Words = Callable[[Tensor, Tensor], Tensor]
 SAFE_ID = 0
-# Modules that look up the input ids again (Gemma 4); virtual positions get SAFE_ID's row there.
-_SECOND_LOOKUPS = ("embed_tokens_per_layer",)
+# Modules that look up the input ids again, by name (Gemma 4) or by their table of each id's experts
+# (DeepSeek V4); virtual positions get SAFE_ID's row there.
+_SECOND_LOOKUPS, _EXPERTS_OF_IDS = ("embed_tokens_per_layer",), "tid2eid"
 
 
 class Span:
@@ -105,7 +106,11 @@ class Injector:
         self.spans: list[Span] = []
         self._lookup: _Lookup
         self._local = threading.local()
-        self.second_lookups = [m for n, m in model.named_modules() if n.endswith(_SECOND_LOOKUPS)]
+        self.second_lookups = [
+            m
+            for n, m in model.named_modules()
+            if n.endswith(_SECOND_LOOKUPS) or hasattr(m, _EXPERTS_OF_IDS)
+        ]
 
     @property
     def _device(self) -> torch.device:
@@ -242,7 +247,7 @@ class Injector:
         return (ids.masked_fill(virtual, SAFE_ID), *args[1:])
 
     def _guard(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0].masked_fill(args[0] >= self.threshold, SAFE_ID), *args[1:])
+        return tuple(a.masked_fill(a >= self.threshold, SAFE_ID) if _ids(a) else a for a in args)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         call: tuple[Tensor, Tensor] | None = getattr(self._local, "call", None)
@@ -318,6 +323,16 @@ class Injector:
         self._local = threading.local()
 
 
+def _ids(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_floating_point()
+
+
+def second_table(module: nn.Module) -> Tensor:
+    """What a module of `Injector.second_lookups` looks ids up in: ``(ids, …)``."""
+    found: Any = module
+    return getattr(found, _EXPERTS_OF_IDS, found.weight)
+
+
 def _may_look_at_values(ids: Tensor) -> bool:
     """False while a graph is traced or captured, where a look at values would break it."""
     if torch.compiler.is_compiling() or ids.is_meta:
@@ -353,7 +368,8 @@ def input_embedding(model: nn.Module) -> nn.Embedding:
         module = get() if get else None
     except NotImplementedError:
         module = None
-    if not isinstance(getattr(module, "weight", None), Tensor):
+    weighs = isinstance(getattr(module, "weight", None), Tensor)
+    if not weighs or not hasattr(module, "embedding_dim"):
         raise InputError(
             f"{type(model).__name__} has no input embedding to attach a prompt to; give a "
             "transformers model that reads token ids"

@@ -52,8 +52,11 @@ _COUNT_COLUMNS = (
     "mvp",
     "pegasus",
     "plbart",
+    "prophetnet",
     "roformer",
     "rwkv",
+    "trocr",
+    "whisper",
 )
 _SEE_PADDING = ("convbert", "fnet", "funnel", "nystromformer", "xlstm", "yoso")
 """Convolutions, Fourier transforms, landmarks and states, which take no notice of a mask."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.base_model import device_of
-from ..backbone.injection import SAFE_ID, Injector, check_fits, input_embedding
+from ..backbone.injection import SAFE_ID, Injector, check_fits, input_embedding, second_table
 from ..backbone.modes import eval_mode
 from ..backbone.traits import (
     ModelKind,
@@ -141,12 +141,15 @@ def _check_rows(modules: list[nn.Embedding], ids: Tensor, vectors: Tensor) -> No
 
 
 def _second_lookups(twin: Any, rows: int, ids: Tensor) -> None:
-    """Gemma 4 looks ids up again: virtual tokens get there what an attached prompt's get."""
+    """Gemma 4 and DeepSeek V4 look ids up again: virtual tokens get there what an attached prompt's
+    get."""
     for module in Injector(twin).second_lookups:
-        size = max(rows, len(module.weight))
-        _grow(module.weight, size)
-        module.weight[ids] = module.weight[SAFE_ID].clone()
-        module.num_embeddings = size
+        table = second_table(module)
+        size = max(rows, len(table))
+        _grow(table, size)
+        table[ids] = table[SAFE_ID].clone()
+        if isinstance(module, nn.Embedding):
+            module.num_embeddings = size
         config = twin.config.get_text_config()
         if hasattr(config, "vocab_size_per_layer_input"):
             config.vocab_size_per_layer_input = size
