@@ -11,6 +11,7 @@ from torch import Tensor
 import ptuning
 from ptuning.errors import InputError
 from ptuning.forward import prefix_store, scoring
+from ptuning.forward.kv_pool import KeyValuePool
 from ptuning.forward.prefix_store import PrefixStore, budgets
 from ptuning.rendering.render import Rendered, Renderer, render_all
 from ptuning.training.population import Member, Population
@@ -138,6 +139,26 @@ def test_a_short_prefix_is_not_worth_it(template: str) -> None:
     store = PrefixStore(model)
     losses_and_gradient(model, ptuning.Prompt(template, answer="capital"), ROWS, store)
     assert store.computed == 0
+
+
+def test_memory_that_ends_while_slots_are_made_leaves_none_too_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = KeyValuePool([(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 6))])  # two forms
+    original, asked = Tensor.new_empty, []
+
+    def short(self: Tensor, *size: int) -> Tensor:
+        asked.append(size)
+        if len(asked) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, *size)
+
+    monkeypatch.setattr(Tensor, "new_empty", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        pool.reserve(8, 1)
+    assert pool.version == 1  # a plane has moved
+    pool.reserve(8, 1)
+    assert [plane.shape[1] for plane in pool.planes] == [8, 8]
 
 
 def test_gradient_checkpointing_takes_the_plain_path() -> None:

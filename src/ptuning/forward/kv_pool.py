@@ -74,19 +74,19 @@ class KeyValuePool:
 
     @property
     def capacity(self) -> int:
-        """How many slots there are."""
-        return self.planes[0].shape[1]
+        """How many slots there are, in all planes."""
+        return min(plane.shape[1] for plane in self.planes)
 
     @torch.no_grad()
     def reserve(self, slots: int, used: int) -> None:
         """Have at least so many slots; the first `used` ones keep what they hold."""
         if slots <= self.capacity:
             return
+        self.version += 1  # also where memory ends behind the first plane
         for number, old in enumerate(self.planes):
             new = old.new_empty(old.shape[0], slots, old.shape[2])
             new[:, :used] = old[:, :used]
             self.planes[number] = new
-        self.version += 1
 
     @torch.no_grad()
     def write(self, layers: list[Any], columns: Tensor, start: int) -> None:
