@@ -17,6 +17,7 @@ import ptuning
 from ptuning.errors import InputError
 from ptuning.forward import chunked, compiled, engine, static_shapes
 from ptuning.forward.compiled import Work
+from ptuning.forward.prefix_store import PrefixStore
 from ptuning.forward.static_shapes import COARSE, FINE, StaticInputs, rows_for, shape_of
 from ptuning.rendering.collate import IGNORED, Batch
 from ptuning.rendering.lesson import Lesson, Lessons
@@ -350,6 +351,36 @@ def test_where_memory_is_short_graphs_make_room(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(GraphedStep, "_plain", short)
     graphed = Trained(Again, monkeypatch)
     assert failed and not graphed.made[0].shapes and "too little memory" in graphed.notes[-1]
+    torch.testing.assert_close(
+        graphed.prompt.trained_vectors(), plain.prompt.trained_vectors(), atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("place", "name"), [(PrefixStore, "slots"), (engine.Engine, "losses_and_right")]
+)
+def test_graphs_make_room_for_prefixes_and_for_a_look_at_dev_too(
+    place: type, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Trained(None, monkeypatch, template=AFTER)
+    original, graphs, failed = getattr(place, name), [], []
+
+    def short(self: Any, *arguments: Any) -> Any:
+        if any(one.replays > 2 for one in graphs) and not failed:
+            failed.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, *arguments)
+
+    made = GraphedStep.__init__
+
+    def noted(self: GraphedStep, *arguments: Any) -> None:
+        made(self, *arguments)
+        graphs.append(self)
+
+    monkeypatch.setattr(GraphedStep, "__init__", noted)
+    monkeypatch.setattr(place, name, short)
+    graphed = Trained(Again, monkeypatch, template=AFTER)
+    assert failed and not graphs[0].shapes and "too little memory" in graphed.notes[-1]
     torch.testing.assert_close(
         graphed.prompt.trained_vectors(), plain.prompt.trained_vectors(), atol=1e-5, rtol=0
     )

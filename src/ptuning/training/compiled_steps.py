@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..forward.engine import LayersOnCpu
-from .steps import Later, MicroBatches, PlainSteps
+from .steps import Later, MicroBatches, PlainSteps, T
 
 
 class CompiledSteps:
@@ -27,6 +27,10 @@ class CompiledSteps:
         self.plain, self.layers, self.say = plain, layers, say
         self.device = plain.device
         self._said = False
+
+    def with_room(self, run: Callable[[], T]) -> T:
+        """As `PlainSteps`."""
+        return run()
 
     def __call__(self, micro_batches: MicroBatches, divisor: Sequence[float]) -> Later:
         """As `PlainSteps`."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -42,6 +42,7 @@ from ..rendering.collate import Batch
 from .population import Population
 from .settings import TrainSettings
 
+T = TypeVar("T")
 MicroStep = Callable[[Batch, Tensor], Tensor]
 """From a batch and each member's divisor to its share of the mean loss; its gradient is added to
 the table that is in the population's embedding."""
@@ -127,7 +128,9 @@ class GraphedStep:
             self._plain_shapes.add(shape)
             self._plain(batch, divisor)
             return
-        slots = self._slots(batch, shape) if shape in self.shapes else None
+        slots = None
+        if shape in self.shapes:
+            slots = self.with_room(partial(self._slots, batch, shape))
         if shape not in self.shapes:  # or not any more
             self._first(batch, divisor, shape)
             return
@@ -156,15 +159,19 @@ class GraphedStep:
             self._forget(kept=True)
         return slots
 
-    def _plain(self, batch: Batch, divisor: Sequence[float]) -> Outputs:
-        """The plain step; where memory is short it gets that of the graphs."""
+    def with_room(self, run: Callable[[], T]) -> T:
+        """What `run` gives; where memory is short it gets that of the graphs."""
         try:
-            return self._plainly(batch, divisor)
+            return run()
         except torch.OutOfMemoryError:
             if not self.shapes:
                 raise
         self._refuse("they leave too little memory")
-        return self._plainly(batch, divisor)
+        return run()
+
+    def _plain(self, batch: Batch, divisor: Sequence[float]) -> Outputs:
+        """The plain step."""
+        return self.with_room(partial(self._plainly, batch, divisor))
 
     def _plainly(self, batch: Batch, divisor: Sequence[float]) -> Outputs:
         table = self.table.detach().clone().requires_grad_()

@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -314,9 +315,8 @@ class Loop:
             )
         ]
         words, autocast = self.population.words, self.accelerator.autocast
-        (found,) = distributed.add_up(
-            [sums(self.engine, batches, len(self.variants), words, autocast)]
-        )
+        look = partial(sums, self.engine, batches, len(self.variants), words, autocast)
+        (found,) = distributed.add_up([self.take_step.with_room(look)])
         self.clock.looked(since)
         weights = [sum(example.weight for example in self.variants[n].dev) for n in numbers]
         return [

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +24,8 @@ from .cuda_graphs import GraphedStep, MicroStep
 from .learner import Learner
 from .population import Population
 from .update import Update
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,10 @@ class PlainSteps:
         self.part, self.accelerator = part, accelerator
         self.device = population.engine.base.device
 
+    def with_room(self, run: Callable[[], T]) -> T:
+        """What `run` gives; where memory is short it gets what steps would have for later ones."""
+        return run()
+
     def __call__(self, micro_batches: MicroBatches, divisor: Sequence[float]) -> Later:
         """Take a step.
 
@@ -139,6 +145,10 @@ class ReplayedSteps:
         self._of: list[int] = []
         self._reader = _Reader(part.device)
         self._rates: list[float] = []
+
+    def with_room(self, run: Callable[[], T]) -> T:
+        """As `PlainSteps`."""
+        return self.part.with_room(run)
 
     def __call__(self, micro_batches: MicroBatches, divisor: Sequence[float]) -> Later:
         """As `PlainSteps`."""
