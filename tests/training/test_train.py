@@ -112,6 +112,23 @@ def test_accumulated_micro_batches_equal_one_batch(
     torch.testing.assert_close(vectors[0], vectors[1], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("minutes", [None, 1e-9])
+def test_an_epochs_loss_is_the_mean_of_its_answers_whatever_the_last_step_has(
+    model: Any, tokenizer: Any, minutes: float | None
+) -> None:
+    prompt = prompt_for()
+    how: dict[str, Any] = {"epochs": 3, "batch_size": 3, "learning_rate": 1e-12}
+    result = train(model, tokenizer, prompt, ROWS, **how, max_minutes=minutes)
+    if minutes:  # of the first step's
+        assert len(result.history) == 1 and not result.complete
+        order = torch.randperm(7, generator=torch.Generator().manual_seed(0)).tolist()
+        rows = [ROWS[i] for i in order[:3]]
+    else:  # with an order of its own each
+        rows = ROWS
+    expected = ptuning.evaluate(model, tokenizer, prompt, rows).loss
+    assert [r["loss"] for r in result.history] == pytest.approx([expected] * len(result.history))
+
+
 @pytest.mark.parametrize("choose_by", ["accuracy", "loss"])
 def test_the_best_dev_epoch_is_kept_and_patience_stops(
     model: Any, tokenizer: Any, choose_by: str

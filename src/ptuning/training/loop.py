@@ -45,11 +45,12 @@ from .steps import Later, PlainSteps, ReplayedSteps, plain_part, steps_of
 
 
 class _Pending(NamedTuple):
-    """A step that was asked for and whose numbers are not read yet."""
+    """A step whose numbers are not read yet, and its share of the epoch's answers, by member."""
 
     step: int
     epoch: int
     outcome: Later
+    share: Tensor
 
 
 _CAPTURING = 8
@@ -166,6 +167,7 @@ class Loop:
         self.step, self.stopped = 0, False
         self._pending: list[_Pending] = []
         self.epoch_loss = torch.zeros(len(self.learners))
+        self.weight = torch.tensor(_weights([variant.examples for variant in self.variants]))
         self._resume(resume)
 
     def _member(self, variant: Variant) -> Member:
@@ -183,8 +185,9 @@ class Loop:
             for position in range(done, self.steps_per_epoch):
                 self.population.train()
                 self.step += 1
-                outcome = self._optimizer_step(orders, position)
-                self._pending.append(_Pending(self.step, epoch, outcome))
+                chosen = self._chosen(orders, slice(position, position + 1))
+                outcome = self._optimizer_step(chosen)
+                self._pending.append(_Pending(self.step, epoch, outcome, self._share(chosen)))
                 ends_epoch = position == self.steps_per_epoch - 1
                 saves = time.monotonic() - self._saved_at >= self.settings.checkpoint_seconds
                 # The numbers of a step that still runs are read when the next one waits behind it.
@@ -198,34 +201,38 @@ class Loop:
                 if saves and not ends_epoch:
                     self._save()
                 if self.stopped and not ends_epoch:
-                    self._stop(epoch, position + 1)
+                    self._stop(epoch, self._share(self._chosen(orders, slice(position + 1))))
                     return
             self._end_epoch(epoch)
             self.stopped &= any(learner.active for learner in self.learners)
             if self.stopped:
                 return
 
-    def _optimizer_step(self, orders: list[list[int]], position: int) -> Later:
+    def _chosen(self, orders: list[list[int]], steps: slice) -> list[list[Rendered]]:
+        """Each member's examples of some steps of an epoch."""
+        start, end = (steps.start or 0) * self._per_step, steps.stop * self._per_step
+        pairs = zip(self.variants, orders, strict=True)
+        return [[variant.examples[i] for i in order[start:end]] for variant, order in pairs]
+
+    def _share(self, chosen: list[list[Rendered]]) -> Tensor:
+        """Of all answers of an epoch ``(members,)``."""
+        return torch.tensor(_weights(chosen)) / self.weight
+
+    def _optimizer_step(self, chosen: list[list[Rendered]]) -> Later:
         """One optimizer step of every active member."""
-        per_step = self._per_step
         if self.population.noise is not None:
             self.population.noise.at(self.step, self.steps, grown=self.goes_on)
-        chosen = [
-            [variant.examples[i] for i in order[position * per_step : (position + 1) * per_step]]
-            for variant, order in zip(self.variants, orders, strict=True)
-        ]
-        weights = [float(sum(example.weight for example in examples)) for examples in chosen]
         first_ids, micro_batches = self.population.first_ids(), []
         for start in range(0, len(chosen[0]), self.settings.batch_size):
             rows = self._rows([c[start : start + self.settings.batch_size] for c in chosen])
             micro_batches.append(self.engine.batches(rows, first_ids, self.take_step.device))
-        return self.take_step(micro_batches, weights)
+        return self.take_step(micro_batches, _weights(chosen))
 
     def _settle(self, leave: int) -> None:
         """Take in what became of all steps but the last `leave`; a member that is no longer finite
         leaves."""
         while len(self._pending) > leave:
-            step, epoch, outcome_of = self._pending.pop(0)
+            step, epoch, outcome_of, share = self._pending.pop(0)
             outcome = outcome_of()
             for number, learner in enumerate(self.learners):
                 if learner.active and not outcome.stepped[number]:
@@ -233,7 +240,7 @@ class Loop:
                     finite = math.isfinite(loss)
                     fault = "the gradient is not finite" if finite else f"the loss is {loss}"
                     self._leave(number, fault, step)
-            self.epoch_loss += outcome.losses / self.steps_per_epoch
+            self.epoch_loss += outcome.losses * share
             self._report(step, epoch, outcome.losses)
             if not any(learner.active for learner in self.learners):
                 self._pending.clear()
@@ -252,14 +259,13 @@ class Loop:
 
     def _rows(self, chosen: list[list[Rendered]]) -> list[tuple[Rendered, int]]:
         """This process's share of every active member's examples, each with its member."""
-        return distributed.share(
-            [
-                (example, number)
-                for number, examples in enumerate(chosen)
-                if self.learners[number].active
-                for example in examples
-            ]
-        )
+        rows = [
+            (example, number)
+            for number, examples in enumerate(chosen)
+            if self.learners[number].active
+            for example in examples
+        ]
+        return distributed.share(rows)
 
     def _note_start(self) -> None:
         """Members that begin as something (trained weights, words) may turn out best as they are:
@@ -269,12 +275,12 @@ class Loop:
             for number, figures in zip(begun, self._dev_results(begun), strict=True):
                 self.learners[number].note_start(figures)
 
-    def _stop(self, epoch: int, done: int) -> None:
+    def _stop(self, epoch: int, share: Tensor) -> None:
         """The time is over in the middle of an epoch: what it has brought may be the best. The
         checkpoint is from before that look, so that a run that goes on is an undisturbed one."""
         self._settle(leave=0)
         self._save()
-        self.epoch_loss *= self.steps_per_epoch / done
+        self.epoch_loss /= share
         self._end_epoch(epoch)
 
     def _end_epoch(self, epoch: int) -> None:
@@ -387,3 +393,8 @@ class Loop:
             f"{where}). Use a lower learning rate than {rate:g}, or a base model in bfloat16 or "
             "float32 instead of float16"
         )
+
+
+def _weights(chosen: list[list[Rendered]]) -> list[float]:
+    """Answers, or tokens of them, in each member's examples: what its loss is divided by."""
+    return [float(sum(example.weight for example in examples)) for examples in chosen]
