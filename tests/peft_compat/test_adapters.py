@@ -925,6 +925,34 @@ def test_the_base_model_reads_new_tokens_after_growing() -> None:
         assert torch.equal(call(model, ids=NEW_IDS), expected)
 
 
+def test_ids_that_the_model_has_no_row_for_are_refused_and_never_taken_for_virtual_tokens() -> None:
+    ids = IDS.clone()
+    ids[0, 2] = 401  # a token that was added to the tokenizer alone
+    model = prompted()
+    calls = [
+        lambda: model(input_ids=ids),
+        lambda: model(input_ids=ids, adapter_names=["default", None]),
+        lambda: model.generate(input_ids=ids, max_new_tokens=1),
+        lambda: model.generate(ids, max_new_tokens=1),
+    ]
+    for run in calls:
+        with pytest.raises(InputError, match=r"the id 401, .* rows for 0 to 399: .*resize_token"):
+            run()
+    with model.disable_adapter(), pytest.raises(InputError, match="the id 401"):
+        model(input_ids=ids)
+    decoder = prompted("SEQ_2_SEQ_LM", "t5")
+    with pytest.raises(InputError, match="decoder_input_ids have the id 401"):
+        decoder(input_ids=IDS, decoder_input_ids=ids)
+    model.base_model.resize_token_embeddings(402)
+    assert model(input_ids=ids).logits.shape == (2, N + 6, 402)
+
+
+def test_a_model_with_a_prompt_takes_another_prompt_in_front() -> None:
+    inner = prompted()
+    outer = get_peft_model(inner, config_for(num_virtual_tokens=5))
+    assert outer(input_ids=IDS).logits.shape == (2, 5 + N + 6, 400)
+
+
 def test_rows_without_a_prompt_read_new_tokens_after_growing() -> None:
     base = base_model()
     resized(base, 410)

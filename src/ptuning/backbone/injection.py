@@ -276,7 +276,7 @@ class Injector:
         """For each id its row in a table, and the table; None where all are words."""
         at = (ids - (self.threshold - 1)).clamp(0, len(lookup.owner) - 1)
         named = list(range(len(lookup.spans)))
-        if _may_look_at_values(ids):
+        if may_look_at_values(ids):
             owner = lookup.owner[at]
             seen = owner.new_zeros(2 + len(named), dtype=torch.bool)
             _, lost, *of_spans = seen.index_fill(0, owner.flatten(), True).tolist()
@@ -333,7 +333,7 @@ def second_table(module: nn.Module) -> Tensor:
     return getattr(found, _EXPERTS_OF_IDS, found.weight)
 
 
-def _may_look_at_values(ids: Tensor) -> bool:
+def may_look_at_values(ids: Tensor) -> bool:
     """False while a graph is traced or captured, where a look at values would break it."""
     if torch.compiler.is_compiling() or ids.is_meta:
         return False

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backbone.injection import may_look_at_values
 from ..backbone.upstream import CACHE, generating_view
 from ..errors import InputError
 from . import arguments, continuing, generation
@@ -46,6 +47,7 @@ def forward(model: Any, given: dict[str, Any]) -> Any:
     drop = inputs.pop("drop_virtual_positions", model.drop_virtual_positions)
     names = inputs.pop("adapter_names", None)
     base = model.base()
+    _check_ids(model, base, inputs)
     if not (base.traits.any_keyword or base.accepts("num_items_in_batch")):
         inputs.pop("num_items_in_batch", None)  # transformers.Trainer gives it
     if model._adapters_disabled:
@@ -100,6 +102,7 @@ def generate(model: Any, given: dict[str, Any]) -> Any:
     given.pop("task_ids", None)
     names = given.pop("adapter_names", None)
     base = model.base()
+    _check_ids(model, base, given)
     if model._adapters_disabled:
         with _modules_of(model, [None]):
             return model.base_model.generate(**given)
@@ -127,6 +130,28 @@ def generate(model: Any, given: dict[str, Any]) -> Any:
             "out: put the prompt on its language model, or attach it with ptuning.attach"
         )
     return result
+
+
+def _check_ids(model: Any, base: Base, inputs: dict[str, Any]) -> None:
+    """Refuse ids behind the model's words, which would be taken for the adapters' own."""
+    words = base.injector.threshold
+    for name in ("input_ids", "inputs", "decoder_input_ids"):
+        ids = inputs.get(name)
+        if not isinstance(ids, Tensor) or not ids.numel() or not may_look_at_values(ids):
+            continue
+        highest = int(ids.max())
+        if highest >= words and any((ids == id).any() for id in _own_ids(model, base)):
+            raise InputError(
+                f"{name} have the id {highest}, and the model's embedding has rows for 0 to "
+                f"{words - 1}: if tokens were added to the tokenizer, make room for them with "
+                "base_model.resize_token_embeddings(len(tokenizer))"
+            )
+
+
+def _own_ids(model: Any, base: Base) -> Iterator[int]:
+    spans = [adapter.span for adapter in model._adapters.values()]
+    for span in [*spans, *([] if base.twin is None else [base.twin])]:
+        yield from range(span.first, span.end)
 
 
 def _beginning(model: Any, given: dict[str, Any]) -> Tensor | None:
