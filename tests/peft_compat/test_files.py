@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy
 import peft
 import pytest
 import torch
@@ -339,3 +340,21 @@ def test_a_copy_saves_what_the_original_saves(tmp_path: Path) -> None:
     copy.deepcopy(model).save_pretrained(tmp_path / "copy")
     again = peft_compat.PeftModel.from_pretrained(base_for("SEQ_CLS"), tmp_path / "copy")
     assert torch.equal(outputs(again, "SEQ_CLS"), outputs(model, "SEQ_CLS"))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_virtual_tokens": numpy.int64(3), "encoder_hidden_size": numpy.int32(8)},
+        {"num_virtual_tokens": torch.tensor(3)},
+        {"num_virtual_tokens": 3, "encoder_dropout": numpy.float32(0.5)},
+        {"num_virtual_tokens": 3, "modules_to_save": {"lm_head"}},
+    ],
+)
+def test_what_can_be_trained_can_be_saved(values: dict[str, Any], tmp_path: Path) -> None:
+    config = peft_compat.PromptEncoderConfig(task_type="CAUSAL_LM", **values)
+    model = peft_compat.get_peft_model(base_for("CAUSAL_LM"), config).eval()
+    model.save_pretrained(tmp_path / "model")
+    config.save_pretrained(tmp_path / "config")
+    again = peft_compat.PeftModel.from_pretrained(base_for("CAUSAL_LM"), tmp_path / "model")
+    assert torch.equal(outputs(again, "CAUSAL_LM"), outputs(model, "CAUSAL_LM"))

@@ -194,6 +194,12 @@ def test_wrong_value_is_an_error_that_names_it(values: dict[str, Any], parts: li
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("dropout", [1.0, -0.1, float("nan"), 2])
+def test_a_dropout_that_no_prompt_can_have_is_refused_before_a_training(dropout: float) -> None:
+    with pytest.raises(InputError, match=r"encoder_dropout is .* give a share"):
+        PromptEncoderConfig(num_virtual_tokens=3, encoder_dropout=dropout)
+
+
 def test_another_method_s_file_is_an_error_without_a_word_on_its_keys(tmp_path: Path) -> None:
     peft.LoraConfig(r=4).save_pretrained(str(tmp_path))
     with warnings.catch_warnings():

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from .. import formats, storage
+from ..data.values import plain
 from ..errors import InputError, PromptFileError
-from .prompt_settings import MOST
+from .prompt_settings import MOST, share
 from .recognised import Recognised
 from .task import at_least_one, check_type
 
@@ -140,18 +141,19 @@ class PromptEncoderConfig(Recognised):
         if self.peft_version is None:
             self.peft_version = REFERENCE_VERSION
         for name in _COUNTS:
+            setattr(self, name, plain(getattr(self, name)))
             at_least_one(name, getattr(self, name), MOST.get(name, 10**6))
         check_type(self, str, *_TEXTS, optional=True)
         check_type(self, bool, "inference_mode")
         check_type(self, dict, "auto_mapping", optional=True)
-        dropout = self.encoder_dropout
-        if isinstance(dropout, bool) or not isinstance(dropout, int | float):
-            raise InputError(f"encoder_dropout is {dropout!r}; expected a number")
+        self.encoder_dropout = share("encoder_dropout", self.encoder_dropout)
         modules = self.modules_to_save or []
         if not isinstance(modules, list | tuple | set) or not all(
             isinstance(name, str) for name in modules
         ):
             raise InputError(f"modules_to_save is {modules!r}; expected a list of modules' names")
+        if isinstance(modules, tuple | set):
+            self.modules_to_save = list(modules)
 
     @property
     def is_prompt_learning(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..data.values import plain
 from ..errors import InputError, excerpt
-from .task import Task, at_least_one, check_type, one_of
+from .task import Task, at_least_one, one_of
 from .template import MOST_VIRTUAL
 
 ENCODERS = ("mlp", "lstm", "none", "residual", "mixture")
@@ -55,11 +55,7 @@ class PromptSettings(Task):
     def __post_init__(self) -> None:
         kind = self.encoder.lower() if isinstance(self.encoder, str) else self.encoder
         self.encoder = one_of("encoder", kind, ENCODERS)
-        if isinstance(self.encoder_dropout, int):
-            self.encoder_dropout = float(self.encoder_dropout)
-        check_type(self, float, "encoder_dropout")
-        if not 0 <= self.encoder_dropout < 1:
-            raise InputError(f"encoder_dropout is {self.encoder_dropout}; give a share, 0 to 1")
+        self.encoder_dropout = float(share("encoder_dropout", self.encoder_dropout))
         for name, most in MOST.items():
             setattr(self, name, plain(getattr(self, name)))
             at_least_one(name, getattr(self, name), most)
@@ -98,6 +94,20 @@ class PromptSettings(Task):
     def settings(self) -> dict[str, Any]:
         """What a user chose, as plain values."""
         return {**super().settings(), **{name: getattr(self, name) for name in _ENCODER}}
+
+
+def share(name: str, value: Any) -> float:
+    """A share of a whole, as Python's own number.
+
+    Raises:
+        InputError: it is no number from 0 to below 1.
+    """
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"{name} is {value!r}; expected a number")
+    if not 0 <= value < 1:
+        raise InputError(f"{name} is {value}; give a share, 0 to 1")
+    return value
 
 
 def _without_virtual(template: str) -> str:
