@@ -358,3 +358,14 @@ def test_what_can_be_trained_can_be_saved(values: dict[str, Any], tmp_path: Path
     config.save_pretrained(tmp_path / "config")
     again = peft_compat.PeftModel.from_pretrained(base_for("CAUSAL_LM"), tmp_path / "model")
     assert torch.equal(outputs(again, "CAUSAL_LM"), outputs(model, "CAUSAL_LM"))
+
+
+def test_a_save_under_autocast_has_the_vectors_in_full(tmp_path: Path) -> None:
+    model = prompted("CAUSAL_LM")
+    expected = peft_compat.get_peft_model_state_dict(model)["prompt_embeddings"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.save_pretrained(tmp_path)
+        assert torch.equal(model.get_prompt(1)[0], model.prompt_encoder["default"].table())
+    assert torch.equal(
+        load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"], expected
+    )

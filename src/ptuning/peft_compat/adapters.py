@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..backbone.injection import Injector, Span, input_embedding
@@ -41,10 +40,8 @@ class Adapter:
     span: Span
 
     def vectors(self, encoder: PromptEncoder) -> Tensor:
-        """What the virtual ids stand for now ``(virtual tokens, width)``, in the encoder's own
-        precision also where the model runs in a lower one."""
-        with torch.autocast(encoder.embedding.weight.device.type, enabled=False):
-            return encoder.table()[: len(self.span.rows)]
+        """What the virtual ids stand for now ``(virtual tokens, width)``."""
+        return encoder.table()[: len(self.span.rows)]
 
     def attach(self, injector: Injector) -> None:
         """Claim other ids for the same rows."""

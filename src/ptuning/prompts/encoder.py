@@ -152,9 +152,13 @@ class PromptEncoder(nn.Module):
         return hidden
 
     def table(self) -> Tensor:
-        """All vectors ``(total_virtual_tokens, token_dim)``, computed once."""
-        indices = torch.arange(self.total_virtual_tokens, device=self.embedding.weight.device)
-        return self(indices.unsqueeze(0)).squeeze(0)
+        """All vectors ``(total_virtual_tokens, token_dim)``, computed once, in the encoder's own
+        precision also where the model runs in a lower one."""
+        device = self.embedding.weight.device
+        indices = torch.arange(self.total_virtual_tokens, device=device)
+        with torch.autocast(device.type, enabled=False):
+            table: Tensor = self(indices.unsqueeze(0)).squeeze(0)
+        return table
 
     def _load_adapter_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Give the vectors of an adapter's state dict; the reference's own
