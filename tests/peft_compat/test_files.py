@@ -369,3 +369,15 @@ def test_a_save_under_autocast_has_the_vectors_in_full(tmp_path: Path) -> None:
     assert torch.equal(
         load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"], expected
     )
+
+
+def test_a_save_leaves_a_readme_of_ones_own(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_text("# My model\n")
+    model = prompted("CAUSAL_LM")
+    model.save_pretrained(tmp_path)
+    assert card.read_text() == "# My model\n"
+    card.unlink()
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+    assert "virtual tokens" in card.read_text()

@@ -80,6 +80,8 @@ def save(
     prompt.base_model = describe(model.base_model, None)
     prompt.peft_config = config.to_dict()
     content = prompt.contents(keep_encoder=keep_encoder)
+    if prompt_files.has_other_card(folder):
+        del content[prompt_files.CARD]
     if adapter.insertion.template is None:
         content |= peft_files.pack(rows, config, None, modules)
     else:
