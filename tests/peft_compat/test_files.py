@@ -381,3 +381,13 @@ def test_a_save_leaves_a_readme_of_ones_own(tmp_path: Path) -> None:
     for _ in range(2):
         model.save_pretrained(tmp_path)
     assert "virtual tokens" in card.read_text()
+
+
+def test_training_cannot_go_on_in_an_adapter_that_is_there_for_inference(tmp_path: Path) -> None:
+    prompted("CAUSAL_LM").save_pretrained(tmp_path)
+    model = peft_compat.PeftModel.from_pretrained(base_for("CAUSAL_LM"), tmp_path)
+    with pytest.raises(InputError, match=r"inference alone.*delete_adapter\('default'\)"):
+        model.load_adapter(tmp_path, "default", is_trainable=True)
+    model.load_adapter(tmp_path, "default")
+    model.load_adapter(tmp_path, "other", is_trainable=True)
+    model.load_adapter(tmp_path, "other", is_trainable=True)

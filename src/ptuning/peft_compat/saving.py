@@ -264,6 +264,11 @@ class Saving:
         """
         saved = read(model_id, **kwargs)
         new = adapter_name not in self.peft_config
+        if not new and is_trainable and self.peft_config[adapter_name].inference_mode:
+            raise InputError(
+                f"adapter {adapter_name!r} is there for inference alone, without an encoder to "
+                f"train; delete_adapter({adapter_name!r}) first, or give another adapter_name"
+            )
         if new:
             config = checked(kwargs.get("config") or saved.config)
             config.inference_mode = not is_trainable
