@@ -395,6 +395,18 @@ def test_the_users_positions_get_room_for_the_prompt(task: str, family: str, off
         assert_same(got.logits, expected.logits)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_packed_texts_are_refused_since_all_but_the_first_would_have_no_prompt(family: str) -> None:
+    model = ours(base_model("CAUSAL_LM", family), "CAUSAL_LM")
+    texts = [{"input_ids": [15, 16, 17, 18]}, {"input_ids": [30, 31, 32]}]
+    packed = transformers.DataCollatorWithFlattening()(texts)
+    with pytest.raises(InputError, match=r"position_ids begin again .* a row of its own"):
+        model(**packed, use_cache=False)
+    with torch.no_grad():  # one text, and the caller says so
+        mask = torch.ones_like(packed["input_ids"])
+        assert model(**packed, attention_mask=mask).logits.shape == (1, N + 7, 400)
+
+
 @pytest.mark.parametrize("side", MASKS)
 def test_positions_that_skip_the_padding_change_nothing(side: str) -> None:
     model = ours(base_model("CAUSAL_LM", "llama"), "CAUSAL_LM")

@@ -12,7 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backbone.injection import may_look_at_values
 from ..backbone.placement import Placement, padding
+from ..errors import InputError
 
 
 def shifted(positions: Tensor, where: Placement, mask: Tensor | None, first: int) -> Tensor:
@@ -26,7 +28,12 @@ def shifted(positions: Tensor, where: Placement, mask: Tensor | None, first: int
 
     Returns:
         ``(B, P)`` or ``(axes, B, P)``
+
+    Raises:
+        InputError: there are several texts in the row.
     """
+    if mask is None and len(where.columns) == 1:
+        _expect_one_text(positions)
     column = where.position_ids()
     rank = torch.arange(where.length, device=positions.device)
     if mask is not None:
@@ -40,6 +47,19 @@ def shifted(positions: Tensor, where: Placement, mask: Tensor | None, first: int
     inserted = _behind(text.amax(0), real)
     inserted = torch.where(inserted < 0, column + first, inserted)
     return torch.where(is_text, text, inserted).view(*positions.shape[:-2], *column.shape)
+
+
+def _expect_one_text(positions: Tensor) -> None:
+    """Refuse positions ``(1, T)`` that begin again, by which transformers knows packed texts: it
+    lets each read itself alone, so all but the first would be without the prompt."""
+    if positions.shape[:-1] != (1,) or not may_look_at_values(positions):
+        return
+    if bool((positions.diff() < 0).any()):
+        raise InputError(
+            "position_ids begin again within the row: several texts in one row would share the "
+            "prompt of the first; give each text a row of its own (no packing or padding_free), "
+            "or, where it is one text, its attention_mask"
+        )
 
 
 def _behind(text: Tensor, real: Tensor) -> Tensor:
