@@ -460,6 +460,24 @@ def test_token_labels_of_the_texts_length_are_those_with_ignored_ones_in_front(f
         assert_same(mine(input_ids=IDS, labels=whole).loss, expected)
 
 
+@pytest.mark.parametrize(("task", "family"), [("CAUSAL_LM", "llama"), ("TOKEN_CLS", "bert")])
+def test_labels_may_be_whole_numbers_of_any_width(task: str, family: str) -> None:
+    model = ours(base_model(task, family), task)
+    labels = torch.tensor([[0, 1, 2, 0, 1, 0], [2, 2, 1, 0, 0, 1]])
+    with torch.no_grad():
+        expected = model(input_ids=IDS, labels=labels).loss
+        assert_same(model(input_ids=IDS, labels=labels.int()).loss, expected)
+
+
+def test_shares_of_as_many_labels_as_there_are_tokens_are_no_labels_of_tokens() -> None:
+    base = base_model("SEQ_CLS", "bert", num_labels=6, problem_type="multi_label_classification")
+    labels = torch.rand(2, 6)
+    with torch.no_grad():
+        output = ours(base, None)(input_ids=IDS, labels=labels)
+    expected = nn.functional.binary_cross_entropy_with_logits(output.logits, labels)
+    assert_same(output.loss, expected)
+
+
 @pytest.mark.parametrize("side", MASKS)
 def test_token_labels_follow_their_tokens_in_padded_rows(side: str) -> None:
     model = ours(base_model("TOKEN_CLS", "bert"), "TOKEN_CLS")

@@ -314,8 +314,9 @@ def _place_labels(base: Base, inputs: dict[str, Any], where: Placement) -> None:
     per_token = task in (TaskType.CAUSAL_LM, TaskType.TOKEN_CLS) or (
         task is None and not base.encodes_and_decodes
     )
-    if not per_token or labels is None or labels.dim() != 2:
+    if not per_token or labels is None or labels.dim() != 2 or labels.is_floating_point():
         return
+    labels = labels.long()
     if labels.shape[1] == where.length:
         inputs["labels"] = where(labels, -100, pad=-100)
     elif labels.shape[1] == where.length + where.inserted:  # as the reference wants them
