@@ -564,6 +564,26 @@ def test_deleting_leaves_prompts_that_were_attached_otherwise() -> None:
     assert hooks_of(model) == 0
 
 
+@pytest.mark.parametrize("act", ["set_adapter", "delete_adapter", "adapter"])
+def test_a_list_of_names_is_refused(act: str) -> None:
+    with pytest.raises(InputError, match="default"):
+        getattr(prompted(), act)(["default"])
+
+
+def test_the_configuration_of_no_adapter_is_refused() -> None:
+    model = prompted()
+    model.delete_adapter("default")
+    with pytest.raises(InputError, match=r"there are \[\]"):
+        _ = model.active_peft_config
+
+
+def test_a_task_that_is_assigned_and_unknown_is_refused() -> None:
+    config = config_for()
+    config.task_type = "SUMMARY"
+    with pytest.raises(InputError, match="Invalid task type: 'SUMMARY'"):
+        get_peft_model(base_model(), config)
+
+
 # --- configurations ---------------------------------------------------------------------------
 
 

@@ -52,9 +52,10 @@ def checked(config: Any) -> PromptEncoderConfig:
     """A configuration of this package; the reference's own objects are taken over.
 
     Raises:
-        InputError: it belongs to another method, or is no configuration.
+        InputError: it belongs to another method, has wrong values, or is no configuration.
     """
     if isinstance(config, PromptEncoderConfig):
+        config.replace()  # refuses what was assigned since it was made
         return config
     to_dict = getattr(config, "to_dict", None)
     if to_dict is None or not hasattr(config, "peft_type"):

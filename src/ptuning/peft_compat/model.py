@@ -147,7 +147,7 @@ class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type
         Raises:
             InputError: there is none.
         """
-        if name not in self._adapters:
+        if name not in list(self._adapters):
             raise InputError(f"Adapter {name} not found; there are {list(self._adapters)}")
         return self._adapters[name]
 
@@ -216,7 +216,7 @@ class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type
         Raises:
             InputError: there is no such adapter.
         """
-        if adapter_name not in self._adapters:
+        if adapter_name not in list(self._adapters):
             raise InputError(
                 f"Adapter {adapter_name} does not exist; there are {list(self._adapters)}"
             )
