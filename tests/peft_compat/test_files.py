@@ -391,3 +391,69 @@ def test_training_cannot_go_on_in_an_adapter_that_is_there_for_inference(tmp_pat
     model.load_adapter(tmp_path, "default")
     model.load_adapter(tmp_path, "other", is_trainable=True)
     model.load_adapter(tmp_path, "other", is_trainable=True)
+
+
+ADDED = torch.tensor([[15, 405, 17, 18]])
+
+
+def with_added_tokens(folder: Path, seed: int, rows: int = 410) -> Any:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # of the new rows
+        model.resize_token_embeddings(rows)
+    return model
+
+
+@pytest.mark.parametrize("reader", [peft_compat, peft])
+@pytest.mark.parametrize("writer", [peft_compat, peft])
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_added_tokens_are_saved_and_loaded_by_both_libraries(
+    tied: bool, writer: Any, reader: Any, tmp_path: Path
+) -> None:
+    tiny.model("llama", tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    config = writer.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = writer.get_peft_model(with_added_tokens(tmp_path / "base", 0), config).eval()
+    with pytest.warns(UserWarning, match="embedding"):
+        model.save_pretrained(tmp_path / "adapter")
+    base = with_added_tokens(tmp_path / "base", 1)
+    again = reader.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ADDED).logits, model(input_ids=ADDED).logits)
+
+
+def test_an_adapter_with_a_template_keeps_the_rows_of_added_tokens(tmp_path: Path) -> None:
+    tiny.model("llama").save_pretrained(tmp_path / "base")
+    config = peft_compat.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    made = {"template": "[P*3] {text} yes", "tokenizer": tiny.tokenizer()}
+    model = peft_compat.get_peft_model(with_added_tokens(tmp_path / "base", 0), config, **made)
+    with pytest.warns(UserWarning, match="embedding"):
+        model.eval().save_pretrained(tmp_path / "adapter")
+    again = peft_compat.PeftModel.from_pretrained(
+        with_added_tokens(tmp_path / "base", 1), tmp_path / "adapter", tokenizer=made["tokenizer"]
+    )
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ADDED).logits, model(input_ids=ADDED).logits)
+
+
+def test_the_embedding_is_saved_where_it_was_resized_or_on_request(tmp_path: Path) -> None:
+    tiny.model("llama").save_pretrained(tmp_path / "base")
+    config = peft_compat.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+
+    def saved(rows: int, **options: Any) -> set[str]:
+        base = with_added_tokens(tmp_path / "base", 0, rows)
+        model = peft_compat.get_peft_model(base, config.replace())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.save_pretrained(tmp_path / "adapter", **options)
+        return set(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+
+    alone = {"prompt_embeddings"}
+    layers = {"base_model.model.embed_tokens.weight", "base_model.lm_head.weight"}
+    assert saved(400) == saved(400, save_embedding_layers=False) == alone
+    assert saved(410, save_embedding_layers=False) == alone
+    assert saved(410) == saved(400, save_embedding_layers=True) == alone | layers
+    with pytest.raises(InputError, match="save_embedding_layers is 'yes'; give True, False or"):
+        saved(400, save_embedding_layers="yes")
+    assert saved(410) == alone | layers
+    with pytest.raises(PromptFileError, match="resize_token_embeddings first"):
+        peft_compat.PeftModel.from_pretrained(base_for("CAUSAL_LM"), tmp_path / "adapter")

@@ -30,6 +30,7 @@ from .adapters import checked
 from .state_dicts import (
     PREFIX,
     VECTORS,
+    embedding_layers,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
@@ -56,13 +57,18 @@ def save(
     folder: Path,
     state_dict: Mapping[str, Tensor] | None,
     keep_encoder: bool,
+    save_embedding_layers: bool | str,
 ) -> None:
     """Write an adapter's folder, atomically; other files there stay."""
     adapter = model.adapter(name)
     encoder = model.prompt_encoder[name]
-    state = get_peft_model_state_dict(model, state_dict, name)
+    state = get_peft_model_state_dict(model, state_dict, name, save_embedding_layers=False)
     rows = state.pop(VECTORS).float().cpu()
-    modules = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
+    layers = embedding_layers(model, name, save_embedding_layers)
+    modules, whole = (
+        {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+        for tensors in (state, {**layers, **state})
+    )
     config = adapter.config.replace(inference_mode=True)
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model.base_model, "name_or_path", None) or None
@@ -76,14 +82,14 @@ def save(
     prompt.vectors = rows[: config.num_virtual_tokens]
     if not adapter.config.inference_mode:
         prompt.encoder_weights = {k: v.detach() for k, v in encoder.state_dict().items()}
-    prompt.modules = modules
+    prompt.modules = modules if adapter.insertion.template is None else whole
     prompt.base_model = describe(model.base_model, None)
     prompt.peft_config = config.to_dict()
     content = prompt.contents(keep_encoder=keep_encoder)
     if prompt_files.has_other_card(folder):
         del content[prompt_files.CARD]
     if adapter.insertion.template is None:
-        content |= peft_files.pack(rows, config, None, modules)
+        content |= peft_files.pack(rows, config, None, whole)
     else:
         # transformers' Trainer resumes from a checkpoint that has a file of this name. PEFT reads
         # none of it: no configuration stands beside it, and no tensor has a name that PEFT knows.
@@ -202,7 +208,8 @@ class Saving:
             save_directory: made if need be.
             safe_serialization: False is refused; prompts are never pickled.
             selected_adapters: their names; all by default.
-            save_embedding_layers: without effect.
+            save_embedding_layers: also save the base model's embedding and output layer; by default
+                where the embedding was resized since the base model was saved.
             is_main_process: only that process writes.
             path_initial_model_for_weight_conversion: refused; it is another method's.
             keep_encoder: also save the encoder's weights, so that training can continue.
@@ -228,7 +235,7 @@ class Saving:
         if is_main_process:
             for name in names:
                 folder, state = folder_of(save_directory, name), kwargs.get("state_dict")
-                save(self, name, folder, state, keep_encoder)
+                save(self, name, folder, state, keep_encoder, save_embedding_layers)
 
     def load_adapter(
         self: Any,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..backbone.upstream import different_keys, uncompiled
-from ..errors import PromptFileError
+from ..errors import InputError, PromptFileError
 from ..prompts.encoder import PromptEncoder, initialise
-from .modules_to_save import wrappers
+from .modules_to_save import ModulesToSaveWrapper, wrappers
 
 VECTORS = "prompt_embeddings"
 """The name of an adapter's vectors; trained modules follow under `PREFIX`."""
@@ -33,7 +34,7 @@ def get_peft_model_state_dict(
             gathers it; by default the model's own.
         adapter_name: which adapter.
         unwrap_compiled: look through ``torch.compile``.
-        save_embedding_layers: without effect; P-tuning never changes the embedding.
+        save_embedding_layers: also the base model's embedding, as for `embedding_layers`.
 
     Returns:
         ``prompt_embeddings`` ``(virtual tokens x submodules, width)`` and the trained modules'.
@@ -41,6 +42,7 @@ def get_peft_model_state_dict(
     if unwrap_compiled:
         model = uncompiled(model)
     model.adapter(adapter_name)
+    layers = embedding_layers(model, adapter_name, save_embedding_layers)
     result = {VECTORS: model.get_prompt_embedding_to_save(adapter_name)}
     for path, wrapper in wrappers(model.base_model).items():
         if adapter_name in wrapper.modules_to_save:
@@ -49,7 +51,60 @@ def get_peft_model_state_dict(
                 whole = f"{PREFIX}{path}.modules_to_save.{adapter_name}.{key}"
                 given = (state_dict or {}).get(whole, tensor)
                 result[f"{PREFIX}{path}.{key}"] = given.detach()
-    return result
+    return {**layers, **result}
+
+
+def embedding_layers(model: Any, adapter_name: str, wanted: bool | str) -> dict[str, Tensor]:
+    """The base model's input embedding and output layer under the names that are saved, for rows of
+    tokens that were added to it: nobody else has these.
+
+    Args:
+        model: a ``PeftModel``.
+        adapter_name: which adapter.
+        wanted: ``"auto"``: if the base model's own folder, or its copy from the hub, has another
+            vocabulary.
+
+    Raises:
+        InputError: `wanted` is none of True, False and ``"auto"``.
+    """
+    if wanted not in (True, False, "auto"):
+        raise InputError(f"save_embedding_layers is {wanted!r}; give True, False or 'auto'")
+    if wanted == "auto" and (wanted := _was_resized(model, adapter_name)):
+        warnings.warn(
+            "the base model's embedding was resized, so it is saved with the adapter; if it is "
+            "saved elsewhere, give save_embedding_layers=False",
+            stacklevel=4,
+        )
+    found: dict[str, Tensor] = {}
+    for name, tensor in _embedding_tensors(model).items() if wanted else ():
+        if all(tensor is not other for other in found.values()):  # one tensor of tied layers
+            found[name] = tensor
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def _was_resized(model: Any, adapter_name: str) -> bool:
+    base = model.base_model
+    place = model.adapter(adapter_name).config.base_model_name_or_path or base.name_or_path
+    if not place:
+        return False
+    try:
+        saved = type(base.config).from_pretrained(place, local_files_only=True)
+    except (OSError, ValueError):  # there is nothing to compare with
+        return False
+    sizes = [getattr(c.get_text_config(), "vocab_size", None) for c in (saved, base.config)]
+    return sizes[0] != sizes[1]
+
+
+def _embedding_tensors(model: Any) -> dict[str, Tensor]:
+    """Name in a saved adapter -> tensor of the base model, tied ones too."""
+    base = model.base_model
+    layers = [base.get_input_embeddings(), base.get_output_embeddings()]
+    return {
+        f"{PREFIX}{path}.{key}": tensor
+        for path, module in base.named_modules()
+        if any(module is layer for layer in layers) and not isinstance(module, ModulesToSaveWrapper)
+        for key, tensor in module.state_dict(keep_vars=True).items()
+    }
 
 
 def set_peft_model_state_dict(
@@ -87,7 +142,9 @@ def set_peft_model_state_dict(
         raise PromptFileError(
             f"adapter {adapter_name!r} needs {VECTORS} of shape {expected}; there is {came}"
         )
-    targets = _module_tensors(model, adapter_name)
+    trained = _module_tensors(model, adapter_name)
+    layers = {k: v for k, v in _embedding_tensors(model).items() if k in state}
+    targets = {**layers, **trained}
     extra = sorted(set(state) - set(targets))
     wrong = [k for k in targets if k in state and state[k].shape != targets[k].shape]
     if extra or (wrong and not ignore_mismatched_sizes):
@@ -95,13 +152,13 @@ def set_peft_model_state_dict(
         raise PromptFileError(
             f"adapter {adapter_name!r} has no place for {extra + shapes}; the modules that it "
             f"trains are {adapter.config.modules_to_save}: give the model and configuration that "
-            "it was saved with"
+            "it was saved with, and resize_token_embeddings first where tokens were added"
         )
     with torch.no_grad():
         initialise_all(encoder, rows)
         for key in set(state) - set(wrong):
             targets[key].copy_(state[key])
-    missing = sorted(set(targets) - set(state))
+    missing = sorted(set(trained) - set(state))
     return different_keys(missing, wrong)
 
 
