@@ -720,6 +720,23 @@ def test_chat_has_only_the_special_tokens_of_its_template() -> None:
     assert sequence.answer == (*ids_of("yes"), 2)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{% for part in m.content %}{{ part.text }}{% endfor %}",  # content in parts, as of images
+        "{{ m.content | upper }}",
+        "{{ m.content }} {{ m.content }}",
+        "{{ m.content[:8] }}",
+    ],
+)
+def test_a_chat_template_that_loses_or_repeats_virtual_tokens_is_refused(content: str) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}Q:" + content + "{% endfor %}A:"
+    row = {"x": "Oslo", "answer": "yes"}
+    with pytest.raises(InputError, match="does not write what the user says once and as it is"):
+        render("[P*2] {x} [P*2] [MASK]", row, tokenizer=tokenizer, chat=True)
+
+
 def test_chat_shortens_the_field_and_keeps_the_turns(smollm2_tokenizer: Any) -> None:
     settings = {"tokenizer": smollm2_tokenizer, "chat": True}
     row = {"x": "one two three " * 40, "answer": "yes"}

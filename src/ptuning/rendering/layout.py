@@ -219,11 +219,20 @@ class Layout:
         Returns:
             with it the characters of the first field, and whether the answer begins with a space.
             Under ``special_tokens="after"`` the virtual tokens are not in it.
+
+        Raises:
+            InputError: the chat template loses or repeats virtual tokens.
         """
         text, field, space = self._of_template(fields, named)
         if self.task.chat:
             said = text.removesuffix(named.slot)
             chat = as_chat(self.tokenizer, self.task.turns(said))
+            if chat.count(named.prefix) != said.count(named.prefix):
+                raise InputError(
+                    "this model's chat template does not write what the user says once and as it "
+                    "is, so virtual tokens in it are lost or repeated; give chat=False, and a "
+                    "template that writes the chat's own words"
+                )
             at = chat.find(said) if chat.count(said) == 1 else None
             field = range(0) if at is None else range(at + field.start, at + field.stop)
             text, space = chat + named.slot, False
