@@ -249,9 +249,37 @@ def test_peft_sets_the_state_dict_of_a_model_of_ours(encoder: str) -> None:
     peft.set_peft_model_state_dict(target, peft.get_peft_model_state_dict(source))
     expected = outputs(source, "CAUSAL_LM")
     torch.testing.assert_close(outputs(target, "CAUSAL_LM"), expected, atol=1e-5, rtol=1e-5)
-    state = peft_compat.get_peft_model_state_dict(prompted("SEQ_CLS"))
-    with pytest.raises(InputError, match=r"classifier.*ptuning.peft_compat.set_peft_model"):
-        peft.set_peft_model_state_dict(prompted("SEQ_CLS"), state)
+
+
+@pytest.mark.parametrize("name", ["default", "a.b"])
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
+def test_pefts_functions_give_and_set_what_is_trained_beside_the_prompt(
+    task: str, name: str
+) -> None:
+    def made(seed: int) -> Any:
+        model = peft_compat.get_peft_model(
+            base_for(task),
+            peft_compat.PromptEncoderConfig(task_type=task, num_virtual_tokens=3),
+            name,
+        ).eval()
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for key, parameter in model.named_parameters():
+                if ".modules_to_save." in key:
+                    parameter.normal_(std=0.2)
+        return model
+
+    source, target = made(1), made(2)
+    state = peft.get_peft_model_state_dict(source, adapter_name=name)
+    own = peft_compat.get_peft_model_state_dict(source, adapter_name=name)
+    assert state.keys() == own.keys() and len(state) == 3
+    assert all(torch.equal(state[key], own[key]) for key in own)
+    peft.set_peft_model_state_dict(target, state, adapter_name=name)
+    torch.testing.assert_close(outputs(target, task), outputs(source, task), atol=1e-5, rtol=1e-5)
+    gathered = {key: value + 1 for key, value in source.state_dict().items()}
+    moved = peft_compat.get_peft_model_state_dict(source, gathered, name)
+    heads = [key for key in own if key.startswith("base_model.")]
+    assert heads and all(torch.equal(moved[key], own[key] + 1) for key in heads)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -20,16 +20,16 @@ class AdapterDict(nn.ModuleDict):
     """
 
     def __getitem__(self, name: str) -> nn.Module:
-        return super().__getitem__(_escaped(name))
+        return super().__getitem__(escaped(name))
 
     def __setitem__(self, name: str, module: nn.Module) -> None:
-        super().__setitem__(_escaped(name), module)
+        super().__setitem__(escaped(name), module)
 
     def __delitem__(self, name: str) -> None:
-        super().__delitem__(_escaped(name))
+        super().__delitem__(escaped(name))
 
     def __contains__(self, name: str) -> bool:
-        return super().__contains__(_escaped(name))
+        return super().__contains__(escaped(name))
 
     def __iter__(self) -> Iterator[str]:
         return map(_unescaped, super().__iter__())
@@ -72,7 +72,8 @@ def folder_of(directory: str | Path, name: str) -> Path:
     return folder
 
 
-def _escaped(name: str) -> str:
+def escaped(name: str) -> str:
+    """A name as a module's."""
     key = name.replace("%", "%25").replace(".", "%2E")
     return f"%_{key}" if not key or hasattr(nn.ModuleDict(), key) else key
 

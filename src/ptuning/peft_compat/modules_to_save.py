@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.hooks import remove_hook_from_module
@@ -21,17 +21,22 @@ from transformers import Cache
 
 from ..backbone.upstream import checkpointing_of, set_checkpointing
 from ..errors import InputError
-from .adapter_names import AdapterDict
+from ..prompts.recognised import Recognised
+from .adapter_names import AdapterDict, escaped
 
 
-class ModulesToSaveWrapper(nn.Module):
+class ModulesToSaveWrapper(Recognised, nn.Module):
     """A module of the base model, and a trainable copy of it for each adapter.
+
+    PEFT's functions take it for theirs, so that state dicts of launchers have what is trained.
 
     Attributes:
         original_module: the base model's own, frozen.
         modules_to_save: adapter name -> copy.
         active_adapter: whose copy is used, or None for the original.
     """
+
+    peft_names: ClassVar[tuple[str, ...]] = ("ModulesToSaveWrapper",)
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -66,6 +71,17 @@ class ModulesToSaveWrapper(nn.Module):
             made = copy.deepcopy(self.original_module)
         remove_hook_from_module(made, recurse=True)
         self.modules_to_save[name] = made.requires_grad_(False)
+
+    def adapter_state_dict(self, name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """An adapter's copy out of the wrapper's state dict, under the original's names."""
+        return {key: state_dict[own] for key, own in self.adapter_state_dict_load_map(name).items()}
+
+    def adapter_state_dict_load_map(self, name: str) -> dict[str, str]:
+        """The original's names -> those of an adapter's copy in the wrapper's state dict."""
+        if name not in self.modules_to_save:
+            return {}
+        prefix = f"modules_to_save.{escaped(name)}."
+        return {key: f"{prefix}{key}" for key in self.modules_to_save[name].state_dict()}
 
     def activate(self, name: str | None, trainable: bool) -> None:
         """Use an adapter's copy, and train it and no other."""

@@ -46,11 +46,11 @@ def get_peft_model_state_dict(
     result = {VECTORS: model.get_prompt_embedding_to_save(adapter_name)}
     for path, wrapper in wrappers(model.base_model).items():
         if adapter_name in wrapper.modules_to_save:
-            module = wrapper.modules_to_save[adapter_name]
+            module, own = wrapper.modules_to_save[adapter_name], f"{PREFIX}{path}."
+            names = wrapper.adapter_state_dict_load_map(adapter_name)
             for key, tensor in module.state_dict().items():
-                whole = f"{PREFIX}{path}.modules_to_save.{adapter_name}.{key}"
-                given = (state_dict or {}).get(whole, tensor)
-                result[f"{PREFIX}{path}.{key}"] = given.detach()
+                given = (state_dict or {}).get(f"{own}{names[key]}", tensor)
+                result[f"{own}{key}"] = given.detach()
     return {**layers, **result}
 
 

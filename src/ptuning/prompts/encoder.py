@@ -162,17 +162,8 @@ class PromptEncoder(nn.Module):
 
     def _load_adapter_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Give the vectors of an adapter's state dict; the reference's own
-        ``set_peft_model_state_dict``, which launchers call, asks for it.
-
-        Raises:
-            InputError: there are modules in it that are trained beside the prompt.
+        ``set_peft_model_state_dict``, which launchers call, asks for it when it has set the rest.
         """
-        others = sorted(set(state_dict) - {"prompt_embeddings"})
-        if others:
-            raise InputError(
-                f"peft cannot set {others[0]}, which is trained beside the prompt; use "
-                "ptuning.peft_compat.set_peft_model_state_dict"
-            )
         weight = self.embedding.weight
         vectors = state_dict["prompt_embeddings"].to(weight.device)
         initialise(self, vectors, torch.arange(len(weight), device=weight.device))

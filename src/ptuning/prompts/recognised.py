@@ -25,8 +25,8 @@ class Recognised:
 
     def _get_class(self) -> type:
         kind: Any = type(self)
-        peft = sys.modules.get("peft")
-        found = (getattr(peft, name, None) for name in kind.peft_names)
+        rooms = [sys.modules.get(name) for name in ("peft", "peft.utils")]
+        found = (getattr(room, name, None) for name in kind.peft_names for room in rooms)
         theirs = next((other for other in found if isinstance(other, type)), None)
         return kind if theirs is None else _both(kind, theirs)
 
