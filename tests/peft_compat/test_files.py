@@ -485,3 +485,22 @@ def test_the_embedding_is_saved_where_it_was_resized_or_on_request(tmp_path: Pat
     assert saved(410) == alone | layers
     with pytest.raises(PromptFileError, match="resize_token_embeddings first"):
         peft_compat.PeftModel.from_pretrained(base_for("CAUSAL_LM"), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+def test_auto_classes_make_room_for_the_rows_that_were_saved(
+    with_tokenizer: bool, tmp_path: Path
+) -> None:
+    tiny.model("llama").save_pretrained(tmp_path / "base")
+    base = with_added_tokens(tmp_path / "base", 0, 416)  # more than the tokenizer has tokens
+    config = peft_compat.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft_compat.get_peft_model(base, config).eval()
+    with pytest.warns(UserWarning, match="embedding"):
+        model.save_pretrained(tmp_path / "adapter")
+    if with_tokenizer:
+        tokenizer = tiny.tokenizer()
+        tokenizer.add_tokens([f"<added {i}>" for i in range(410 - len(tokenizer))])
+        tokenizer.save_pretrained(tmp_path / "adapter")
+    again = peft_compat.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ADDED).logits, model(input_ids=ADDED).logits)

@@ -13,6 +13,7 @@ from ..places import local_folder
 from ..prompts.encoder_config import PromptEncoderConfig, TaskType
 from . import saving
 from .model import PeftModel
+from .state_dicts import embedding_rows
 
 _LIBRARIES = ("transformers",)
 
@@ -60,7 +61,8 @@ class AutoPeftModel:
         own = ("tokenizer", "reference_layout", "drop_virtual_positions")
         options = {name: kwargs.pop(name) for name in own if name in kwargs}
         hub = {name: kwargs[name] for name in ("token", "cache_dir") if name in kwargs}
-        saved = saving.read(place, revision=revision, **hub).config
+        adapter = saving.read(place, revision=revision, **hub)
+        saved = adapter.config
         if saved.task_type is not None and saved.task_type != cls.task_type:
             expected, asked = (PeftModel.by_task[c.task_type].__name__ for c in (saved, cls))
             raise InputError(
@@ -78,8 +80,11 @@ class AutoPeftModel:
         base = base_class.from_pretrained(
             saved.base_model_name_or_path, revision=saved.revision, **kwargs
         )
-        if (local_folder(place, revision, **hub) / "tokenizer_config.json").is_file():
-            _grow(base, transformers.AutoTokenizer.from_pretrained(place, revision=revision, **hub))
+        if rows := embedding_rows(adapter.state, base):
+            _resize(base, rows)
+        elif (local_folder(place, revision, **hub) / "tokenizer_config.json").is_file():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place, revision=revision, **hub)
+            _resize(base, max(len(tokenizer), len(base.get_input_embeddings().weight)))
         return PeftModel.by_task[cls.task_type].from_pretrained(
             base,
             place,
@@ -109,10 +114,10 @@ def _named(mapping: dict[str, Any] | None, allowed: list[str] | None) -> Any:
     return getattr(importlib.import_module(library), mapping["base_model_class"])
 
 
-def _grow(model: Any, tokenizer: Any) -> None:
-    """Make room for tokens that were added to the tokenizer saved with an adapter."""
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))
+def _resize(model: Any, rows: int) -> None:
+    """Make room for tokens that were added when the adapter was trained."""
+    if rows != len(model.get_input_embeddings().weight):
+        model.resize_token_embeddings(rows)
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

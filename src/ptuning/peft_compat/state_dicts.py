@@ -82,6 +82,14 @@ def embedding_layers(model: Any, adapter_name: str, wanted: bool | str) -> dict[
     return {name: tensor.detach() for name, tensor in found.items()}
 
 
+def embedding_rows(state: Mapping[str, Tensor], base: Any) -> int:
+    """How many rows the base model's input embedding has in an adapter's state dict; 0 where it is
+    not in it."""
+    embedding = base.get_input_embeddings()
+    names = (f"{PREFIX}{name}.weight" for name, m in base.named_modules() if m is embedding)
+    return next((len(state[name]) for name in names if name in state), 0)
+
+
 def _was_resized(model: Any, adapter_name: str) -> bool:
     base = model.base_model
     place = model.adapter(adapter_name).config.base_model_name_or_path or base.name_or_path
