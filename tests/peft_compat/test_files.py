@@ -421,6 +421,24 @@ def test_training_cannot_go_on_in_an_adapter_that_is_there_for_inference(tmp_pat
     model.load_adapter(tmp_path, "other", is_trainable=True)
 
 
+@pytest.mark.parametrize("nothing", ["", " ", 3, None])
+def test_what_is_no_path_names_no_folder_of_an_adapter(
+    nothing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = prompted("CAUSAL_LM")
+    uses = (
+        model.save_pretrained,
+        model.create_or_update_model_card,
+        model.peft_config["default"].save_pretrained,
+        peft_compat.PeftConfig.from_pretrained,
+    )
+    for use in uses:
+        with pytest.raises(InputError, match="is no path; give the name"):
+            use(nothing)
+    assert not list(tmp_path.iterdir())
+
+
 ADDED = torch.tensor([[15, 405, 17, 18]])
 
 

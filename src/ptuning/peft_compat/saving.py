@@ -182,7 +182,7 @@ class Saving:
         Args:
             output_dir: of the training; the card is made where there is none.
         """
-        path = Path(output_dir) / "README.md"
+        path = places.named(output_dir) / "README.md"
         card = ModelCard(read_text(path) if path.is_file() else "---\n{}\n---\n")
         data: Any = card.data
         data.library_name = "peft"
@@ -216,7 +216,7 @@ class Saving:
             kwargs: ``state_dict`` of the whole model, as distributed training gathers it.
 
         Raises:
-            InputError: an unknown name, or something refused; nothing is written.
+            InputError: an unknown name, no path, or something refused; nothing is written.
         """
         if not safe_serialization or path_initial_model_for_weight_conversion is not None:
             raise InputError(
@@ -230,7 +230,8 @@ class Saving:
                 f"You passed an invalid `selected_adapters` arguments: {unknown} are not among "
                 f"{list(self.peft_config)}"
             )
-        if Path(save_directory).is_file():
+        save_directory = places.named(save_directory)
+        if save_directory.is_file():
             raise InputError(f"{save_directory} is a file; give a directory")
         if is_main_process:
             for name in names:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from .. import formats, storage
+from .. import formats, places, storage
 from ..data.values import plain
 from ..errors import InputError, PromptFileError
 from .prompt_settings import MOST, share
@@ -201,7 +201,7 @@ class PromptEncoderConfig(Recognised):
             options: the reference's further arguments, without effect.
         """
         saved = self if auto_mapping_dict is None else self.replace(auto_mapping=auto_mapping_dict)
-        storage.write_folder(save_directory, {CONFIG_NAME: saved.to_json().encode()})
+        storage.write_folder(places.named(save_directory), {CONFIG_NAME: saved.to_json().encode()})
 
     def replace(self, **changes: Any) -> Self:
         """A copy with other values."""
@@ -223,7 +223,7 @@ class PromptEncoderConfig(Recognised):
         Raises:
             PromptFileError: there is no such file, or it is not a configuration of this method.
         """
-        file = Path(path) / (subfolder or "") / CONFIG_NAME
+        file = places.named(path) / (subfolder or "") / CONFIG_NAME
         storage.settle(file.parent)
         if not file.is_file():
             hub = {k: v for k, v in options.items() if k in _HUB_OPTIONS}
