@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ptuning.backbone.injection import Injector, input_embedding
+from ptuning.backbone.injection import Injector
+from ptuning.backbone.lookups import input_embedding
 from ptuning.errors import InputError
 
 from .. import tiny

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ptuning.backbone.injection import Injector, input_embedding
+from ptuning.backbone.injection import Injector
+from ptuning.backbone.lookups import input_embedding
 from ptuning.errors import InputError
 from ptuning.forward.plain import (
     answer_logits,

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import ptuning
 from ptuning.backbone.identity import describe
-from ptuning.backbone.injection import Injector, input_embedding
+from ptuning.backbone.injection import Injector
+from ptuning.backbone.lookups import input_embedding
 from ptuning.errors import InputError, PromptFileError
 from ptuning.forward.plain import position_ids
 from ptuning.inference.attachment import placed

@@ -17,7 +17,8 @@ import transformers
 from torch import Tensor, nn
 
 import ptuning
-from ptuning.backbone.injection import Injector, input_embedding
+from ptuning.backbone.injection import Injector
+from ptuning.backbone.lookups import input_embedding
 from ptuning.errors import InputError
 from ptuning.peft_compat import (
     ModulesToSaveWrapper,

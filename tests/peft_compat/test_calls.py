@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from ptuning import peft_compat
-from ptuning.backbone.injection import input_embedding
+from ptuning.backbone.lookups import input_embedding
 from ptuning.backbone.upstream import CACHE
 from ptuning.errors import InputError
 from ptuning.peft_compat import PromptEncoderConfig, get_peft_model

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 import ptuning
-from ptuning.backbone.injection import input_embedding
+from ptuning.backbone.lookups import input_embedding
 from ptuning.backbone.upstream import BEFORE, CACHE
 from ptuning.errors import InputError
 from ptuning.peft_compat import PromptEncoderConfig, get_peft_model

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import ptuning
 from ptuning.backbone.identity import describe
-from ptuning.backbone.injection import input_embedding
+from ptuning.backbone.lookups import input_embedding
 from ptuning.errors import InputError, PromptFileError, PtuningError
 from ptuning.prompts import peft_files
 from ptuning.prompts.encoder import PromptEncoder

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, PromptFileError
-from .injection import input_embedding
+from .lookups import input_embedding
 from .tokens import tokenizer_hash
 from .traits import kind_of
 from .upstream import commit_of

@@ -25,14 +25,12 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..threads import CHANGING
-from .traits import check_model
+from .lookups import input_embedding, second_lookups, shared_embeddings
 from .upstream import hook_owners, remove_hooks_of
 
 Words = Callable[[Tensor, Tensor], Tensor]
 SAFE_ID = 0
-# Modules that look up the input ids again, by name (Gemma 4) or by their table of each id's experts
-# (DeepSeek V4); virtual positions get SAFE_ID's row there.
-_SECOND_LOOKUPS, _EXPERTS_OF_IDS = ("embed_tokens_per_layer",), "tid2eid"
+"""Virtual positions get its row where ids are looked up."""
 
 
 class Span:
@@ -99,18 +97,14 @@ class Injector:
     """
 
     def __init__(self, model: nn.Module):
-        self.modules = _shared_embeddings(model)
+        self.modules = shared_embeddings(model)
         weight_owner = self.modules[0]
         self.threshold: int = weight_owner.num_embeddings
         self.width: int = weight_owner.embedding_dim
         self.spans: list[Span] = []
         self._lookup: _Lookup
         self._local = threading.local()
-        self.second_lookups = [
-            m
-            for n, m in model.named_modules()
-            if n.endswith(_SECOND_LOOKUPS) or hasattr(m, _EXPERTS_OF_IDS)
-        ]
+        self.second_lookups = second_lookups(model)
 
     @property
     def _device(self) -> torch.device:
@@ -156,8 +150,8 @@ class Injector:
                 for module in self.modules:
                     module.register_forward_pre_hook(self._before)
                     module.register_forward_hook(self._after)
-                for module in self.second_lookups:
-                    module.register_forward_pre_hook(self._guard)
+                for again in self.second_lookups:
+                    again.register_forward_pre_hook(self._guard)
         return span
 
     def write(self, span: Span, rows: Tensor) -> None:
@@ -327,12 +321,6 @@ def _ids(value: Any) -> bool:
     return isinstance(value, Tensor) and not value.is_floating_point()
 
 
-def second_table(module: nn.Module) -> Tensor:
-    """What a module of `Injector.second_lookups` looks ids up in: ``(ids, …)``."""
-    found: Any = module
-    return getattr(found, _EXPERTS_OF_IDS, found.weight)
-
-
 def may_look_at_values(ids: Tensor) -> bool:
     """False while a graph is traced or captured, where a look at values would break it."""
     if torch.compiler.is_compiling() or ids.is_meta:
@@ -354,48 +342,3 @@ def check_fits(rows: Tensor, dtype: torch.dtype) -> None:
             f"{str(dtype).removeprefix('torch.')} cannot hold; load the model as float32 or "
             "bfloat16 (--dtype), or train the prompt again"
         )
-
-
-def input_embedding(model: nn.Module) -> nn.Embedding:
-    """The module that turns input ids into vectors.
-
-    Raises:
-        InputError: it is no model, or has none.
-    """
-    check_model(model)
-    get = getattr(model, "get_input_embeddings", None)
-    try:
-        module = get() if get else None
-    except NotImplementedError:
-        module = None
-    weighs = isinstance(getattr(module, "weight", None), Tensor)
-    if not weighs or not hasattr(module, "embedding_dim"):
-        raise InputError(
-            f"{type(model).__name__} has no input embedding to attach a prompt to; give a "
-            "transformers model that reads token ids"
-        )
-    return module  # type: ignore[return-value]
-
-
-@torch.no_grad()
-def vectors_of(embedding: nn.Embedding, ids: Tensor) -> Tensor:
-    """What the embedding gives for ordinary ids: the scale that injected rows have."""
-    return embedding(ids.to(embedding.weight.device)).float().cpu()
-
-
-def _shared_embeddings(model: nn.Module) -> list[nn.Embedding]:
-    """The input embedding and every other embedding of the same weight (T5 and BART have three).
-
-    Offloaded modules have placeholders for the one weight; there the model says what is tied.
-    """
-    first = input_embedding(model)
-    found = {id(first): first}
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    own = {f"{name}.weight" for name, module in model.named_modules() if module is first}
-    own |= {tied[name] for name in own if name in tied}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding):
-            alike = f"{name}.weight" in own or tied.get(f"{name}.weight") in own
-            if module.weight is first.weight or alike:
-                found.setdefault(id(module), module)
-    return list(found.values())

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..threads import CHANGING
-from .injection import input_embedding
+from .lookups import input_embedding
 
 Undo = tuple["weakref.ref[Any]", bool]
 """A module or parameter, and the value that its flag had."""

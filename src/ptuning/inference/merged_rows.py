@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.base_model import device_of
-from ..backbone.injection import SAFE_ID, Injector, check_fits, input_embedding, second_table
+from ..backbone.injection import SAFE_ID, Injector, check_fits
+from ..backbone.lookups import input_embedding, second_table
 from ..backbone.modes import eval_mode
 from ..backbone.traits import (
     ModelKind,

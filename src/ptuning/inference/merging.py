@@ -15,7 +15,7 @@ from torch import nn
 
 from ..backbone.base_model import BaseModel
 from ..backbone.identity import difference
-from ..backbone.injection import input_embedding
+from ..backbone.lookups import input_embedding
 from ..errors import InputError, PromptFileError, briefly
 from ..prompts.prompt import Prompt
 from ..rendering.merged_text import merged_text, names_of

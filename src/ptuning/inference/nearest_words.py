@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..backbone.injection import input_embedding
+from ..backbone.lookups import input_embedding
 from ..backbone.tokens import check_tokenizer
 from ..prompts.consistency import check_kind
 from ..prompts.prompt import Prompt

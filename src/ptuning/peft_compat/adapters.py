@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..backbone.injection import Injector, Span, input_embedding
+from ..backbone.injection import Injector, Span
+from ..backbone.lookups import input_embedding
 from ..errors import InputError
 from ..prompts.encoder import PromptEncoder
 from ..prompts.encoder_config import PeftType, PromptEncoderConfig, TaskType

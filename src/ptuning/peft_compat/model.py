@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from transformers.utils.hub import PushToHubMixin
 
-from ..backbone.injection import Injector, Span, input_embedding
+from ..backbone.injection import Injector, Span
+from ..backbone.lookups import input_embedding
 from ..backbone.traits import reads_left_to_right
 from ..errors import InputError
 from ..prompts.encoder import PromptEncoder

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbone.injection import input_embedding
+from ..backbone.lookups import input_embedding
 
 
 class Summary:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbone.injection import Injector, input_embedding, vectors_of
+from ..backbone.injection import Injector
+from ..backbone.lookups import input_embedding, vectors_of
 from ..backbone.modes import eval_mode, in_training
 from ..backbone.tokens import first_free_id
 from ..errors import PromptFileError

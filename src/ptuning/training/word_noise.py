@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.base_model import device_of
-from ..backbone.injection import input_embedding, vectors_of
+from ..backbone.lookups import input_embedding, vectors_of
 from ..backbone.tokens import first_free_id
 from ..prompts.prompt import Prompt
 from ..prompts.template import Virtual

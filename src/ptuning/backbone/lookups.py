@@ -1,0 +1,76 @@
+"""Where a model looks token ids up: its input embedding, those of the same weight, and other tables
+of ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .traits import check_model
+
+_SECOND_LOOKUPS, _EXPERTS_OF_IDS = ("embed_tokens_per_layer",), "tid2eid"
+"""Modules that look the ids up again, by name (Gemma 4) or by their table of each id's experts
+(DeepSeek V4)."""
+
+
+def input_embedding(model: nn.Module) -> nn.Embedding:
+    """The module that turns input ids into vectors.
+
+    Raises:
+        InputError: it is no model, or has none.
+    """
+    check_model(model)
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        module = get() if get else None
+    except NotImplementedError:
+        module = None
+    weighs = isinstance(getattr(module, "weight", None), Tensor)
+    if not weighs or not hasattr(module, "embedding_dim"):
+        raise InputError(
+            f"{type(model).__name__} has no input embedding to attach a prompt to; give a "
+            "transformers model that reads token ids"
+        )
+    return module  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def vectors_of(embedding: nn.Embedding, ids: Tensor) -> Tensor:
+    """What the embedding gives for ordinary ids: the scale that injected rows have."""
+    return embedding(ids.to(embedding.weight.device)).float().cpu()
+
+
+def shared_embeddings(model: nn.Module) -> list[nn.Embedding]:
+    """The input embedding and every other embedding of the same weight (T5 and BART have three).
+
+    Offloaded modules have placeholders for the one weight; there the model says what is tied.
+    """
+    first = input_embedding(model)
+    found = {id(first): first}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    own = {f"{name}.weight" for name, module in model.named_modules() if module is first}
+    own |= {tied[name] for name in own if name in tied}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            alike = f"{name}.weight" in own or tied.get(f"{name}.weight") in own
+            if module.weight is first.weight or alike:
+                found.setdefault(id(module), module)
+    return list(found.values())
+
+
+def second_lookups(model: nn.Module) -> list[nn.Module]:
+    """Modules that look the input ids up again, in tables that have no row for a virtual token."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if name.endswith(_SECOND_LOOKUPS) or hasattr(module, _EXPERTS_OF_IDS)
+    ]
+
+
+def second_table(module: nn.Module) -> Tensor:
+    """What a module of `second_lookups` looks ids up in: ``(ids, …)``."""
+    found: Any = module
+    return getattr(found, _EXPERTS_OF_IDS, found.weight)
