@@ -60,8 +60,9 @@ class TrainSettings:
         batch_size: examples per micro-batch.
         gradient_accumulation: micro-batches per optimizer step.
         seed: of initialisation, order and dropout; the first one of a population.
-        weight_decay: AdamW's, on the encoder.
-        max_grad_norm: the encoder's gradient is clipped to this norm.
+        weight_decay: AdamW's, on the encoder and, where they are trained, the model's weights.
+        max_grad_norm: a prompt's gradient is clipped to this norm, together with that of the
+            model's weights where they are trained.
         schedule: ``linear`` or ``cosine`` decay to zero, or ``constant``.
         warmup: fraction of all steps in which the rate rises from zero.
         choose_by: which dev result is better: ``accuracy`` (of equals the lower loss) or ``loss``,
