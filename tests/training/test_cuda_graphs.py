@@ -85,7 +85,7 @@ class Trained:
                 say(text)
 
             self.made.append(GraphedStep(population, plain, nullcontext, graph, 1e-3, note))
-            return self.made[0]
+            return self.made[-1]  # of a refit its own
 
         tokenizer = tiny.tokenizer()
         column = {"answer": "label", "verbalizer": words} if words else {"answer": "answer"}
@@ -125,6 +125,8 @@ class Trained:
         {"words": WORDS},
         {"words": {"yes": "of", "no": "not"}, "template": AFTER},
         {"words": {"yes": "not a city", "no": "Ra"}},
+        {"words": WORDS, "refit": True, "word_noise": 0.5},
+        {"words": {"yes": "of", "no": "not"}, "template": AFTER, "refit": True},
         {"words": WORDS, "taught": True},
         {"words": {"yes": "not a city", "no": "Ra"}, "taught": True},
         {"taught": True, "template": AFTER},
@@ -152,8 +154,10 @@ def test_a_training_with_replayed_steps_is_the_plain_one(
         options = {"grid": {"encoder": [encoder], "encoder_dropout": dropout}}
     plain = Trained(None, monkeypatch, **options)
     graphed = Trained(Again, monkeypatch, **options)
-    assert graphed.replays > 5, "nothing was replayed"
-    assert len(graphed.notes) == 1 and "are replayed" in graphed.notes[0]
+    assert all(graphs.replays > 3 for graphs in graphed.made), "nothing was replayed"
+    assert len(graphed.notes) == len(graphed.made)
+    assert all("are replayed" in note for note in graphed.notes)
+    assert graphed.result.refit == pytest.approx(plain.result.refit, abs=1e-5)
     for got, expected in zip(graphed.result.members, plain.result.members, strict=True):
         assert got["best"] == pytest.approx(expected["best"], abs=1e-5)
     for got, expected in zip(graphed.result.history, plain.result.history, strict=True):
