@@ -174,6 +174,13 @@ _WRONG: list[tuple[str, bytes, int, str]] = [
     ("/v1/prompts/nobody/predict", b'{"fields": {}}', 404, "there is no prompt 'nobody'"),
     ("/v1/prompts/mood/predikt", b"{}", 404, "Not Found; see /docs"),
     ("/v1/completions", b'{"model": "pair", "prompt": "a"}', 422, "'a', 'b'; send them as"),
+    (_PREDICT, b'{"fields": {"text": "\\ud800"}, "stream": true}', 422, "half a surrogate pair"),
+    (
+        "/v1/chat/completions",
+        _chat("model", 9, "so many words " * 130, stream=True),
+        422,
+        "shorter",
+    ),
     ("/v1/completions", _text("pair", "[" * 19_000), 422, "'a', 'b'; send them as"),
     ("/v1/completions", _text("pair", '{"a": NaN, "b": 1}'), 422, "'a', 'b'; send them as"),
     ("/v1/completions", b'{"model": "mood", "prompt": "a", "n": 2}', 422, "n: "),

@@ -27,7 +27,7 @@ from ..errors import InputError
 from ..inference.report import training_history
 from ..reporting import versions
 from . import openai_api
-from .asking import Desk
+from .asking import Desk, begun
 from .backend import Answer, Backend, shown_name
 from .gate import Gate, Limits, Refused, error_body
 from .json_text import Json, event
@@ -117,8 +117,8 @@ def _prompts(app: FastAPI, desk: Desk, key: str | None) -> None:
         if request.stream:
             if len(rows) != 1:
                 raise Refused(422, f"{len(rows)} rows came; a stream answers one")
-            parts = _parts(desk.stream(name, served.handle, rows[0], wish))
-            return StreamingResponse(parts, media_type="text/event-stream")
+            parts = await begun(desk.stream(name, served.handle, rows[0], wish))
+            return StreamingResponse(_parts(parts), media_type="text/event-stream")
         answers = await desk.answer(name, served.handle, rows, wish)
         told = [_told(answer) for answer in answers]
         return Json({"prompt": name, "model": backend.name, "predictions": told})

@@ -148,6 +148,27 @@ class Desk:
                 yield part
 
 
+async def begun(
+    parts: AsyncIterator[str | Answer | Refused],
+) -> AsyncIterator[str | Answer | Refused]:
+    """A stream whose first part has come: a fault before it is the answer to the request, with a
+    status that clients know what to do with.
+
+    Raises:
+        Refused: that fault.
+    """
+    first = await anext(parts)
+    if isinstance(first, Refused):
+        raise first
+
+    async def all_of_them() -> AsyncIterator[str | Answer | Refused]:
+        yield first
+        async for part in parts:
+            yield part
+
+    return all_of_them()
+
+
 def _told(error: Exception) -> Refused:
     refused = refusal(error)
     if refused.status == 500:

@@ -17,7 +17,7 @@ from fastapi import APIRouter
 from fastapi.responses import Response, StreamingResponse
 
 from ..formats import distinct
-from .asking import Desk
+from .asking import Desk, begun
 from .backend import Answer, Row
 from .gate import Refused, error_body, no_constant
 from .json_text import Json, event
@@ -128,8 +128,9 @@ async def _respond(
             raise Refused(422, f"{len(rows)} prompts came; a stream answers one")
         options = request.stream_options
         usage = options is not None and bool(options.include_usage)
-        parts = _events(desk, name, handle, rows[0], wish, frame, chat, usage)
-        return StreamingResponse(parts, media_type="text/event-stream")
+        parts = await begun(desk.stream(name, handle, rows[0], wish))
+        told = _events(parts, frame, chat, usage)
+        return StreamingResponse(told, media_type="text/event-stream")
     answers = await desk.answer(name, handle, rows, wish)
     choices = [_choice(number, answer, chat) for number, answer in enumerate(answers)]
     return Json({**frame, "choices": choices, "usage": _usage(answers)})
@@ -154,14 +155,7 @@ def _usage(answers: list[Answer]) -> dict[str, int]:
 
 
 async def _events(
-    desk: Desk,
-    name: str,
-    handle: Any,
-    row: Row,
-    wish: Any,
-    frame: dict[str, Any],
-    chat: bool,
-    usage: bool,
+    parts: AsyncIterator[Any], frame: dict[str, Any], chat: bool, usage: bool
 ) -> AsyncIterator[str]:
     frame = {**frame, "object": "chat.completion.chunk" if chat else "text_completion"}
     role = {"role": "assistant"}  # told once: clients join what chunks say, the role too
@@ -172,7 +166,7 @@ async def _events(
         choice = {"index": 0, "finish_reason": end, "logprobs": None, **said}
         return event({**frame, "choices": [choice]})
 
-    async for part in desk.stream(name, handle, row, wish):
+    async for part in parts:
         if isinstance(part, str):
             yield chunk(part)
         elif isinstance(part, Answer):
