@@ -43,6 +43,24 @@ def test_json_is_safe_and_means_the_same() -> None:
     assert json.loads(console.json_text(value, indent=2)) == value
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_stdout_that_has_not_all_characters_gets_escapes(encoding: str) -> None:
+    program = """if True:
+        from ptuning.cli import console
+        console.write_to_any_stdout()
+        console.print_json({"Größe": "\\u6771\\U0001f600"}, indent=None)
+        console.tell("\\u6771 saved")
+        console.table("\\u6771", ["\\u6771"], [["\\U0001f600"]])
+    """
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, check=True
+    )
+    lines = done.stdout.decode(encoding).splitlines()
+    assert json.loads(lines[0]) == {"Größe": "東😀"}
+    assert lines[1] == r"\u6771 saved" and any(r"\U0001f600" in line for line in lines[2:])
+
+
 def test_only_the_console_prints() -> None:
     for path in (Path(ptuning.__file__).parent / "cli").glob("*.py"):
         if path.name == "console.py":

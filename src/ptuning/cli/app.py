@@ -109,6 +109,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     console.quiet_libraries()
+    console.write_to_any_stdout()
     console.speak_if(os.environ.get("RANK", "0") == "0")
     console.on_stop(lambda: "stopped")
     try:

@@ -6,6 +6,8 @@ harmless here, the only place that prints.
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import shlex
 import shutil
@@ -47,6 +49,13 @@ def quiet_libraries() -> None:
             warn(str(message))
 
     warnings.showwarning = show  # type: ignore[assignment]
+
+
+def write_to_any_stdout() -> None:
+    """What the encoding of stdout does not have is written as an escape, as on stderr: a file that
+    output goes to has on Windows that of the country."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def program() -> str:
@@ -115,7 +124,12 @@ def tell(text: str) -> None:
 
 def print_json(value: Any, indent: int | None = 2) -> None:
     """A JSON document on stdout; with `indent` None on one line."""
-    sys.stdout.write(json_text(value, indent) + "\n")
+    text = json_text(value, indent)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=indent, default=str)  # escapes all that is not ASCII
+    sys.stdout.write(text + "\n")
 
 
 def table(title: str, header: list[str], rows: list[list[str]]) -> None:

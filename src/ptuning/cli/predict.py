@@ -193,7 +193,7 @@ def _print(device: Path | None, blocks: Iterator[list[dict[str, Any]]]) -> None:
     try:
         for block in blocks:
             for row in block:
-                sys.stdout.write(console.json_text(finite(row)) + "\n")
+                console.print_json(finite(row), indent=None)
             sys.stdout.flush()
     except BrokenPipeError:  # such as head, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
