@@ -98,6 +98,8 @@ def test_training_predicting_and_measuring_take_every_kind() -> None:
         (csv.DictReader(io.StringIO("a\n1,2\n")), "row 1 has more cells"),
         (pandas.DataFrame([[1, 2]], columns=["a", "a"]), "column 'a' twice"),
         (pyarrow.table([[1], [2]], names=["a", "a"]), "column 'a' twice"),
+        ({1: ["a"], "1": ["b"]}, "the dict of columns has the column '1' twice"),
+        ([{1: "a", "1": "b"}], "row 1 has the column '1' twice"),
         (datasets.DatasetDict(train=class_labels()), r"several data sets \(train"),
     ],
 )  # fmt: skip

@@ -75,11 +75,13 @@ def _each(source: Iterable[Any]) -> Iterator[Row]:
         if not all(isinstance(name, str) for name in row):
             if None in row:  # what csv.DictReader makes of a row that is longer than the header
                 raise DataError(f"row {number} has more cells than there are columns")
+            unique_names([str(name) for name in row], f"row {number}")
             row = {str(name): value for name, value in row.items()}
         yield row
 
 
 def _from_columns(source: Mapping[Any, Any]) -> Iterator[Row]:
+    unique_names([str(name) for name in source], "the dict of columns")
     columns: dict[str, Sequence[Any]] = {}
     for name, values in source.items():
         if hasattr(values, "features"):
