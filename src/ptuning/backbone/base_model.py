@@ -36,11 +36,16 @@ class BaseModel:
     def of(cls, model: nn.Module, tokenizer: Any) -> BaseModel:
         """Read off what a model and its tokenizer are.
 
+        Args:
+            model: a loaded one.
+            tokenizer: the model's; None where nothing is rendered.
+
         Raises:
             InputError: one of them is none, or the model has no output head over a vocabulary.
         """
         kind = kind_of(model)
-        check_tokenizer(tokenizer)
+        if tokenizer is not None:
+            check_tokenizer(tokenizer)
         return cls(model, tokenizer, kind, context_length(model, tokenizer))
 
     @property
