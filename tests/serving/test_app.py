@@ -242,6 +242,9 @@ def test_a_body_that_does_not_come_is_refused_while_others_are_served(
 
 def test_health_metrics_and_the_description_of_the_addresses(client: Any) -> None:
     assert client.get("/health").json() == {"status": "ok", "prompts": 3}
+    for path in ("/", "/docs", "/health"):  # as balancers ask
+        looked = client.head(path)
+        assert looked.status_code == 200 and not looked.content
     _post(client, _PREDICT, {"rows": [{"text": "a"}, {"text": "b"}]})
     text = client.get("/metrics").text
     assert "ptuning_prompts 3.0" in text and "ptuning_prompts_refused 0.0" in text

@@ -47,7 +47,7 @@ async def _ask(before: Gate, path: str, receive: Any = None) -> int:
     return int(sent[0]["status"])
 
 
-@pytest.mark.parametrize("path", ["/health", "/", "/docs"])
+@pytest.mark.parametrize("path", ["/health", "/", "/docs", "/metrics"])
 def test_a_full_server_says_that_it_lives(path: str) -> None:
     async def run() -> tuple[int, int, int]:
         application = Application()

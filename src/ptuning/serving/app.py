@@ -29,7 +29,7 @@ from ..reporting import versions
 from . import openai_api
 from .asking import Desk, begun
 from .backend import Answer, Backend, shown_name
-from .gate import Gate, Limits, Refused, error_body
+from .gate import METRICS, Gate, Limits, Refused, error_body
 from .json_text import Json, event
 from .messages import PredictRequest, PredictResponse, in_words
 from .metrics import Metrics
@@ -182,14 +182,15 @@ def _around(app: FastAPI, desk: Desk) -> None:
         state = {"status": "ok" if backend.alive else "dead", "prompts": len(registry.served)}
         return Json(state, 200 if backend.alive else 503)
 
-    @app.get("/metrics", tags=["server"], response_class=Response)
+    @app.get(METRICS, tags=["server"], response_class=Response)
     async def metrics() -> Response:
         """Prometheus' text format."""
         return Response(desk.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     for path, name in (("/", "index.html"), ("/docs", "docs.html")):
         text = (files(__package__) / "page" / name).read_text(encoding="utf-8")
-        app.add_api_route(path, _constant(text), include_in_schema=False, methods=["GET"])
+        app.add_api_route(path, _constant(text), include_in_schema=False, methods=["GET", "HEAD"])
+    app.add_api_route("/health", health, include_in_schema=False, methods=["HEAD"])
 
 
 def _constant(text: str) -> Callable[[], Awaitable[Response]]:

@@ -26,6 +26,8 @@ Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 OPEN = ("/", "/health", "/docs")
 """Paths without a key or a count: two pages without data, and whether the server lives."""
+METRICS = "/metrics"
+"""A path without a count."""
 _LEVELS = 64
 _LARGE = 2**16
 """Bytes of a body."""
@@ -134,6 +136,9 @@ class Gate:
             await self._app(scope, _handed_on(b"", receive), send)  # and they wait for no body
             return
         self._check_key(scope)
+        if scope["path"] == METRICS:  # they tell why a server is full
+            await self._app(scope, _handed_on(b"", receive), send)
+            return
         if self._inside >= self._limits.requests:
             raise Refused(429, f"{self._inside} requests are worked on; ask again", retry_after="1")
         self._inside += 1

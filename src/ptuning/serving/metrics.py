@@ -30,7 +30,7 @@ class Metrics:
         self.rows = Counter("ptuning_rows_total", "Rows answered.", ["prompt"], registry=own)
         self.seconds = Histogram(
             "ptuning_request_seconds",
-            "Seconds from a request's body to its answer.",
+            "Seconds from a request's head to its answer, its body's way included.",
             ["path"],
             buckets=_SECONDS,
             registry=own,
