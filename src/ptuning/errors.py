@@ -48,8 +48,7 @@ def excerpt(text: str, at: int = 0, most: int = 300) -> str:
 
 def briefly(value: object) -> str:
     """What came, for a message: on one line, and of a long one the beginning."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 100 else f"{text[:100]}…"
+    return excerpt(" ".join(repr(value).split()), most=100)
 
 
 def in_one_line(error: BaseException) -> str:

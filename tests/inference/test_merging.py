@@ -75,14 +75,7 @@ def test_a_merged_model_that_looks_ids_up_again_answers_as_the_attached_prompt(
     model, tokenizer = getattr(transformers, f"{name}ForCausalLM")(config).eval(), tiny.tokenizer()
     prompt = _prompt(model, tokenizer, verbalizer={"a": "Paris", "b": "Rome"})
     prompt.vectors = prompt.trained_vectors() / 3
-    with torch.no_grad(), ptuning.attach(model, tokenizer, prompt) as attached:
-        ids = torch.tensor([[15, 16, 17]])
-        expected = model(**attached.prepend(prompt, ids)).logits[:, -1, :400]
-    merged = ptuning.merge(model, tokenizer, {"one": prompt})
-    virtual = merged.prompts["one"]["virtual_ids"]
-    with torch.no_grad():
-        got = merged.model(torch.tensor([[*virtual, 15, 16, 17]])).logits[:, -1, :400]
-    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    _assert_merged_as_attached(model, tokenizer, prompt)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -120,6 +113,10 @@ def test_experts_that_are_chosen_by_ids_are_the_attached_prompts_when_it_is_merg
     table = model.model.layers[0].mlp.gate.tid2eid
     table.copy_(torch.stack([torch.arange(400) % 4, (torch.arange(400) + 1) % 4], 1))
     prompt = _prompt(model, tokenizer, verbalizer={"a": "Paris", "b": "Rome"})
+    _assert_merged_as_attached(model, tokenizer, prompt)
+
+
+def _assert_merged_as_attached(model: Any, tokenizer: Any, prompt: Prompt) -> None:
     with torch.no_grad(), ptuning.attach(model, tokenizer, prompt) as attached:
         ids = torch.tensor([[15, 16, 17]])
         expected = model(**attached.prepend(prompt, ids)).logits[:, -1, :400]

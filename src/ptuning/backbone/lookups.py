@@ -72,5 +72,6 @@ def second_lookups(model: nn.Module) -> list[nn.Module]:
 
 def second_table(module: nn.Module) -> Tensor:
     """What a module of `second_lookups` looks ids up in: ``(ids, …)``."""
-    found: Any = module
-    return getattr(found, _EXPERTS_OF_IDS, found.weight)
+    owner: Any = module
+    found: Any = getattr(owner, _EXPERTS_OF_IDS, None)
+    return owner.weight if found is None else found

@@ -148,7 +148,7 @@ class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type
         Raises:
             InputError: there is none.
         """
-        if name not in list(self._adapters):
+        if name not in list(self._adapters):  # a name may be anything, such as a list
             raise InputError(f"Adapter {name} not found; there are {list(self._adapters)}")
         return self._adapters[name]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..forward.engine import LayersOnCpu
-from .steps import Later, MicroBatches, PlainSteps, T
+from .cuda_graphs import T
+from .steps import Later, MicroBatches, PlainSteps
 
 
 class CompiledSteps:

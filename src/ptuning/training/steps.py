@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,12 +20,10 @@ from .. import distributed
 from ..errors import in_one_line
 from ..forward.graphs import Graph
 from ..rendering.collate import Batch
-from .cuda_graphs import GraphedStep, MicroStep
+from .cuda_graphs import GraphedStep, MicroStep, T
 from .learner import Learner
 from .population import Population
 from .update import Update
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
