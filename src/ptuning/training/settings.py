@@ -16,10 +16,12 @@ LEARNING_RATES = {"mlp": 1e-3, "lstm": 2e-3, "none": 1e-2, "residual": 2e-3, "mi
 AT_WORDS = ("none", "residual", "mixture")
 """Encoders that begin at random words of the vocabulary by themselves."""
 
-SCHEDULES = ("linear", "cosine", "constant")
-CHOICES = ("accuracy", "loss")
-STARTS = ("encoder", "words", "labels", "examples")
-CALIBRATIONS = ("none", "context", "batch", "dev")
+_ONE_OF = {
+    "schedule": ("linear", "cosine", "constant"),
+    "choose_by": ("accuracy", "loss"),
+    "init": ("encoder", "words", "labels", "examples"),
+    "calibrate": ("none", "context", "batch", "dev"),
+}
 CHANGE_NO_RESULT = (
     *("tracker", "checkpoint_seconds", "max_minutes", "prefix_cache", "graphs", "compile"),
 )
@@ -170,20 +172,14 @@ class TrainSettings:
                 raise InputError(f"{name} is {value!r}; give a number above 0")
         for name in ("weight_decay", "checkpoint_seconds", "word_noise"):
             value = getattr(self, name)
-            if value is None and name == "word_noise":
-                continue
-            if not (_is_number(value) and value >= 0):
+            if value is not None and not (_is_number(value) and value >= 0):
                 raise InputError(f"{name} is {value!r}; give a number from 0 on")
         if not (_is_number(self.warmup) and 0 <= self.warmup < 1):
             raise InputError(f"warmup is {self.warmup!r}; give the fraction of all steps, 0 to 1")
-        if self.schedule not in SCHEDULES:
-            raise InputError(f"schedule is {self.schedule!r}; expected one of {SCHEDULES}")
-        if self.choose_by not in CHOICES:
-            raise InputError(f"choose_by is {self.choose_by!r}; expected one of {CHOICES}")
-        if self.init is not None and self.init not in STARTS:
-            raise InputError(f"init is {self.init!r}; expected one of {STARTS}")
-        if self.calibrate not in CALIBRATIONS:
-            raise InputError(f"calibrate is {self.calibrate!r}; expected one of {CALIBRATIONS}")
+        for name, known in _ONE_OF.items():
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise InputError(f"{name} is {value!r}; expected one of {known}")
         if self.mixed_precision not in ("no", "bf16", "fp16"):
             raise InputError(
                 f"mixed_precision is {self.mixed_precision!r}; expected no, bf16 or fp16"
@@ -242,7 +238,7 @@ class TrainSettings:
         return self.learning_rate or LEARNING_RATES[encoder]
 
     def start_for(self, encoder: str) -> str:
-        """One of `STARTS` for an encoder type."""
+        """A value of ``init`` for an encoder type."""
         return self.init or ("encoder" if encoder in AT_WORDS else "words")
 
 

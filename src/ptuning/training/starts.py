@@ -66,7 +66,7 @@ def start_of(
         renderer: of its template; words that stand there come first.
         rows: training examples.
         answers: of these.
-        init: one of `settings.STARTS`.
+        init: a value of the setting.
         seed: which words or examples.
     """
     words = [word for group in renderer.groups for word in group]
