@@ -225,9 +225,9 @@ def packs_rows(model: nn.Module) -> bool:
 
     So it is with rotary positions, full attention in every layer, and PyTorch's attention.
     """
-    config: Any = getattr(model, "config", None)
-    if config is None or attention_of(config) != "sdpa":
+    if not looks_attention_up(model):
         return False
+    config: Any = model.config
     text = config.get_text_config()
     rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
@@ -244,9 +244,9 @@ def looks_attention_up(model: nn.Module) -> bool:
 
 def groups_queries(model: nn.Module) -> bool:
     """Several query heads read the same keys and values, through PyTorch's attention."""
-    config: Any = getattr(model, "config", None)
-    if config is None or not looks_attention_up(model):
+    if not looks_attention_up(model):
         return False
+    config: Any = model.config
     text = config.get_text_config()
     queries = getattr(text, "num_attention_heads", None)
     return (getattr(text, "num_key_value_heads", None) or queries) != queries

@@ -77,10 +77,11 @@ def grouped_on_gpu(model: nn.Module) -> Iterator[bool]:
     Returns:
         whether it is so.
     """
-    device, config = device_of(model), getattr(model, "config", None)
-    if device.type != "cuda" or config is None or not groups_queries(model):
+    device = device_of(model)
+    if device.type != "cuda" or not groups_queries(model):
         yield False
         return
+    config: Any = model.config
     text = config.get_text_config()
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     half = getattr(model, "dtype", None) in (torch.bfloat16, torch.float16)
