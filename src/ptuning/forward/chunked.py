@@ -65,7 +65,7 @@ def losses(
     read = _read(model, batch, shortener)
     if isinstance(read, Tensor):
         return example_losses(read, batch, None)
-    return _by_position(read, batch.answers, _lesson(batch))[0].sum(1)
+    return _by_position(read, batch)[0].sum(1)
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def losses_and_right(
     read = _read(model, batch, shortener)
     if isinstance(read, Tensor):
         return example_losses(read, batch, None), examples_right(read, batch, None)
-    nll, right = _by_position(read, batch.answers, _lesson(batch))
+    nll, right = _by_position(read, batch)
     return nll.sum(1), right.all(1)
 
 
@@ -89,13 +89,9 @@ def _of_labels(
     return losses_of_labels(scores, labels, words, batch.taught)
 
 
-def _lesson(batch: Batch) -> list[Tensor]:
-    """A teacher's shares and its likely tokens ``(R, K, k)``, if it has said anything."""
-    return [t for t in (batch.taught, batch.likely) if t is not None]
-
-
-def _by_position(unread: _Unread, answers: Tensor, lesson: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _by_position(unread: _Unread, batch: Batch) -> tuple[Tensor, Tensor]:
     """Loss and rightness ``(R, K)`` of each answer token; 0 and True where there is none."""
+    answers, lesson = batch.answers, [t for t in (batch.taught, batch.likely) if t is not None]
     (asked,) = (answers.flatten() != IGNORED).nonzero(as_tuple=True)
     hidden, wanted = unread.hidden.flatten(0, 1)[asked], answers.flatten()[asked]
     lesson = [tensor.flatten(0, 1)[asked] for tensor in lesson]
