@@ -128,11 +128,8 @@ def _questions(
 ) -> list[Question]:
     """Each row for all who answer it together."""
     examples = [renderer.each(rows, what, answered=False) for renderer in renderers]
-    found = []
-    for of_row in zip(*examples, strict=True):
-        first, *others = map(Reading, renderers, of_row, first_ids)
-        found.append(Question(**vars(first), others=tuple(others)))
-    return found
+    by_row = zip(*examples, strict=True)
+    return [Question.of(map(Reading, renderers, of_row, first_ids)) for of_row in by_row]
 
 
 def _known_label(prompt: Prompt, row: Row) -> str | None:

@@ -7,7 +7,7 @@ numbers of a comparison are on their way from the device while the next batch is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
@@ -72,6 +72,12 @@ class Question(Reading):
     limit: int | None = None
     watch: Callable[[int], bool] | None = None
     others: tuple[Reading, ...] = ()
+
+    @classmethod
+    def of(cls, readings: Iterable[Reading], **more: Any) -> Question:
+        """One row as all read it who answer together."""
+        first, *others = readings
+        return cls(**vars(first), others=tuple(others), **more)
 
     @property
     def most(self) -> int | None:

@@ -163,7 +163,9 @@ def _predicted(
     readers = list(chain.from_iterable(asked))
 
     def render(rows: Sequence[Row], number: int) -> list[list[Rendered]]:
-        return [one.rendered(rows, number) for one in readers]
+        return [
+            one.renderer.each(rows, "prediction", answered=False, first=number) for one in readers
+        ]
 
     with ExitStack() as stack:
         stack.enter_context(eval_mode(base.model))
@@ -173,7 +175,8 @@ def _predicted(
             )
         for examples in _ahead(render, blocks, first, engine.base.device.type != "cpu"):
             for one, of_one in zip(readers, examples, strict=True):
-                one.take_up(of_one)
+                one.examples = of_one
+                one.shortened += sum(example.shortened for example in of_one)
             yield _of_block(engine, asked, len(examples[0]), batch_size)
             number += len(examples[0])
     for one, *_ in asked:
@@ -250,14 +253,9 @@ class _Asked:
     first_id: int = 0
     shortened: int = 0
 
-    def rendered(self, rows: Sequence[Row], first: int) -> list[Rendered]:
-        """A block, whose rows are counted from `first`, as the member has it."""
-        return self.renderer.each(rows, "prediction", answered=False, first=first)
-
-    def take_up(self, examples: list[Rendered]) -> None:
-        """The next block is this."""
-        self.examples = examples
-        self.shortened += sum(example.shortened for example in examples)
+    def reading(self, index: int) -> Reading:
+        """A row as the member has it."""
+        return Reading(self.renderer, self.examples[index], self.first_id)
 
 
 def _of_block(
@@ -279,17 +277,11 @@ def _of_block(
             members = sum(len(asked[number]) for number in numbers)
             for chunk in engine.chunks(asked[numbers[0]][0].examples, batch_size, members):
                 cells = [(index, number) for index in chunk for number in numbers]
-                group = [_question(asked[number], index) for index, number in cells]
+                group = [Question.of(r.reading(index) for r in asked[n]) for index, n in cells]
                 waiting.append((cells, in_one_batch(engine, group)))
                 settle(leave=1)  # a batch is read when the device has the next one
         settle(leave=0)
     return results
-
-
-def _question(readers: list[_Asked], index: int) -> Question:
-    """A row as all members of a task read it."""
-    first, *others = (Reading(r.renderer, r.examples[index], r.first_id) for r in readers)
-    return Question(**vars(first), others=tuple(others))
 
 
 def _sharing_batches(renderers: list[Renderer]) -> list[list[int]]:

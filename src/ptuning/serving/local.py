@@ -262,15 +262,15 @@ class Local:
                 wish: Wish = item.question.wish
                 handle = self._wanted(item.question)
                 limit = wish.tokens(handle.task, 1 if masked else LONGEST)
-                first, *others = handle.readings(item.question.row, limit, self._engine)
+                readings = handle.readings(item.question.row, limit, self._engine)
             except PtuningError as error:
                 yield item, error
                 continue
-            before = first.example.sequences[0].ids if handle.goes_on else None
+            before = readings[0].example.sequences[0].ids if handle.goes_on else None
             ends = self._engine.ends(handle.task)
             listener = _Listener(item, self.base.tokenizer, ends, before)
-            watched: Any = {"limit": limit, "watch": listener, "others": tuple(others)}
-            asked.append((item, listener, Question(**vars(first), **watched)))
+            question = Question.of(readings, limit=limit, watch=listener)
+            asked.append((item, listener, question))
         with eval_mode(self.base.model):
             found = answers(self._engine, [question for *_, question in asked], self._most)
             for number, prediction in found:

@@ -39,9 +39,10 @@ class Encoders:
             alone = number if single else -1
             groups.setdefault((tuple(form), alone), []).append(number)
         self._groups = [
-            _Alike([encoders[n] for n in numbers]) if len(numbers) > 1 else _Alone(encoders[first])
+            _Alike([encoders[first], *(encoders[n] for n in others)])
+            if others
+            else _Alone(encoders[first])
             for first, *others in groups.values()
-            for numbers in ([first, *others],)
         ]
         order = [number for numbers in groups.values() for number in numbers]
         self._back = sorted(range(len(order)), key=order.__getitem__)
