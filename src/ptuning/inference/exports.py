@@ -107,13 +107,12 @@ def _vllm_embeds(prompt: Prompt, base: BaseModel) -> dict[str, bytes]:
     check_fits(vectors, dtype)
     content: list[dict[str, str]] = []
     at = 0
-    for virtual, part in pieces:
-        if not virtual:
+    for part in pieces:
+        if isinstance(part, str):
             content.append({"type": "text", "text": part})
             continue
-        count = int(part)
-        content.append({"type": "prompt_embeds", "data": _packed(vectors[at : at + count], dtype)})
-        at += count
+        content.append({"type": "prompt_embeds", "data": _packed(vectors[at : at + part], dtype)})
+        at += part
     about: dict[str, Any] = {"content": content, **_labels(prompt, text)}
     own = base.tokenizer.get_chat_template() if prompt.chat else _WHOLE
     about["chat_template"] = _JOINED + own
@@ -121,10 +120,8 @@ def _vllm_embeds(prompt: Prompt, base: BaseModel) -> dict[str, bytes]:
     return {"vllm_embeds.json": formats.pack_json(about)}
 
 
-def _pieces(
-    prompt: Prompt, base: BaseModel, chat: bool = True
-) -> tuple[Any, list[tuple[bool, str]]]:
-    """The text in parts: ``(False, text with fields)``, or ``(True, how many virtual tokens)``.
+def _pieces(prompt: Prompt, base: BaseModel, chat: bool = True) -> tuple[Any, list[str | int]]:
+    """The text, and its parts: text with fields, or how many virtual tokens.
 
     Args:
         prompt: trained.
@@ -140,8 +137,8 @@ def _pieces(
         doubled = [p.replace("{", "{{").replace("}", "}}") for p in text.turn]
         whole = "".join(f"{{{p}}}" if n % 2 else doubled[n] for n, p in enumerate(text.turn))
     parts = [part for part in re.split(f"({'|'.join(map(re.escape, names))})", whole) if part]
-    grouped = [(virtual, list(run)) for virtual, run in groupby(parts, set(names).__contains__)]
-    return text, [(v, str(len(run)) if v else "".join(run)) for v, run in grouped]
+    runs = groupby(parts, set(names).__contains__)
+    return text, [len(list(run)) if virtual else "".join(run) for virtual, run in runs]
 
 
 def _labels(prompt: Prompt, text: Any) -> dict[str, Any]:
@@ -166,7 +163,7 @@ def _tensorrt_llm(prompt: Prompt, base: BaseModel) -> dict[str, bytes]:
     about = {
         "task_id": 0,
         "virtual_ids": list(range(first, first + len(vectors))),
-        "parts": [int(p) if virtual else p for virtual, p in pieces],
+        "parts": pieces,
         "add_special_tokens": text.add_special_tokens,
         **_labels(prompt, text),
     }
