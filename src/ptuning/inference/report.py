@@ -21,7 +21,7 @@ from .nearest_words import Neighbours
 
 _Z = 1.959963984540054
 """Two-sided 95 %."""
-_RESAMPLES = 1000
+_RESAMPLES, _MISTAKES, _BINS = 1000, 20, 10
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,6 @@ def report_on(
     *,
     history: Sequence[dict[str, Any]] = (),
     versions: dict[str, str] | None = None,
-    mistakes: int = 20,
 ) -> Report:
     """Put a report together from an evaluation.
 
@@ -97,7 +96,6 @@ def report_on(
         words: of `nearest_words`.
         history: of the training.
         versions: of `reporting.versions`.
-        mistakes: how many to show.
     """
     fields = prompt.parsed.fields
     shown = [
@@ -107,7 +105,7 @@ def report_on(
             result.predictions[number].answer,
             result.predictions[number].probability,
         )
-        for number in result.confident_mistakes(mistakes)
+        for number in result.confident_mistakes(_MISTAKES)
     ]
     bins = calibration(result)
     apart = sum(b.rows * abs(b.probability - b.right) for b in bins) / result.examples
@@ -139,11 +137,11 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def calibration(result: Evaluation, count: int = 10) -> list[Bin]:
+def calibration(result: Evaluation) -> list[Bin]:
     """Rows by the probability of their answers, in parts of equal width that are not empty."""
-    parts: list[list[tuple[float, bool]]] = [[] for _ in range(count)]
+    parts: list[list[tuple[float, bool]]] = [[] for _ in range(_BINS)]
     for prediction, right in zip(result.predictions, result.right_answers, strict=True):
-        at = min(int(prediction.probability * count), count - 1)
+        at = min(int(prediction.probability * _BINS), _BINS - 1)
         parts[at].append((prediction.probability, prediction.answer == right))
     return [
         Bin(len(part), sum(p for p, _ in part) / len(part), sum(r for _, r in part) / len(part))

@@ -25,6 +25,8 @@ table.confusion td { text-align: center; padding: .3rem .7rem; }
 svg { max-width: 34rem; width: 100%; height: auto; display: block; }
 svg text { fill: var(--soft); font-size: 12px; } code { font-family: ui-monospace, monospace; }
 """
+_MOST = 500
+"""Characters of a cell."""
 
 
 def page(report: Report) -> str:
@@ -163,9 +165,9 @@ def _mistakes(report: Report) -> str:
     return _table([*columns, "right", "said", "probability"], rows)
 
 
-def _short(value: Any, most: int = 500) -> str:
+def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= most else text[:most] + " …"
+    return text if len(text) <= _MOST else text[:_MOST] + " …"
 
 
 def _curve(history: list[dict[str, Any]], taught: bool) -> str:
