@@ -139,11 +139,6 @@ def together() -> Iterator[None]:
         _exchange(None)
 
 
-def is_heard_elsewhere(error: BaseException) -> bool:
-    """Another process says this error; here nobody needs to."""
-    return getattr(error, "heard_elsewhere", False)
-
-
 def _exchange(error: Exception | None) -> None:
     """Tell the others whether all is well here, and hear it of them.
 
@@ -165,6 +160,7 @@ def _exchange(error: Exception | None) -> None:
 
 
 def _marked(error: Exception, heard_elsewhere: bool) -> Exception:
+    """Where another process says an error, nobody needs to here."""
     error.heard_elsewhere = heard_elsewhere  # type: ignore[attr-defined]
     return error
 
