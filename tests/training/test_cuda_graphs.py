@@ -220,12 +220,12 @@ def test_compiled_layers_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch
 def test_compilation_is_weighed_against_the_steps_to_come() -> None:
     model = tiny.model()
     auto = Work("auto", tokens=100.0, steps=10**9)
-    made = partial(compiled.compiled_layers, model)
-    assert made(auto) is not None and made(auto._replace(steps=10)) is None
-    assert made(auto._replace(seconds=60.0)) is None and made(auto._replace(seconds=10**4))
-    assert made(auto._replace(setting="off")) is None
+    made = partial(compiled.layers_worth_it, model)
+    assert made(auto) and not made(auto._replace(steps=10))
+    assert not made(auto._replace(seconds=60.0)) and made(auto._replace(seconds=10**4))
+    assert not made(auto._replace(setting="off"))
     one = Work("on", tokens=100.0, steps=1, seconds=1.0)
-    assert made(one) is not None and compiled.compiled_layers(torch.compile(model), one) is None
+    assert made(one) and not compiled.layers_worth_it(torch.compile(model), one)
     with pytest.raises(InputError, match="compile is 'always'; expected auto, on or off"):
         replace(ptuning.TrainSettings(), compile="always")
 

@@ -5,7 +5,7 @@
               cuDNN's attention, which reads groups of query heads as they are, behind a mask too;
               no mask where no row has padding; the last layer's answer columns alone
 
-A compilation takes as long as hundreds of steps save: `compiled_layers` weighs it. Only the thread
+A compilation takes as long as hundreds of steps save: `layers_worth_it` weighs it. Only the thread
 that asks runs compiled layers, only with gradients, and only inside the block; a layer's weights
 and its class stay as they are. Who uses this holds its numbers against the plain layers' first.
 """
@@ -208,14 +208,8 @@ def _own(value: Any, number: int) -> Any:
     return OneLayer(value.layers[number]) if isinstance(value, Cache) else value
 
 
-def compiled_layers(model: nn.Module, work: Work) -> CompiledLayers | None:
-    """The base model's layers compiled, if a training gains more by them than they cost."""
-    layers = layers_worth_it(model, work)
-    return CompiledLayers(model, layers) if layers else None
-
-
 def layers_worth_it(model: nn.Module, work: Work) -> list[nn.Module]:
-    """The model's repeated layers, if they are to be compiled; else none."""
+    """The model's repeated layers, if a training gains more by compiling them than it costs."""
     layers = [] if work.setting == "off" else repeated_layers(model)
     if not layers or work.setting == "on":
         return layers

@@ -26,7 +26,7 @@ from transformers import Cache
 
 from ..backbone.upstream import sizes_apart
 from ..errors import in_one_line
-from .compiled import DYNAMIC, OneLayer, Work, layers_worth_it
+from .compiled import DYNAMIC, OneLayer
 from .norms import plain_norms
 
 _OFF = {torch.float32: (1e-4, 1e-4)}
@@ -149,9 +149,3 @@ def _check(expected: tuple[Tensor, Tensor], got: tuple[Tensor, Tensor]) -> None:
         off = float((found.float() - wanted.float()).norm() / wanted.float().norm())
         if not off <= most:
             raise ArithmeticError(f"a layer is off by {off:.1e}")
-
-
-def layers_on_cpu(model: nn.Module, work: Work) -> LayersOnCpu | None:
-    """The layers, to be compiled for plain steps, if a training gains more than that costs."""
-    layers = layers_worth_it(model, work)
-    return LayersOnCpu(layers) if layers else None

@@ -34,9 +34,8 @@ from .attention import own_attention
 from .batching import Row, batch_for, by_length, chunks_by_length, computed_tokens
 from .compiled import CompiledLayers as CompiledLayers
 from .compiled import Work as Work
-from .compiled import compiled_layers
+from .compiled import layers_worth_it
 from .compiled_on_cpu import LayersOnCpu as LayersOnCpu
-from .compiled_on_cpu import layers_on_cpu
 from .graphed_scores import graphed_scores
 from .kv_cache import pooled_cache
 from .label_words import label_word_scores
@@ -198,12 +197,14 @@ class Engine:
         return None if pool is None else pooled_cache(pool, slots)
 
     def compiled_layers(self, work: Work) -> CompiledLayers | None:
-        """As `compiled.compiled_layers`, of the engine's model."""
-        return compiled_layers(self.base.model, work)
+        """The model's layers for captured steps, if compiling them is worth it (`compiled`)."""
+        layers = layers_worth_it(self.base.model, work)
+        return CompiledLayers(self.base.model, layers) if layers else None
 
     def layers_on_cpu(self, work: Work) -> LayersOnCpu | None:
-        """As `compiled_on_cpu.layers_on_cpu`, of the engine's model."""
-        return layers_on_cpu(self.base.model, work)
+        """The same for plain steps on a CPU (`compiled_on_cpu`)."""
+        layers = layers_worth_it(self.base.model, work)
+        return LayersOnCpu(layers) if layers else None
 
     # Batches to numbers.
 

@@ -99,7 +99,7 @@ class GraphedStep:
         self._pool_version = -1
 
     def compile_layers(self, work: Work) -> None:
-        """Capture compiled layers, if that is worth it (`compiled.compiled_layers`)."""
+        """Capture compiled layers, if that is worth it (`compiled.layers_worth_it`)."""
         base, engine = self.population.base, self.population.engine
         self.fast_layers = engine.compiled_layers(work)
         # Rotary positions and full attention: what the last layer gives can be chosen.
