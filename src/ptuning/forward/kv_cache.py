@@ -52,8 +52,8 @@ class PooledLayer(DynamicLayer):
 
     def __init__(self, pool: KeyValuePool, layer: int, slots: Tensor):
         super().__init__()
-        self.planes, self.slots = pool.planes_of(layer), slots
-        self.heads = pool.form_of(layer).heads
+        *planes, self.heads = pool.planes_of(layer)
+        self.planes, self.slots = planes, slots
         size = (len(slots), self.heads, slots.shape[1], 1)
         # What the base class asks is a shape: no number of these is ever read.
         keys, values = (plane[:1, :1, None, None].expand(size) for plane in self.planes)

@@ -124,14 +124,10 @@ class KeyValuePool:
             [p[:, None, start : start + kept].expand(-1, rows, -1, -1) for p in self.planes]
         )
 
-    def planes_of(self, layer: int) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values ``(slots, heads x width)``."""
+    def planes_of(self, layer: int) -> tuple[Tensor, Tensor, int]:
+        """A layer's keys and values ``(slots, heads x width)``, and the number of heads."""
         (keys, k), (values, v) = self._places[2 * layer : 2 * layer + 2]
-        return self.planes[keys][k], self.planes[values][v]
-
-    def form_of(self, layer: int) -> Form:
-        """What a layer's keys look like."""
-        return self.forms[self._places[2 * layer][0]]
+        return self.planes[keys][k], self.planes[values][v], self.forms[keys].heads
 
     @property
     def layers(self) -> int:
