@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ..backbone.base_model import BaseModel
 from ..errors import DataError
+from ..forward.engine import Engine
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
 from ..rendering.example import Example, answer_column
@@ -30,8 +31,7 @@ def with_examples(
     for name, given, settings in chosen:
         prompt = copy.copy(given)  # which may be rendered again, with other examples
         if prompt.template not in made:
-            longest = base.longest_answer
-            renderer = Renderer(base.tokenizer, prompt, base.kind, base.context, None, longest)
+            renderer = Engine(base).renderer(prompt)
             examples = _examples(renderer, rows, "training", learnt[0])
             dev_examples = _examples(renderer, dev, "dev", learnt[1])
             check_answer_lengths(prompt, renderer, examples, "training")
