@@ -204,13 +204,10 @@ class Injector:
             self.spans = [other for other in self.spans if other is not span]
             if self.spans:
                 self._refresh()
-            else:
-                self._unhook()
-
-    def _unhook(self) -> None:
-        for module in [*self.modules, *self.second_lookups]:
-            remove_hooks_of(self, module)
-        self._local = threading.local()  # a thread may be inside the embedding, and leave nothing
+                return
+            for module in [*self.modules, *self.second_lookups]:
+                remove_hooks_of(self, module)
+            self._local = threading.local()  # a thread may be in the embedding, and leave nothing
 
     def _refresh(self) -> None:
         rows = tuple(self._near(span.rows) for span in self.spans)

@@ -100,7 +100,7 @@ def unmerge(merged: Merged, names: Iterable[str]) -> Merged:
         )
     if not names:
         return merged
-    gone = [n for name in names for n in names_of(name, _count(merged.prompts[name]))]
+    gone = [n for name in names for n in names_of(name, len(merged.prompts[name]["virtual_ids"]))]
     tokenizer = without_names(merged.tokenizer, gone)
     turns = chat_turns(merged.tokenizer)
     set_chat_turns(tokenizer, {k: turn for k, turn in turns.items() if k not in names})
@@ -113,10 +113,6 @@ def unmerge(merged: Merged, names: Iterable[str]) -> Merged:
         width = input_embedding(model).embedding_dim
         model, _ = with_rows(model, ids, torch.zeros(len(ids), width), real)
     return Merged(model, tokenizer, table)
-
-
-def _count(entry: Mapping[str, Any]) -> int:
-    return len(entry["virtual_ids"])
 
 
 def _virtual_ids(table: Mapping[str, Mapping[str, Any]], tokenizer: Any) -> set[int]:
