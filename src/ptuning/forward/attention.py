@@ -93,7 +93,7 @@ def grouped_on_gpu(model: nn.Module) -> Iterator[bool]:
 
 
 @contextmanager
-def _ours(grouped: bool = False, on_gpu: bool = False) -> Iterator[None]:
+def _ours(on_gpu: bool, grouped: bool = False) -> Iterator[None]:
     before = _asked_for(), _reads_groups()
     _here.ours, _here.grouped = True, grouped or _reads_groups()
     _count(1, on_gpu)

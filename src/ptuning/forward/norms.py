@@ -98,11 +98,11 @@ def _is_alike(module: nn.Module) -> bool:
     weight = named.get("weight")
     if len(named) != 1 or weight is None or weight.dim() != 1 or weight.dtype not in _NEAR:
         return False
-    if _epsilon(module) is None:
+    if (epsilon := _epsilon(module)) is None:
         return False
     draw = torch.Generator().manual_seed(0)
     x, g = (torch.randn(_ROWS, len(weight), generator=draw).to(weight.dtype) for _ in range(2))
-    frozen, epsilon = weight.detach(), _epsilon(module)
+    frozen = weight.detach()
     try:
         theirs, expected = _tried(module.forward, x, g)
         ours, got = _tried(lambda x: _Norm.apply(x, frozen, epsilon), x, g)

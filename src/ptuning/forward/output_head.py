@@ -91,7 +91,7 @@ def compared(model: nn.Module, ours: Tensor, own: Tensor) -> bool:
     allowed = tolerance * max(1.0, float(largest))  # not of `own`: what is ruled out is huge there
     same = ours.shape == own.shape and bool(((ours - own).abs() <= allowed)[finite].all())
     if not same:
-        _other.add(model)
+        leave(model)
     return same
 
 

@@ -195,11 +195,11 @@ class Population(nn.Module):
             autocast: accelerate's mixed precision.
         """
         tables = self.tables()
-        self.table = tables.detach().requires_grad_()
-        with self.written(self.table), self.engine.sharing(sharing, autocast):
-            yield self.table
-        if self.table.grad is not None:
-            tables.backward(self.table.grad)
+        table = tables.detach().requires_grad_()
+        with self.written(table), self.engine.sharing(sharing, autocast):
+            yield table
+        if table.grad is not None:
+            tables.backward(table.grad)
 
     @contextmanager
     def written(self, table: Tensor) -> Iterator[None]:
