@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import InputError
@@ -104,8 +104,7 @@ def _prompt(prompt: Prompt, chosen: dict[str, Any]) -> Prompt:
         changes["encoder_weights"] = None
         if template != prompt.template:
             changes |= {"num_virtual_tokens": None, "vectors": None}
-    given = {f.name: getattr(prompt, f.name) for f in fields(Prompt)}
-    return Prompt(**{**given, **changes})
+    return replace(prompt, **changes)
 
 
 def resized(template: str | None, count: int) -> str:
