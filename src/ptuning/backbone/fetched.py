@@ -111,11 +111,8 @@ def _fill(source: Source, folder: Path) -> None:
 def _installed(source: Source) -> Path | None:
     """The folder of the model inside an installed package, which need not be importable."""
     spec = importlib.util.find_spec(source.package)
-    places = (
-        [Path(place) / source.inside for place in spec.submodule_search_locations or []]
-        if spec
-        else []
-    )
+    locations = spec.submodule_search_locations if spec else None
+    places = [Path(place) / source.inside for place in locations or []]
     return next((place for place in places if _other_file(source, place) is None), None)
 
 

@@ -151,7 +151,10 @@ class Loop:
         self.device = move_model(self.base.model, self.accelerator)
         self.steps_per_epoch = settings.steps_per_epoch(len(self.variants[0].examples))
         self.steps = self.steps_per_epoch * settings.settled_epochs
-        self.members = [self._member(variant) for variant in self.variants]
+        self.members = [
+            Member(v.prompt, self.base.model, v.settings.seed, v.words).to(self.device)
+            for v in self.variants
+        ]
         tuned = self.base.model if settings.tune_model else None
         self.learners = [
             Learner(member, v.prompt.encoder, v.settings, self.steps, self.accelerator, tuned)
@@ -169,10 +172,6 @@ class Loop:
         self.epoch_loss = torch.zeros(len(self.learners))
         self.weight = torch.tensor(_weights([variant.examples for variant in self.variants]))
         self._resume(resume)
-
-    def _member(self, variant: Variant) -> Member:
-        member = Member(variant.prompt, self.base.model, variant.settings.seed, variant.words)
-        return member.to(self.device)
 
     def _epochs(self) -> None:
         self._saved_at = time.monotonic()
