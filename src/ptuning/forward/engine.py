@@ -238,20 +238,20 @@ class Engine:
         self,
         batch: Batch,
         limit: int,
+        ends: list[int],
         watch: Callable[[Tensor], Tensor] | None = None,
         sizes: Sequence[int] | None = None,
-        ends: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The most likely tokens behind each row of a causal or encoder-decoder model.
 
         Args:
             batch: without answers.
             limit: tokens at most.
+            ends: tokens that end an answer.
             watch: is shown each new token ``(R,)`` of the rows, and says which rows ``(R,)`` have
                 enough; what a row is given after that means nothing.
             sizes: rows that answer together (`together`); by default each answers alone. Then
                 there are as many of each as groups: R is their number here.
-            ends: tokens that end an answer; by default the tokenizer's one.
 
         Returns:
             ids ``(R, S)`` and their log-probabilities ``(R, S)``, 0 behind the end and behind what
@@ -259,12 +259,10 @@ class Engine:
         """
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-        model, tokenizer = self.base.model, self.base.tokenizer
+        model, pad = self.base.model, self.base.tokenizer.pad_token_id
         batch = batch.to(self.base.device)
-        pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-        ends = [end] * (end is not None) if ends is None else list(ends)
-        alone = sizes is None or len(sizes) == len(batch.input_ids)
-        sizes = [1] * len(batch.input_ids) if sizes is None or alone else sizes
+        sizes = sizes or [1] * len(batch.input_ids)
+        alone = len(sizes) == len(batch.input_ids)
         first = torch.tensor(first_rows(sizes), device=batch.input_ids.device)
         counts = torch.tensor(sizes, device=first.device)
         config = GenerationConfig(

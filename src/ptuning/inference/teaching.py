@@ -136,7 +136,7 @@ def _spoken(
     made: dict[int, Lesson] = {}
     for chunk in engine.chunks(examples, rows):
         batch = engine.prediction_batch([(examples[i], 0) for i in chunk], [0])
-        spoken, _ = engine.continue_greedily(batch, limit, ends=ends)
+        spoken, _ = engine.continue_greedily(batch, limit, ends)
         said = [_until(ids, ends, renderer.task.ends_answer) for ids in spoken.tolist()]
         answered = [
             replace(examples[i], sequences=(replace(examples[i].sequences[0], answer=ids),))
