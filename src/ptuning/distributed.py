@@ -33,15 +33,14 @@ T = TypeVar("T")
 def state() -> PartialState:
     """Accelerate's state of this process; the first call joins the others."""
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    # Without a GPU accelerate leaves processes alone unless it is told that the CPU is meant.
     asked = parse_flag_from_env("ACCELERATE_USE_CPU")
-    cpu = asked or not torch.accelerator.is_available()
+    # Without a GPU accelerate leaves processes alone unless it is told that the CPU is meant.
+    cpu = asked or not (alone or torch.accelerator.is_available())
     with CHANGING:  # threads may be the first at the same time
         if not alone and not distributed.is_initialized():
             atexit.register(_leave)
         chosen = chosen_device()
-        on_cpu = chosen is not None and chosen.type == "cpu"
-        return PartialState(cpu=on_cpu or asked or (cpu and not alone))
+        return PartialState(cpu=cpu or (chosen is not None and chosen.type == "cpu"))
 
 
 def _leave() -> None:
