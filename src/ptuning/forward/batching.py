@@ -57,7 +57,7 @@ def batch_for(base: BaseModel, rows: Sequence[Row], first_ids: Sequence[int]) ->
 
 
 def chunks_by_length(
-    examples: Sequence[Rendered], rows: int | None, device: torch.device, members: int = 1
+    examples: Sequence[Rendered], rows: int | None, device: torch.device, members: int
 ) -> Iterator[list[int]]:
     """The numbers of some examples at a time, the shortest inputs first.
 

@@ -165,7 +165,7 @@ def _read(model: nn.Module, batch: Batch, shortener: Shortener | None) -> Tensor
     return vocabulary_logits(model, batch, shortener)
 
 
-def reads_in_chunks(model: nn.Module, batch: Batch, padded: float = 1.0) -> bool:
+def reads_in_chunks(model: nn.Module, batch: Batch, padded: float) -> bool:
     """`losses` of the batch, with so many times its rows, looks at values where it compares no
     label words; no CUDA graph can hold that."""
     head = frozen_head(model)

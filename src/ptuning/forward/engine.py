@@ -185,7 +185,7 @@ class Engine:
         """The batch's frozen prefixes are read from the store."""
         return self.store is not None and self.store.serves(batch)
 
-    def stands_still(self, batch: Batch, padded: float = 1.0) -> bool:
+    def stands_still(self, batch: Batch, padded: float) -> bool:
         """A graph can hold what the batch's `losses` compute, with so many times its rows: no look
         at values, no new packing."""
         packs = self.serves_kept(batch) and pack(self.base.model, batch) is not None

@@ -56,7 +56,7 @@ def answer_logits(model: nn.Module, batch: Batch, shortener: Shortener | None = 
 
 
 def answer_outputs(
-    model: nn.Module, batch: Batch, shortener: Shortener | None = None
+    model: nn.Module, batch: Batch, shortener: Shortener | None
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The model's logits, and from them, or what stands before its head, to ``(R, K, …)``.
 

@@ -297,7 +297,7 @@ def in_common(tasks: Sequence[Sequence[Rendered]]) -> Common:
     return shared if sum(map(len, set(shared.values()))) + behind < apart else {}
 
 
-def for_prediction(batch: Batch, common: Common | None = None) -> Batch:
+def for_prediction(batch: Batch, common: Common | None) -> Batch:
     """The batch with the prefixes that can be shared when nothing is trained.
 
     Rows share what stands in front of their first field, virtual tokens included. The rows of one

@@ -218,7 +218,7 @@ def calibrated_manual(
     by_hand: Task,
     rows: Sequence[Example],
     gold: Sequence[str],
-    batch_size: int | None = None,
+    batch_size: int | None,
 ) -> float:
     """Accuracy of a manual template with a label bias that is measured as the prompt's was."""
     on_rows = log_shares(model, tokenizer, by_hand, rows, batch_size)

@@ -93,7 +93,7 @@ def predict_details(
     return results[0] if isinstance(prompt, Task) else results
 
 
-def rows_ahead(model: nn.Module, batch_size: int | None = None) -> int | None:
+def rows_ahead(model: nn.Module, batch_size: int | None) -> int | None:
     """Rows of a block where a GPU computes one while the next is rendered; None for a CPU.
 
     Args:

@@ -38,7 +38,7 @@ from ..threads import CHANGING
 CONTENT_FREE = ("N/A", "[MASK]", "")
 
 
-def check_calibration(task: Task, method: str, has_dev: bool, folds: int = 0) -> None:
+def check_calibration(task: Task, method: str, has_dev: bool, folds: int) -> None:
     """Refuse a calibration that has nothing to measure.
 
     Raises:

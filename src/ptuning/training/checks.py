@@ -60,8 +60,8 @@ def check_run(
     rows: Sequence[Example],
     dev: Sequence[Example],
     settings: TrainSettings,
-    population: int = 1,
-    grid: Mapping[str, Sequence[Any]] | None = None,
+    population: int,
+    grid: Mapping[str, Sequence[Any]] | None,
     *,
     answered: bool = True,
 ) -> None:
