@@ -207,9 +207,8 @@ class PrefixStore:
         self._reserve(start - self._used + sum(map(len, parked)))
         self._lane = self._lane or _Lane(self.pool.device)
         first = {}
-        for (prefix, _), tokens in zip(
-            parked.items(), self._lane.bring(list(parked.values())), strict=True
-        ):
+        here = self._lane.bring(list(parked.values()))
+        for prefix, tokens in zip(parked, here, strict=True):
             self.pool.put_back(tokens, start)
             first[prefix] = start
             start += len(prefix)

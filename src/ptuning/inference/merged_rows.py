@@ -84,8 +84,7 @@ def _check(model: nn.Module) -> None:
             continue
         if is_offloaded(module) or (isinstance(weight, Tensor) and weight.is_meta):
             raise InputError("the model is offloaded; load it into memory to merge prompts into it")
-        plain = isinstance(weight, nn.Parameter) and weight.is_floating_point()
-        if not plain or type(weight) is not nn.Parameter:
+        if type(weight) is not nn.Parameter or not weight.is_floating_point():
             raise InputError(
                 f"the model's {what} is quantized ({type(weight).__name__}), so that it takes no "
                 f"new rows; quantize it without its embedding and its output head"

@@ -189,8 +189,7 @@ def trainer_parts(
     def collator(items: list[dict[str, Rendered]]) -> dict[str, Tensor]:
         rows = [(item["example"], 0) for item in items]
         batch = engine.batch(rows, [first_id], "cpu")  # Trainer pins and moves it
-        found = {k: v for k, v in vars(batch).items() if isinstance(v, Tensor)}
-        given = {_NAMES.get(name, name): tensor for name, tensor in found.items()}
+        given = {_NAMES.get(k, k): v for k, v in vars(batch).items() if isinstance(v, Tensor)}
         return {**given, "labels": given.get("right", given["answers"])}
 
     return module, [{"example": example} for example in examples], collator

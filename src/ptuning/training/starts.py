@@ -87,7 +87,8 @@ def start_of(
             own = free[place * size : (place + 1) * size]
             ids = _ids(renderer, _text(renderer, rows[example], answers[example]))
             named = list(zip(reversed(own), reversed(ids), strict=False))  # the end has the answer
-            words = [dict(named).get(number, word) for number, word in enumerate(words)]
+            for number, word in named:
+                words[number] = word
             came_from[example] = frozenset(number for number, _ in named)
     return Start(words, came_from)
 
