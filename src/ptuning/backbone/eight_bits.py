@@ -196,7 +196,8 @@ def quantize(model: nn.Module, frozen: str, *, gradients: bool = True) -> int:
     if already := frozen_format(model):
         raise InputError(f"this model is in {already} already; load it anew")
     check_frozen(frozen, next(model.parameters()).device)
-    stacks = list(_stacks(model))
+    named = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    stacks = [stack for name, stack in named if not any(part in name for part in _LEFT)]
     sizes = {id(p): p.numel() for stack in stacks for p in stack.parameters()}
     found = list({id(x[2]): x for stack in stacks for x in _linear_layers(stack)}.values())
     count, quantized_weights = len(found), sum(child.weight.numel() for _, _, child in found)
@@ -249,13 +250,6 @@ def check_frozen(frozen: str, device: torch.device | None = None) -> None:
                 f"fp8 needs a CUDA device of capability {_CAPABLE[0]}.{_CAPABLE[1]} or above; this "
                 f"is {torch.cuda.get_device_name(device)}: take int8, or leave it out"
             )
-
-
-def _stacks(model: nn.Module) -> Iterator[nn.ModuleList]:
-    """Lists of layers, those of encoder and decoder alike."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(part in name for part in _LEFT):
-            yield module
 
 
 def _linear_layers(stack: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:

@@ -167,7 +167,8 @@ def _quiet_head(
     twin: Any, embedding: nn.Embedding, head: Any, rows: int, ids: Tensor, unlikely: list[int]
 ) -> bool:
     """See to it that no virtual token is ever said; True where the head cannot."""
-    tied, bias, around = _is_tied(twin), output_bias(twin), _parent(twin, head)
+    tied, bias = _is_tied(twin), output_bias(twin)
+    around = twin.get_submodule(_name_in(twin, head).rpartition(".")[0])
     for module in around.children():  # MobileBERT's head has a second part, on its side
         if not isinstance(module, nn.Linear) or module is head:
             continue
@@ -232,7 +233,3 @@ def _is_tied(model: nn.Module) -> bool:
 
 def _name_in(twin: nn.Module, module: nn.Module) -> str:
     return next(name for name, other in twin.named_modules() if other is module)
-
-
-def _parent(twin: nn.Module, module: nn.Module) -> nn.Module:
-    return twin.get_submodule(_name_in(twin, module).rpartition(".")[0])

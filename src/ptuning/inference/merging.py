@@ -79,8 +79,8 @@ def merge(
     set_chat_turns(merged_tokenizer, turns)
     real = sorted(set(tokenizer.get_vocab().values()) - before)
     twin, tied = with_rows(model, ids, torch.cat([v.cpu() for v in vectors]), real)
-    if tied:
-        _suppress(twin, before | set(ids))
+    if tied and (config := getattr(twin, "generation_config", None)) is not None:
+        config.suppress_tokens = sorted({*(config.suppress_tokens or []), *before, *ids})
     return Merged(twin, merged_tokenizer, table)
 
 
@@ -165,9 +165,3 @@ def check_name(name: str) -> None:
             f"{name!r} cannot name a merged prompt; give 1 to 64 letters, digits, dots, hyphens "
             "and underscores, the first a letter, digit or underscore"
         )
-
-
-def _suppress(model: Any, virtual: set[int]) -> None:
-    config = getattr(model, "generation_config", None)
-    if config is not None:
-        config.suppress_tokens = sorted({*(config.suppress_tokens or []), *virtual})
