@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from statistics import mean, median
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from torch import nn
 
 from ..backbone.base_model import BaseModel
-from ..backbone.modes import eval_mode
 from ..data import Row
 from ..errors import DataError
 from ..forward.engine import Engine
@@ -21,7 +19,7 @@ from ..prompts.prompt import Prompt
 from ..prompts.task import Task
 from ..rendering.render import Renderer
 from .answering import Prediction, Question, Reading, answers, read_back
-from .attachment import placed
+from .attachment import all_placed
 from .prediction import members_of
 from .teaching import own_label, teacher_renderer
 
@@ -92,9 +90,7 @@ def compare(
         own = [text and read_back(tokenizer, text) for text in own]
     ours = [Engine(base).renderer(member).asking() for member in members_of(prompt)]
     theirs = teacher_renderer(Engine(base), teacher)
-    with ExitStack() as stack:
-        stack.enter_context(eval_mode(model))
-        first = [stack.enter_context(placed(model, tokenizer, r.task)) for r in ours]
+    with all_placed(model, tokenizer, [r.task for r in ours]) as first:
         asked = _questions(ours, first, rows, "test")
         taught = _questions([theirs], [0], rows, "teacher")
         found, known = (_answered(Engine(base), questions) for questions in (asked, taught))

@@ -6,8 +6,8 @@ with ptuning.attach(model, tokenizer, prompt) as attached:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..backbone.identity import check_same
 from ..backbone.injection import Injector, Span
+from ..backbone.modes import eval_mode
 from ..backbone.placement import Placement
 from ..backbone.tokens import first_free_id
 from ..backbone.upstream import uncompiled
@@ -166,3 +167,11 @@ def placed(model: nn.Module, tokenizer: Any, task: Task) -> Iterator[int]:
         return
     with attach(model, tokenizer, task) as attachment:
         yield attachment.first_id(task)
+
+
+@contextmanager
+def all_placed(model: nn.Module, tokenizer: Any, tasks: Iterable[Task]) -> Iterator[list[int]]:
+    """The first id of each task (`placed`), and the model in eval mode meanwhile."""
+    with ExitStack() as stack:
+        stack.enter_context(eval_mode(model))
+        yield [stack.enter_context(placed(model, tokenizer, task)) for task in tasks]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from ..backbone.base_model import BaseModel
-from ..backbone.modes import eval_mode
 from ..data import Rows, as_rows
 from ..errors import DataError, InputError
 from ..forward.engine import Engine
@@ -29,7 +28,7 @@ from ..training.calibration import bias_against, without_content
 from ..training.guidance import dev_far_above
 from ..training.members import answers_of
 from .answering import Prediction, read_back
-from .attachment import placed
+from .attachment import all_placed
 from .baselines import automatic_templates
 from .prediction import as_candidates, members_of, predict_details
 
@@ -315,9 +314,7 @@ def _asked(
     each, and the id of each one's first virtual token."""
     members = members_of(task)
     engine = Engine(BaseModel.of(model, tokenizer), 0 if len(members) == 1 else None)
-    with ExitStack() as stack:
-        stack.enter_context(eval_mode(model))
-        first = [stack.enter_context(placed(model, tokenizer, member)) for member in members]
+    with all_placed(model, tokenizer, members) as first:
         yield engine, [engine.renderer(member) for member in members], first
 
 

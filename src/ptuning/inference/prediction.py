@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from torch import nn
 
 from ..backbone.base_model import BaseModel, device_of
-from ..backbone.modes import eval_mode
 from ..data import Row, Rows, as_rows
 from ..data.values import text_of
 from ..errors import InputError
@@ -23,7 +21,7 @@ from ..prompts.prompt import Prompt
 from ..prompts.task import Task, at_least_one
 from ..rendering.render import Rendered, Renderer, tell_shortened
 from .answering import Later, Prediction, Question, Reading, in_one_batch
-from .attachment import placed
+from .attachment import all_placed
 
 _KEPT = 64 * 2**20
 """What one prompt's prediction keeps of the parts that its rows share."""
@@ -167,12 +165,9 @@ def _predicted(
             one.renderer.each(rows, "prediction", answered=False, first=number) for one in readers
         ]
 
-    with ExitStack() as stack:
-        stack.enter_context(eval_mode(base.model))
-        for one in readers:
-            one.first_id = stack.enter_context(
-                placed(base.model, base.tokenizer, one.renderer.task)
-            )
+    with all_placed(base.model, base.tokenizer, [r.renderer.task for r in readers]) as first_ids:
+        for one, first_id in zip(readers, first_ids, strict=True):
+            one.first_id = first_id
         for examples in _ahead(render, blocks, first, engine.base.device.type != "cpu"):
             for one, of_one in zip(readers, examples, strict=True):
                 one.examples = of_one

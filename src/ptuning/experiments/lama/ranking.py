@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...backbone.base_model import BaseModel
-from ...backbone.modes import eval_mode
 from ...backbone.traits import ModelKind
 from ...data import Row
 from ...errors import DataError
 from ...forward.engine import Engine
 from ...forward.scoring import batches_together
 from ...forward.together import first_rows, mean_log_probabilities
-from ...inference.attachment import placed
+from ...inference.attachment import all_placed
 from ...inference.prediction import members_of
 from ...prompts.task import Task
 from ...rendering.collate import Batch
@@ -53,12 +52,9 @@ def ranks(
     members = [members_of(task) for task in tasks]
     examples = [[_rendered(engine, one, rows, competing) for one in of_one] for of_one in members]
     result: list[list[int]] = [[] for _ in tasks]
-    with ExitStack() as stack:
-        stack.enter_context(eval_mode(model))
-        first_ids = [
-            [stack.enter_context(placed(model, tokenizer, one)) for one in of_one]
-            for of_one in members
-        ]
+    with all_placed(model, tokenizer, chain.from_iterable(members)) as placed:
+        ids = iter(placed)
+        first_ids = [[next(ids) for _ in of_one] for of_one in members]
         alone = [number for number, of_one in enumerate(members) if len(of_one) == 1]
         if alone:
             first = (
