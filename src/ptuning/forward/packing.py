@@ -61,6 +61,7 @@ class Packed:
             "attention_mask": self.attention_mask,
             "position_ids": self.position_ids,
             "logits_to_keep": self.keep,
+            "use_cache": True,
             CACHE: cache,
         }
         return Shortened(inputs, lambda logits: logits[self.group[:, None], self.answers])

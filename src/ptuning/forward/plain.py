@@ -16,8 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Cache
 
 from ..backbone.traits import first_position, forward_parameters
+from ..backbone.upstream import CACHE
 from ..errors import InputError
 from ..rendering.collate import IGNORED, Batch
 from . import divergence
@@ -41,6 +43,20 @@ class Shortened:
 
 Shortener = Callable[[Batch], Shortened | None]
 """Says what is left to compute of a causal batch, or None where nothing is saved."""
+
+
+def behind(model: nn.Module, batch: Batch, columns: int, cache: Cache | None) -> Shortened:
+    """The last columns of a causal batch, whose others are in the cache; None: it has no others."""
+    count = batch.answers.shape[1]
+    inputs: dict[str, Any] = {
+        "input_ids": batch.input_ids[:, -columns:],
+        "attention_mask": batch.attention_mask,
+        "use_cache": cache is not None,
+        **positions(model, batch.attention_mask, columns, count),
+    }
+    if cache is not None:
+        inputs[CACHE] = cache
+    return Shortened(inputs, lambda logits: logits[:, -count:])
 
 
 def answer_logits(model: nn.Module, batch: Batch, shortener: Shortener | None = None) -> Tensor:
@@ -75,7 +91,7 @@ def answer_outputs(
             return _masked_outputs(model, batch.slots, count, inputs)
         shortened = shortener(batch) if shortener else None
         if shortened is not None:
-            return model(**{"use_cache": True, **shortened.inputs}).logits, shortened.rows
+            return model(**shortened.inputs).logits, shortened.rows
         inputs |= positions(model, batch.attention_mask, batch.input_ids.shape[1], count)
         return model(**inputs, use_cache=False).logits, lambda logits: logits[:, -count:]
 

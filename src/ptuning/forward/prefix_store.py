@@ -25,14 +25,13 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..backbone.traits import reads_caches
-from ..backbone.upstream import CACHE
 from ..devices import sent
 from ..rendering.collate import IGNORED, Batch, longest_suffix
 from ..rendering.render import Rendered
 from .kv_cache import cache_of, keys_and_values
 from .kv_pool import KeyValuePool
-from .packing import Packed, pack
-from .plain import Shortened, positions
+from .packing import pack
+from .plain import Shortened, behind
 
 Ids = tuple[int, ...]
 Common = dict[Ids, Ids]
@@ -78,16 +77,11 @@ class PrefixStore:
             return None
         packed = pack(self.model, batch)
         if packed is not None:
-            return self._packed(packed)
-        total, count = batch.input_ids.shape[1], batch.answers.shape[1]
+            counts = [len(prefix) for prefix in packed.prefixes]
+            device = batch.input_ids.device
+            return packed.behind(self._cache(packed.prefixes, counts, max(counts), device))
         columns = longest_suffix(batch)
-        inputs = {
-            "input_ids": batch.input_ids[:, total - columns :],
-            "attention_mask": batch.attention_mask,
-            CACHE: self._stacked(batch, columns),
-            **positions(self.model, batch.attention_mask, columns, count),
-        }
-        return Shortened(inputs, lambda logits: logits[:, -count:])
+        return behind(self.model, batch, columns, self._stacked(batch, columns))
 
     def cache(self, batch: Batch) -> Cache | None:
         """Keys and values of a batch's first columns, to generate behind them; or None."""
@@ -120,11 +114,6 @@ class PrefixStore:
         for row, (prefix, count) in enumerate(zip(prefixes, counts, strict=True)):
             slots[row, kept - count :] = numpy.arange(first[prefix], first[prefix] + count)
         return slots
-
-    def _packed(self, packed: Packed) -> Shortened:
-        counts = [len(prefix) for prefix in packed.prefixes]
-        device = packed.input_ids.device
-        return packed.behind(self._cache(packed.prefixes, counts, max(counts), device))
 
     def _stacked(self, batch: Batch, suffix: int) -> Cache:
         counts = [max(0, length - suffix) for length in batch.lengths]

@@ -24,13 +24,12 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..backbone.traits import ModelKind, packs_rows, reads_caches
-from ..backbone.upstream import CACHE
 from ..devices import sent
 from ..rendering.collate import Batch
 from .batching import busy_with
 from .kv_cache import cache_of, keys_and_values
 from .packing import pack
-from .plain import Shortened, positions
+from .plain import Shortened, behind
 
 _PRICE = 1 / 8
 """What a pass of its own for the openings costs, of the tokens that keep a device busy: on a CPU
@@ -67,19 +66,14 @@ class SharedPrefix:
         if packed is not None:
             counts = [len(opening) for opening in packed.prefixes]
             return packed.behind(self._cache(packed.prefixes, counts, max(counts)))
-        total, count = batch.input_ids.shape[1], batch.answers.shape[1]
+        total = batch.input_ids.shape[1]
         rest = max(n - len(opening) for n, opening in zip(batch.lengths, openings, strict=True))
-        columns = min(max(rest, count), total)
+        columns = min(max(rest, batch.answers.shape[1]), total)
         if columns == total:
             return None
         counts = [max(0, length - columns) for length in batch.lengths]
-        inputs = {
-            "input_ids": batch.input_ids[:, -columns:],
-            "attention_mask": batch.attention_mask,
-            CACHE: self._cache(openings, counts, total - columns),
-            **positions(self.model, batch.attention_mask, columns, count),
-        }
-        return Shortened(inputs, lambda logits: logits[:, -count:])
+        cache = self._cache(openings, counts, total - columns)
+        return behind(self.model, batch, columns, cache)
 
     def _cache(self, openings: Sequence[tuple[int, ...]], counts: list[int], kept: int) -> Cache:
         """A cache of `kept` columns: the first `counts` tokens of each row's opening at its end."""

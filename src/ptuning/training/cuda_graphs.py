@@ -32,11 +32,11 @@ from ..backbone.traits import (
     looks_at_lengths,
     packs_rows,
 )
-from ..backbone.upstream import CACHE, has_foreign_hooks
+from ..backbone.upstream import has_foreign_hooks
 from ..errors import in_one_line
 from ..forward.engine import CompiledLayers, Work
 from ..forward.graphs import MOST, CudaGraph, Graph
-from ..forward.plain import Shortened, positions
+from ..forward.plain import Shortened, behind
 from ..forward.static_shapes import Shape, StaticInputs, grain_for, shape_of
 from ..rendering.collate import Batch
 from .population import Population
@@ -252,22 +252,16 @@ class GraphedStep:
 
     def _shortened(self, static: Batch, inputs: dict[str, Tensor]) -> Shortened:
         """What is to compute: all columns, or those behind kept ones."""
-        base, slots = self.population.base, inputs.get("slots")
-        count, columns = static.answers.shape[1], static.input_ids.shape[1]
-        columns -= 0 if slots is None else slots.shape[1]
-        asked: dict[str, Any] = {
-            "input_ids": static.input_ids[:, -columns:],
-            "attention_mask": static.attention_mask,
-            "use_cache": slots is not None,
-            **positions(base, static.attention_mask, columns, count),
-        }
+        slots, columns, cache = inputs.get("slots"), static.input_ids.shape[1], None
         if slots is not None:
-            asked[CACHE] = self.population.engine.kept_at(slots)
+            columns, cache = columns - slots.shape[1], self.population.engine.kept_at(slots)
+        shortened = behind(self.population.base, static, columns, cache)
+        asked = shortened.inputs
         if "keep" in inputs:
             asked["logits_to_keep"] = inputs["keep"]
         if self.fast_layers and self._trims and "logits_to_keep" in asked:
             self.fast_layers.give_only(asked.pop("logits_to_keep"))
-        return Shortened(asked, lambda logits: logits[:, -count:])
+        return shortened
 
     def _forget(self, kept: bool) -> None:
         """Let captured graphs go; all, or those that read kept keys and values."""
