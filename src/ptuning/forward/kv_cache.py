@@ -6,7 +6,7 @@ know which columns these are (`prefix_store`, `shared_prefix`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..backbone.upstream import CACHE
+from ..devices import sent
 from .attention import own_attention
 from .kv_pool import KeyValuePool
 from .norms import own_norms
@@ -72,8 +73,16 @@ class PooledLayer(DynamicLayer):
         return torch.cat([kept, states], -2)
 
 
-def keys_and_values(model: nn.Module, ids: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """What each layer makes of rows ``(R, T)``: ``(R, heads, T, head width)``; without logits."""
+def keys_and_values(
+    model: nn.Module, rows: Sequence[tuple[int, ...]], device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """What each layer makes of R rows of ids, each at the right end of T columns:
+    ``(R, heads, T, head width)``; without logits."""
+    length = max(1, max(map(len, rows)))
+    ids = torch.tensor([[0] * (length - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    mask[:, -1] = 1  # an empty row: some column must be seen; it is never read
+    ids, mask = sent(ids, device), sent(mask, device)
     body = getattr(model, "base_model", model)
     cache = DynamicCache()  # without a configuration layers with a window keep every column
     with own_attention(model), own_norms(model):
@@ -82,7 +91,7 @@ def keys_and_values(model: nn.Module, ids: Tensor, mask: Tensor) -> list[tuple[T
             attention_mask=mask,
             use_cache=True,
             **{CACHE: cache},
-            **positions(body, mask, ids.shape[1], 1),
+            **positions(body, mask, length, 1),
         )
     layers: list[Any] = cache.layers
     return [(layer.keys, layer.values) for layer in layers]

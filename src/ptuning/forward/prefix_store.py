@@ -207,13 +207,7 @@ class PrefixStore:
     def _compute(self, prefixes: list[Ids], device: torch.device) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of prefixes, each at the right end of its row."""
         self.computed += len(prefixes)
-        length = max(1, max(map(len, prefixes)))
-        ids = torch.tensor([[0] * (length - len(prefix)) + list(prefix) for prefix in prefixes])
-        mask = torch.tensor(
-            [[0] * (length - len(prefix)) + [1] * len(prefix) for prefix in prefixes]
-        )
-        mask[:, -1] = 1  # an empty prefix: some column must be seen; it is never read
-        return keys_and_values(self.model, sent(ids, device), sent(mask, device))
+        return keys_and_values(self.model, prefixes, device)
 
     def _admit(self, prefix: Ids) -> str | None:
         """Where there is room for a prefix; it is taken."""

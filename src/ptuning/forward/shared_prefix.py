@@ -49,11 +49,7 @@ class SharedPrefix:
         self.model = model
         self._row = {opening: number for number, opening in enumerate(openings)}
         self._width = max(map(len, openings))
-        ids, mask = (torch.zeros(len(openings), self._width, dtype=torch.long) for _ in range(2))
-        for row, opening in enumerate(openings):
-            ids[row, self._width - len(opening) :] = torch.tensor(opening)
-            mask[row, self._width - len(opening) :] = 1
-        layers = keys_and_values(model, sent(ids, device), sent(mask, device))
+        layers = keys_and_values(model, openings, device)
         self._values = [tensor for layer in layers for tensor in layer]
         self._leaves = [_by_token(tensor) for tensor in self._values]
 
