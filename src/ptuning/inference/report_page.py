@@ -25,8 +25,6 @@ table.confusion td { text-align: center; padding: .3rem .7rem; }
 svg { max-width: 34rem; width: 100%; height: auto; display: block; }
 svg text { fill: var(--soft); font-size: 12px; } code { font-family: ui-monospace, monospace; }
 """
-_MOST = 500
-"""Characters of a cell."""
 
 
 def page(report: Report) -> str:
@@ -167,7 +165,7 @@ def _mistakes(report: Report) -> str:
 
 def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= _MOST else text[:_MOST] + " …"
+    return text if len(text) <= 500 else text[:500] + " …"
 
 
 def _curve(history: list[dict[str, Any]], taught: bool) -> str:
