@@ -172,13 +172,15 @@ class TrainSettings:
                 raise InputError(f"{name} is {value!r}; give a number above 0")
         for name in ("weight_decay", "checkpoint_seconds", "word_noise"):
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and value >= 0):
+            if value is None and name == "word_noise":
+                continue
+            if not (_is_number(value) and value >= 0):
                 raise InputError(f"{name} is {value!r}; give a number from 0 on")
         if not (_is_number(self.warmup) and 0 <= self.warmup < 1):
             raise InputError(f"warmup is {self.warmup!r}; give the fraction of all steps, 0 to 1")
         for name, known in _ONE_OF.items():
             value = getattr(self, name)
-            if value is not None and value not in known:
+            if value not in known and not (name == "init" and value is None):
                 raise InputError(f"{name} is {value!r}; expected one of {known}")
         if self.mixed_precision not in ("no", "bf16", "fp16"):
             raise InputError(
