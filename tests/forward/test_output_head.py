@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -115,8 +116,7 @@ def test_label_words_get_such_logits(family: str) -> None:
     batch = batch_of(family, examples_for(KIND[family]))
     count = len(batch.answers)
     words = torch.tensor([[5, 17, 300]]).expand(count, -1)
-    column = -1 if batch.kind == "causal" else 0
-    expected = exact(model, batch)[:, column].gather(1, words)
+    expected = exact(model, batch)[:, 0].gather(1, words)
     asked = Batch(**{**vars(batch), "label_ids": words})
     for _ in range(2):
         torch.testing.assert_close(
@@ -139,13 +139,29 @@ def test_a_model_that_does_something_else_with_its_logits_keeps_its_own() -> Non
     assert model in module._other
 
 
-def test_words_that_a_model_rules_out_stay_ruled_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_that_has_gone_astray_says_nothing_of_the_model(dtype: torch.dtype) -> None:
+    model, rows = model_of("llama", dtype)
+    rows.data[0] = torch.nan
+    batch = batch_of("llama", examples_for("causal"))
+    words = torch.tensor([[5, 17, 300]]).expand(len(batch.answers), -1)
+    scores = label_word_scores(model, Batch(**{**vars(batch), "label_ids": words}), 3)
+    vocabulary_logits(model, batch)
+    assert scores.isnan().any() and model in label_words._alike
+    assert model not in module._other
+
+
+@pytest.mark.parametrize("endless", [False, True])
+def test_words_that_a_model_rules_out_stay_ruled_out(
+    monkeypatch: pytest.MonkeyPatch, endless: bool
+) -> None:
     """As Chameleon does with images' tokens; label words that it compares are none of these."""
 
     class Strict(transformers.LlamaForCausalLM):
         def forward(self, *args: Any, **options: Any) -> Any:
             output = super().forward(*args, **options)
-            output.logits[..., 30:60] = torch.finfo(output.logits.dtype).min
+            least = torch.finfo(output.logits.dtype).min
+            output.logits[..., 30:60] = -torch.inf if endless else least
             return output
 
     for dtype in (torch.bfloat16, torch.float32):
@@ -162,6 +178,13 @@ def test_words_that_a_model_rules_out_stay_ruled_out(monkeypatch: pytest.MonkeyP
                 patch.setattr(chunked, "LARGEST", largest)
                 torch.testing.assert_close(chunked.losses(model, batch, None), expected)
         assert torch.equal(vocabulary_logits(model, batch), own)
+
+
+def test_a_head_sees_all_of_other_threads_meanwhile() -> None:
+    head, hidden = torch.nn.Linear(4, 9), torch.randn(2, 5, 4)
+    with ThreadPoolExecutor(1) as other, module.seeing(head, slice(0, 1)) as seen:
+        assert other.submit(head, hidden).result().shape == (2, 5, 9) and not seen
+        assert head(hidden).shape == (2, 1, 9) and torch.equal(seen[0], hidden)
 
 
 def test_weights_that_are_trained_get_their_gradient_from_the_model_s_own_logits() -> None:

@@ -42,7 +42,7 @@ def label_word_scores(
     if len(inputs) != 1:  # a compiled model takes no notice of hooks
         leave(model)
         return word_scores(rows(logits), batch, words)
-    hidden = rows(inputs[0])[:, -1 if batch.kind == "causal" else 0]
+    hidden = rows(inputs[0])[:, 0]
     scores = logits_of_words(model, head, hidden, asked).float()
     if not known:
         own = word_scores(rows(logits), batch, words)

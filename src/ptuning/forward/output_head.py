@@ -86,7 +86,8 @@ def compared(model: nn.Module, ours: Tensor, own: Tensor) -> bool:
     Of the words that `ours` has, and no others: a model may rule some of the vocabulary out.
     """
     tolerance = max(1e-4, 8 * torch.finfo(own.dtype).eps)
-    finite = torch.isfinite(own)  # a member may have gone astray
+    # A member may have gone astray, in both; the model's alone are words that it rules out.
+    finite = torch.isfinite(own) | torch.isfinite(ours)
     largest = ours.masked_fill(~torch.isfinite(ours), 0).abs().max() if ours.numel() else 0.0
     allowed = tolerance * max(1.0, float(largest))  # not of `own`: what is ruled out is huge there
     same = ours.shape == own.shape and bool(((ours - own).abs() <= allowed)[finite].all())

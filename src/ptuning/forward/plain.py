@@ -182,9 +182,8 @@ def word_scores(logits: Tensor, batch: Batch, words: int) -> Tensor:
         batch: prepared for label comparison.
         words: how many.
     """
-    if batch.label_ids is not None:
-        column = -1 if batch.kind == "causal" else 0
-        return logits[:, column].float().gather(1, batch.label_ids)
+    if batch.label_ids is not None:  # one token each: K is 1
+        return logits[:, 0].float().gather(1, batch.label_ids)
     return -answer_nll(logits, batch.answers).sum(1).view(-1, words)
 
 
