@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -126,12 +127,35 @@ def test_labels_are_words_as_they_continue_the_text() -> None:
     made = merged_text(prompt, "t", "causal", tokenizer, merged, ids)
     assert made.text == "<|t:0|> {country}" and made.turn is None
     assert made.labels == {"y": " Yes", "n": [" No", " {name}"]}
+    spaced = replace(prompt, verbalizer={"y": " Yes", "n": "No"})
+    assert merged_text(spaced, "t", "causal", tokenizer, merged, ids).labels == {
+        "y": " Yes", "n": " No",
+    }  # fmt: skip
+    assert merged_text(prompt, "t", "seq2seq", tokenizer, merged, ids).labels == {
+        "y": "Yes", "n": ["No", "{name}"],
+    }  # fmt: skip
     in_chat = tiny.tokenizer()
     in_chat.chat_template = CHAT
     prompt.chat = True
     assert merged_text(prompt, "t", "causal", in_chat, merged, ids).labels == {
         "y": "Yes", "n": ["No", "{name}"],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [
+    ("is", "capital of Italy"), ("capital of Italy", "is"), (" is", " it"), ("{{is}}", "{{it}}"),
+])  # fmt: skip
+def test_a_masked_text_has_as_many_masks_as_the_longest_label_word(words: tuple[str, str]) -> None:
+    tokenizer = tiny.tokenizer()
+    prompt = _prompt(
+        template="[P] {country} [MASK]", verbalizer=dict(zip("ab", words, strict=True))
+    )
+    merged, ids = with_names(tokenizer, names_of("t", 1))
+    made = merged_text(prompt, "t", "masked", tokenizer, merged, ids)
+    row = {"country": "France", "answer": "a"}
+    answers = [s.answer for s in Renderer(tokenizer, prompt, "masked")(row).sequences]
+    answers += [(token,) for token in Renderer(tokenizer, prompt, "masked")(row).label_ids]
+    assert made.text.count("<mask>") == max(map(len, answers))
 
 
 def test_a_prompt_without_template_stands_in_front_of_a_text() -> None:

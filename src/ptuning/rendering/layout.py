@@ -89,7 +89,12 @@ class Written:
 
     def continued(self, word: str) -> str:
         """The answer as it continues the text."""
-        return f" {word}" if self.space and not word.startswith(" ") else word
+        return spaced(word, self.space)
+
+
+def spaced(word: str, space: bool) -> str:
+    """An answer that begins with a space if it is to; with one of its own it has no second."""
+    return f" {word}" if space and not word.startswith(" ") else word
 
 
 Draft = tuple[Written, str | None]

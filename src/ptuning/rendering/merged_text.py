@@ -17,7 +17,8 @@ from typing import Any
 
 from ..errors import InputError
 from ..prompts.prompt import Prompt
-from ..prompts.task import Task, fill
+from ..prompts.task import Task, fill, named_fields
+from .layout import spaced
 from .render import Renderer
 from .virtual_ids import NamedTokenizer
 
@@ -127,8 +128,9 @@ def _with_masks(task: Task, kind: str, tokenizer: Any) -> Task:
     if kind != "masked" or not task.labels or task.answer_tokens:
         return task
     space = task.parsed.slot is not None and task.parsed.slot.space
-    words = [f" {w}" if space else w for words in task.labels.values() for w in words]
-    lengths = [len(tokenizer(w, add_special_tokens=False)["input_ids"]) for w in words]
+    words = [w for words in task.labels.values() for w in words]
+    spelled = [spaced(fill(w, {n: n for n in named_fields(w)}), space) for w in words]
+    lengths = [len(tokenizer(w, add_special_tokens=False)["input_ids"]) for w in spelled]
     return Task(**{**task.settings(), "answer_tokens": max(1, *lengths)})
 
 
@@ -173,6 +175,6 @@ def _parts(marked: str, fields: Sequence[str]) -> list[str]:
 def _labels(task: Task, space: bool) -> dict[str, str | list[str]] | None:
     labels: dict[str, str | list[str]] = {}
     for label, words in task.labels.items():
-        spelled = [f" {w}" if space and not w.startswith(" ") else w for w in words]
+        spelled = [spaced(w, space) for w in words]
         labels[label] = spelled[0] if len(spelled) == 1 else spelled
     return labels or None
