@@ -90,6 +90,11 @@ def test_unlabelled_examples_give_no_labels(labels: tuple[int | None, ...]) -> N
     assert collate(examples, "causal", [400, 400]).labels is None
 
 
+def test_a_label_whose_word_is_learnt_over_the_vocabulary_is_compared_with_none() -> None:
+    spoken = Rendered((Sequence((5,), 1, (20,)),), label=1)
+    assert collate([spoken, spoken], "causal", [400, 400]).labels is None
+
+
 def test_an_unanswered_causal_input_ends_with_its_last_token() -> None:
     batch = collate([Rendered((Sequence((5, 6), 2),))], "causal", [400])
     assert batch.input_ids.tolist() == [[5, 6]]
@@ -97,10 +102,12 @@ def test_an_unanswered_causal_input_ends_with_its_last_token() -> None:
 
 
 def test_a_batch_moves_all_its_tensors() -> None:
-    batch = collate([ONE], "seq2seq", [400]).to("meta")
+    here = collate([ONE], "seq2seq", [400])
+    batch = here.to("meta")
     for value in vars(batch).values():
         assert not isinstance(value, torch.Tensor) or value.is_meta
     assert batch.kind == "seq2seq"
+    assert batch.here is here and batch.to("meta").here is here
 
 
 IDS = st.lists(st.integers(-3, 399), min_size=1, max_size=9)

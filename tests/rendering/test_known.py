@@ -20,7 +20,7 @@ from ptuning.prompts.task import Task
 from ptuning.rendering import render
 from ptuning.rendering.known import Known
 from ptuning.rendering.layout import Draft, Layout, Written
-from ptuning.rendering.render import Rendered, Renderer
+from ptuning.rendering.render import _ROWS, Rendered, Renderer
 from ptuning.rendering.spaces import cuts_at_spaces, last_word
 from ptuning.rendering.virtual_ids import SLOT, NamedTokenizer, Names
 
@@ -390,6 +390,13 @@ def test_the_first_row_that_is_wrong_is_named(
     kind, said = outcome(together, renderer, rows, True)
     assert message in said
     assert (kind, said) == outcome(one_by_one, renderer, rows)
+
+
+def test_a_row_is_named_by_its_number_also_behind_those_tokenized_before_it() -> None:
+    renderer = Renderer(tiny.tokenizer(), Task("{x} [MASK]"), "causal")
+    rows = [{"x": "a", "answer": "b"}] * (_ROWS + 1)
+    with pytest.raises(DataError, match=f"^test example {_ROWS + 2}: the example has no answer"):
+        renderer.each([*rows, {"x": "a"}], "test")
 
 
 def test_a_row_that_does_not_fit_comes_before_a_later_one_that_is_wrong() -> None:

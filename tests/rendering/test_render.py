@@ -370,6 +370,8 @@ def test_causal_input_ends_before_the_answer() -> None:
 def test_answer_begins_with_a_space_where_the_template_has_one(template: str, answer: str) -> None:
     sequence = render(template, {"x": "Oslo.", "answer": "Paris"}, answer_end=False)
     assert sequence.answer == ids_of(answer)
+    spaced = render(template, {"x": "Oslo.", "answer": " Paris"}, answer_end=False)
+    assert spaced.answer == ids_of(" Paris")  # and no second space
 
 
 def test_answer_that_would_merge_with_the_word_before_is_kept_apart() -> None:
@@ -529,6 +531,12 @@ def test_an_opening_behind_the_slot_moves_with_the_masks() -> None:
     for kind in ("masked", "seq2seq"):
         sequence = render("[P] [MASK] of {x}", row, kind)
         assert plain().decode(sequence.ids[sequence.opening :]).strip().startswith("France")
+
+
+def test_the_last_token_of_all_is_in_no_opening() -> None:
+    for text, opening in ((" ", 1), ("", 0)):  # a field without tokens, and an empty one
+        sequence = render("[P*2] {x} [MASK]", {"x": text}, tokenizer=plain("wordpiece"))
+        assert (sequence.ids, sequence.opening) == ((-1, -2), opening)
 
 
 @examples

@@ -254,8 +254,7 @@ class Renderer:
         if not self.compares:
             return Rendered(sequences, label=asked.label)
         self._check_words(sequences)
-        first = sequences[0].ids
-        if all(len(s.answer) == 1 and s.ids == first for s in sequences):
+        if all(len(s.answer) == 1 for s in sequences):  # of one input then, with one mask
             return Rendered(sequences[:1], tuple(s.answer[0] for s in sequences), asked.label)
         return Rendered(sequences, label=asked.label)
 
