@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,6 +60,16 @@ def hold_together(model: Any, rows: Any, batch: Batch, prefix: Any = None) -> No
     torch.testing.assert_close(figures[0], expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(figures[1], right)
     assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_an_answer_is_right_though_others_are_longer(family: str, small_chunks: None) -> None:
+    model, _ = attached(family)
+    batch = batch_of(family, examples_for(KIND[family]))
+    said = answer_logits(model.requires_grad_(False), batch).argmax(-1)
+    batch = replace(batch, answers=torch.where(batch.answers == IGNORED, IGNORED, said))
+    assert (batch.answers == IGNORED).any()
+    assert chunked.losses_and_right(model, batch, None)[1].all()
 
 
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
@@ -166,6 +177,19 @@ def test_half_precision_stays_close(small_chunks: None, chunks: list[int]) -> No
     (grad,) = torch.autograd.grad(losses.sum(), rows)
     assert losses.dtype == torch.float32 and chunks == [6, 6]
     torch.testing.assert_close(grad, expected, atol=0.02, rtol=0.1)
+
+
+def test_gradients_too_small_for_half_precision_are_kept_for_the_loss_that_is_scaled() -> None:
+    weight = 1e-7 * torch.randn(8, 40)
+    hidden, answers = torch.randn(5, 8), torch.arange(5)
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        own = hidden.half().to(dtype).requires_grad_()
+        losses, _ = chunked._Chunks.apply(own, answers, [], lambda part: part.float() @ weight)
+        (losses.sum() * 2.0**16).backward()
+        found.append(own.grad.float())
+    assert found[0].abs().max() > 1e-3
+    torch.testing.assert_close(found[1], found[0], atol=2e-4, rtol=2e-2)
 
 
 def test_no_more_logits_are_there_than_of_one_chunk(small_chunks: None) -> None:

@@ -15,6 +15,7 @@ from ptuning import InputError, Prompt
 from ptuning.backbone.base_model import BaseModel
 from ptuning.backbone.modes import eval_mode
 from ptuning.forward.engine import Engine
+from ptuning.forward.scoring import score_together
 from ptuning.inference import exports
 from ptuning.inference.answering import Question, Reading, answers
 from ptuning.inference.attachment import placed
@@ -152,6 +153,27 @@ def _loss_by_hand(model: Any, tokenizer: Any, members: list[Prompt]) -> float:
         total -= float(means.gather(1, right[:, None]).sum())
         count += len(right)
     return total / count
+
+
+def test_free_answers_of_unlike_length_are_right_where_they_are_what_all_write_together() -> None:
+    model, tokenizer, members = setting("llama", FREE)
+    engine = Engine(BaseModel.of(model, tokenizer), 0)
+    with ptuning.attach(model, tokenizer, *members) as attached:
+        first = [attached.first_id(member) for member in members]
+        renderers = [engine.renderer(member) for member in members]
+        examples = [renderer.each(ROWS, "test", answered=False) for renderer in renderers]
+        for row, length in enumerate((1, 3, 2)):
+            readings = [(of_one[row], member) for member, of_one in enumerate(examples)]
+            batch = engine.prediction_batch(readings, first)
+            ids, _ = engine.continue_greedily(batch, length, sizes=[len(members)], ends=[])
+            for of_one in examples:
+                answered = replace(of_one[row].sequences[0], answer=tuple(ids[0].tolist()))
+                of_one[row] = replace(of_one[row], sequences=(answered,))
+        assert score_together(engine, renderers, examples, first, None)[0] == 1
+        (*start, last) = examples[0][1].sequences[0].answer
+        wrong = replace(examples[0][1].sequences[0], answer=(*start, (last + 1) % 100))
+        examples[0][1] = replace(examples[0][1], sequences=(wrong,))
+        assert score_together(engine, renderers, examples, first, None)[0] == 2 / 3
 
 
 def test_members_share_what_stands_in_front_of_their_virtual_tokens() -> None:

@@ -97,6 +97,8 @@ def test_a_row_ends_where_its_watch_has_enough_and_no_other_does(family: str) ->
         first = asked[0]
         asked[0] = Question(first.renderer, first.example, first.first_id, watch=watch)
         watched = dict(answers(engine, asked))
+        limited = Question(first.renderer, first.example, first.first_id, limit=len(seen))
+        assert _close(watched[0], dict(answers(engine, [limited]))[0])
     assert len(seen) <= 2
     for number in range(1, len(asked)):
         assert _close(watched[number], plain[number])

@@ -66,6 +66,14 @@ def test_the_models_own_generation_settings_change_no_answer(
     assert model.generation_config is own
 
 
+def test_the_token_that_the_model_has_to_begin_with_stands_in_front() -> None:
+    model, tokenizer, prompt = setting("bart")
+    forced = tokenizer.convert_tokens_to_ids(tokenizer.tokenize("Rome")[0])
+    model.generation_config.forced_bos_token_id = forced
+    (answer, *_) = ptuning.predict(model, tokenizer, prompt, ROWS, answer_tokens=1)
+    assert answer == tokenizer.decode([forced]).strip()
+
+
 @pytest.mark.parametrize("family", [*tiny.CAUSAL, *tiny.SEQ2SEQ])
 def test_free_answers_are_the_models_greedy_continuation(family: str) -> None:
     model, tokenizer, prompt = setting(family)

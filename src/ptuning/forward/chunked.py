@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..rendering.collate import IGNORED, Batch
 from . import divergence
 from .label_words import label_word_scores
-from .output_head import compared, frozen_head, leave, logits_of, seeing
+from .output_head import compared, frozen_head, logits_of, seeing
 from .plain import (
     Shortener,
     answer_outputs,
@@ -158,9 +158,7 @@ def _read(model: nn.Module, batch: Batch, shortener: Shortener | None) -> Tensor
     if not hidden:  # a compiled model takes no notice of hooks
         return rows(logits)
     finished = partial(logits_of, model, head)
-    if len(hidden) != 1:
-        leave(model)
-    elif compared(model, finished(hidden[0][:, :1]), logits):
+    if compared(model, finished(hidden[0][:, :1]), logits):
         return _Unread(rows(hidden[0]), finished)
     return vocabulary_logits(model, batch, shortener)
 
