@@ -79,6 +79,15 @@ def test_json_array_is_read_as_written(tmp_path: Path, indent: int | None) -> No
     assert read_examples(put(tmp_path, "a.jsonl", f"\n {text}\n")) == [ODD, PLAIN]
 
 
+@pytest.mark.parametrize("size", range(1, 20))
+def test_json_array_is_read_wherever_the_file_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr("ptuning.data.json_rows._CHUNK", size)
+    rows = [{"a": True, "b": None, "c": [-1.5e10, 12], "d": float("-inf"), "e": "\\ 😀\n"}, PLAIN]
+    assert read_examples(put(tmp_path, "a.json", json.dumps(rows))) == rows
+
+
 def test_json_values_keep_their_types_and_rows_their_own_columns(tmp_path: Path) -> None:
     rows = [{"n": 1, "x": 1.5, "b": True, "l": ["a"], "o": {"k": None}}, {"other": "01"}, {"n": ""}]
     read = read_examples(put(tmp_path, "a.jsonl", json_lines(rows)))
@@ -196,6 +205,7 @@ def test_malformed_json_lines_name_the_line(
         ('[{"a": 1},\n {"a": 2},\n {"a": }]', "line 3: malformed JSON"),
         ('[{"a": 1}', "line 1: malformed JSON"),
         ('[{"a": 1}, 2]', "element 2: int where an object"),
+        ('[{"a": 1}]\n{"a": 2}', "line 2: malformed JSON (something stands behind the array)"),
     ],
 )
 def test_malformed_json_array_names_the_place(tmp_path: Path, text: str, place: str) -> None:
