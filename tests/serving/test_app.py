@@ -86,6 +86,8 @@ def test_openais_client_completes_and_chats(server: servers.Server, client: Any)
     turns: Any = [{"role": "user", "content": [{"type": "text", "text": "France"}]}]
     chat = theirs.chat.completions.create(model="capital", messages=turns)
     assert chat.choices[0].message.content == said[0]
+    short = theirs.chat.completions.create(model="capital", messages=turns, max_completion_tokens=2)
+    assert (short.choices[0].finish_reason, short.usage.completion_tokens) == ("length", 2)
     parts = theirs.chat.completions.create(model="capital", messages=turns, stream=True)
     assert "".join(p.choices[0].delta.content or "" for p in parts) == said[0]
     with theirs.chat.completions.stream(model="mood", messages=turns) as events:

@@ -91,13 +91,19 @@ def test_more_than_may_wait_is_refused_whole() -> None:
     model = Model()
     model.gate.clear()
     batcher = Batcher(model, most=1, waiting=3)
-    taken = _items(0, 1, 2)
-    batcher.ask(taken)
-    with pytest.raises(Overloaded, match="and 3 may"):
-        batcher.ask(_items(3, 4, 5))
+    taken = _items(0, 1, 2, 3)
+    batcher.ask(taken[:1])
+    while not model.batches:
+        time.sleep(0.001)
+    batcher.ask(taken[1:3])
+    with pytest.raises(Overloaded, match="2 questions wait, and 3 may"):
+        batcher.ask(_items(5, 6))
+    batcher.ask(taken[3:])
+    with pytest.raises(Overloaded):
+        batcher.ask(_items(7))
     model.gate.set()
-    assert [item.answer.result(200) for item in taken] == [0, 2, 4]
-    assert [3] not in model.batches
+    assert [item.answer.result(200) for item in taken] == [0, 2, 4, 6]
+    assert model.batches == [[0], [1], [2], [3]]
     batcher.close()
 
 

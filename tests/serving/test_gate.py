@@ -31,7 +31,7 @@ class Application:
         await send({"type": "http.response.body", "body": b""})
 
 
-async def _ask(before: Gate, path: str, receive: Any = None) -> int:
+async def _ask(before: Gate, path: str, receive: Any = None, headers: Any = ()) -> int:
     sent: list[Any] = []
 
     async def nothing() -> Any:
@@ -40,7 +40,7 @@ async def _ask(before: Gate, path: str, receive: Any = None) -> int:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    headers = [(b"content-type", b"application/json")]
+    headers = [(b"content-type", b"application/json"), *headers]
     method = "GET" if receive is None else "POST"
     scope = {"type": "http", "method": method, "path": path, "headers": headers}
     await before(scope, receive or nothing, send)
@@ -59,6 +59,7 @@ def test_a_full_server_says_that_it_lives(path: str) -> None:
         answers = await _ask(full, path), await _ask(full, "/v1/models"), len(slow)
         application.let.set()
         assert set(await asyncio.gather(*slow)) == {200}
+        assert await _ask(full, "/v1/models") == 200  # all others have gone
         return answers
 
     health, other, inside = asyncio.run(run())
@@ -75,6 +76,19 @@ def test_an_open_page_waits_for_no_body() -> None:
         return await _ask(Gate(application, None, Limits()), "/health", never), application.bodies
 
     assert asyncio.run(run()) == (200, [b""])
+
+
+@pytest.mark.parametrize(("more", "status"), [(0, 200), (1, 413)])
+@pytest.mark.parametrize("told", [False, True])
+def test_a_body_may_be_as_large_as_the_limit(told: bool, more: int, status: int) -> None:
+    body = b'{"a": "b"}' + b" " * more
+
+    async def whole() -> Any:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    told_length = [(b"content-length", str(len(body)).encode())] if told else []
+    before = Gate(Application(), None, Limits(body=10))
+    assert asyncio.run(_ask(before, "/v1/models", whole, told_length)) == status
 
 
 @pytest.mark.parametrize(("size", "apart"), [(10, False), (10**6, True)])
