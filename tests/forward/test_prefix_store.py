@@ -116,6 +116,22 @@ def test_what_is_kept_on_the_host_is_brought_back(monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(kept, plain, atol=1e-5, rtol=0)
 
 
+def test_what_comes_from_the_host_stands_behind_what_only_passes_through(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny.model("llama")
+    prompt = ptuning.Prompt(TEMPLATE, answer="capital", answer_end=False)
+    plain = losses_and_gradient(model, prompt, ROWS, None)
+    room = {"device": 0, "host": 2**30}
+    monkeypatch.setattr(prefix_store, "budgets", lambda most, device: dict(room))
+    store = PrefixStore(model)
+    losses_and_gradient(model, prompt, ROWS[:2], store)
+    store._budgets = dict.fromkeys(room, 0)  # nothing more is kept
+    both = losses_and_gradient(model, prompt, ROWS, store)
+    assert [type(place) for place in store._kept.values()] == [list, list]
+    torch.testing.assert_close(both, plain, atol=1e-5, rtol=0)
+
+
 def test_room_for_what_is_expected_is_made_once() -> None:
     model = tiny.model("llama")
     prompt = ptuning.Prompt(TEMPLATE, answer="capital", answer_end=False)

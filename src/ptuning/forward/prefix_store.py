@@ -158,7 +158,7 @@ class PrefixStore:
             self.pool = KeyValuePool(layers)
         places = {prefix: self._admit(prefix) for prefix in prefixes}
         order = sorted(prefixes, key=lambda prefix: places[prefix] != "device")
-        self._reserve(sum(map(len, order)))
+        self._reserve(self._used, sum(map(len, order)))
         first: dict[Ids, int] = {}
         columns: list[int] = []
         slot = self._used
@@ -179,21 +179,21 @@ class PrefixStore:
                 self._kept[prefix] = [_pinned(tensor.cpu()) for tensor in lifted]
         return first
 
-    def _reserve(self, more: int) -> None:
-        """Room for so many tokens behind those that are kept."""
+    def _reserve(self, start: int, more: int) -> None:
+        """Room for so many tokens from a slot on; what stands in front of it stays."""
         assert self.pool is not None and self._budgets is not None
-        needed = self._used + more
+        needed = start + more
         if needed <= self.pool.capacity:
             return
         fits = self._used + self._budgets["device"] // max(1, self.pool.slot_bytes)
         wished = self.expected + 1 if self.expected else 2 * self.pool.capacity
         # Beyond the budget stands only what passes through.
-        self.pool.reserve(max(needed, min(wished, fits)), self._used)
+        self.pool.reserve(max(needed, min(wished, fits)), start)
 
     def _brought(self, parked: dict[Ids, list[Tensor]], start: int) -> dict[Ids, int]:
         """Bring prefixes from the host."""
         assert self.pool is not None
-        self._reserve(start - self._used + sum(map(len, parked)))
+        self._reserve(start, sum(map(len, parked)))
         self._lane = self._lane or _Lane(self.pool.device)
         first = {}
         here = self._lane.bring(list(parked.values()))
