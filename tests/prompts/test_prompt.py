@@ -28,6 +28,7 @@ from ptuning import formats, storage
 from ptuning.backbone.identity import check_same, describe
 from ptuning.errors import InputError, PromptFileError, PtuningError, TemplateError
 from ptuning.prompts.encoder import PromptEncoder
+from ptuning.prompts.task import as_label
 
 from .. import tiny
 
@@ -173,6 +174,7 @@ def test_special_tokens_after_needs_all_virtual_tokens_in_front(template: str) -
 def test_special_tokens_after_takes_a_prompt_in_front() -> None:
     prompt = ptuning.Prompt("[P*2][P]{a} [MASK]", special_tokens="after")
     assert prompt.num_virtual_tokens == 3
+    assert ptuning.Prompt("[P*2][P]", special_tokens="after").num_virtual_tokens == 3
 
 
 def test_a_count_alone_is_pefts_placement() -> None:
@@ -198,6 +200,40 @@ def test_a_verbalizer_that_cannot_be_used_is_an_error(
 ) -> None:
     with pytest.raises(InputError, match=message):
         ptuning.Prompt(TEMPLATE, verbalizer=verbalizer)
+
+
+@pytest.mark.parametrize(
+    ("value", "labels", "label"),
+    [
+        (True, ("true", "false"), "true"),
+        (True, ("True", "False"), "True"),
+        ("TRUE", ("True", "False"), "True"),
+        ("TRUE", ("True", "true"), "TRUE"),  # which of the two?
+        (1.0, ("0", "1"), 1),
+        (1.0, ("0.0", "1.0"), 1.0),
+        (1.0, (), 1.0),  # a free answer
+        (1.5, ("1", "2"), 1.5),
+    ],
+)
+def test_a_cell_is_the_label_that_other_kinds_of_files_write_so(
+    value: Any, labels: tuple[str, ...], label: Any
+) -> None:
+    found = as_label(value, labels)
+    assert (found, type(found)) == (label, type(label))
+
+
+def test_a_manual_template_has_no_bias_of_the_prompts() -> None:
+    words = {"a": "yes", "b": "no"}
+    prompt = ptuning.Prompt(TEMPLATE, verbalizer=words, label_bias={"b": 1, "a": 2})
+    assert prompt.label_bias == {"a": 2.0, "b": 1.0} and prompt.manual().label_bias is None
+
+
+def test_a_prompt_that_becomes_another_has_its_words_names_too() -> None:
+    rows = [{"text": f"{n} of them", "label": ("good", "bad")[n % 2]} for n in range(9)]
+    prompt, other = ptuning.Prompt.for_rows(rows), ptuning.Prompt.for_rows(rows)
+    other.name_words, other.verbalizer = None, {"good": "fine", "bad": "poor"}  # settled
+    prompt.become(other)
+    assert prompt.name_words is None and prompt.labels == other.labels
 
 
 def test_verbalizer_keys_become_text() -> None:

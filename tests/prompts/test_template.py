@@ -338,11 +338,17 @@ def test_without_virtual_keeps_words_fields_and_slot(text: str) -> None:
     assert manual.without_virtual() == manual
 
 
+@pytest.mark.parametrize("words", ["\nAnswer:", "\tAnswer:", "\r\nAnswer:"])
+def test_words_that_begin_with_a_line_break_or_a_tab_have_no_space_in_front(words: str) -> None:
+    assert parse(f"a [P:{words}]").virtual[0].spelled == words
+
+
 @pytest.mark.parametrize(
     ("template", "fault"),
     [
         ("[P*10001] {a}", "more than 10,000 virtual tokens"),
         ("[P*999999]" * 300, "more than 10,000 virtual tokens"),
+        ("[P*6000] {a} [P*4001]", "more than 10,000 virtual tokens"),
         ("[P]" + "a" * 100_000, "at most 100,000 characters"),
         ("[P] \ud800", "no character"),
     ],
