@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 import ptuning
 from ptuning.forward import norms
@@ -110,6 +111,13 @@ def test_only_a_norm_of_one_weight_that_gives_the_same_is_served() -> None:
     no_number = WrongRMSNorm(1)
     no_number.eps = None  # type: ignore[assignment]
     assert not norms._is_alike(no_number)
+
+
+@pytest.mark.parametrize(("dtype", "served"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_a_norm_that_rounds_elsewhere_is_not_served(dtype: torch.dtype, served: bool) -> None:
+    norm = Olmo2RMSNorm(64)  # the weight comes before the rounding
+    nn.init.normal_(norm.weight)
+    assert norms._is_alike(norm.to(dtype)) == served
 
 
 def test_nothing_is_left_and_nothing_changes_where_no_gradient_is_asked_for(

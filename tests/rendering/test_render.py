@@ -365,7 +365,8 @@ def test_causal_input_ends_before_the_answer() -> None:
 @pytest.mark.parametrize(
     ("template", "answer"),
     [("{x} [MASK]", " Paris"), ("{x}[MASK]", "Paris"), ("{x}\n[MASK]", "Paris"),
-     ("{x} is", " Paris"), ("{x} is ", " Paris"), ("{x}\n", "Paris"), ("{x} [P]", " Paris")],
+     ("{x} is", " Paris"), ("{x} is ", " Paris"), ("{x}\n", "Paris"), ("{x}\t", "Paris"),
+     ("{x} [P]", " Paris")],
 )  # fmt: skip
 def test_answer_begins_with_a_space_where_the_template_has_one(template: str, answer: str) -> None:
     sequence = render(template, {"x": "Oslo.", "answer": "Paris"}, answer_end=False)
