@@ -736,12 +736,17 @@ def test_answer_positions_count_from_the_text_where_virtual_ones_are_dropped(
     assert_same(got.loss, expected)
 
 
-def test_an_answer_outside_the_text_is_ignored_where_virtual_positions_are_dropped() -> None:
+@pytest.mark.parametrize("outside", [90, -1])
+def test_an_answer_outside_the_text_is_ignored_where_virtual_positions_are_dropped(
+    outside: int,
+) -> None:
     model = ours(base_model("QUESTION_ANS", "bert"), "QUESTION_ANS", drop_virtual_positions=True)
     with torch.no_grad():
         one = model(IDS[:1], start_positions=torch.tensor([1]), end_positions=torch.tensor([2]))
         two = model(
-            IDS, start_positions=torch.tensor([1, 90]), end_positions=torch.tensor([[2], [90]])
+            IDS,
+            start_positions=torch.tensor([1, outside]),
+            end_positions=torch.tensor([[2], [outside]]),
         )
     assert_same(two.loss, one.loss)
 
