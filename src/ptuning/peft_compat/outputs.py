@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..backbone.injection import may_look_at_values
 from ..backbone.placement import Placement
-from .placing import may_look
 
 # Two-axis outputs that have a value per token; all others with two axes have one per row.
 _PER_TOKEN = ("start_logits", "end_logits")
@@ -50,7 +50,8 @@ def restored(output: Any, where: Placement, *, decoder: bool, text_only: bool) -
 
 def _rolled(where: Placement) -> bool:
     """Some padding was moved; where values may not be seen, it may have been."""
-    return where.may_roll and (not may_look(where.rolled) or bool(where.rolled.any()))
+    rolled = where.rolled
+    return where.may_roll and (not may_look_at_values(rolled) or bool(rolled.any()))
 
 
 def _attention(where: Placement, weights: Tensor, width: int) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import traits
-from ..backbone.injection import Injector, Span
+from ..backbone.injection import Injector, Span, may_look_at_values
 from ..backbone.placement import Placement
 from ..errors import InputError
 from ..prompts.encoder_config import TaskType
@@ -222,11 +222,6 @@ def drop_token_types(base: Base, inputs: dict[str, Any]) -> None:
     warnings.warn(f"token_type_ids are dropped: {reason}", stacklevel=5)
 
 
-def may_look(tensor: Tensor) -> bool:
-    """False while a graph that has `tensor` ``(…)`` is captured, which cannot depend on values."""
-    return not (torch.compiler.is_compiling() or torch.compiler.is_exporting() or tensor.is_meta)
-
-
 def pad_id(model: Any) -> int:
     """The model's padding id, or any id where it has none."""
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
@@ -295,7 +290,7 @@ def _place_positions(
         return
     if known.several_axes or not base.accepts("position_ids"):
         return
-    padded = mask is not None and (not may_look(mask) or bool(where.lead.any()))
+    padded = mask is not None and (not may_look_at_values(mask) or bool(where.lead.any()))
     if known.first_position or padded:
         inputs["position_ids"] = where.position_ids() + known.first_position
 
