@@ -1164,7 +1164,7 @@ def test_rows_of_a_mixed_batch_may_have_templates_of_their_own() -> None:
     [
         ("[P*2] Paris", "one field"),
         ("[P*2] {a} {b}", "one field"),
-        ("[P*2] {a} {a}", "one field"),
+        ("[P*2] {a} {a}", "one field.*; this one has 2:"),
         ("{text} capital", "needs virtual tokens"),
         ("[P:capital] {text}", "needs virtual tokens"),
         ("[P*0] {text}", "at least 1"),

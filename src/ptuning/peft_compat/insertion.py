@@ -52,9 +52,7 @@ class Insertion:
         """The number of tokens that it inserts."""
         return len(self.before) + len(self.after)
 
-    def special(
-        self, input_ids: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def special(self, input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """How many tokens of `opening` and `closing` each row has.
 
         Args:
@@ -62,10 +60,8 @@ class Insertion:
             mask: ``(B, T)``, or None where there is no padding.
 
         Returns:
-            Two of ``(B,)``, each `len` of the tokens or 0; None where it has neither.
+            Two of ``(B,)``, each `len` of the tokens or 0.
         """
-        if not self.opening and not self.closing:
-            return None, None
         mask = torch.ones_like(input_ids) if mask is None else mask
         lead, trail = padding(mask)
         length = input_ids.shape[1]
@@ -98,10 +94,11 @@ def from_template(template: str, tokenizer: Any, *, causal: bool) -> Insertion:
     if tokenizer is None:
         raise InputError(f"the template {template!r} needs a tokenizer for its words; give one")
     parsed = parse(template)
-    if len(parsed.fields) != 1 or sum(isinstance(p, Field) for p in parsed.pieces) != 1:
+    fields = sum(isinstance(piece, Field) for piece in parsed.pieces)
+    if fields != 1:
         raise InputError(
             "a template beside a configuration has one field, which stands for the row's text, "
-            f"such as '[P*3] {{text}} [P*3]'; this one has {len(parsed.fields)}: {template}. "
+            f"such as '[P*3] {{text}} [P*3]'; this one has {fields}: {template}. "
             "For several fields use ptuning.Prompt and ptuning.train"
         )
     groups = parsed.virtual
@@ -114,15 +111,15 @@ def from_template(template: str, tokenizer: Any, *, causal: bool) -> Insertion:
 
 
 def _tokenized(parsed: Template, tokenizer: Any, causal: bool) -> Insertion:
-    count = sum(group.count or 0 for group in parsed.virtual)
+    count = sum(group.count for group in parsed.virtual)
     names = Names(tokenizer, count + 1)  # the last one stands for the text
     spelled = "".join(p.text for p in parsed.pieces if not isinstance(p, Field | Slot | Virtual))
     named = names.avoiding(spelled)
     parts, virtual = [], 0
     for piece in parsed.pieces:
         if isinstance(piece, Virtual):
-            parts += [named.name(virtual + i) for i in range(piece.count or 0)]
-            virtual += piece.count or 0
+            parts += [named.name(virtual + i) for i in range(piece.count)]
+            virtual += piece.count
         elif isinstance(piece, Field):
             # The row's ids are given, so a space in front of them would be a token of its own.
             parts = [*parts[:-1], parts[-1].rstrip(" ")] if parts else parts

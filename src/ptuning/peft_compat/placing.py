@@ -270,9 +270,8 @@ def _special(inserted: list[Insertion], text: Tensor, mask: Tensor | None) -> tu
     for insertion in set(inserted):
         opening, closing = insertion.special(text, mask)
         own = torch.tensor([other == insertion for other in inserted], device=text.device)
-        if opening is not None and closing is not None:
-            openings = torch.where(own, opening, openings)
-            closings = torch.where(own, closing, closings)
+        openings = torch.where(own, opening, openings)
+        closings = torch.where(own, closing, closings)
     return openings, closings
 
 
