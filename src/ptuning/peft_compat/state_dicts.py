@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backbone.upstream import different_keys, uncompiled
 from ..errors import InputError, PromptFileError
-from ..prompts.encoder import PromptEncoder, initialise
+from ..prompts.encoder import initialise
 from .modules_to_save import ModulesToSaveWrapper, wrappers
 
 VECTORS = "prompt_embeddings"
@@ -163,7 +163,7 @@ def set_peft_model_state_dict(
             "it was saved with, and resize_token_embeddings first where tokens were added"
         )
     with torch.no_grad():
-        initialise_all(encoder, rows)
+        initialise(encoder, rows)
         for key in set(state) - set(wrong):
             targets[key].copy_(state[key])
     missing = sorted(set(trained) - set(state))
@@ -203,9 +203,3 @@ def _module_tensors(model: Any, name: str) -> dict[str, Tensor]:
         if name in wrapper.modules_to_save
         for key, tensor in wrapper.modules_to_save[name].state_dict(keep_vars=True).items()
     }
-
-
-def initialise_all(encoder: PromptEncoder, rows: Tensor) -> None:
-    """Let an encoder give `rows` ``(virtual tokens, width)``."""
-    weight = encoder.embedding.weight
-    initialise(encoder, rows.to(weight.device), torch.arange(len(weight), device=weight.device))

@@ -164,13 +164,11 @@ class PromptEncoder(nn.Module):
         """Give the vectors of an adapter's state dict; the reference's own
         ``set_peft_model_state_dict``, which launchers call, asks for it when it has set the rest.
         """
-        weight = self.embedding.weight
-        vectors = state_dict["prompt_embeddings"].to(weight.device)
-        initialise(self, vectors, torch.arange(len(weight), device=weight.device))
+        initialise(self, state_dict["prompt_embeddings"])
 
 
 @torch.no_grad()
-def initialise(encoder: PromptEncoder, vectors: Tensor, rows: Tensor) -> None:
+def initialise(encoder: PromptEncoder, vectors: Tensor, rows: Tensor | None = None) -> None:
     """Let the encoder's output at `rows` be `vectors`.
 
     Where the virtual tokens are trained themselves, alone or with a network beside them that is
@@ -183,8 +181,10 @@ def initialise(encoder: PromptEncoder, vectors: Tensor, rows: Tensor) -> None:
     Args:
         encoder: changed in place.
         vectors: ``(len(rows), token_dim)``, the wanted outputs.
-        rows: indices of virtual tokens, int64.
+        rows: indices of virtual tokens, int64; by default all of them.
     """
+    if rows is None:
+        rows = torch.arange(len(vectors))
     vectors = vectors.to(encoder.embedding.weight)
     if hasattr(encoder, "words"):
         encoder.words[rows] = vectors

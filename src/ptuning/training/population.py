@@ -70,11 +70,11 @@ class Member(nn.Module):
             ids = torch.randint(embedding.num_embeddings, (len(self.encoder.words),))
             self.encoder.words.copy_(vectors_of(embedding, ids))
         if prompt.vectors is not None:
-            initialise(self.encoder, prompt.vectors, torch.arange(len(prompt.vectors)))
+            initialise(self.encoder, prompt.vectors)
             return
         if prompt.encoder in AT_WORDS:  # the vectors themselves begin where real words are
             ids = torch.randint(embedding.num_embeddings, (len(words),))
-            initialise(self.encoder, vectors_of(embedding, ids), torch.arange(len(words)))
+            initialise(self.encoder, vectors_of(embedding, ids))
         named = [(row, word) for row, word in enumerate(words) if word is not None]
         if named:
             rows, ids = (torch.tensor(column) for column in zip(*named, strict=True))
