@@ -114,7 +114,7 @@ def _read(folder: Path) -> Saved:
     prompt = Prompt.load(folder) if prompt_files.are_in(folder) else None
     if prompt is None or (folder / CONFIG_NAME).is_file():
         rows, config, modules = peft_files.read(folder, old_releases=True)
-        if prompt and (len(rows) < len(prompt.vectors) or not _same(rows, prompt)):  # type: ignore[arg-type]
+        if prompt and not _begin_as(rows, prompt.trained_vectors()):
             prompt = None
             warnings.warn(
                 f"{folder}: {peft_files.WEIGHTS_NAME} has other vectors than prompt.safetensors: "
@@ -135,8 +135,7 @@ def _read(folder: Path) -> Saved:
     return Saved(config, state, prompt)
 
 
-def _same(rows: Tensor, prompt: Prompt) -> bool:
-    vectors = prompt.trained_vectors()
+def _begin_as(rows: Tensor, vectors: Tensor) -> bool:
     return torch.equal(rows[: len(vectors)], vectors)
 
 
