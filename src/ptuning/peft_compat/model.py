@@ -189,10 +189,10 @@ class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type
         encoder = PromptEncoder(trained).to(self._device())
         names = trained.modules_to_save or ()
         embedding = input_embedding(self.base_model)
-        modules = modules_to_save.find(self.base_model, names, embedding)
+        paths = modules_to_save.find(self.base_model, names, embedding)
         for name, value in values.items():
             setattr(config, name, value)
-        for wrapper in modules_to_save.wrap(self.base_model, list(modules)).values():
+        for wrapper in modules_to_save.wrap(self.base_model, paths):
             wrapper.add(adapter_name)
         count = trained.num_virtual_tokens or 0
         with CHANGING:
@@ -232,7 +232,7 @@ class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type
             if adapter_name in wrapper.modules_to_save:
                 del wrapper.modules_to_save[adapter_name]
             if not wrapper.modules_to_save:
-                modules_to_save.unwrap(self.base_model, path)
+                modules_to_save.unwrap(self.base_model, path, wrapper)
         self._activate_modules()
 
     @contextmanager

@@ -204,8 +204,8 @@ def wrappers(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
     return {n: m for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
 
 
-def find(model: nn.Module, names: Sequence[str], embedding: nn.Module) -> dict[str, nn.Module]:
-    """The modules whose names end with one of `names`, by their names in the model.
+def find(model: nn.Module, names: Sequence[str], embedding: nn.Module) -> list[str]:
+    """The names in the model of the modules whose names end with one of `names`.
 
     As in the reference the end need not be a whole name: ``pre_classifier`` ends with a classifier.
 
@@ -232,25 +232,23 @@ def find(model: nn.Module, names: Sequence[str], embedding: nn.Module) -> dict[s
                 f"modules_to_save names {path}, a {type(inner).__name__}, which is never called; "
                 "name the modules in it"
             )
-    return outer
+    return list(outer)
 
 
-def wrap(model: nn.Module, paths: Sequence[str]) -> dict[str, ModulesToSaveWrapper]:
+def wrap(model: nn.Module, paths: Sequence[str]) -> list[ModulesToSaveWrapper]:
     """Put wrappers in the place of the modules that are not wrapped yet."""
-    result = {}
+    result = []
     for path in paths:
         module = model.get_submodule(path)
         if not isinstance(module, ModulesToSaveWrapper):
             module = ModulesToSaveWrapper(module)
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, module)
-        result[path] = module
+        result.append(module)
     return result
 
 
-def unwrap(model: nn.Module, path: str) -> None:
+def unwrap(model: nn.Module, path: str, wrapper: ModulesToSaveWrapper) -> None:
     """Give the model its own module back."""
     parent, _, name = path.rpartition(".")
-    wrapper = model.get_submodule(path)
-    assert isinstance(wrapper, ModulesToSaveWrapper)
     setattr(model.get_submodule(parent), name, wrapper.original_module)
