@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..backbone.injection import Injector, Span
+from ..backbone.injection import Span
 from ..backbone.lookups import input_embedding
 from ..errors import InputError
 from ..prompts.encoder import PromptEncoder
@@ -43,10 +43,6 @@ class Adapter:
     def vectors(self, encoder: PromptEncoder) -> Tensor:
         """What the virtual ids stand for now ``(virtual tokens, width)``."""
         return encoder.table()[: len(self.span.rows)]
-
-    def attach(self, injector: Injector) -> None:
-        """Claim other ids for the same rows."""
-        self.span = injector.add(self.span.rows)
 
 
 def checked(config: Any) -> PromptEncoderConfig:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backbone.injection import Span, may_look_at_values
+from ..backbone.injection import may_look_at_values
 from ..backbone.upstream import CACHE, generating_view
 from ..errors import InputError
 from . import arguments, continuing, generation
@@ -141,19 +141,13 @@ def _check_ids(model: Any, base: Base, inputs: dict[str, Any]) -> None:
             continue
         highest = int(ids.max())
         if highest >= words and any(
-            bool(((ids >= span.first) & (ids < span.end)).any()) for span in _spans(model, base)
+            bool(((ids >= span.first) & (ids < span.end)).any()) for span in model._spans()
         ):
             raise InputError(
                 f"{name} have the id {highest}, and the model's embedding has rows for 0 to "
                 f"{words - 1}: if tokens were added to the tokenizer, make room for them with "
                 "base_model.resize_token_embeddings(len(tokenizer))"
             )
-
-
-def _spans(model: Any, base: Base) -> list[Span]:
-    """The ids of the model's adapters, and of a twin."""
-    spans = [adapter.span for adapter in model._adapters.values()]
-    return spans if base.twin is None else [*spans, base.twin]
 
 
 def _beginning(model: Any, given: dict[str, Any]) -> Tensor | None:

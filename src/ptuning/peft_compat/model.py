@@ -282,6 +282,11 @@ class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type
             twin=self._twin,
         )
 
+    def _spans(self) -> list[Span]:
+        """The ids of the adapters, and of a twin."""
+        spans = [adapter.span for adapter in self._adapters.values()]
+        return spans if self._twin is None else [*spans, self._twin]
+
     def _claim_twin(self) -> None:
         """An id of its own for a real token that has the padding's, where that is looked at."""
         if self._twin is None and self.task_type == TaskType.SEQ_CLS and self._traits.causal:
@@ -290,12 +295,11 @@ class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type
     def _attach_again(self) -> None:
         """After a change of the embedding's size ids begin elsewhere."""
         with CHANGING:
-            spans = [adapter.span for adapter in self._adapters.values()]
-            for span in [*spans, *([] if self._twin is None else [self._twin])]:
+            for span in self._spans():
                 self._injector.remove(span)
             self._injector, self._twin = Injector.on(self.base_model), None
             for adapter in self._adapters.values():
-                adapter.attach(self._injector)
+                adapter.span = self._injector.add(adapter.span.rows)
             self._claim_twin()
 
     def __getattr__(self, name: str) -> Any:
