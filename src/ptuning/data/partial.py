@@ -21,7 +21,8 @@ from typing import IO, Any
 from ..errors import DataError, InputError, PtuningError
 from ..places import held, real
 from .rows import Row
-from .writing import JSON_LINES, SEPARATORS, json_line
+from .sources import JSON_LINES, SEPARATORS
+from .writing import json_line
 
 KINDS = (*JSON_LINES, *SEPARATORS, ".parquet")
 

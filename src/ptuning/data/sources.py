@@ -19,8 +19,8 @@ from .rows import Row, brief
 from .separated import separated_rows
 from .text import PACKED
 
-_SEPARATORS = {".csv": ",", ".tsv": "\t"}
-_JSON = (".jsonl", ".json", ".ndjson")
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+JSON_LINES = (".jsonl", ".json", ".ndjson")
 
 
 def read_examples(source: str | Path, separator: str | None = None) -> list[Row]:
@@ -71,7 +71,7 @@ def _rows(source: str | Path, separator: str | None) -> Iterator[Row]:
         raise DataError(
             f"data file {brief(str(source))} cannot be read: {error.strerror}"
         ) from None
-    known = (*_JSON, *_SEPARATORS, ".parquet")
+    known = (*JSON_LINES, *SEPARATORS, ".parquet")
     if kind not in known and not exists:
         return hub_rows(str(source))
     if not is_file:
@@ -83,9 +83,9 @@ def _rows(source: str | Path, separator: str | None) -> Iterator[Row]:
         )
     if kind == ".parquet" and path.suffix.lower() == kind:
         return parquet_rows(path)
-    if kind in _SEPARATORS:
-        return separated_rows(path, _SEPARATORS[kind], separator)
-    if kind in _JSON:
+    if kind in SEPARATORS:
+        return separated_rows(path, SEPARATORS[kind], separator)
+    if kind in JSON_LINES:
         return json_rows(path)
     raise DataError(
         f"{path} has an unknown kind; expected .jsonl, .json, .csv, .tsv or .parquet (a text file "

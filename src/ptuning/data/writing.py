@@ -12,11 +12,9 @@ from typing import Any
 
 from .parquet import batches
 from .rows import Row, in_blocks
-from .sources import is_parquet, stream_examples
+from .sources import SEPARATORS, is_parquet, stream_examples
 from .values import is_missing, plain
 
-JSON_LINES = (".jsonl", ".json", ".ndjson")
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _ROWS, _BYTES = 10_000, 16 * 2**20
 """Of a Parquet row group, whichever is reached first."""
 Rereadable = Callable[[], Iterator[Row]]
