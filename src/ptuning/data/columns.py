@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -160,12 +160,13 @@ def _has_few_values(texts: list[str]) -> bool:
 def _without_twins(names: list[str], table: Mapping[str, list[str] | None]) -> list[str]:
     """Of columns that say the same the one in words."""
     kept: dict[Any, str] = {}
-    for name in sorted(names, key=lambda n: not _in_words(table[n] or [])):
+    for name in sorted(names, key=lambda n: not have_letters(table[n] or [])):
         kept.setdefault(_order(table[name]) or name, name)
     return [name for name in names if name in kept.values()]
 
 
-def _in_words(texts: Sequence[str]) -> bool:
+def have_letters(texts: Iterable[str]) -> bool:
+    """Something in them is a word."""
     return any(c.isalpha() for text in texts for c in text)
 
 

@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..data.columns import Columns, are_labels
+from ..data.columns import Columns, are_labels, have_letters
 from ..data.values import plain, text_of
 from ..errors import DataError
 from .task import as_label
@@ -56,7 +56,7 @@ def label_words(rows: Sequence[Mapping[str, Any]], columns: Columns) -> dict[str
             stacklevel=4,
         )
     names = _names(known)
-    if columns.twin is not None and not any(map(_has_letters, known)):
+    if columns.twin is not None and not have_letters(known):
         twins: dict[str, str] = {}
         for label, row in zip(labels, rows, strict=True):
             twins.setdefault(label, text_of(columns.twin, row[columns.twin]).strip())
@@ -123,7 +123,6 @@ def _labels(column: str, cells: Iterable[Any]) -> list[str]:
 
 def _label(column: str, cell: Any) -> str:
     """A cell of the answer column as a label: JSON's true is ``true``, and 1.0 is ``1``."""
-    cell = plain(cell)
     if isinstance(cell, bool):
         return json.dumps(cell)
     if isinstance(cell, float) and cell.is_integer():
@@ -160,10 +159,6 @@ def _alike_but_for_case(labels: Sequence[str]) -> tuple[str, str] | None:
         if (other := first.setdefault(label.casefold(), label)) != label:
             return other, label
     return None
-
-
-def _has_letters(text: str) -> bool:
-    return any(c.isalpha() for c in text)
 
 
 def as_verbalizer(words: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
