@@ -24,7 +24,7 @@ from .. import places
 from ..errors import InputError, PromptFileError, PtuningError
 from ..prompts import peft_files, prompt_files
 from ..prompts.prompt import Prompt
-from ..prompts.task import named_fields
+from ..rendering.example import columns_in_words
 
 _FILES = tuple(dict.fromkeys([*prompt_files.NAMES, *peft_files.NAMES]))
 
@@ -363,9 +363,7 @@ def fields_of(prompt: Prompt) -> tuple[str, ...]:
     Raises:
         InputError: the prompt has no template.
     """
-    words = [word for of_label in prompt.labels.values() for word in of_label]
-    named = [name for word in words for name in named_fields(word)]
-    return tuple(dict.fromkeys([*prompt.columns, *named]))
+    return tuple(dict.fromkeys([*prompt.columns, *columns_in_words(prompt)]))
 
 
 def _inside(collection: Path, name: str) -> Path:
