@@ -75,12 +75,12 @@ class Refused(Exception):
         self.status, self.headers = status, {k.replace("_", "-"): v for k, v in headers.items()}
 
 
-def error_body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
+def error_body(status: int, message: str) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     if status in (401, 403):
         kind = "authentication_error"
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
 class Gate:
