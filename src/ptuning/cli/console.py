@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,19 +84,14 @@ def be_quiet(wanted: bool) -> None:
 _quiet = False
 
 
+stopped: Callable[[], str]
+"""What to say now that the command was stopped."""
+
+
 def on_stop(say_how: Callable[[], str]) -> None:
     """What is said from here on where Ctrl-C ends the command: what is kept, how to go on."""
-    global _say_how
-    _say_how = say_how
-
-
-def stopped() -> str:
-    """What to say now that the command was stopped."""
-    return _say_how()
-
-
-def _say_how() -> str:
-    return "stopped"
+    global stopped
+    stopped = say_how
 
 
 def say(text: str) -> None:
@@ -146,11 +141,9 @@ def _shows_bars() -> bool:
     return err.is_terminal and not _quiet
 
 
-@contextmanager
-def training_bar() -> Iterator[Callable[[Progress], None]]:
+def training_bar() -> AbstractContextManager[Callable[[Progress], None]]:
     """A bar on a terminal and a line per epoch; gives the listener that a training wants."""
-    with shown(err, say, bar=_shows_bars()) as listener:
-        yield listener
+    return shown(err, say, bar=_shows_bars())
 
 
 @contextmanager

@@ -143,7 +143,7 @@ def begin(output: Path, run_file: bytes, anew: bool) -> None:
     write_folder(output, files)
 
 
-def how_to_go_on(output: Path, command: str = "train") -> str:
+def how_to_go_on(output: Path, command: str) -> str:
     """What to say of a training that was stopped."""
     if is_interrupted(output):
         told = console.command(command, "--output", output, "--resume")
