@@ -66,7 +66,7 @@ def report(
         places.real(prompt_folder).name,
         Path(data).name,
         prompt,
-        list(rows),
+        rows,
         result,
         nearest_words(base, tokenizer, prompt),
         history=training_history(Path(prompt_folder)),

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from . import console
 
 MODEL = "model"
 """The folder of a model that was trained with the prompt."""
+_WHERE_DONE = ("ensemble", "folds", "refit", "calibrated")
 
 if TYPE_CHECKING:
     from ..prompts.prompt import Prompt
@@ -23,7 +22,7 @@ def save(
     result: TrainResult,
     keep_encoder: bool,
     tuned: tuple[Any, Any] | None = None,
-    more: Mapping[str, Any] = MappingProxyType({}),
+    more: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the prompt, ``result.json`` and ``curve.png``, as one save; gives what ``--json`` says.
 
@@ -46,14 +45,11 @@ def save(
         "history": result.history,
         "members": result.members,
         "winner": result.winner,
-        **({"ensemble": result.ensemble} if result.ensemble else {}),
-        **({"folds": result.folds} if result.folds else {}),
-        **({"refit": result.refit} if result.refit else {}),
-        **({"calibrated": result.calibrated} if result.calibrated else {}),
+        **{name: found for name in _WHERE_DONE if (found := getattr(result, name))},
         **({} if result.complete else {"complete": False}),
         "shortened": result.shortened,
         "seconds": round(result.seconds, 2),
-        **more,
+        **(more or {}),
         "versions": versions(),
     }
     before = [MODEL] if made_model(output) else []
@@ -119,7 +115,7 @@ def _tell_folds(result: TrainResult) -> None:
     """The settings, the best first, by their mean over folds and seeds."""
     rows = [
         [
-            ", ".join(f"{key} {value}" for key, value in setting["name"].items()) or "as given",
+            _named(setting) or "as given",
             console.percent(setting["dev_accuracy"]),
             console.percent(setting["deviation"]),
             f"{setting['dev_loss']:.4f}",
