@@ -21,7 +21,7 @@ from ..data.values import plain
 from ..errors import InputError, PromptFileError
 from .prompt_settings import MOST, share
 from .recognised import Recognised
-from .task import at_least_one, check_type
+from .task import at_least_one, check_type, one_of
 
 CONFIG_NAME = "adapter_config.json"
 REFERENCE_VERSION = "0.21.2"
@@ -133,11 +133,9 @@ class PromptEncoderConfig(Recognised):
         self.peft_type = PeftType.P_TUNING
         if self.task_type is not None:
             self.task_type = _task_type(self.task_type)
-        self.encoder_reparameterization_type = _member(
-            PromptEncoderReparameterizationType,
-            self.encoder_reparameterization_type,
-            "encoder_reparameterization_type",
-        )
+        head, heads = self.encoder_reparameterization_type, PromptEncoderReparameterizationType
+        head = one_of("encoder_reparameterization_type", head, tuple(heads))
+        self.encoder_reparameterization_type = heads(head)
         if self.peft_version is None:
             self.peft_version = REFERENCE_VERSION
         for name in _COUNTS:
@@ -284,14 +282,6 @@ def _task_type(value: str) -> TaskType:
             f"Invalid task type: '{value}'. Must be one of the following task types: "
             f"{', '.join(TaskType)}."
         ) from None
-
-
-def _member(kind: type[enum.StrEnum], value: str, name: str) -> Any:
-    try:
-        return kind(value)
-    except ValueError:
-        expected = ", ".join(kind)
-        raise InputError(f"{name} is {value!r}; expected one of {expected}") from None
 
 
 def _download(repository: str, subfolder: str | None, options: dict[str, Any]) -> Path:
