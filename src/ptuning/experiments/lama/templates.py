@@ -50,9 +50,7 @@ def all_manual(relation: Relation, kind: str) -> list[str]:
 
 def plain_template(kind: str, size: int) -> str:
     """The paper's form: `size` virtual tokens on each side, without a word between them."""
-    group = f"[P*{size}]"
-    behind = f" {group}" if kind == "masked" else ""
-    return f"{group} {_FIELD} {group} [MASK]{behind}"
+    return anchored_template(f"{_FIELD} [MASK]", kind, size)
 
 
 def anchored_template(manual: str, kind: str, size: int) -> str:
