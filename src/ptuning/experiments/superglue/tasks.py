@@ -37,7 +37,7 @@ class SuperGlueTask:
     answer: str = "label"
     max_length: int = 384
 
-    def prompts(self, encoder: str = "none") -> list[Prompt]:
+    def prompts(self) -> list[Prompt]:
         """Every template with every verbalizer, untrained."""
         return [
             Prompt(
@@ -45,7 +45,7 @@ class SuperGlueTask:
                 answer=self.answer,
                 verbalizer=words,
                 max_length=self.max_length,
-                encoder=encoder,
+                encoder="none",
             )
             for words in (self.verbalizers or (None,))
             for template in self.templates
