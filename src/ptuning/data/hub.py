@@ -19,7 +19,7 @@ def hub_rows(source: str) -> Iterator[Row]:
     Raises:
         DataError: there is none of that name, or it cannot be reached.
     """
-    import datasets
+    import datasets.packaged_modules
 
     name, _, split = source.partition(":")
     name, _, config = name.partition(",")
@@ -29,7 +29,8 @@ def hub_rows(source: str) -> Iterator[Row]:
             ".jsonl, .csv or .parquet file, or NAME[,CONFIG][:SPLIT]"
         )
     # datasets takes the name of one of its readers as: the files of that kind that lie about here.
-    if name.lower() in {module.name for module in pkgutil.iter_modules(_readers())}:
+    readers = list(datasets.packaged_modules.__path__)
+    if name.lower() in {module.name for module in pkgutil.iter_modules(readers)}:
         raise DataError(
             f"{name} is no file here and names a kind of file, no data set of the hub; give the "
             f"file itself, such as rows.{name}"
@@ -42,12 +43,6 @@ def hub_rows(source: str) -> Iterator[Row]:
             ".jsonl, .csv or .parquet file, or NAME[,CONFIG][:SPLIT]"
         ) from error
     return dataset_rows(data)
-
-
-def _readers() -> list[str]:
-    import datasets.packaged_modules
-
-    return list(datasets.packaged_modules.__path__)
 
 
 def dataset_rows(data: Any) -> Iterator[Row]:
