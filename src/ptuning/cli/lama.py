@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import DataError, InputError
-from . import console, loading, run_files
+from . import console, loading, run_files, saved_prompt
 from .fields import filled
 from .options import (
     OF_LAMA,
@@ -207,12 +207,7 @@ def _share(value: float | None) -> str:
 def _words(path: Path | None) -> list[str]:
     if path is None:
         return []
-    from ..data.text import lines
-
-    try:
-        words = [line.strip() for line in lines(path) if line.strip()]
-    except DataError as error:
-        raise InputError(f"--candidates: {error}") from None
+    words = saved_prompt.lines_of(path)
     if not words:
         raise InputError(f"--candidates {path} is empty; give an answer per line")
     return words

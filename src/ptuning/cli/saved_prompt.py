@@ -113,12 +113,17 @@ def read_candidates(path: Path | None) -> list[str] | None:
     """
     if path is None:
         return None
-    from ..data.text import lines
-
-    try:
-        found = list(dict.fromkeys(line.strip() for line in lines(path) if line.strip()))
-    except DataError as error:
-        raise InputError(f"--candidates: {error}") from None
+    found = list(dict.fromkeys(lines_of(path)))
     if len(found) < 2:
         raise InputError(f"--candidates {path} holds {len(found)} answers; give at least two")
     return found
+
+
+def lines_of(path: Path) -> list[str]:
+    """The answers in a file of ``--candidates``."""
+    from ..data.text import lines
+
+    try:
+        return [line.strip() for line in lines(path) if line.strip()]
+    except DataError as error:
+        raise InputError(f"--candidates: {error}") from None
