@@ -106,7 +106,7 @@ def distill(
             --template "[P*20] {question}" --chat --answer-tokens 64 --output out/
     """
     from .. import distributed
-    from ..backbone.load import check_dtype, load_model
+    from ..backbone.load import load_model
     from ..data import read_examples
     from ..data.text import read_text
     from ..inference.distillation import check_distillation, with_dev
@@ -140,7 +140,6 @@ def distill(
         check_whole(learner, rows, answered=False)
         rows, dev_rows = with_dev(rows, dev_rows, how.seed)
         held_out = read_examples(test, separator) if test else dev_rows
-        check_dtype(dtype)
         long = Teacher.of(text, learner)
         check_distillation(
             *(learner, long, rows, dev_rows, held_out, how, population, grid, label_weight),

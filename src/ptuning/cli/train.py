@@ -94,7 +94,7 @@ def train(
         ptuning train --output capital/ --resume
     """
     from .. import distributed
-    from ..backbone.load import check_dtype, load_model
+    from ..backbone.load import load_model
     from ..backbone.traits import kind_of
     from ..data import read_examples
     from ..data.columns import columns_of
@@ -131,7 +131,6 @@ def train(
             answer = answer_column(trained, rows[0])
             check_whole(trained, rows)
             rows, dev_rows = set_aside(rows, answer, dev_share, how.seed)
-        check_dtype(dtype)
         check_run(trained, rows, dev_rows, how, population, grid)
         dtype = loading.chosen(model, dtype, _format_of(how), usual=True, frozen=frozen)
         base, tokenizer = load_model(model, dtype=dtype, frozen=frozen)
