@@ -95,17 +95,17 @@ class Fields:
         return made
 
     def given(self, context: typer.Context) -> list[str]:
-        """The fields that the user chose: typed, or named in a run file."""
-        default = "DEFAULT"
-        return [
-            name
-            for option, name in self.options().items()
-            if getattr(context.get_parameter_source(option), "name", default) != default
-        ]
+        """The fields that the user chose."""
+        return [name for option, name in self.options().items() if is_given(context, option)]
 
     def taken(self, values: dict[str, Any]) -> dict[str, Any]:
         """Take this dataclass's values out of those of all options: field -> value."""
         return {name: values.pop(option) for option, name in self.options().items()}
+
+
+def is_given(context: typer.Context, option: str) -> bool:
+    """The user chose it: typed, or named in a run file."""
+    return getattr(context.get_parameter_source(option), "name", "DEFAULT") != "DEFAULT"
 
 
 def filled(
@@ -160,7 +160,6 @@ def help_texts(owner: type) -> dict[str, str]:
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    default = inspect.Parameter.empty if default is dataclasses.MISSING else default
     kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, kind, annotation=annotation, default=default)
 

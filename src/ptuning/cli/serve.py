@@ -11,6 +11,7 @@ import typer
 
 from ..errors import InputError, PtuningError
 from . import console, loading
+from .fields import is_given
 from .options import Dtype, Frozen
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def serve(
         raise InputError(f"--backend is {backend!r}; expected local or vllm")
     if (backend == "vllm") != (url is not None):
         raise InputError("--backend vllm and --url go together: the address of a running server")
-    chosen = [name for name in _OF_LOCAL if _typed(context, name)]
+    chosen = [name for name in _OF_LOCAL if is_given(context, name)]
     if url is not None and chosen:
         option = chosen[0].replace("_", "-")
         raise InputError(
@@ -112,7 +113,7 @@ def serve(
             console.say,
         )
         name = model or registry.base_model()
-        served.append(_backend(backend, name, url, dtype, frozen, limits))
+        served.append(_backend(name, url, dtype, frozen, limits))
         registry.rescan()
         registry.check_named()
         if not registry.served:
@@ -130,13 +131,7 @@ def serve(
             os._exit(130)
 
 
-def _typed(context: typer.Context, name: str) -> bool:
-    return getattr(context.get_parameter_source(name), "name", "DEFAULT") != "DEFAULT"
-
-
-def _backend(
-    kind: str, name: str, url: str | None, dtype: str, frozen: str, limits: Any
-) -> Backend:
+def _backend(name: str, url: str | None, dtype: str, frozen: str, limits: Any) -> Backend:
     from ..backbone.base_model import BaseModel
     from ..serving.local import Local
 
