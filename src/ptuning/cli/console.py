@@ -24,9 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..reporting import json_text as json_text
+from ..reporting import json_text, safe
 from ..reporting import percent as percent
-from ..reporting import safe
 from ..training.progress import Progress, in_words, shown
 
 out = Console(soft_wrap=True, highlight=False)
