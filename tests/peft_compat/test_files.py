@@ -315,6 +315,28 @@ def test_an_adapter_with_a_template_is_loaded_with_its_base(tmp_path: Path) -> N
         assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
+def test_an_adapter_of_the_hub_is_asked_for_as_its_base_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    tiny.model("llama").save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft_compat.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    peft_compat.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    asked: list[Any] = []
+
+    def snapshot(name: str, **options: Any) -> str:
+        asked.append(options.get("local_files_only"))
+        return str(tmp_path / "adapter")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.chdir(tmp_path)
+    auto = peft_compat.AutoPeftModelForCausalLM
+    auto.from_pretrained("makers/adapter", local_files_only=True)
+    assert asked and all(asked)
+
+
 def test_an_adapter_without_a_task_finds_its_base_class(tmp_path: Path) -> None:
     tiny.model("bert").save_pretrained(tmp_path / "base")
     base = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "base")

@@ -60,7 +60,7 @@ class AutoPeftModel:
         place = pretrained_model_name_or_path
         own = ("tokenizer", "reference_layout", "drop_virtual_positions")
         options = {name: kwargs.pop(name) for name in own if name in kwargs}
-        hub = {name: kwargs[name] for name in ("token", "cache_dir") if name in kwargs}
+        hub = {name: kwargs[name] for name in saving.HUB if name in kwargs}
         adapter = saving.read(place, revision=revision, **hub)
         saved = adapter.config
         if saved.task_type is not None and saved.task_type != cls.task_type:

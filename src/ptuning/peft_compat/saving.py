@@ -36,6 +36,10 @@ from .state_dicts import (
 )
 
 
+HUB = ("token", "cache_dir", "force_download", "local_files_only")
+"""How the hub is asked, for a base model and its adapter alike."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Saved:
     """A saved adapter.
@@ -104,7 +108,7 @@ def read(path: str | Path, **hub: Any) -> Saved:
     Raises:
         PromptFileError: missing, damaged, unsafe, or of another method.
     """
-    known = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only")
+    known = ("revision", "subfolder", *HUB)
     folder = places.local_folder(path, **{k: hub[k] for k in known if hub.get(k) is not None})
     with storage.reading(folder):
         return _read(folder)
