@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from ..errors import DataError
-from .rows import brief, named
+from ..errors import DataError, excerpt
+from .rows import named
 from .values import text_of
 
 _FIRST = ("answer", "label")
@@ -99,7 +99,7 @@ def columns_of(
             read = [name for name, why in left_out.items() if why in reasons]
             left_out = {name: why for name, why in left_out.items() if name not in read}
     if not read and reads:
-        why = "; ".join(f"{brief(name, 60)!r}: {text}" for name, text in left_out.items())
+        why = "; ".join(f"{excerpt(name, most=60)!r}: {text}" for name, text in left_out.items())
         raise DataError(
             f"there is nothing to answer {answer!r} from: {why or 'it is the only column'}; give a "
             "table with a column of text, or a template of your own"
@@ -193,7 +193,7 @@ def _says_nothing(name: str, texts: list[str]) -> str | None:
         return "it is empty"
     several = len(texts) > 1
     if several and len(set(texts)) == 1:
-        return f"it is always {brief(texts[0], 40)!r}"
+        return f"it is always {excerpt(texts[0], most=40)!r}"
     if len(texts) < 3:
         return None
     moments = [text for text in texts if text]

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import DataError
-from .rows import Row, brief
+from ..errors import DataError, excerpt
+from .rows import Row
 
 _HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 
@@ -25,7 +25,7 @@ def hub_rows(source: str) -> Iterator[Row]:
     name, _, config = name.partition(",")
     if not _HUB_NAME.fullmatch(name) or len(source) > 200:
         raise DataError(
-            f"{brief(source)} is no file here and no name of a data set of the hub; give a "
+            f"{excerpt(source)} is no file here and no name of a data set of the hub; give a "
             ".jsonl, .csv or .parquet file, or NAME[,CONFIG][:SPLIT]"
         )
     # datasets takes the name of one of its readers as: the files of that kind that lie about here.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from ..errors import DataError, repeated
+from ..errors import DataError, excerpt, repeated
 
 Row = dict[str, Any]
 """One example: column -> value."""
@@ -48,11 +48,6 @@ def unique_names(names: Sequence[str], where: str) -> None:
 
 def named(names: Iterable[Any]) -> str:
     """Column names for a message, of very many the first."""
-    texts = [brief(str(name), 60) for name in names]
+    texts = [excerpt(str(name), most=60) for name in names]
     more = f", and {len(texts) - 20} more" if len(texts) > 20 else ""
     return ", ".join(texts[:20]) + more
-
-
-def brief(text: str, most: int = 200) -> str:
-    """A text for a message, cut where it is long."""
-    return text if len(text) <= most else f"{text[:most]}…"

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from ..errors import DataError
-from .rows import Row, brief, named
+from ..errors import DataError, excerpt
+from .rows import Row, named
 from .text import LONGEST_CELL, lines
 
 _OTHERS = (";", "\t", "|")
@@ -42,7 +42,7 @@ def separated_rows(path: Path, usual: str, separator: str | None = None) -> Iter
     number, header = next(cut, (0, []))
     # A table of pandas has its index in front, under no name.
     if len(set(header)) < len(header) or not all(name.strip() for name in header[1:] or header):
-        twice = [brief(name) for at, name in enumerate(header) if name and name in header[:at]]
+        twice = [excerpt(name) for at, name in enumerate(header) if name and name in header[:at]]
         unnamed = [at for at, name in enumerate(header, 1) if not name.strip()]
         wrong = f"{twice[0]!r} stands twice" if twice else f"column {unnamed[-1]} has none"
         raise DataError(

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import DataError, InputError
+from ..errors import DataError, InputError, excerpt
 from ..places import named
 from .hub import hub_rows
 from .json_rows import json_rows
 from .parquet import parquet_rows
-from .rows import Row, brief
+from .rows import Row
 from .separated import separated_rows
 from .text import PACKED
 
@@ -69,7 +69,7 @@ def _rows(source: str | Path, separator: str | None) -> Iterator[Row]:
         exists, is_file, is_folder = path.exists(), path.is_file(), path.is_dir()
     except OSError as error:
         raise DataError(
-            f"data file {brief(str(source))} cannot be read: {error.strerror}"
+            f"data file {excerpt(str(source))} cannot be read: {error.strerror}"
         ) from None
     known = (*JSON_LINES, *SEPARATORS, ".parquet")
     if kind not in known and not exists:
@@ -79,7 +79,7 @@ def _rows(source: str | Path, separator: str | None) -> Iterator[Row]:
         if exists and not is_folder:
             problem = "is no regular file"
         raise DataError(
-            f"data file {brief(str(source))} {problem}; give a JSONL, CSV or Parquet file"
+            f"data file {excerpt(str(source))} {problem}; give a JSONL, CSV or Parquet file"
         )
     if kind == ".parquet" and path.suffix.lower() == kind:
         return parquet_rows(path)

@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from ..errors import DataError
-from .rows import brief
+from ..errors import DataError, excerpt
 
 
 def plain(value: Any) -> Any:
@@ -88,6 +87,6 @@ def _written(column: str, value: Any) -> str:
 
 def _begin(value: Any) -> str:
     try:
-        return brief(" ".join(repr(value).split()), 60)
+        return excerpt(" ".join(repr(value).split()), most=60)
     except Exception:  # whatever another's repr raises, this message must not
         return "…"

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..data.rows import brief
-from ..errors import InputError
+from ..errors import InputError, briefly
 
 
 def check_kind(prompt: Any, kind: type) -> None:
@@ -22,8 +21,7 @@ def check_kind(prompt: Any, kind: type) -> None:
     """
     if not isinstance(prompt, kind):
         raise InputError(
-            f"prompt is {brief(repr(prompt))}; expected a {kind.__name__} (Prompt.load reads a "
-            "folder)"
+            f"prompt is {briefly(prompt)}; expected a {kind.__name__} (Prompt.load reads a folder)"
         )
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from ..data.rows import brief, named
+from ..data.rows import named
 from ..data.values import text_of
-from ..errors import DataError
+from ..errors import DataError, excerpt
 from ..prompts.task import Task, as_label, named_fields
 
 Example = Mapping[str, Any]
@@ -108,7 +108,7 @@ def right_answer(task: Task, example: Example, labels: Collection[str]) -> str:
         return text.strip()
     if labels and text not in labels:
         raise DataError(
-            f"the label {brief(repr(text))} is not in the verbalizer; it knows "
+            f"the label {excerpt(repr(text))} is not in the verbalizer; it knows "
             f"{named(map(repr, labels))}"
         )
     return text

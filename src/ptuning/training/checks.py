@@ -7,8 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..data.rows import brief
-from ..errors import DataError, InputError
+from ..errors import DataError, InputError, briefly
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
 from ..rendering.example import Example, answer_column, check_rows
@@ -40,9 +39,9 @@ def check_helpers(lessons: Any, listener: Any) -> None:
         InputError: `lessons` that are no `Lessons`, or a `listener` that cannot be called.
     """
     if not isinstance(lessons, Lessons | None):
-        raise InputError(f"lessons is {brief(repr(lessons))}; expected Lessons, as `distill` makes")
+        raise InputError(f"lessons is {briefly(lessons)}; expected Lessons, as `distill` makes")
     if listener is not None and not callable(listener):
-        raise InputError(f"listener is {brief(repr(listener))}; expected a function of a Progress")
+        raise InputError(f"listener is {briefly(listener)}; expected a function of a Progress")
 
 
 def check_whole(task: Task, rows: Sequence[Example], *, answered: bool = True) -> None:
