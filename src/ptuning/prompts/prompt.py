@@ -295,9 +295,12 @@ class Prompt(PromptSettings):
         """
         folder = places.local_folder(path, revision)
         with storage.reading(folder):
-            if not prompt_files.are_in(folder) and (folder / CONFIG_NAME).is_file():
-                return cls._from_peft(*peft_files.read(folder))
-            return cls._from_saved(folder, *prompt_files.read(folder))
+            if prompt_files.are_in(folder) or not (folder / CONFIG_NAME).is_file():
+                return cls._from_saved(folder, *prompt_files.read(folder))
+            rows, config, modules = peft_files.read(folder)
+        prompt = cls.of_config(config)
+        prompt.vectors, prompt.modules = rows[: config.num_virtual_tokens], modules
+        return prompt
 
     @classmethod
     def _from_saved(
@@ -334,14 +337,6 @@ class Prompt(PromptSettings):
                 "used",
                 stacklevel=3,
             )
-        return prompt
-
-    @classmethod
-    def _from_peft(
-        cls, rows: Tensor, config: PromptEncoderConfig, modules: dict[str, Tensor]
-    ) -> Prompt:
-        prompt = cls.of_config(config)
-        prompt.vectors, prompt.modules = rows[: config.num_virtual_tokens], modules
         return prompt
 
     @classmethod
