@@ -10,8 +10,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
 _POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 _NAMED = inspect.Parameter.KEYWORD_ONLY
 
@@ -34,16 +32,12 @@ class Forward:
             return self._of_class
         base_class = type(model.base_model)
         if base_class not in self._of_base:
-            self.show(base_class)
+            found = inspect.signature(base_class.forward).parameters.values()
+            kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+            named = [p.name for p in found if p.kind not in kinds and p.name != "self"]
+            self._of_base[base_class] = self._method(tuple(named))
         # No bound method: a graph that breaks would look for it here again, without end.
         return functools.partial(self._of_base[base_class], model)
-
-    def show(self, base_class: type[nn.Module]) -> None:
-        """Look at the arguments of a base model's class, which no graph can do while captured."""
-        found = inspect.signature(base_class.forward).parameters.values()
-        kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-        named = [p.name for p in found if p.kind not in kinds and p.name != "self"]
-        self._of_base[base_class] = self._method(tuple(named))
 
     def _method(self, more: tuple[str, ...]) -> Any:
         call, names = self._call, self._names
