@@ -107,9 +107,7 @@ class ModulesToSaveWrapper(Recognised, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the active adapter's copy gives, or each row's own."""
-        names = self.names
-        if names is None:
-            return self._of(self.active_adapter)(*args, **kwargs)
+        names = self.names or [self.active_adapter]
         if len(set(names)) == 1:
             return self._of(names[0])(*args, **kwargs)
         return self._each(names, *args, **kwargs)
