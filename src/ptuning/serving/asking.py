@@ -92,14 +92,13 @@ class Desk:
         Raises:
             Refused: and why.
         """
+        self.accepted += 1
         try:
-            self.accepted += 1
-            try:
-                answers = await self._answers(name, handle, rows, wish)
-            finally:
-                self.answered += 1
+            answers = await self._answers(name, handle, rows, wish)
         except Exception as error:
             raise _told(error) from error
+        finally:
+            self.answered += 1
         self.metrics.rows.labels(name).inc(len(rows))
         return answers
 
