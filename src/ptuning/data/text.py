@@ -126,8 +126,6 @@ def _line_of_fault(path: Path, encoding: str) -> int:
                 line += decoder.decode(chunk, final=not chunk).count("\n")
             except UnicodeDecodeError as error:
                 return line + error.object[: error.start].count(b"\n")
-            except UnicodeError:
-                return line
             if not chunk:
                 return line
 
