@@ -45,12 +45,10 @@ def get_peft_model_state_dict(
     layers = embedding_layers(model, adapter_name, save_embedding_layers)
     result = {VECTORS: model.get_prompt_embedding_to_save(adapter_name)}
     for path, wrapper in wrappers(model.base_model).items():
-        if adapter_name in wrapper.modules_to_save:
-            module, own = wrapper.modules_to_save[adapter_name], f"{PREFIX}{path}."
-            names = wrapper.adapter_state_dict_load_map(adapter_name)
-            for key, tensor in module.state_dict().items():
-                given = (state_dict or {}).get(f"{own}{names[key]}", tensor)
-                result[f"{own}{key}"] = given.detach()
+        own = f"{PREFIX}{path}."
+        state = {**wrapper.state_dict(prefix=own), **(state_dict or {})}
+        names = wrapper.adapter_state_dict_load_map(adapter_name)
+        result |= {f"{own}{key}": state[f"{own}{name}"].detach() for key, name in names.items()}
     return {**layers, **result}
 
 
