@@ -35,7 +35,6 @@ from .state_dicts import (
     set_peft_model_state_dict,
 )
 
-
 HUB = ("token", "cache_dir", "force_download", "local_files_only")
 """How the hub is asked, for a base model and its adapter alike."""
 
