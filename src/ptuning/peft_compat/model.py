@@ -102,9 +102,8 @@ class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type
         self._injector = Injector.on(model)
         self._traits = Traits.of(model)
         self._twin: Span | None = None
-        _ = (
-            self.forward
-        )  # now it knows the base model's arguments: no captured graph can look at them
+        # Now it knows the base model's arguments, which no captured graph can look at.
+        _ = self.forward
         self.add_adapter(adapter_name, peft_config, template=template, tokenizer=tokenizer)
         for name, parameter in model.named_parameters():
             if ".modules_to_save." not in name:
