@@ -182,6 +182,13 @@ def test_json_goes_to_stdout_alone(train: Run) -> None:
     assert code == 0 and json.loads(out)["best"]["epoch"] == 2
 
 
+def test_the_last_line_says_what_chose(train: Run) -> None:
+    _, told, _ = train(dev="dev.csv")
+    assert "(dev chose this prompt: examples that neither trained" in told
+    _, told, _ = train("--overwrite", folds=2)
+    assert "(the folds chose its settings: examples that neither trained" in told
+
+
 def test_a_finished_run_is_kept_and_can_be_replaced_on_request(train: Run, here: Path) -> None:
     train()
     before = (here / "out/prompt.safetensors").read_bytes()

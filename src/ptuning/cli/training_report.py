@@ -108,7 +108,8 @@ def tell(
     console.tell(f"next: {console.command('evaluate', output, '--data', data)}")
     console.tell(f"      {console.command('predict', output, '--data', data)}")
     if "dev_accuracy" in best:
-        console.tell("(dev chose this prompt: examples that neither trained nor chose tell more)")
+        chose = "the folds chose its settings" if result.folds else "dev chose this prompt"
+        console.tell(f"({chose}: examples that neither trained nor chose tell more)")
 
 
 def _tell_folds(result: TrainResult) -> None:
