@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from datetime import date
 from typing import Any
 
 import pytest
@@ -33,6 +34,10 @@ def rows(**columns: list[Any]) -> list[dict[str, Any]]:
         ({"team": TEAMS, "rating": ["good", "", ""] * 8}, "team"),
         ({"team": TEAMS, "category": ["good", None, None] * 8}, "team"),
         ({"team": [*TEAMS[:23], ""]}, "team"),
+        ({"date": ["2024-02-28", "2024-02-29", ""] * 8, "team": TEAMS}, "team"),
+        ({"sent": [date(2024, 2, 28), date(2024, 2, 29)] * 12, "team": TEAMS}, "team"),
+        ({"sent": ["3/1/2024 9:05", "12.11.2024 10:00", "4 Mar 2024"] * 8, "team": TEAMS}, "team"),
+        ({"part": ["1 of 5", "2 of 5"] * 12}, "part"),
     ],
 )
 def test_the_answer_is_found(columns: dict[str, list[Any]], answer: str) -> None:
@@ -45,6 +50,7 @@ def test_the_answer_is_found(columns: dict[str, list[Any]], answer: str) -> None
         ({}, ["not clear", "'text'", "--answer"]),
         ({"team": TEAMS, "tone": ["a", "b"] * 12}, ["several", "'team'", "'tone'", "--answer"]),
         ({"reply": TEXTS}, ["no column has few values", "'text', 'reply'"]),
+        ({"date": ["2024-02-28", "2024-02-29"] * 12}, ["no column has few values", "'date'"]),
     ],
 )
 def test_where_the_answer_is_not_clear_it_is_asked_for(

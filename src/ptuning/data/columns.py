@@ -30,9 +30,14 @@ _TWIN = "the answer in other words"
 _CODE = "a code of its own in every row"
 _NUMBER = "the row's number"
 _MOMENT = "a moment of its own in most rows"
-_DATE_AND_TIME = re.compile(
-    r"\d{1,4}[-/. ]\w{1,9}[-/. ]\d{1,4}[T, ]+\d{1,2}:\d\d(:\d\d([.,]\d+)?)?"
+_TIME = (
+    r"[T, ]+\d{1,2}:\d\d(:\d\d([.,]\d+)?)?"
     r"(\s?[AaPp]\.?[Mm]\.?)?(\s?(Z|UTC|GMT|[+-]\d\d:?\d\d))?"
+)
+_DATE_AND_TIME = re.compile(rf"\d{{1,4}}[-/. ]\w{{1,9}}[-/. ]\d{{1,4}}{_TIME}")
+_DATE = re.compile(  # with its year in full: "1 of 5" may be a label
+    r"(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/. ](\d{1,2}|[A-Za-z]{3,9})\.?[-/. ]\d{4})"
+    rf"({_TIME})?"
 )
 
 
@@ -65,7 +70,7 @@ def columns_of(
     Args:
         rows: column -> value.
         answer: the answer's column; by default ``answer``, else ``label``, else the one column
-            with few values.
+            with few values that are no dates.
         reads: something must be left to read.
         dev: other rows, which say nothing of the answer, but have to have what is read.
 
@@ -154,7 +159,9 @@ def _answer(table: Mapping[str, list[str] | None], given: str | None) -> str:
 
 
 def _has_few_values(texts: list[str]) -> bool:
-    return len(set(texts)) > 1 and are_labels(texts)
+    """Labels may stand here. Dates come again in a table of some length, and are none."""
+    dated = all(_DATE.fullmatch(text) for text in texts if text)
+    return len(set(texts)) > 1 and not dated and are_labels(texts)
 
 
 def _without_twins(names: list[str], table: Mapping[str, list[str] | None]) -> list[str]:
