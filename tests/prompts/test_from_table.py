@@ -50,10 +50,11 @@ def test_names_like_words_of_the_template_language_are_text() -> None:
 
 def test_names_of_columns_that_say_nothing_do_not_stand_before_a_label() -> None:
     said = {
-        name: prompt_for(["a", "b"], name).template[20:] for name in ("Label", "y", "class", "kind")
+        name: prompt_for(["a", "b"], name).template[20:]
+        for name in ("Label", " label", "y", "class", "kind")
     }
-    assert said == {"Label": " Type: [MASK]", "y": " Type: [MASK]", "class": " Type: [MASK]",
-                    "kind": " Kind: [MASK]"}  # fmt: skip
+    assert said == {"Label": " Type: [MASK]", " label": " Type: [MASK]", "y": " Type: [MASK]",
+                    "class": " Type: [MASK]", "kind": " Kind: [MASK]"}  # fmt: skip
 
 
 @pytest.mark.parametrize(("count", "template"), [

@@ -79,7 +79,7 @@ def from_table(
 def template_of(columns: Columns, virtual: int, labelled: bool) -> str:
     """Virtual tokens around what is read, and the answer's name before the answer."""
     read = columns.read
-    vague = labelled and columns.answer.casefold() in _SAY_NOTHING
+    vague = labelled and columns.answer.strip().casefold() in _SAY_NOTHING
     texts = [f"{{{name}}}" for name in read]
     if len(read) > 1:
         texts = [f"{_caption(name)}: {text}" for name, text in zip(read, texts, strict=True)]
