@@ -251,6 +251,13 @@ def test_virtual_tokens_set_the_size_of_each_group() -> None:
     assert resized("[P] {a} [P*7] b [[P*2]] [MASK]", 3) == "[P*3] {a} [P*3] b [[P*2]] [MASK]"
 
 
+def test_a_column_that_is_called_like_virtual_tokens_and_brackets_beside_them_stay() -> None:
+    assert resized("[P*7] {[P]} {{[P]}} [MASK]", 3) == "[P*3] {[P]} {{[P*3]}} [MASK]"
+    assert resized("[[P*7] {a} [P]] [MASK]", 3) == "[[P*3] {a} [P*3]] [MASK]"
+    with pytest.raises(InputError, match="the template has none"):
+        resized("{[P]} [P:so] [MASK]", 3)
+
+
 @pytest.mark.parametrize(
     ("population", "grid", "message"),
     [

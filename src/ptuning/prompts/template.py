@@ -59,7 +59,7 @@ MOST_CHARACTERS, MOST_VIRTUAL = 100_000, 10_000
 Piece = Text | Field | Virtual | Slot
 
 _BRACKET = r"\[(?:P(?:\*[^\[\]]*|:[^\[\]]*)?|MASK)\]"
-_ESCAPED = re.compile(rf"\[({_BRACKET})\]")
+ESCAPED = re.compile(rf"\[({_BRACKET})\]")
 _SYNTAX = re.compile(rf"{_BRACKET}|[{{}}]")
 _NAME_FOLLOWS = re.compile(r"\[(?:P|MASK)(?![A-Za-z0-9_])")
 
@@ -140,7 +140,7 @@ def parse(text: str) -> Template:
 
     while at < len(text):
         piece: Piece | None = None
-        if escaped := _ESCAPED.match(text, at):
+        if escaped := ESCAPED.match(text, at):
             literal.append(escaped[1])
             at = escaped.end()
         elif text.startswith(("{{", "}}"), at):

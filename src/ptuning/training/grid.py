@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import InputError
 from ..prompts.prompt import Prompt
 from ..prompts.task import at_least_one
+from ..prompts.template import ESCAPED
 from ..rendering.render import Rendered, Renderer
 from .settings import TrainSettings
 
@@ -21,7 +22,8 @@ OF_SETTINGS = ("learning_rate", "weight_decay", "max_grad_norm", "schedule", "wa
 OF_PROMPT = ("encoder", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout", "template")
 KEYS = (*OF_SETTINGS, *OF_PROMPT, "virtual_tokens")
 """What a grid may vary."""
-_GROUP = re.compile(r"(?<!\[)\[P(?:\*\d+)?\](?!\])")
+_GROUP = re.compile(rf"{ESCAPED.pattern}|\{{\{{|\{{[^{{}}]*\}}|(?P<group>\[P(?:\*\d+)?\])")
+"""What a template's text has as it is read: only some of it are virtual tokens."""
 
 
 Named = tuple[dict[str, Any], Prompt, TrainSettings]
@@ -113,14 +115,15 @@ def resized(template: str | None, count: int) -> str:
     Raises:
         InputError: no template, or no group of a plain number of virtual tokens.
     """
-    if template is None or not _GROUP.search(template):
+    found = _GROUP.finditer(template or "")
+    if template is None or not any(match["group"] for match in found):
         raise InputError(
             "virtual_tokens in the grid sets the size of each [P*n]; the template has none: "
             f"{template}"
         )
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise InputError(f"virtual_tokens in the grid is {count}; give whole numbers from 1 on")
-    return _GROUP.sub(f"[P*{count}]", template)
+    return _GROUP.sub(lambda match: f"[P*{count}]" if match["group"] else match[0], template)
 
 
 def parse_grid(parts: Iterable[str]) -> dict[str, list[Any]]:
