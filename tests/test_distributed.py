@@ -190,6 +190,23 @@ def without_memory_for_a_refit() -> Outcome:
     return {"stays": stays, "told": [str(warning.message) for warning in told]}
 
 
+def distilled() -> dict[str, Any]:
+    """What is told of a prompt beside its teacher, whose bias is measured first."""
+    prompt = ptuning.Prompt(TEMPLATE, verbalizer={"0": "yes", "1": "no"})
+    found = ptuning.distill(
+        tiny.model("llama"),
+        tiny.tokenizer(around=False),
+        prompt,
+        LABELLED,
+        dev=LABELLED,
+        teacher="Paris, Rome and Berlin",
+        calibrate_teacher=True,
+        epochs=1,
+        verbose=False,
+    )
+    return found.agreement.to_dict()
+
+
 def everything(folder: Path) -> dict[str, Any]:
     """What all scenarios give in this process; those that fail stand between two that do not."""
     torch.set_num_threads(1)
@@ -197,6 +214,7 @@ def everything(folder: Path) -> dict[str, Any]:
     found["no memory for a refit"] = without_memory_for_a_refit()
     found |= {name: work(folder) for name, work in TRAININGS.items()}
     found["resumed"] = interrupted_and_resumed(folder)
+    found["distilled"] = distilled()
     return found
 
 
@@ -268,6 +286,10 @@ def test_two_processes_train_what_one_trains(name: str, one: Any, two: Any) -> N
     assert torch.equal(two[0][name]["vectors"], two[1][name]["vectors"])
     assert two[0][name]["history"] == two[1][name]["history"]
     assert two[0][name]["steps heard"] == alone["steps heard"] and not two[1][name]["steps heard"]
+
+
+def test_all_processes_are_told_the_same_of_a_teacher(two: Any) -> None:
+    assert two[0]["distilled"] == two[1]["distilled"]
 
 
 def test_the_scenarios_are_what_they_are_called(one: Any) -> None:

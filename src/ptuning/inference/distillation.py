@@ -138,7 +138,9 @@ def distill(
             listener=listener,
             verbose=verbose,
         )
-        return Distillation(result, compare(model, tokenizer, prompt, long, held_out))
+        # The main process alone has the teacher's bias, and times what it shares with nobody.
+        found = distributed.from_main(lambda: compare(model, tokenizer, prompt, long, held_out))
+        return Distillation(result, found)
 
 
 def _said(
