@@ -147,7 +147,7 @@ def _distinct(labels: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def readable(name: str) -> str:
-    """``top_up-failed``, ``topUpFailed`` as words: ``top up failed``."""
+    """``top_up-failed`` as words, ``top up failed``; of ``topUpFailed``: ``top Up Failed``."""
     spaced = re.sub(r"(?<=[^\W_])[_\s/-]+(?=[^\W_])|(?<=[a-z])(?=[A-Z][a-z])", " ", name)
     return " ".join(spaced.split())
 
