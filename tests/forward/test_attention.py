@@ -239,7 +239,7 @@ def test_for_a_gpu_s_forwards_alone_cudnn_s_attention_is_off_for_their_time() ->
     try:
         for user in (True, False):
             torch.backends.cuda.enable_cudnn_sdp(user)
-            with module._ours():  # a CPU's
+            with module._ours(on_gpu=False):
                 assert is_on() == user
             with module._ours(on_gpu=True), module._ours(on_gpu=True):
                 assert not is_on()

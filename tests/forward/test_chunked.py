@@ -38,9 +38,9 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     original = chunked._by_position
 
-    def by_position(unread: Any, answers: Any, lesson: Any) -> Any:
-        seen.append(int((answers != IGNORED).sum()))
-        return original(unread, answers, lesson)
+    def by_position(unread: Any, batch: Batch) -> Any:
+        seen.append(int((batch.answers != IGNORED).sum()))
+        return original(unread, batch)
 
     monkeypatch.setattr(chunked, "_by_position", by_position)
     return seen
