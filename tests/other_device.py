@@ -28,7 +28,7 @@ from ptuning.training import loop
 from ptuning.training.cuda_graphs import GraphedStep
 
 from . import tiny
-from .replaying import Again
+from .replaying import AFTER, FRONT, ROWS, WORDS, Again
 
 NAME = "other"
 _ATEN = torch.ops.aten
@@ -171,13 +171,6 @@ def moved(model: Any) -> Any:
 
 # The cases, each a function of where it is to run.
 
-FRONT = "[P*3] {text} [P*2] is [MASK]"
-AFTER = "Question about {text}: [P*3] is [P*2] [MASK]"
-WORDS = {"yes": ["Paris", "Rome"], "no": "Ra"}
-ROWS = [
-    {"text": f"{n} " + "France and the cities " * (1 + n % 3), "answer": word, "label": label}
-    for n, (word, label) in enumerate([("Paris", "yes"), ("Rome", "no"), ("Oslo", "yes")] * 7)
-]
 TOKENIZER = tiny.tokenizer()
 Case = Callable[[str], Any]
 

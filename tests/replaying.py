@@ -1,9 +1,17 @@
-"""Stand-ins for a captured graph, where there is no GPU or where one is to fail."""
+"""Stand-ins for a captured graph, where there is no GPU or where one is to fail; what trains."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+
+FRONT = "[P*3] {text} [P*2] is [MASK]"
+AFTER = "Question about {text}: [P*3] is [P*2] [MASK]"
+WORDS = {"yes": ["Paris", "Rome"], "no": "Ra"}
+ROWS = [
+    {"text": f"{n} " + "France and the cities " * (1 + n % 3), "answer": word, "label": label}
+    for n, (word, label) in enumerate([("Paris", "yes"), ("Rome", "no"), ("Oslo", "yes")] * 7)
+]
 
 
 class Again:

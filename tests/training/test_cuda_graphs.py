@@ -25,16 +25,10 @@ from ptuning.training import checkpoint, loop
 from ptuning.training.cuda_graphs import GraphedStep, obstacle
 from ptuning.training.update import Update
 
-from .. import tiny
-from ..replaying import Again, Failing, FailingAtItsEnd, Stale
+from .. import replaying, tiny
+from ..replaying import AFTER, FRONT, WORDS, Again, Failing, FailingAtItsEnd, Stale
 
-FRONT = "[P*3] {text} [P*2] is [MASK]"
-AFTER = "Question about {text}: [P*3] is [P*2] [MASK]"
-WORDS = {"yes": ["Paris", "Rome"], "no": "Ra"}
-ROWS = [
-    {"text": f"{n} " + "France and the cities " * (1 + n % 3), "answer": word, "label": label}
-    for n, (word, label) in enumerate([("Paris", "yes"), ("Rome", "no"), ("Oslo", "yes")] * 7)
-][:19]
+ROWS = replaying.ROWS[:19]
 
 
 class Wrong(Again):

@@ -203,7 +203,7 @@ def _clean(value: Any) -> Any:
 
 
 def finite(value: Any) -> Any:
-    """A row with null for NaN and infinities, which JSON does not have."""
+    """A value with null for NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
