@@ -5,9 +5,9 @@
               cuDNN's attention, which reads groups of query heads as they are, behind a mask too;
               no mask where no row has padding; the last layer's answer columns alone
 
-A compilation takes as long as hundreds of steps save: `layers_worth_it` weighs it. Only the thread
-that asks runs compiled layers, only with gradients, and only inside the block; a layer's weights
-and its class stay as they are. Who uses this holds its numbers against the plain layers' first.
+A compilation takes as long as hundreds of steps save: `layers_worth_it` weighs it. Layers run so
+with gradients, inside the block alone (`own_forwards`); their weights and their class stay as they
+are. Who uses this holds its numbers against the plain layers' first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,8 +28,16 @@ from ..backbone.base_model import device_of
 from ..backbone.traits import layer_weights, repeated_layers
 from ..backbone.upstream import CACHE
 from .attention import grouped_on_gpu
+from .own_forwards import own_forwards
 
 DYNAMIC = True
+_KERNELS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""Attention's, in this order: the others serve what cuDNN does not."""
 
 
 class Work(NamedTuple):
@@ -92,27 +100,15 @@ class CompiledLayers:
         Args:
             causal: no row has padding in front: attention needs no mask but its own.
         """
-        for number, layer in enumerate(self.layers):
-            layer.forward = partial(self._forward, number, layer)
-        self._here.on, self._here.causal, self._here.keep = True, causal, None
-        # In this order; the others serve what cuDNN does not.
-        backends = [
-            SDPBackend.CUDNN_ATTENTION,
-            SDPBackend.FLASH_ATTENTION,
-            SDPBackend.EFFICIENT_ATTENTION,
-            SDPBackend.MATH,
-        ]
-        try:
-            with grouped_on_gpu(self.model) as grouped:
-                if grouped:
-                    with sdpa_kernel(backends, set_priority=True):
-                        yield
-                else:
-                    yield
-        finally:
-            self._here.on = False
-            for layer in self.layers:
-                vars(layer).pop("forward", None)
+        layers = enumerate(self.layers)
+        forwards = {layer: partial(self._forward, number, layer) for number, layer in layers}
+        self._here.causal, self._here.keep = causal, None
+        with (
+            own_forwards(forwards),
+            grouped_on_gpu(self.model) as grouped,
+            sdpa_kernel(_KERNELS, set_priority=True) if grouped else nullcontext(),
+        ):
+            yield
 
     def give_only(self, columns: Tensor) -> None:
         """The last layer gives these columns ``(K,)`` and no others, within the block."""
@@ -120,7 +116,7 @@ class CompiledLayers:
 
     def _forward(self, number: int, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         plain: Callable[..., Any] = type(layer).forward
-        if not (getattr(self._here, "on", False) and torch.is_grad_enabled()):
+        if not torch.is_grad_enabled():
             return plain(layer, *args, **kwargs)
         args = tuple(_own(value, number) for value in args)
         kwargs = {name: _own(value, number) for name, value in kwargs.items()}

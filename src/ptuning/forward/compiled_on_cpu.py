@@ -6,14 +6,12 @@
 
 All else runs plainly, since the layer would be compiled anew for it. Before a layer runs compiled
 it is held against itself, once behind known columns and once without; what differs, or cannot be
-compiled, runs plainly from then on. As in `compiled`, only the thread that asks runs compiled
-layers, and only inside the block.
+compiled, runs plainly from then on.
 """
 
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
@@ -28,6 +26,7 @@ from ..backbone.upstream import sizes_apart
 from ..errors import in_one_line
 from .compiled import DYNAMIC, OneLayer
 from .norms import plain_norms
+from .own_forwards import own_forwards
 
 _OFF = {torch.float32: (1e-4, 1e-4)}
 _OFF_IN_HALF = (0.02, 0.05)
@@ -52,25 +51,18 @@ class LayersOnCpu:
         forwards = dict.fromkeys(type(layer).forward for layer in layers)
         self._compiled = {plain: torch.compile(plain, dynamic=DYNAMIC) for plain in forwards}
         self._agreed: set[tuple[int, bool]] = set()
-        self._here = threading.local()
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """The layers run compiled meanwhile, in this thread."""
-        for number, layer in enumerate(self.layers):
-            layer.forward = partial(self._forward, number, layer)
-        self._here.on = True
-        try:
-            with plain_norms(), sizes_apart():
-                yield
-        finally:
-            self._here.on = False
-            for layer in self.layers:
-                vars(layer).pop("forward", None)
+        layers = enumerate(self.layers)
+        forwards = {layer: partial(self._forward, number, layer) for number, layer in layers}
+        with own_forwards(forwards), plain_norms(), sizes_apart():
+            yield
 
     def _forward(self, number: int, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         plain: Callable[..., Any] = type(layer).forward
-        if self.fault is None and getattr(self._here, "on", False) and torch.is_grad_enabled():
+        if self.fault is None and torch.is_grad_enabled():
             named = _by_name(plain, args, kwargs)
             if _comes_again(args, named, number):
                 try:

@@ -7,8 +7,7 @@
     here    the same y, to the bit; dx at once: 0.55 of the time of both, and 0.4 in float32
 
 A norm is served so once its module has been seen to give the same, and for the time of our forwards
-that need gradients; in other threads, and elsewhere, it stays its own. A test holds the two
-together.
+that need gradients (`own_forwards`); elsewhere it stays its own. A test holds the two together.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from ..backbone.base_model import device_of
 from ..threads import CHANGING
+from .own_forwards import own_forwards
 
 _ROWS = 3
 """Of numbers that a module is tried with."""
@@ -33,7 +33,6 @@ _NEAR = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """How far the gradient may be from the module's, as a share of it; other formats stay plain."""
 
 _here = threading.local()
-_forwards: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 _alike: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
 
 
@@ -44,15 +43,8 @@ def own_norms(model: nn.Module) -> Iterator[None]:
     if off or torch.is_autocast_enabled("cpu") or device_of(model).type != "cpu":
         yield
         return
-    served = _served(model)
-    before = getattr(_here, "on", False)
-    _here.on = True
-    _count(model, served, 1)
-    try:
+    with own_forwards({norm: partial(_forward, norm) for norm in _served(model)}):
         yield
-    finally:
-        _count(model, served, -1)
-        _here.on = before
 
 
 @contextmanager
@@ -64,22 +56,6 @@ def plain_norms() -> Iterator[None]:
         yield
     finally:
         _here.off = before
-
-
-def _count(model: nn.Module, served: list[nn.Module], change: int) -> None:
-    """The first forward puts ours before the modules' own, the last takes them away: threads may
-    overlap. What others have put there since (a kernel, a hook) stays, and serves."""
-    with CHANGING:
-        before = _forwards.get(model, 0)
-        _forwards[model] = before + change
-        if before and _forwards[model]:
-            return
-        for norm in served:
-            put = vars(norm).get("forward")
-            if before and getattr(put, "func", None) is _forward:
-                del norm.forward
-            elif not before and put is None:
-                norm.forward = partial(_forward, norm)
 
 
 def _served(model: nn.Module) -> list[nn.Module]:
@@ -126,7 +102,7 @@ def _epsilon(module: nn.Module) -> float | None:
 def _forward(module: Any, hidden: Tensor) -> Tensor:
     weight: Tensor = module.weight
     fits = hidden.requires_grad and not weight.requires_grad and hidden.dtype == weight.dtype
-    if not (fits and getattr(_here, "on", False) and torch.is_grad_enabled()):
+    if not (fits and torch.is_grad_enabled()):
         plain: Tensor = type(module).forward(module, hidden)
         return plain
     return _Norm.apply(hidden, weight, _epsilon(module))
