@@ -173,25 +173,44 @@ def test_labels_come_again_and_free_answers_do_not() -> None:
 
 def test_every_label_gives_its_share_and_the_order_stays() -> None:
     table = rows(label=["a"] * 15 + ["b"] * 7 + ["c"] * 2)
-    training, dev = set_aside(table, "label", 0.25, seed=3)
+    training, dev = set_aside(table, ["text"], "label", 0.25, seed=3)
     assert Counter(row["label"] for row in dev) == {"a": 4, "b": 2}
     assert training == [row for row in table if row not in dev]
     assert [row for row in table if row in dev] == dev
-    assert set_aside(table, "label", 0.25, seed=3) == (training, dev)
-    assert set_aside(table, "label", 0.25, seed=4)[1] != dev
+    assert set_aside(table, ["text"], "label", 0.25, seed=3) == (training, dev)
+    assert set_aside(table, ["text"], "label", 0.25, seed=4)[1] != dev
 
 
 def test_the_last_example_of_a_label_and_all_of_free_answers() -> None:
     table = rows(label=["a"] * 20 + ["b", "b", "c", "d"])
-    training, _ = set_aside(table, "label", 0.9, seed=0)
+    training, _ = set_aside(table, ["text"], "label", 0.9, seed=0)
     assert {row["label"] for row in training} == {"a", "b", "c", "d"}
-    assert len(set_aside(rows(), "text", 0.25, seed=0)[1]) == 6
+    assert len(set_aside(rows(), ["text"], "text", 0.25, seed=0)[1]) == 6
+
+
+def test_examples_that_say_the_same_stay_together() -> None:
+    texts = [f"text {number % 15}" for number in range(60)]
+    table = [
+        {"n": number, "text": text, "label": "ab"[number % 2]} for number, text in enumerate(texts)
+    ]
+    training, dev = set_aside(table, ["text"], "label", 0.25, seed=0)
+    said = [{(row["text"], row["label"]) for row in part} for part in (training, dev)]
+    assert not said[0] & said[1] and 8 <= len(dev) <= 15
+    assert {row["label"] for row in training} == {row["label"] for row in dev} == {"a", "b"}
+    alone, chosen = set_aside(table, ["n", "text"], "label", 0.25, seed=0)
+    assert len(chosen) == 15 and len(alone) == 45  # where the number is read, none are alike
+
+
+def test_where_nothing_else_is_there_examples_that_say_the_same_are_cut() -> None:
+    table = [{"text": text, "label": text} for text in ("a", "b") for _ in range(10)]
+    training, dev = set_aside(table, ["text"], "label", 0.2, seed=0)
+    assert Counter(row["label"] for row in dev) == {"a": 2, "b": 2} and len(training) == 16
 
 
 @pytest.mark.parametrize("share", [1, -0.1, 2, "a", True, 0.001])
 def test_a_share_that_is_none_is_refused(share: Any) -> None:
     with pytest.raises(DataError, match="share"):
-        set_aside(rows(label=TEAMS), "label", share, seed=0)
+        set_aside(rows(label=TEAMS), ["text"], "label", share, seed=0)
 
 
 def test_a_fifth_is_set_aside_of_many_500_and_of_few_none() -> None:

@@ -43,14 +43,24 @@ def run(rows: Any = ROWS, **options: Any) -> tuple[Prompt, ptuning.TrainResult]:
 def test_every_row_is_held_out_once_and_each_answer_is_dealt_to_all_folds() -> None:
     rows = [{"n": n} for n in range(23)]
     answers = ["often" if n % 3 else "seldom" for n in range(23)]
-    parts = splits(rows, answers, 4, seed=1)
+    parts = splits(rows, ["n"], answers, 4, seed=1)
     held = [row["n"] for _, part in parts for row in part]
     assert sorted(held) == list(range(23))
     for train, part in parts:
         assert sorted(row["n"] for row in (*train, *part)) == list(range(23))
         counts = Counter(answers[row["n"]] for row in part)
         assert counts["often"] in (3, 4, 5) and counts["seldom"] in (1, 2, 3)
-    assert parts == splits(rows, answers, 4, seed=1) != splits(rows, answers, 4, seed=2)
+    assert (
+        parts == splits(rows, ["n"], answers, 4, seed=1) != splits(rows, ["n"], answers, 4, seed=2)
+    )
+
+
+def test_rows_that_say_the_same_are_held_out_together() -> None:
+    rows = [{"n": n, "text": f"text {n % 6}"} for n in range(20)]
+    for train, held in splits(rows, ["text"], ["a"] * 20, 3, seed=0):
+        assert not {row["text"] for row in train} & {row["text"] for row in held}
+        assert len(held) in (6, 7)
+    assert all(held for _, held in splits(rows, ["text"], ["a"] * 20, 7, seed=0))
 
 
 def test_settings_are_chosen_by_the_mean_of_trainings_one_by_one() -> None:
@@ -58,7 +68,7 @@ def test_settings_are_chosen_by_the_mean_of_trainings_one_by_one() -> None:
     alone: dict[tuple[float, int], list[list[dict[str, float]]]] = {}
     for rate in GRID["learning_rate"]:
         for seed in (0, 1):
-            for train, held in splits(ROWS, [row["label"] for row in ROWS], 3, seed=0):
+            for train, held in splits(ROWS, ["text"], [row["label"] for row in ROWS], 3, seed=0):
                 _, one = run(train, dev=held, learning_rate=rate, seed=seed, patience=0)
                 alone.setdefault((rate, seed), []).append(one.history)
     best = {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from ..errors import DataError
 from .columns import are_labels
@@ -22,14 +23,17 @@ def usual_share(count: int) -> float:
 
 
 def set_aside(
-    rows: Sequence[Row], answer: str, share: float, seed: int
+    rows: Sequence[Row], read: Iterable[str], answer: str, share: float, seed: int
 ) -> tuple[list[Row], list[Row]]:
     """Cut examples in two, both in their order: those to train on, and a share to choose with.
 
     Each label gives its share, and never its last example; free answers are drawn from as a whole.
+    Examples that say the same stay together where there are others: what is trained on would look
+    as if it were known.
 
     Args:
         rows: column -> value.
+        read: the columns of what is asked.
         answer: the answer's column.
         share: of all examples, 0 to 1.
         seed: which ones they are.
@@ -44,11 +48,11 @@ def set_aside(
     if share == 0:
         return rows, []
     count = round(share * len(rows))
-    groups: dict[str, list[int]] = {}
     answers = [text_of(answer, row.get(answer)).strip() for row in rows]
     labels = are_labels(answers)
-    for index, text in enumerate(answers):
-        groups.setdefault(text if labels else "", []).append(index)
+    groups: dict[str, list[list[int]]] = {}
+    for copies in alike(rows, read, answers):
+        groups.setdefault(answers[copies[0]] if labels else "", []).append(copies)
     chosen = _chosen(list(groups.values()), count, random.Random(seed))
     if not chosen:
         raise DataError(
@@ -59,14 +63,34 @@ def set_aside(
     return training, [rows[index] for index in sorted(chosen)]
 
 
-def _chosen(groups: list[list[int]], count: int, draw: random.Random) -> set[int]:
-    """`count` examples, of each group its share: rounded down, then where most is missing."""
-    total = sum(map(len, groups))
-    exact = [count * len(group) / total for group in groups]
-    takes = [min(int(part), len(group) - 1) for part, group in zip(exact, groups, strict=True)]
+def alike(
+    rows: Sequence[Mapping[str, Any]], read: Iterable[str], answers: Sequence[str]
+) -> list[list[int]]:
+    """The numbers of the rows that say the same: what is asked, and its answer."""
+    read = tuple(read)
+    found: dict[tuple[str, ...], list[int]] = {}
+    for index, (row, right) in enumerate(zip(rows, answers, strict=True)):
+        said = (right, *(text_of(name, row.get(name)) for name in read))
+        found.setdefault(said, []).append(index)
+    return list(found.values())
+
+
+def _chosen(groups: list[list[list[int]]], count: int, draw: random.Random) -> set[int]:
+    """`count` examples, of each group its share: rounded down, then where most is missing; fewer
+    where examples that say the same are too many for it. Of a group where all are, single ones."""
+    sizes = [sum(map(len, group)) for group in groups]
+    exact = [count * size / sum(sizes) for size in sizes]
+    takes = [min(int(part), size - 1) for part, size in zip(exact, sizes, strict=True)]
     by_need = sorted(range(len(groups)), key=lambda n: takes[n] - exact[n])
     for n in by_need:
-        if sum(takes) < count and takes[n] < len(groups[n]) - 1:
+        if sum(takes) < count and takes[n] < sizes[n] - 1:
             takes[n] += 1
-    parts = zip(groups, takes, strict=True)
-    return {index for group, take in parts for index in draw.sample(group, take)}
+    chosen: set[int] = set()
+    for group, take in zip(groups, takes, strict=True):
+        if take and min(map(len, group)) > take:
+            group = [[index] for copies in group for index in copies]
+        for copies in draw.sample(group, min(take, len(group))):
+            if len(copies) <= take:
+                chosen.update(copies)
+                take -= len(copies)
+    return chosen

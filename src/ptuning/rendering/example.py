@@ -48,6 +48,15 @@ def columns_in_words(task: Task) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for word in words for name in named_fields(word)))
 
 
+def all_columns(task: Task) -> tuple[str, ...]:
+    """The columns that a task reads, and a row must have: in its template and in its label words.
+
+    Raises:
+        InputError: the task has no template.
+    """
+    return tuple(dict.fromkeys([*task.columns, *columns_in_words(task)]))
+
+
 def column_texts(example: Example, names: Iterable[str], what: str) -> dict[str, str]:
     """The texts of some columns.
 

@@ -24,7 +24,7 @@ from .. import places
 from ..errors import InputError, PromptFileError, PtuningError
 from ..prompts import peft_files, prompt_files
 from ..prompts.prompt import Prompt
-from ..rendering.example import columns_in_words
+from ..rendering.example import all_columns
 
 _FILES = tuple(dict.fromkeys([*prompt_files.NAMES, *peft_files.NAMES]))
 
@@ -271,7 +271,7 @@ class Registry:
         self._tried[name] = stamp
         try:
             prompt = Prompt.load(folder)
-            fields = fields_of(prompt)
+            fields = all_columns(prompt)
             handle = self._take_on(name, prompt)
         except Exception as error:  # whatever it is, the other prompts go on
             known = isinstance(error, PtuningError | OSError)
@@ -355,15 +355,6 @@ def _may_pass(error: BaseException) -> bool:
             return True
         found = found.__cause__ or found.__context__
     return False
-
-
-def fields_of(prompt: Prompt) -> tuple[str, ...]:
-    """The columns that a row for this prompt must have.
-
-    Raises:
-        InputError: the prompt has no template.
-    """
-    return tuple(dict.fromkeys([*prompt.columns, *columns_in_words(prompt)]))
 
 
 def _inside(collection: Path, name: str) -> Path:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from ..backbone.base_model import BaseModel
+from ..data.setting_aside import alike
 from ..errors import InputError, TrainingError
 from ..rendering.example import Example
 from . import checkpoint
@@ -70,13 +71,24 @@ def check_folds(settings: TrainSettings, rows: int, has_dev: bool) -> None:
 
 
 def splits(
-    rows: Sequence[Example], answers: Sequence[str], count: int, seed: int
+    rows: Sequence[Example], read: Iterable[str], answers: Sequence[str], count: int, seed: int
 ) -> list[tuple[list[Example], list[Example]]]:
-    """For each fold its training rows and those held out; each answer is dealt to all folds."""
-    numbers = list(range(len(rows)))
-    random.Random(seed).shuffle(numbers)
-    numbers.sort(key=lambda number: answers[number])
-    fold_of = {number: place % count for place, number in enumerate(numbers)}
+    """For each fold its training rows and those held out; each answer is dealt to all folds, and
+    rows that say the same to one, where enough differ.
+
+    Args:
+        rows: column -> value.
+        read: the columns of what is asked.
+        answers: the right ones.
+        count: of folds.
+        seed: of the dealing.
+    """
+    dealt = alike(rows, read, answers)
+    if len(dealt) < count:
+        dealt = [[number] for copies in dealt for number in copies]
+    random.Random(seed).shuffle(dealt)
+    dealt.sort(key=lambda copies: answers[copies[0]])
+    fold_of = {number: place % count for place, copies in enumerate(dealt) for number in copies}
     return [
         (
             [row for number, row in enumerate(rows) if fold_of[number] != fold],

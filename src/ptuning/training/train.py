@@ -25,7 +25,7 @@ from ..places import named
 from ..prompts.consistency import check_kind
 from ..prompts.prompt import Prompt
 from ..prompts.task import majority_answer
-from ..rendering.example import answer_column
+from ..rendering.example import all_columns, answer_column
 from ..rendering.lesson import Lessons
 from . import checkpoint, guidance
 from .calibration import calibrate
@@ -114,7 +114,8 @@ def train(
         dev = plain(dev)  # a share may be numpy's
         if isinstance(dev, int | float):
             check_whole(prompt, rows, answered=lessons is None)
-            rows, dev = set_aside(rows, answer_column(prompt, rows[0]), dev, settings.seed)
+            answer = answer_column(prompt, rows[0])
+            rows, dev = set_aside(rows, all_columns(prompt), answer, dev, settings.seed)
             aside = bool(dev)
         dev = as_rows(dev)
         check_run(prompt, rows, dev, settings, population, grid, answered=lessons is None)
@@ -148,7 +149,7 @@ def train(
                 distributed.from_main(lambda: checkpoint.delete_all(old))
             folds: FoldResult | None = None
             if settings.folds:
-                parts = splits(rows, answers, settings.folds, settings.seed)
+                parts = splits(rows, all_columns(draft), answers, settings.folds, settings.seed)
                 render = partial(with_examples, base)
                 folds = choose(base, chosen, parts, render, place, resume, listener)
                 variants = with_examples(base, folds.chosen[: settings.ensemble], rows, ())
