@@ -210,9 +210,19 @@ def test_peft_reads_nothing_of_a_templates_folder(tmp_path: Path) -> None:
 # --- trl ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("by_config", [False, True], ids=["model=", "peft_config="])
-@pytest.mark.parametrize("kind", ["SFT", "DPO"])
-def test_trl_trains_with_pefts_losses(kind: str, by_config: bool, tmp_path: Path) -> None:
+PROMPTS = ["The capital of France is", "Does it rain in Oslo?"] * 4
+COLUMNS: dict[str, dict[str, list[Any]]] = {
+    "SFT": {"completion": [" Paris.", " yes, it does."] * 4},
+    "DPO": {"chosen": [" Paris.", " yes."] * 4, "rejected": [" not Rome.", " no, no."] * 4},
+    "KTO": {"completion": [" Paris.", " no."] * 4, "label": [True, False] * 4},
+    "Reward": {"chosen": [" Paris.", " yes."] * 4, "rejected": [" not Rome.", " no, no."] * 4},
+    "GRPO": {},
+    "RLOO": {},
+}
+
+
+def trained_by_trl(kind: str, folder: Path, model: Any, **options: Any) -> list[tuple[float, ...]]:
+    """Loss, gradient norm and reward of each step."""
     trl = pytest.importorskip("trl")
     try:
         trainer, settings = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
@@ -220,33 +230,62 @@ def test_trl_trains_with_pefts_losses(kind: str, by_config: bool, tmp_path: Path
         pytest.skip("this release of trl wants packages that are not here")
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    texts = {"prompt": ["The capital of France is", "Does it rain in Oslo?"] * 4}
-    if kind == "SFT":
-        texts["completion"] = [" Paris.", " yes, it does."] * 4
-    else:
-        texts |= {"chosen": [" Paris.", " yes."] * 4, "rejected": [" not Rome.", " no, no."] * 4}
+    sizes: dict[str, Any] = {"max_length": 64}
+    if kind in ("GRPO", "RLOO"):  # trained on what the model says
+        sizes = {"max_completion_length": 6, "num_generations": 4}
+        options["reward_funcs"] = lambda completions, **columns: [
+            float(len(c)) for c in completions
+        ]
+    arguments = settings(
+        str(folder),
+        report_to=[],
+        max_steps=3,
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        logging_steps=1,
+        bf16=False,
+        learning_rate=0.05,
+        per_device_train_batch_size=4,
+        **sizes,
+    )
+    torch.manual_seed(1)
+    made = trainer(
+        model=model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_dict({"prompt": PROMPTS, **COLUMNS[kind]}),
+        processing_class=tokenizer,
+        **options,
+    )
+    made.train()
+    steps = [entry for entry in made.state.log_history if "loss" in entry]
+    return [(one["loss"], one["grad_norm"], one.get("reward", 0.0)) for one in steps]
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_trl_trains_as_with_peft(kind: str, tmp_path: Path) -> None:
     found = []
     for library in (peft_compat, peft):
-        given = {"model": base_model(), "peft_config": config_of(library)}
-        arguments = settings(
-            str(tmp_path),
-            report_to=[],
-            max_steps=3,
-            save_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
-            logging_steps=1,
-            bf16=False,
-            max_length=64,
-            learning_rate=0.05,
-        )
-        torch.manual_seed(1)
-        made = trainer(
-            **(given if by_config else {"model": prompted(library)}),
-            args=arguments,
-            train_dataset=datasets.Dataset.from_dict(texts),
-            processing_class=tokenizer,
-        )
-        made.train()
-        found.append(losses(made))
-    assert found[0] == pytest.approx(found[1], abs=1e-3) and len(found[0]) == 3
+        model = prompted(library)
+        if kind == "Reward":
+            torch.manual_seed(1)
+            config = transformers.LlamaConfig(**base_model().config.to_dict() | {"num_labels": 1})
+            base = transformers.LlamaForSequenceClassification(config)
+            # Texts are padded, and a score depends on that there.
+            options = {"reference_layout": True} if library is peft_compat else {}
+            model = library.get_peft_model(base, config_of(library, "SEQ_CLS"), **options)
+        found.append(trained_by_trl(kind, tmp_path, model))
+    assert len(found[0]) == 3
+    for ours, theirs in zip(*found, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+def test_trl_makes_a_model_of_a_configuration(kind: str, tmp_path: Path) -> None:
+    found = [
+        trained_by_trl(kind, tmp_path, base_model(), peft_config=config_of(library))
+        for library in (peft_compat, peft)
+    ]
+    assert len(found[0]) == 3
+    for ours, theirs in zip(*found, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-3)
