@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -15,6 +16,7 @@ from ptuning.backbone.base_model import BaseModel
 from ptuning.errors import InputError, TrainingError
 from ptuning.prompts.prompt_settings import ENCODERS
 from ptuning.rendering.render import Renderer, render_all
+from ptuning.rendering.short_words import settle_words
 from ptuning.training.checkpoint import identity_of
 from ptuning.training.grid import KEYS, choices, parse_grid, resized
 from ptuning.training.loop import Loop
@@ -120,6 +122,38 @@ def test_templates_of_a_grid_have_their_own_renderings() -> None:
     templates = ["[P*2] {country} [MASK]", "The city of [P] {country} has [P*3] [MASK]"]
     result = run(grid={"template": templates}, epochs=2)
     assert [member["name"]["template"] for member in result.members] == templates
+
+
+NAMED = [
+    {"text": f"number {n}", "team": team}
+    for n in range(6)
+    for team in ("Oslo_capital", "yes_Berlin")
+]
+
+
+def test_all_members_have_the_words_that_a_tokenizer_gave_the_labels_for_good() -> None:
+    base = BaseModel.of(tiny.model("llama"), tiny.tokenizer())
+    prompt = ptuning.Prompt.for_rows(NAMED, "team", "[P*2] {text} [MASK]")
+    variants = with_examples(base, choices(prompt, TrainSettings(), 2, None), NAMED, ())
+    words = {"Oslo_capital": ("capital", "Oslo"), "yes_Berlin": ("yes",)}
+    for variant in variants:  # the second one becomes the prompt as well as the first
+        again = copy.copy(variant.prompt)
+        settle_words(again, base.tokenizer, base.kind)
+        assert variant.prompt.verbalizer == again.verbalizer == words
+
+
+def test_labels_have_as_many_words_in_each_template_of_a_grid() -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    templates = ["[P*2] {text} [MASK]", "[P*2] {text}\n[MASK]"]  # whose words are other tokens
+    prompt = ptuning.Prompt.for_rows(NAMED, "team", templates[0])
+    grid = {"template": templates}
+    members = choices(prompt, TrainSettings(), 1, grid)
+    variants = with_examples(BaseModel.of(model, tokenizer), members, NAMED, ())
+    assert [variant.renderer.owner for variant in variants] == [[0, 1], [0, 1]]
+    assert variants[0].prompt.labels == {"Oslo_capital": ("capital",), "yes_Berlin": ("yes",)}
+    options: dict[str, Any] = {"grid": grid, "ensemble": 2, "epochs": 1, "verbose": False}
+    ptuning.train(model, tokenizer, prompt, NAMED, NAMED[:4], **options)
+    assert len(ptuning.predict(model, tokenizer, prompt, NAMED[:2])) == 2
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -14,6 +14,7 @@ from ..prompts.task import Task
 from ..rendering.example import Example, answer_column
 from ..rendering.lesson import Lesson
 from ..rendering.render import Rendered, Renderer, render_all, taught
+from ..rendering.short_words import settle_words
 from .grid import Named, Variant
 from .starts import left_out, start_of
 
@@ -28,8 +29,8 @@ def with_examples(
     """The members with their examples; those of one template share them."""
     made: dict[str | None, tuple[Renderer, list[Rendered], list[Rendered]]] = {}
     variants = []
-    for name, given, settings in chosen:
-        prompt = copy.copy(given)  # which may be rendered again, with other examples
+    prompts = _settled(base, [prompt for _, prompt, _ in chosen])
+    for (name, _, settings), prompt in zip(chosen, prompts, strict=True):
         if prompt.template not in made:
             renderer = Engine(base).renderer(prompt)
             examples = _examples(renderer, rows, "training", learnt[0])
@@ -40,14 +41,31 @@ def with_examples(
             learn_answer_length(prompt, renderer, examples)
             made[prompt.template] = renderer, examples, dev_examples
         renderer, examples, dev_examples = made[prompt.template]
-        task = renderer.task
-        prompt.answer_tokens, prompt.verbalizer = task.answer_tokens, task.verbalizer
+        prompt.answer_tokens = renderer.task.answer_tokens
         prompt.set_count(renderer.count)
         answers = answers_of(prompt, rows, learnt[0])
         start = start_of(renderer, rows, answers, settings.start_for(prompt.encoder), settings.seed)
         own = left_out(examples, start)
         variants.append(Variant(name, prompt, settings, renderer, own, dev_examples, start.words))
     return variants
+
+
+def _settled(base: BaseModel, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Copies of members' prompts (which may be rendered again, with other examples) whose label
+    words stand fast: those of one template have the same, and a label has as many in each template,
+    since the rows of all are compared side by side."""
+    prompts = [copy.copy(prompt) for prompt in prompts]
+    words: dict[str | None, dict[str, tuple[str, ...]]] = {}
+    for prompt in prompts:
+        if prompt.template not in words:
+            settle_words(prompt, base.tokenizer, base.kind)
+            words[prompt.template] = prompt.labels
+    for prompt in prompts:
+        prompt.name_words = None
+        if own := words[prompt.template]:
+            least = {label: min(len(of[label]) for of in words.values()) for label in own}
+            prompt.verbalizer = {label: own[label][: least[label]] for label in own}
+    return prompts
 
 
 def _examples(
