@@ -178,3 +178,28 @@ def test_a_prompt_begins_at_another_of_another_length(encoder: str) -> None:
     same = fresh(encoder=encoder)
     same.begin_from(first)
     assert same.encoder_weights is first.encoder_weights
+
+
+@pytest.mark.parametrize("encoder", ["mlp", "none"])
+@pytest.mark.parametrize("words", ["The", "The capital of"])
+def test_a_prompt_of_words_begins_at_another_of_another_length(encoder: str, words: str) -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    first = fresh(template="[P*2] {text} [MASK]", encoder=encoder)
+    ptuning.train(model, tokenizer, first, ROWS, epochs=1, verbose=False)
+    vectors = first.trained_vectors()
+    for grid in (None, {"weight_decay": [0.0, 0.1]}):
+        second = fresh(template=f"[P:{words}] {{text}} [MASK]", encoder=encoder)
+        second.begin_from(first)
+        ptuning.train(
+            model, tokenizer, second, ROWS, epochs=1, learning_rate=1e-9, grid=grid, verbose=False
+        )
+        count = len(tokenizer(words, add_special_tokens=False)["input_ids"])
+        assert second.num_virtual_tokens == count != 2
+        expected = resampled(vectors, [2], [count])
+        torch.testing.assert_close(second.trained_vectors(), expected, atol=1e-3, rtol=0)
+
+
+def test_vectors_of_another_number_than_a_templates_words_have_tokens_are_refused() -> None:
+    prompt = fresh(template="[P:The] {text} [MASK]", vectors=torch.zeros(3, 32))
+    with pytest.raises(InputError, match="has 1 virtual tokens, and its vectors are 3"):
+        Renderer(tiny.tokenizer(), prompt, "causal")

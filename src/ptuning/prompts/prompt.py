@@ -63,6 +63,7 @@ class Prompt(PromptSettings):
     peft_config: dict[str, Any] = field(default_factory=dict, repr=False)
     others: Sequence[Prompt] = field(default=(), repr=False)
     name_words: dict[str, tuple[str, ...]] | None = field(default=None, repr=False)
+    _begins = False  # at vectors of another prompt, before its own words are tokens
 
     def __post_init__(self) -> None:
         check_type(self, dict, "base_model", "training", "peft_config")
@@ -205,6 +206,17 @@ class Prompt(PromptSettings):
         fits &= all(getattr(self, name) == getattr(start, name) for name in shape)
         self.vectors, self.base_model = vectors, start.base_model
         self.encoder_weights = start.encoder_weights if fits else None
+        self._begins = self.num_virtual_tokens is None
+
+    def set_count(self, count: int) -> None:
+        """As of `PromptSettings`; vectors that another prompt gave become so many."""
+        super().set_count(count)
+        if self.vectors is not None:
+            if self._begins and len(self.vectors) != count:
+                self.vectors = resampled(self.vectors, [len(self.vectors)], [count])
+                self.encoder_weights = None
+            self._begins = False
+            check_vectors(self.vectors, count)
 
     def become(self, other: Prompt) -> None:
         """Take over another prompt's settings, such as the winner's of a population."""

@@ -106,7 +106,7 @@ def _prompt(prompt: Prompt, chosen: dict[str, Any]) -> Prompt:
         changes["encoder_weights"] = None
         if template != prompt.template:
             changes |= {"num_virtual_tokens": None, "vectors": None}
-    return replace(prompt, **changes)
+    return prompt.checked(**changes)
 
 
 def resized(template: str | None, count: int) -> str:
