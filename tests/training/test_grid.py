@@ -17,6 +17,7 @@ from ptuning.errors import InputError, TrainingError
 from ptuning.prompts.prompt_settings import ENCODERS
 from ptuning.rendering.render import Renderer, render_all
 from ptuning.rendering.short_words import settle_words
+from ptuning.training import checkpoint
 from ptuning.training.checkpoint import identity_of
 from ptuning.training.grid import KEYS, choices, parse_grid, resized
 from ptuning.training.loop import Loop
@@ -176,6 +177,23 @@ def test_an_interrupted_population_goes_on_with_the_same_numbers(tmp_path: Path)
     assert torch.equal(prompt.vectors, undisturbed.vectors)
     with pytest.raises(InputError, match="the population differs"):
         run(population=3, output=tmp_path, resume=True)
+
+
+def test_a_population_goes_on_only_with_what_each_template_reads(tmp_path: Path) -> None:
+    grid = {"template": [TEMPLATE, "[P*2] {country} {more} [MASK]"]}
+    rows = [{**row, "more": "it rains"} for row in ROWS]
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    options: dict[str, Any] = {"grid": grid, "epochs": 1, "verbose": False, "output": tmp_path}
+    ptuning.train(model, tokenizer, fresh(), rows, **options)
+    ptuning.train(model, tokenizer, fresh(), rows, **options, resume=True)
+    changed = [{**row, "more": "it snows"} for row in rows]
+    with pytest.raises(InputError, match="the data that other templates read differs"):
+        ptuning.train(model, tokenizer, fresh(), changed, **options, resume=True)
+    state = checkpoint.load_newest(tmp_path)
+    assert state is not None
+    del state["identity"]["the data that other templates read"]  # as older releases have it
+    checkpoint.save(tmp_path, 3, state)
+    ptuning.train(model, tokenizer, fresh(), rows, **options, resume=True)
 
 
 def test_a_member_that_is_no_longer_finite_leaves_and_the_others_go_on() -> None:

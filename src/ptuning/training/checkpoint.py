@@ -31,6 +31,7 @@ from .settings import CHANGE_NO_RESULT, LATER
 FOLDER, FOLD, REFIT = "checkpoints", "fold-", "refit"
 _KEPT = 2
 _FORMAT = "dtype"
+_BESIDE = "the data that other templates read"
 _STATE, _DONE = "state.pt", "DONE"
 
 
@@ -161,22 +162,31 @@ def identity_of(
     if teacher is not None:  # the examples have its answers: another one's are other data
         chosen["the teacher"] = teacher
     chosen["the population"] = [variant.name for variant in variants]
+    others = {variant.prompt.template: variant for variant in variants}
+    del others[first.prompt.template]
+    if others:  # which may name other columns
+        chosen[_BESIDE] = _digest(e for v in others.values() for e in (*v.examples, *v.dev))
     return fingerprint(chosen, [*first.examples, *first.dev])
 
 
 def fingerprint(settings: dict[str, Any], examples: Iterable[Any]) -> dict[str, str]:
     """What a run depends on, to be compared on resume: each setting, and a hash of the data."""
+    values = {key: json.dumps(value, default=str) for key, value in settings.items()}
+    return {**values, "the data": _digest(examples)}
+
+
+def _digest(examples: Iterable[Any]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         digest.update(repr(example).encode("utf-8", "surrogatepass"))
-    values = {key: json.dumps(value, default=str) for key, value in settings.items()}
-    return {**values, "the data": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def check_same_run(saved: dict[str, str], current: dict[str, str]) -> None:
     """Raise InputError naming what differs between a checkpoint's run and this one."""
     unnamed = {name: json.dumps(default) for name, default in LATER.items()}
-    told = {_FORMAT: current.get(_FORMAT), **saved}  # older checkpoints do not tell it
+    untold = {n: current.get(n) for n in (_FORMAT, _BESIDE) if n not in saved}  # by older releases
+    told = {**saved, **untold}
     differing = [key for key in {**told, **current} if told.get(key) != current.get(key)]
     if differing:
         key = differing[0]
