@@ -199,7 +199,10 @@ def test_a_merged_model_says_the_bias_and_pefts_files_cannot() -> None:
 
 def test_an_ensembles_bias_is_not_its_best_members() -> None:
     _, _, prompt, _ = trained(population=2, ensemble=2, calibrate="batch")
-    assert prompt.label_bias and prompt.alone().label_bias is None
+    alone = prompt.alone()
+    assert prompt.label_bias and alone.label_bias is None
+    of_all = {"members", "dev_accuracy", "dev_loss", "calibrate"}
+    assert set(prompt.training) - set(alone.training) == of_all
     assert all(other.label_bias is None for other in prompt.others)
 
 

@@ -27,6 +27,8 @@ from .prompt_settings import PromptSettings
 from .task import check_type
 from .transfer import groups_of, resampled
 
+_OF_ALL = ("members", "dev_accuracy", "dev_loss", "calibrate")  # facts of an ensemble
+
 
 @dataclass(eq=False)
 class Prompt(PromptSettings):
@@ -90,9 +92,10 @@ class Prompt(PromptSettings):
 
     def alone(self) -> Prompt:
         """The first member of an ensemble as a prompt of its own, with the same vectors; a label
-        bias was measured for all together and is left out."""
+        bias and dev figures were measured for all together and are left out."""
         alone = self.members[0]
-        return replace(alone, label_bias=None) if self.others else alone
+        facts = {name: fact for name, fact in self.training.items() if name not in _OF_ALL}
+        return replace(alone, label_bias=None, training=facts) if self.others else alone
 
     def check_alone(self, what: str) -> None:
         """Refuse an ensemble where only one prompt has a meaning.
