@@ -448,6 +448,11 @@ def test_checkpoints_of_releases_without_ensembles_go_on() -> None:
     for settings in (TrainSettings(), TrainSettings(ensemble=2)):
         variants = with_examples(base, choices(fresh(), settings, 2, None), ROWS, ROWS)
         assert ("ensemble" in identity_of(variants, base)) == (settings.ensemble > 1)
+    now = [TrainSettings(init="encoder", patience=0), TrainSettings(init="encoder", patience=None)]
+    for settings in now:  # the first releases had no other start, and wrote no patience as null
+        variants = with_examples(base, choices(fresh(), settings, 1, None), ROWS, ROWS)
+        identity = identity_of(variants, base)
+        assert "init" not in identity and identity["patience"] == "null"
 
 
 @pytest.mark.parametrize("encoder", ["residual", "mixture"])

@@ -211,8 +211,14 @@ def test_resume_names_what_differs(model: Any, tokenizer: Any, tmp_path: Path) -
     common: dict[str, Any] = {"output": tmp_path, "resume": True, "settings": settings}
     with pytest.raises(InputError, match=r"learning_rate differs .*then null, now 0\.5"):
         train(model, tokenizer, prompt_for(), ROWS, learning_rate=0.5, **common)
-    with pytest.raises(InputError, match="the data differs"):
-        train(model, tokenizer, prompt_for(), ROWS[:-1], **common)
+    for rows, dev in ((ROWS[:-1], ()), (ROWS, ROWS[:1])):
+        with pytest.raises(InputError, match="the data differs"):
+            train(model, tokenizer, prompt_for(), rows, dev, **common)
+    with pytest.raises(InputError, match="the base model differs"):
+        train(tiny.model("llama", seed=1), tokenizer, prompt_for(), ROWS, **common)
+    begun = prompt_for(vectors=torch.ones(5, 32))
+    with pytest.raises(InputError, match="the prompt to begin from differs"):
+        train(model, tokenizer, begun, ROWS, **common)
     with pytest.raises(InputError, match="template differs"):
         train(model, tokenizer, Prompt("[P*5] {country} [MASK]", answer="capital"), ROWS, **common)
 
@@ -286,6 +292,9 @@ def test_a_state_of_another_training_is_one_error(
     assert state is not None
     checkpoint.save(tmp_path, 99, {**state, "learners": [{"encoder": {}}]})
     with pytest.raises(InputError, match="cannot resume: the newest checkpoint"):
+        train(model, tokenizer, prompt_for(), ROWS, resume=True, **options)
+    checkpoint.save(tmp_path, 99, {**state, "identity": None})
+    with pytest.raises(InputError, match="does not say what run it is of"):
         train(model, tokenizer, prompt_for(), ROWS, resume=True, **options)
 
 
