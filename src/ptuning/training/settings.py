@@ -47,6 +47,7 @@ _MOST_SEED = 10**12
 """Orders of examples are drawn with a multiple of it, in 64 bits."""
 _MOST_NUMBER = 1e30
 """Beyond all use; the vectors' float32 ends at 3e38."""
+_SIZE = r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(?:i?B)?\s*"
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -285,7 +286,7 @@ def parse_size(text: str) -> int:
     Raises:
         InputError: no number with K, M, G or T behind it.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", str(text), re.IGNORECASE)
+    match = re.fullmatch(_SIZE, str(text), re.IGNORECASE)
     if match is None:
         raise InputError(f"prefix_cache is {text!r}; give auto, off, or bytes such as 500M or 2G")
     return int(float(match[1]) * _UNITS[match[2].upper()])
