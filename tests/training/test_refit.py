@@ -239,6 +239,12 @@ def test_a_member_that_dev_likes_best_as_it_begins_stays_while_others_go_on(
         for one, before in zip(whole.members, without.members, strict=True)
     )
     assert stays and not goes
+    rows = [{"text": place, "answer": "Oslo"} for place in PLACES]
+    longer = [{"text": "Rome", "answer": "Oslo Berlin Vienna Madrid"}]
+    free = Prompt("[P:it is] {text} [MASK]", answer="answer", encoder="none")
+    run(free, rows, longer, refit=True, population=2, ensemble=2, halving=False)
+    first, second = (member.answer_tokens for member in free.members)
+    assert first == second and first and first > 4  # they write together
 
 
 @pytest.mark.parametrize("then", [{"folds": 2}, {"dev": DEV, "refit": True}])
@@ -292,7 +298,8 @@ def test_a_refit_that_fails_leaves_what_dev_chose(
     fails: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen, whole = labelled(), labelled()
-    run(chosen)
+    members: dict[str, Any] = {"population": 2, "ensemble": 2} if fails == "on its way" else {}
+    run(chosen, **members)
 
     class Failing(refit.Loop):
         def train(self, resume: bool) -> Any:
@@ -301,15 +308,16 @@ def test_a_refit_that_fails_leaves_what_dev_chose(
             if fails == "memory":
                 raise torch.OutOfMemoryError("2 GiB wanted")
             learners = super().train(resume)
-            learners[0].history.pop()
+            learners[0].history.pop()  # and the other one comes to its end
             return learners
 
     monkeypatch.setattr(refit, "Loop", Failing)
     why = {"at once": "the loss is nan", "memory": "2 GiB", "on its way": "not finite"}[fails]
     with pytest.warns(UserWarning, match=f"what dev chose stays: .*{why}"):
-        result = run(whole, refit=True)
+        result = run(whole, refit=True, **members)
     assert result.refit == {} and result.complete
-    assert torch.equal(whole.trained_vectors(), chosen.trained_vectors())
+    for one, before in zip(whole.members, chosen.members, strict=True):
+        assert torch.equal(one.trained_vectors(), before.trained_vectors())
 
 
 @pytest.mark.parametrize(

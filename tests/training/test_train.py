@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from ptuning.backbone.base_model import BaseModel
 from ptuning.inference.evaluation import teacher_forced
 from ptuning.training import accelerator as accelerator_module
 from ptuning.training import checkpoint
+from ptuning.training.learner import Learner
 from ptuning.training.population import Member
 from ptuning.training.progress import Progress
 
@@ -129,6 +131,25 @@ def test_an_epochs_loss_is_the_mean_of_its_answers_whatever_the_last_step_has(
     assert [r["loss"] for r in result.history] == pytest.approx([expected] * len(result.history))
 
 
+@pytest.mark.parametrize(
+    ("schedule", "fall"),
+    [
+        ("linear", lambda done: 1 - done),
+        ("cosine", lambda done: 0.5 + 0.5 * math.cos(math.pi * done)),
+        ("constant", lambda done: 1.0),
+    ],
+)
+def test_the_rate_rises_and_falls_over_all_steps(model: Any, schedule: str, fall: Any) -> None:
+    learner = learner_for(model, learning_rate=4.0, warmup=0.3, schedule=schedule)
+    rates = []
+    for learner.steps_taken in range(10):
+        rates += learner.rates()
+    expected = [4 / 3, 8 / 3, 4.0, *(4 * fall(step / 7) for step in range(7))]
+    assert rates == pytest.approx(expected)
+    orders = [learner.order(epoch, 50) for epoch in range(3)]
+    assert orders[0] != orders[1] != orders[2] and learner.order(0, 50) == orders[0]
+
+
 @pytest.mark.parametrize("choose_by", ["accuracy", "loss"])
 def test_the_best_dev_epoch_is_kept_and_patience_stops(
     model: Any, tokenizer: Any, choose_by: str
@@ -154,6 +175,67 @@ def test_the_best_dev_epoch_is_kept_and_patience_stops(
     assert len(result.history) == best + 3 < 40
     measured = ptuning.evaluate(model, tokenizer, prompt, ROWS[4:])
     assert measured.loss == pytest.approx(result.best["dev_loss"], abs=1e-5)
+    kept = Member(prompt, model, 0, [None] * 5)  # the encoder's weights are that epoch's too
+    torch.testing.assert_close(kept.table().detach(), prompt.trained_vectors())
+
+
+def test_a_resumed_run_is_no_more_patient(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    def run(**more: Any) -> Any:
+        options = {"epochs": 40, "batch_size": 4, "learning_rate": 0.5, "schedule": "constant"}
+        data: Any = ROWS[:4], ROWS[4:]
+        options |= {"patience": 2, "output": tmp_path, **more}
+        return train(model, tokenizer, prompt_for(), *data, **options)
+
+    epochs = len(run().history)
+
+    def stop(progress: Progress) -> None:
+        if progress.step == epochs:  # one epoch of two without a gain is behind it
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(listener=stop)
+    assert len(run(resume=True).history) == epochs
+
+
+def learner_for(model: Any, **settings: Any) -> Learner:
+    member = Member(prompt_for(encoder="none"), model, 0, [None] * 5)
+    unused: Any = SimpleNamespace()
+    return Learner(member, "none", TrainSettings(epochs=2, **settings), 10, unused)
+
+
+def test_an_optimizer_computes_in_its_own_way_whatever_a_checkpoint_was_made_with(
+    model: Any,
+) -> None:
+    learner = learner_for(model)
+    learner.member.encoder.embedding.weight.grad = torch.ones(5, 32)
+    learner.optimizer.step()
+    state = copy.deepcopy(learner.state())
+    state["optimizer"]["param_groups"][0] |= {"capturable": True, "fused": True, "lr": 9.0}  # a GPU
+    again = learner_for(model)
+    again.load(state)
+    (group,) = again.optimizer.param_groups
+    assert not group["capturable"] and not group["fused"] and group["lr"] != 9.0
+    (moments,) = again.optimizer.state.values()
+    assert moments["exp_avg"].any()
+
+
+def test_dev_results_are_compared_by_what_is_asked_for(model: Any) -> None:
+    sure, right = (
+        {"epoch": 1, "loss": 1.0, "dev_accuracy": accuracy, "dev_loss": loss}
+        for accuracy, loss in ((0.5, 1.0), (0.6, 1.2))
+    )
+    for choose_by, best in (("accuracy", right), ("loss", sure)):
+        learner = learner_for(model, choose_by=choose_by)
+        assert learner.note(sure) is None and learner.note(right) is None
+        assert learner.figures() == best
+
+
+def test_a_single_number_that_is_not_finite_spoils_the_vectors(model: Any) -> None:
+    learner = learner_for(model)
+    with torch.no_grad():
+        learner.member.encoder.embedding.weight[3, 7] = math.inf
+    assert learner.note({"epoch": 1, "loss": 1.0}) == "virtual tokens are not finite"
+    assert not learner.best
 
 
 def test_without_dev_the_last_epoch_is_kept(model: Any, tokenizer: Any) -> None:
@@ -608,6 +690,7 @@ def test_a_tracker_gets_the_losses(model: Any, tokenizer: Any, tmp_path: Path) -
         ({"patience": -1}, "patience is -1; give at least 1, or 0 to never stop"),
         ({"patience": 1.5}, "patience is 1.5; give at least 1"),
         ({"patience": 10**10}, "patience is beyond all use"),
+        ({"prefix_cache": "9" * 400}, "prefix_cache is '999"),
     ],
 )
 def test_settings_are_checked(
