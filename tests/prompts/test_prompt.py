@@ -374,6 +374,8 @@ def ensemble() -> ptuning.Prompt:
 
 def test_an_ensemble_is_one_folder_of_version_two(tmp_path: Path) -> None:
     whole = ensemble()
+    for member in (whole, *whole.others):
+        member.base_model = {**describe(tiny.model(), tiny.tokenizer()), "name": "makers/tiny"}
     whole.save(tmp_path)
     description = description_of(tmp_path)
     assert set(description) == FROZEN_KEYS | {"ensemble"}

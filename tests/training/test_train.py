@@ -199,8 +199,8 @@ def test_a_resumed_run_is_no_more_patient(model: Any, tokenizer: Any, tmp_path: 
 
 def learner_for(model: Any, **settings: Any) -> Learner:
     member = Member(prompt_for(encoder="none"), model, 0, [None] * 5)
-    unused: Any = SimpleNamespace()
-    return Learner(member, "none", TrainSettings(epochs=2, **settings), 10, unused)
+    accelerator: Any = SimpleNamespace(scaler=None)
+    return Learner(member, "none", TrainSettings(epochs=2, **settings), 10, accelerator)
 
 
 def test_an_optimizer_computes_in_its_own_way_whatever_a_checkpoint_was_made_with(
@@ -489,6 +489,17 @@ def test_one_scale_serves_all_members(
     assert scaler.get_scale() == 4.0 * 2**3
     state = checkpoint.load_newest(tmp_path)
     assert state is not None and state["scaler"]["scale"] == scaler.get_scale()
+
+
+def test_a_scale_that_is_too_large_for_a_step_ends_no_training(model: Any) -> None:
+    learner = learner_for(model)
+    scaler = learner.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    weight = learner.member.encoder.embedding.weight
+    before = weight.detach().clone()
+    scaler.scale(weight.sum() * math.inf).backward()
+    assert learner.update(finite=True)  # and so the member goes on
+    scaler.update()
+    assert torch.equal(weight, before) and scaler.get_scale() == 2.0
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
