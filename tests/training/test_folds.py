@@ -90,8 +90,10 @@ def test_settings_are_chosen_by_the_mean_of_trainings_one_by_one() -> None:
 
 
 def test_the_final_prompt_trains_on_all_rows_as_long_as_was_best() -> None:
-    prompt, result = run(folds=2)
+    told: list[Any] = []
+    prompt, result = run(folds=2, listener=told.append)
     epochs = result.folds[0]["epoch"]
+    assert told[-1].step == told[-1].steps and told[-1].epoch == told[-1].epochs == epochs < 3
     seen: list[Any] = []
 
     def vectors(heard: Any) -> None:

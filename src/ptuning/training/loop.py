@@ -93,9 +93,9 @@ class Loop:
                 steps = steps_of(population, self.learners, part, self.accelerator)
                 self.take_step = self._on_compiled(steps)
                 dev_steps = len(self.variants[0].dev) / self._per_step
-                limit, epochs = self.settings.max_minutes, self.settings.settled_epochs
+                limit = self.settings.max_minutes
                 prepares = _CAPTURING if steps.late else 0
-                self.clock = Clock(limit, epochs, dev_steps, prepares, self._steps_behind())
+                self.clock = Clock(limit, self.epochs, dev_steps, prepares, self._steps_behind())
                 self._epochs()
         return self.learners
 
@@ -124,7 +124,7 @@ class Loop:
         return Work(
             self.settings.compile,
             tokens * self._per_step,
-            self.steps - self.step,
+            self.last - self.step,
             math.inf if minutes is None else 60 * minutes,
         )
 
@@ -151,6 +151,8 @@ class Loop:
         self.device = move_model(self.base.model, self.accelerator)
         self.steps_per_epoch = settings.steps_per_epoch(len(self.variants[0].examples))
         self.steps = self.steps_per_epoch * settings.settled_epochs
+        self.epochs = self.until or settings.settled_epochs
+        self.last = self.steps_per_epoch * self.epochs
         self.members = [
             Member(v.prompt, self.base.model, v.settings.seed, v.words).to(self.device)
             for v in self.variants
@@ -177,8 +179,7 @@ class Loop:
         self._saved_at = time.monotonic()
         self._note_start()
         count = len(self.variants[0].examples)
-        last = self.steps_per_epoch * (self.until or self.settings.settled_epochs)
-        while self.step < last and any(learner.active for learner in self.learners):
+        while self.step < self.last and any(learner.active for learner in self.learners):
             epoch, done = divmod(self.step, self.steps_per_epoch)
             orders = [learner.order(epoch, count) for learner in self.learners]
             for position in range(done, self.steps_per_epoch):
@@ -194,9 +195,9 @@ class Loop:
                 if not any(learner.active for learner in self.learners):
                     self._save()
                     return
-                if note := self.clock.stepped(self.steps - self.step):
+                if note := self.clock.stepped(self.last - self.step):
                     self.notes.append(note)
-                self.stopped = self.step < self.steps and self.clock.is_over()
+                self.stopped = self.step < self.last and self.clock.is_over()
                 if saves and not ends_epoch:
                     self._save()
                 if self.stopped and not ends_epoch:
@@ -340,8 +341,7 @@ class Loop:
     ) -> None:
         members, of = sum(learner.active for learner in self.learners), len(self.learners)
         note = self.notes.pop(0) if self.notes else ""
-        epochs = self.settings.settled_epochs
-        heard = Progress(step, self.steps, epoch + 1, loss, record, members, of, note, epochs)
+        heard = Progress(step, self.last, epoch + 1, loss, record, members, of, note, self.epochs)
         if self.accelerator.is_main_process:
             self.listener(heard)
 
@@ -388,7 +388,7 @@ class Loop:
         saved = self.output is not None and checkpoint.is_there(self.output)
         where = f"; the last checkpoint in {self.output} is good" if saved else ""
         return (
-            f"{fault} at step {step} of {self.steps}: training stopped ({kept}"
+            f"{fault} at step {step} of {self.last}: training stopped ({kept}"
             f"{where}). Use a lower learning rate than {rate:g}, or a base model in bfloat16 or "
             "float32 instead of float16"
         )
