@@ -6,6 +6,7 @@ import itertools
 import sys
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,6 +60,22 @@ def test_a_training_stops_in_time_and_goes_on_as_if_it_had_not(
     result = trained(base, again, output=tmp_path, resume=True)
     assert result.complete and [record["epoch"] for record in result.history] == [1, 2, 3]
     assert torch.equal(again.trained_vectors(), undisturbed)
+
+
+def test_an_epoch_that_was_stopped_has_the_mean_loss_of_its_steps(
+    base: Any, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "Clock", lambda *args: Clock(*args, now=ticking()))
+    heard: list[Progress] = []
+    rows = [{**row, "capital": "Paris"} for row in ROWS]
+    options: dict[str, Any] = {"batch_size": 2, "learning_rate": 0.02, "verbose": False}
+    result = train(
+        *base, prompt, rows, rows[:2], max_minutes=0.15, listener=heard.append, **options
+    )
+    steps = [one.loss for one in heard if one.record is None]
+    done = len(steps) % 6  # of the epoch's
+    assert not result.complete and 1 < done < 6
+    assert result.history[-1]["loss"] == pytest.approx(mean(steps[-done:]), rel=1e-5)
 
 
 def test_a_training_that_ends_in_time_is_complete(base: Any, prompt: Prompt) -> None:
@@ -129,3 +146,21 @@ def test_steps_in_which_much_is_prepared_are_not_what_the_others_take() -> None:
         "2 min"
     )
     assert clock._step == 1.0
+
+
+def test_time_is_over_where_a_step_and_a_look_at_dev_would_end_behind_it() -> None:
+    now = 0.0
+    clock = Clock(1, epochs=10, dev_steps=4, now=lambda: now)
+    for now in (20.0, 22.0):
+        clock.stepped(100)
+    now = 49.9  # a step takes 2 seconds, and dev is taken to take 4 steps
+    assert not clock.is_over()
+    now = 50.0
+    assert clock.is_over()
+    clock.looked(since=45.0)  # it took 5, and no step did
+    now = 52.9
+    assert not clock.is_over()
+    now = 53.0
+    assert clock.is_over()
+    now = 54.0
+    assert clock.stepped(99) is None and clock._step == (2 + 27) / 2  # of 32 seconds dev took 5

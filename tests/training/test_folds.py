@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections import Counter
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 
 import ptuning
 from ptuning import InputError, Prompt
-from ptuning.training import checkpoint
+from ptuning.training import checkpoint, folds
 from ptuning.training.folds import splits
 
 from .. import tiny
@@ -87,6 +89,47 @@ def test_settings_are_chosen_by_the_mean_of_trainings_one_by_one() -> None:
     assert prompt.training["dev_loss"] == chosen["dev_loss"]
     assert prompt.training["folds"] == 3 and prompt.training["examples"] == 7
     assert result.best["epoch"] == chosen["epoch"] == len(result.history)
+
+
+def test_settings_are_compared_by_epochs_that_are_finite_in_every_fold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    histories = iter(
+        [  # of each fold each member's (accuracy, loss); the first one's second epoch is the last
+            [[(0.9, math.nan), (0.5, 1.0)], [(0.4, 1.0)] * 3],
+            [[(0.9, 1.0), (0.6, 1.0), (0.9, 0.1)], [(0.4, 1.0)] * 3],
+        ]
+    )
+
+    class Trained:
+        def __init__(self, *arguments: Any) -> None:
+            self.members = next(histories)
+
+        def train(self, resume: bool) -> list[Any]:
+            return [
+                SimpleNamespace(
+                    history=[{"dev_accuracy": a, "dev_loss": loss} for a, loss in member],
+                    rank=lambda record: (record["dev_accuracy"], -record["dev_loss"]),
+                )
+                for member in self.members
+            ]
+
+    monkeypatch.setattr(folds, "Loop", Trained)
+    members: Any = [({"learning_rate": r}, None, ptuning.TrainSettings()) for r in (1.0, 2.0)]
+    nothing: Any = None
+    found = folds.choose(
+        nothing, members, [((), ())] * 2, lambda *_: [], None, False, lambda heard: None
+    )
+    assert found.epochs == 2 and found.chosen == members[:1]
+    first, second = found.table
+    assert first == {
+        "name": {"learning_rate": 1.0},
+        "epoch": 2,
+        "dev_accuracy": pytest.approx(0.55),
+        "dev_loss": 1.0,
+        "deviation": pytest.approx(0.1 / math.sqrt(2)),
+    }
+    assert second["epoch"] == 1 and found.best == {"dev_accuracy": 0.55, "dev_loss": 1.0}
 
 
 def test_the_final_prompt_trains_on_all_rows_as_long_as_was_best() -> None:

@@ -303,6 +303,18 @@ def test_virtual_tokens_set_the_size_of_each_group() -> None:
     assert resized("[P] {a} [P*7] b [[P*2]] [MASK]", 3) == "[P*3] {a} [P*3] b [[P*2]] [MASK]"
 
 
+def test_trained_vectors_stay_with_the_template_that_they_are_of() -> None:
+    prompt = fresh(vectors=torch.ones(4, 32), encoder_weights={"x": torch.ones(1)})
+    other = "[P*4] {country} [MASK]"  # with as many, which begin anew
+    grid = {"virtual_tokens": [2, 5]}, {"template": [TEMPLATE, other]}, {"encoder": ["lstm"]}
+    chosen = [one for of in grid for _, one, _ in choices(prompt, TrainSettings(), 1, of)]
+    assert [one.vectors is prompt.vectors for one in chosen] == [True, False, True, False, True]
+    assert [one.num_virtual_tokens for one in chosen] == [4, 10, 4, 4, 4]
+    assert all(one.encoder_weights is None for one in chosen)
+    (_, alone, _) = choices(prompt, TrainSettings(), 2, None)[1]
+    assert alone.encoder_weights is prompt.encoder_weights
+
+
 def test_a_column_that_is_called_like_virtual_tokens_and_brackets_beside_them_stay() -> None:
     assert resized("[P*7] {[P]} {{[P]}} [MASK]", 3) == "[P*3] {[P]} {{[P*3]}} [MASK]"
     assert resized("[[P*7] {a} [P]] [MASK]", 3) == "[[P*3] {a} [P*3]] [MASK]"

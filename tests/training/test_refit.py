@@ -203,15 +203,16 @@ def test_an_interrupted_run_goes_on_with_the_same_numbers(stop: int, tmp_path: P
 def test_where_its_time_is_over_dev_s_choice_stays_and_the_run_can_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen, whole, stopped = labelled(), labelled(), labelled()
+    chosen, whole = labelled(), labelled()
     run(chosen)
     run(whole, refit=True)
     from ptuning.training import train as trained
 
-    left = iter([60.0, 1e-9])  # of the training and of what comes behind it
-    monkeypatch.setattr(trained, "_minutes_left", lambda given, started: next(left))
-    result = run(stopped, refit=True, output=tmp_path, max_minutes=60)
-    assert not result.complete and result.refit == {}
+    for minutes in ([1e-9, 60.0], [60.0, 1e-9]):  # of the training and of what comes behind it
+        stopped, left = labelled(), iter(minutes)
+        monkeypatch.setattr(trained, "_minutes_left", lambda given, started, left=left: next(left))
+        result = run(stopped, refit=True, output=tmp_path, max_minutes=60)
+        assert not result.complete and result.refit == {}
     assert torch.equal(stopped.trained_vectors(), chosen.trained_vectors())
     monkeypatch.undo()
     stopped = labelled()

@@ -197,6 +197,37 @@ def test_a_resumed_run_is_no_more_patient(model: Any, tokenizer: Any, tmp_path: 
     assert len(run(resume=True).history) == epochs
 
 
+def test_dropout_of_an_encoder_is_for_training_alone(model: Any, tokenizer: Any) -> None:
+    prompt = prompt_for(encoder="lstm", encoder_dropout=0.5)
+    result = train(model, tokenizer, prompt, ROWS, ROWS, epochs=2, verbose=False)
+    measured = ptuning.evaluate(model, tokenizer, prompt, ROWS)
+    assert measured.loss == pytest.approx(result.best["dev_loss"], abs=1e-5)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_resumed_run_knows_what_it_began_as(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    start = prompt_for(encoder="none")
+    train(model, tokenizer, start, ROWS, epochs=20, verbose=False)
+
+    def run(**more: Any) -> Any:
+        prompt = copy.copy(start)
+        options = {"epochs": 3, "batch_size": 4, "learning_rate": 30.0, "choose_by": "loss", **more}
+        options |= {"output": tmp_path, "checkpoint_seconds": 0}
+        return train(model, tokenizer, prompt, ROWS, ROWS, **options), prompt
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 3:  # the first epoch is done
+            raise Stopped
+
+    expected, whole = run()
+    assert expected.best["epoch"] == 0  # the rate is too high for anything better
+    with pytest.raises(Stopped):
+        run(listener=stop)
+    result, prompt = run(resume=True)
+    assert result.best == expected.best
+    assert torch.equal(prompt.trained_vectors(), whole.trained_vectors())
+
+
 def learner_for(model: Any, **settings: Any) -> Learner:
     member = Member(prompt_for(encoder="none"), model, 0, [None] * 5)
     accelerator: Any = SimpleNamespace(scaler=None)
@@ -786,6 +817,9 @@ def test_a_trainers_parts_are_refused_as_a_training_is() -> None:
     other = tiny.model("llama", hidden_size=48)
     with pytest.raises(InputError, match="width"):
         ptuning.trainer_parts(other, tokenizer, prompt, ROWS)
+    short = prompt_for(answer_tokens=1)
+    with pytest.raises(DataError, match="and answer_tokens is 1; raise answer_tokens"):
+        ptuning.trainer_parts(model, tokenizer, short, ROWS)
 
 
 def test_checkpoints_stay_in_the_folder_that_was_named_wherever_the_process_goes(
