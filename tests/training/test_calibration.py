@@ -21,7 +21,7 @@ from ptuning.inference.evaluation import log_shares, teacher_forced
 from ptuning.training.calibration import CONTENT_FREE, bias_against, fitted_bias
 
 from .. import tiny
-from ..scaffold import Run
+from ..scaffold import Run, hooks_of
 
 TEMPLATE = "[P*3] {text} [P] is [MASK]"
 WORDS = {"a": ["is", "does"], "b": "it", "c": "Rome!"}
@@ -85,6 +85,30 @@ def test_a_bias_learned_on_dev_is_that_of_its_log_probabilities() -> None:
     plain = shares(model, tokenizer, replace(prompt, label_bias=None), ROWS[:4])
     labels = torch.tensor(["abc".index(row["label"]) for row in ROWS[:4]])
     expected = fitted_bias(plain.log(), labels).tolist()
+    assert list((prompt.label_bias or {}).values()) == pytest.approx(expected, abs=1e-3)
+
+
+def test_labels_that_were_trained_as_free_text_are_compared_for_their_bias() -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    prompt = fresh(label_mode="vocabulary", verbalizer={**WORDS, "a": "is"})
+    options: dict[str, Any] = {"calibrate": "batch", "epochs": 1, "verbose": False}
+    ptuning.train(model, tokenizer, prompt, ROWS, **options)
+    plain = shares(model, tokenizer, replace(prompt, label_bias=None), ROWS)
+    expected = bias_against(plain.log()).tolist()
+    assert list((prompt.label_bias or {}).values()) == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_model_in_training_mode_is_calibrated_without_dropout() -> None:
+    model, tokenizer, prompt = (
+        tiny.model("gpt2", resid_pdrop=0.5).train(),
+        tiny.tokenizer(),
+        fresh(),
+    )
+    options: dict[str, Any] = {"calibrate": "batch", "epochs": 1, "verbose": False}
+    ptuning.train(model, tokenizer, prompt, ROWS, **options)
+    assert model.training
+    plain = shares(model.eval(), tokenizer, replace(prompt, label_bias=None), ROWS)
+    expected = bias_against(plain.log()).tolist()
     assert list((prompt.label_bias or {}).values()) == pytest.approx(expected, abs=1e-3)
 
 
@@ -198,7 +222,9 @@ def test_a_merged_model_says_the_bias_and_pefts_files_cannot() -> None:
 
 
 def test_an_ensembles_bias_is_not_its_best_members() -> None:
-    _, _, prompt, _ = trained(population=2, ensemble=2, calibrate="batch")
+    model, _, prompt, _ = trained(population=2, ensemble=2, calibrate="batch")
+    assert hooks_of(model) == 0  # the prompts are off the model again
+    assert all(other.base_model == prompt.base_model for other in prompt.others)
     alone = prompt.alone()
     assert prompt.label_bias and alone.label_bias is None
     of_all = {"members", "dev_accuracy", "dev_loss", "calibrate"}

@@ -125,6 +125,13 @@ def test_templates_of_a_grid_have_their_own_renderings() -> None:
     assert [member["name"]["template"] for member in result.members] == templates
 
 
+def test_dev_losses_are_means_over_the_answers_as_each_template_has_them() -> None:
+    templates = [TEMPLATE, "[P*2] {country} [P*2]\n[MASK]"]  # whose answers have other tokens
+    result = run(grid={"template": templates}, epochs=1)
+    alone = run(fresh(template=templates[1]), epochs=1)
+    assert result.members[1]["best"] == pytest.approx(alone.best, abs=1e-5)
+
+
 NAMED = [
     {"text": f"number {n}", "team": team}
     for n in range(6)

@@ -111,6 +111,15 @@ def test_positions_move_with_what_is_left_out() -> None:
     assert whole.without({9}) is whole
 
 
+def test_seeds_begin_at_other_words_and_words_of_a_template_are_a_start() -> None:
+    base = BaseModel.of(tiny.model("llama"), tiny.tokenizer())
+    settings = TrainSettings(init="words")
+    for template, begun in ((TEMPLATE, False), ("[P:it is] {text} [P*2] so [MASK]", True)):
+        members = choices(fresh(template=template), settings, 2, None)
+        first, second = with_examples(base, members, ROWS, ())
+        assert first.words != second.words and first.has_start == second.has_start == begun
+
+
 @pytest.mark.parametrize("encoder", ["mlp", "lstm", "none", "residual", "mixture"])
 @pytest.mark.parametrize("init", ["labels", "examples"])
 def test_members_begin_at_the_words_vectors(encoder: str, init: str) -> None:

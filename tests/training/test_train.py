@@ -228,6 +228,21 @@ def test_a_resumed_run_knows_what_it_began_as(model: Any, tokenizer: Any, tmp_pa
     assert torch.equal(prompt.trained_vectors(), whole.trained_vectors())
 
 
+def test_answers_may_be_longer_than_those_of_an_earlier_training(
+    model: Any, tokenizer: Any
+) -> None:
+    prompt = prompt_for()
+    train(model, tokenizer, prompt, ROWS[:1], epochs=1, verbose=False)
+    before = prompt.answer_tokens
+    longer = [{"country": "France", "capital": "Paris, and not Rome or Berlin"}]
+    train(model, tokenizer, prompt, longer, epochs=1, verbose=False)
+    assert before and prompt.answer_tokens and before < prompt.answer_tokens
+    masked, its_tokenizer = tiny.model("bert"), tiny.tokenizer("wordpiece")
+    asked = prompt_for(answer_tokens=4)
+    train(masked, its_tokenizer, asked, ROWS, epochs=1, verbose=False)
+    assert asked.answer_tokens == 4  # so many masks, as the user said
+
+
 def learner_for(model: Any, **settings: Any) -> Learner:
     member = Member(prompt_for(encoder="none"), model, 0, [None] * 5)
     accelerator: Any = SimpleNamespace(scaler=None)
@@ -817,6 +832,8 @@ def test_a_trainers_parts_are_refused_as_a_training_is() -> None:
     other = tiny.model("llama", hidden_size=48)
     with pytest.raises(InputError, match="width"):
         ptuning.trainer_parts(other, tokenizer, prompt, ROWS)
+    with pytest.raises(InputError, match="width"):
+        train(other, tokenizer, prompt, ROWS)
     short = prompt_for(answer_tokens=1)
     with pytest.raises(DataError, match="and answer_tokens is 1; raise answer_tokens"):
         ptuning.trainer_parts(model, tokenizer, short, ROWS)
