@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 import transformers
@@ -349,3 +351,80 @@ def test_streamed_labels_need_room_too(place: Path, merged: Path, there: tuple[s
 
     with pytest.raises(Overloaded):
         asyncio.run(ask())
+
+
+def _said(remote: Remote, told: Callable[[], Any]) -> None:
+    """What stands behind `remote` says, whatever it is asked."""
+
+    async def answered(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, content=told())
+
+    transport = httpx.MockTransport(answered)
+    remote._client = httpx.AsyncClient(transport=transport, base_url="http://x")
+
+
+def test_a_stream_that_takes_too_long_says_so_to_whoever_reads_on(
+    merged: Path, there: tuple[str, Any]
+) -> None:
+    remote = Remote(there[0], str(merged))
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b'data: {"choices": [{"text": "Oslo"}]}\n\n'
+        await asyncio.Event().wait()
+
+    async def ask() -> str:
+        _said(remote, slow)
+        parts = remote.stream(remote.plain, {"text": "Rome"}, _wish(1))
+        first = await asyncio.create_task(_next(parts))  # as the server looks for an early fault
+        began = time.monotonic()
+        with pytest.raises(TooLate):
+            await asyncio.wait_for(asyncio.create_task(_next(parts)), 60)
+        assert time.monotonic() - began < 30  # and was not ended from here
+        return str(first)
+
+    assert asyncio.run(ask()) == "Oslo"
+    assert remote.depth == 0
+
+
+async def _next(parts: AsyncIterator[Any]) -> Any:
+    return await anext(parts)
+
+
+@pytest.mark.parametrize("said", [b"<html>busy</html>", b'{"choices": null}', b"[]", b"7"])
+def test_an_answer_of_another_kind_is_the_fault_of_the_server_behind(
+    merged: Path, there: tuple[str, Any], said: bytes
+) -> None:
+    remote = Remote(there[0], str(merged))
+    shown = re.escape(said.decode())
+
+    async def ask() -> None:
+        _said(remote, lambda: said)
+        with pytest.raises(Unreachable, match=f"not answer as it should: {shown}"):
+            await remote.answer(remote.plain, [{"text": "Rome"}], _wish())
+        _said(remote, lambda: b"data: " + said + b"\n\n")
+        with pytest.raises(Unreachable, match=f"not answer as it should: {shown}"):
+            await _next(remote.stream(remote.plain, {"text": "Rome"}, _wish()))
+
+    asyncio.run(ask())
+
+
+def test_a_large_bias_is_weighed_against_as_small_a_share(
+    place: Path, merged: Path, there: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = Remote(there[0], str(merged))
+    prompt = replace(servers.prompt(place, "mood"), label_bias={"good": 0.0, "bad": 900.0})
+    handle = remote.take_on("mood", prompt)
+
+    async def post(body: dict[str, Any], wish: Wish) -> Any:
+        told = []
+        for number, ids in enumerate(body["prompt"]):
+            known = [{str(i): {"logprob": 0.0}} for i in ids]
+            known[-1][str(ids[-1])]["logprob"] = (0.0, -901.0)[number]
+            told.append({"index": number, "prompt_logprobs": known})
+        return told
+
+    monkeypatch.setattr(remote, "_post", post)
+    (answer,) = asyncio.run(remote.answer(handle, [servers.ROWS["mood"]], _wish()))
+    expected = torch.tensor([0.0, -1.0]).softmax(0).tolist()
+    assert answer.text == "good"
+    assert list(answer.probabilities.values()) == pytest.approx(expected)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ..errors import InputError, PtuningError
 from ..prompts.prompt import Prompt
@@ -26,6 +26,7 @@ LONGEST = 64
 """Tokens of a free answer where neither the prompt nor the request says how many."""
 
 Row = Mapping[str, Any]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,24 @@ async def in_time(deadline: float) -> AsyncIterator[None]:
             yield
     except TimeoutError:
         raise TooLate("the answer took too long") from None
+
+
+async def each_in_time(parts: AsyncIterator[_T], deadline: float) -> AsyncIterator[_T]:
+    """What comes until a time of `time.monotonic`.
+
+    Each step has a timeout of its own, since one ends the task that began it, and a generator's
+    steps may be asked for by several: the first part here, the others by the response.
+
+    Raises:
+        TooLate: it has come.
+    """
+    while True:
+        async with in_time(deadline):
+            try:
+                part = await anext(parts)
+            except StopAsyncIteration:
+                return
+        yield part
 
 
 def is_plain(task: Task) -> bool:

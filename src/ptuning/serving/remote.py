@@ -14,7 +14,7 @@ import math
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from .backend import (
     Wish,
     as_it_is,
     cut_at,
+    each_in_time,
     in_time,
     is_plain,
 )
@@ -224,7 +225,7 @@ class Remote:
         if handle.renderer.compares:
             return await self._compared(handle, example, wish)
         ids = self._ids(handle, example.sequences[0])
-        (choice,) = (await self._post(self._free(handle, ids, wish), wish))["choices"]
+        (choice,) = await self._post(self._free(handle, ids, wish), wish)
         known = (choice.get("logprobs") or {}).get("token_logprobs") or []
         text = cut_at(choice["text"], wish.stop)
         text = text if handle.goes_on else text.strip()
@@ -262,22 +263,23 @@ class Remote:
         else:
             words = [(self._ids(handle, s), list(s.answer)) for s in example.sequences]
         body = {**self._body([c + w for c, w in words], 1), "prompt_logprobs": 0}
-        choices = (await self._post(body, wish))["choices"]
+        choices = await self._post(body, wish)
         by_index = sorted(choices, key=lambda choice: choice["index"])
         scores = [
             _likelihood(choice["prompt_logprobs"], c + w, len(w))
             for choice, (c, w) in zip(by_index, words, strict=True)
         ]
-        best = max(scores)
         shares, bias = [0.0] * len(renderer.labels), renderer.bias or [0.0] * len(renderer.labels)
-        highest = max(bias)
+        scores = [s + bias[label] for label, s in zip(renderer.owner, scores, strict=True)]
+        best = max(scores)
         for label, score in zip(renderer.owner, scores, strict=True):
-            shares[label] += math.exp(score - best + bias[label] - highest)
+            shares[label] += math.exp(score - best)
         named = {k: v / sum(shares) for k, v in zip(renderer.labels, shares, strict=True)}
         said = max(named, key=named.__getitem__)
         return Answer(said, named[said], named, example.shortened, len(context), 1)
 
-    async def _post(self, body: dict[str, Any], wish: Wish) -> Any:
+    async def _post(self, body: dict[str, Any], wish: Wish) -> list[dict[str, Any]]:
+        """The choices of an answer."""
         if wish.deadline <= time.monotonic():
             raise TooLate("the answer's time was over before its turn came")
         try:  # httpx has times for each step only, and none for all of them
@@ -286,25 +288,22 @@ class Remote:
         except httpx.HTTPError as error:
             raise Unreachable(f"vLLM does not answer: {error}") from None
         _check(response.status_code, response.content)
-        return response.json()
+        return _choices(response.text)
 
     async def _chunks(self, body: dict[str, Any], wish: Wish) -> AsyncIterator[dict[str, Any]]:
         """The choices of a stream, as they come."""
+        asked = self._there().stream("POST", "/completions", json=body, timeout=None)
         try:
-            async with (
-                in_time(wish.deadline),
-                self._there().stream("POST", "/completions", json=body, timeout=None) as response,
-            ):
-                if response.status_code >= 400:
-                    _check(response.status_code, await response.aread())
-                async for line in response.aiter_lines():
+            async with AsyncExitStack() as open_response:
+                async with in_time(wish.deadline):
+                    response = await open_response.enter_async_context(asked)
+                    if response.status_code >= 400:
+                        _check(response.status_code, await response.aread())
+                async for line in each_in_time(response.aiter_lines(), wish.deadline):
                     data = line.removeprefix("data:").strip()
                     if line.startswith("data:") and data != "[DONE]":
-                        chunk = json.loads(data)
-                        if "error" in chunk:
-                            raise Unreachable(f"vLLM says: {chunk['error']}")
-                        if chunk["choices"]:
-                            yield chunk["choices"][0]
+                        for choice in _choices(data):
+                            yield choice
         except httpx.HTTPError as error:
             raise Unreachable(f"vLLM does not answer: {error}") from None
 
@@ -336,6 +335,17 @@ def _likelihood(prompt_logprobs: Any, ids: list[int], count: int) -> float:
     """The log-probability of the last `count` of the ids, as vLLM tells it."""
     found = zip(prompt_logprobs[-count:], ids[-count:], strict=True)
     return float(sum(at[str(token)]["logprob"] for at, token in found))
+
+
+def _choices(text: str) -> list[dict[str, Any]]:
+    """Of an answer, or of a part of a stream, which may have none."""
+    try:
+        told = json.loads(text)
+        if "error" in told:
+            raise Unreachable(f"vLLM says: {told['error']}")
+        return list(told["choices"])
+    except (ValueError, LookupError, TypeError):
+        raise Unreachable(f"vLLM does not answer as it should: {text[:200]}") from None
 
 
 def _check(status: int, content: bytes) -> None:
