@@ -253,6 +253,17 @@ def check_json(body: bytes, content_type: bytes) -> None:
         raise Refused(422, f"the body is a JSON {type(value).__name__}; send an object")
     if next(islice(levels(value), _LEVELS, None), None) is not None:
         raise Refused(400, f"the body is nested deeper than {_LEVELS} levels")
+    if "\\ud" in text.lower():
+        _check_pairs(value)
+
+
+def _check_pairs(value: Any) -> None:
+    """Refuse half a surrogate pair, which JSON can say, also in names, and no tokenizer reads."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise Refused(422, f"the body has half a surrogate pair, {half}; send whole text") from None
 
 
 def no_constant(name: str) -> None:
