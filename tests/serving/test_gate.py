@@ -123,3 +123,12 @@ def test_options_of_the_model_here_are_refused_in_front_of_vllm(option: str, val
     error = CliRunner().invoke(commands, command).exception
     assert isinstance(error, InputError)
     assert f"{option} is for --backend local" in str(error)
+
+
+@pytest.mark.parametrize(
+    "key", ["", "short", "a key of tests", "a-key-of-tests\n", "a-key-öf-tests"]
+)
+def test_a_key_that_nobody_could_send_is_refused(key: str) -> None:
+    error = CliRunner().invoke(commands, ["serve", "x"], env={"PTUNING_API_KEY": key}).exception
+    assert isinstance(error, InputError)
+    assert ("PTUNING_API_KEY is empty" if not key else "at least 8 ASCII characters") in str(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
@@ -92,7 +93,9 @@ def serve(
         raise InputError(
             f"--{option} is for --backend local: the running server has its own model and batches"
         )
-    if api_key is not None and (len(api_key) < 8 or not api_key.isascii() or " " in api_key):
+    if api_key is None and os.environ.get("PTUNING_API_KEY") == "":
+        raise InputError("PTUNING_API_KEY is empty, and so no key: give it a value, or unset it")
+    if api_key is not None and not re.fullmatch("[!-~]{8,}", api_key):
         raise InputError("--api-key: give at least 8 ASCII characters without spaces")
     from ..serving.gate import Limits
     from ..serving.registry import Registry
