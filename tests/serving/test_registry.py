@@ -107,6 +107,7 @@ def test_a_damaged_prompt_is_not_read_again_until_it_changes(
     tensors = folder / "capital" / "prompt.safetensors"
     whole = tensors.read_bytes()
     tensors.write_bytes(whole[:-40])
+    (folder / "pair" / "prompt.safetensors").unlink()
     registry, real, read = backend.registry(folder), Prompt.load, list[str]()
     monkeypatch.setattr(Prompt, "load", lambda path: read.append(path.name) or real(path))
     registry.rescan()
@@ -163,9 +164,11 @@ def test_a_second_prompt_of_one_name_is_told(backend: Backend, folder: Path) -> 
     named.rescan()
     assert named.served["mood"].folder == folder / "pair"
     assert "have one name, 'mood'" in named.refused["mood"]
-    same = backend.registry(folder, folder / "mood")
-    same.rescan()
-    assert same.refused == {}
+    (folder.parent / "link").symlink_to(folder / "mood")
+    for again in (folder / "mood", f"mood={folder.parent / 'link'}"):
+        same = backend.registry(folder, again)
+        same.rescan()
+        assert same.refused == {}
 
 
 def test_the_first_prompt_that_was_given_says_which_model_it_is(
@@ -213,3 +216,59 @@ def test_clients_see_no_paths_of_the_server(backend: Backend, folder: Path) -> N
     for text in said:
         assert str(folder.parent) not in text and "/srv" not in text, text
     assert any(str(tensors) in line for line in backend.told)  # whoever runs it is told the whole
+
+
+def test_a_prompt_that_was_taken_off_stays_off_until_it_is_put_again(
+    backend: Backend, folder: Path
+) -> None:
+    registry = backend.registry(folder)
+    registry.rescan()
+    registry.drop("mood")
+    (folder / "mood" / "README.md").write_text("changed")
+    registry.rescan()
+    assert set(registry.served) == {"capital", "pair"} and backend.let_go == ["mood"]
+    with pytest.raises(NoPrompt):
+        registry.drop("mood")
+    assert registry.put("mood") is registry.served["mood"]
+    registry.rescan()
+    assert set(registry.served) == set(servers.PROMPTS) and backend.taken.count("mood") == 2
+
+
+def test_a_prompt_is_renewed_where_its_files_or_its_folder_are_others(
+    backend: Backend, folder: Path
+) -> None:
+    other = folder.parent / "other"
+    shutil.copytree(folder / "mood", other / "mood")
+    registry = backend.registry(folder, other)
+    registry.rescan()
+    tensors = folder / "mood" / "prompt.safetensors"
+    before = os.stat(tensors)
+    tensors.rename(tensors.with_suffix(".old"))
+    shutil.copy(tensors.with_suffix(".old"), tensors)
+    os.utime(tensors, ns=(before.st_atime_ns, before.st_mtime_ns))  # of as many bytes as well
+    registry.rescan()
+    assert backend.taken.count("mood") == 2 and backend.let_go == ["mood"]
+    os.utime(tensors, ns=(before.st_atime_ns, before.st_mtime_ns + 100))
+    registry.rescan()
+    assert backend.taken.count("mood") == 3
+    shutil.rmtree(folder / "mood")
+    registry.rescan()
+    assert registry.served["mood"].folder == other / "mood"
+    assert backend.let_go == ["mood"] * 3
+
+
+def test_a_refused_prompt_that_is_removed_is_told_of_no_more(
+    backend: Backend, folder: Path
+) -> None:
+    backend.fails = lambda name: InputError("of another model") if name == "mood" else None
+    registry = backend.registry(folder)
+    registry.rescan()
+    assert set(registry.refused) == {"mood"}
+    kept = shutil.copytree(folder / "mood", folder.parent / "kept")
+    shutil.rmtree(folder / "mood")
+    registry.rescan()
+    assert registry.refused == {}
+    shutil.move(kept, folder / "mood")  # back as it was, and looked at anew
+    backend.fails = lambda name: None
+    registry.rescan()
+    assert "mood" in registry.served
