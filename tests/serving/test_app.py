@@ -222,6 +222,7 @@ def test_an_oversized_body_of_unknown_length_is_refused(client: Any) -> None:
         headers={"content-type": "application/json"},
     )
     assert response.status_code == 413 and "larger than 20000 bytes" in _message(response)
+    assert response.headers["connection"] == "close"  # nobody reads the rest
 
 
 def test_a_body_that_does_not_come_is_refused_while_others_are_served(
@@ -273,4 +274,5 @@ def test_without_a_key_nothing_is_changed_by_http(client: Any) -> None:
     for method in ("PUT", "DELETE"):
         response = client.request(method, "/v1/prompts/mood")
         assert response.status_code == 403 and "--api-key" in _message(response)
+        assert response.json()["error"]["type"] == "authentication_error"
     assert client.get("/v1/prompts/mood").status_code == 200

@@ -145,3 +145,32 @@ def test_questions_that_nobody_waits_for_are_not_answered() -> None:
             item.answer.result(200)
     assert model.batches == [[0], [4]]
     batcher.close()
+
+
+def test_a_question_that_fails_alone_is_asked_once() -> None:
+    model = Model()
+    batcher = Batcher(model)
+    (item,) = _items("poison")
+    batcher.ask([item])
+    with pytest.raises(RuntimeError, match="poisoned"):
+        item.answer.result(200)
+    batcher.close()
+    assert model.batches == [["poison"]]
+
+
+def test_an_answer_that_is_ready_too_late_is_none() -> None:
+    """What a row whose time is over has said until then may be half an answer."""
+
+    def answer(items: Sequence[Item]) -> Iterator[tuple[Item, Any]]:
+        for item in items:
+            item.deadline = time.monotonic() - 1
+            yield item, ValueError("a fault") if item.question == "fault" else "half"
+
+    batcher = Batcher(answer)
+    late, fault = _items("late", "fault")
+    batcher.ask([late, fault])
+    with pytest.raises(TooLate, match="took too long"):
+        late.answer.result(200)
+    with pytest.raises(ValueError, match="a fault"):
+        fault.answer.result(200)
+    batcher.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from typing import Any
 
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from ptuning.cli.app import app as commands
 from ptuning.errors import InputError
 from ptuning.serving import gate
-from ptuning.serving.gate import Gate, Limits, check_json
+from ptuning.serving.gate import Gate, Limits, Refused, check_json
 from ptuning.serving.run import listening
 
 
@@ -76,6 +77,56 @@ def test_an_open_page_waits_for_no_body() -> None:
         return await _ask(Gate(application, None, Limits()), "/health", never), application.bodies
 
     assert asyncio.run(run()) == (200, [b""])
+
+
+def test_a_request_whose_client_leaves_in_its_midst_is_not_worked_on() -> None:
+    messages = iter(
+        [
+            {"type": "http.request", "body": b'{"a": 1}', "more_body": True},
+            {"type": "http.disconnect"},
+        ]
+    )
+
+    async def receive() -> Any:
+        return next(messages)
+
+    application = Application()
+    assert asyncio.run(_ask(Gate(application, None, Limits()), "/v1", receive)) == 400
+    assert application.bodies == []
+
+
+def test_what_nobody_has_a_word_for_is_told_as_other_errors_are(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    ended: list[tuple[str, int]] = []
+    sent: list[Any] = []
+
+    async def failing(scope: Any, receive: Any, send: Any) -> None:
+        raise ZeroDivisionError("of a division")
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    before = Gate(failing, None, Limits(), lambda path, status, _: ended.append((path, status)))
+    scope = {"type": "http", "method": "GET", "path": "/v1", "headers": []}
+    asyncio.run(before(scope, receive, send))
+    error = json.loads(sent[1]["body"])["error"]
+    assert (sent[0]["status"], error["type"]) == (500, "server_error")
+    assert error["message"] == "the server failed (ZeroDivisionError)"
+    assert ended == [("(none)", 500)]
+    assert "of a division" in capfd.readouterr().err  # the log has the whole
+
+
+def test_a_body_is_json_where_it_is_called_so() -> None:
+    for kind in (b"application/json", b"Application/JSON ; charset=utf-8"):
+        check_json(b"{}", kind)
+    for other in (b"text/json", b"text/plain;application/json", b"application/x-json", b""):
+        with pytest.raises(Refused, match="send application/json") as refused:
+            check_json(b"{}", other)
+        assert refused.value.status == 415
 
 
 @pytest.mark.parametrize(("more", "status"), [(0, 200), (1, 413)])
