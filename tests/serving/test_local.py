@@ -337,3 +337,60 @@ def test_each_of_the_models_ends_ends_its_own_answers(place: Path, local: Local)
     config.eos_token_id = list(range(400))  # a trained prompt has learnt the tokenizer's end
     assert answered(local, handle, row) == learnt
     assert answered(local, handle, row, virtual=False).written == 1 < own.written
+
+
+def test_a_prompt_in_anothers_place_has_nothing_that_was_kept_for_it(
+    place: Path, local: Local
+) -> None:
+    row, answers = servers.ROWS["mood"], []
+    for seed in (1, 2):
+        prompt = servers.prompt(place, "mood", seed)
+        handle = local.take_on("mood", prompt)
+        assert handle.attachment is not None
+        first = handle.attachment.first_id(prompt)
+        answers.append((first, answered(local, handle, row).probabilities))
+        (right,) = ptuning.predict_details(*servers.model(place), prompt, [row])
+        assert answers[-1][1] == pytest.approx(right.probabilities, abs=1e-5)
+        local.let_go(handle)
+    assert answers[0][0] == answers[1][0] and answers[0][1] != answers[1][1]
+
+
+def test_the_other_rows_of_a_request_that_failed_are_not_computed(place: Path) -> None:
+    local = Local(BaseModel.of(*servers.model(place)), most=1)
+    handle = local.take_on("mood", servers.prompt(place, "mood"))
+    gate, batches = threading.Event(), list[int]()
+
+    def begun(size: int) -> None:
+        batches.append(size)
+        if len(batches) == 2:
+            gate.wait(60)
+
+    local.batcher.sizes = begun
+    rows = [{"text": "\ud800"}, *[servers.ROWS["mood"]] * 5]
+    with pytest.raises(DataError, match="half a surrogate pair"):
+        asyncio.run(local.answer(handle, rows, Wish(time.monotonic() + 60)))
+    gate.set()
+    asyncio.run(local.close())
+    assert len(batches) == 2
+
+
+def test_nothing_is_written_on_for_a_stream_that_nobody_reads(place: Path, local: Local) -> None:
+    handle = local.take_on("capital", servers.prompt(place, "capital"))
+    left, forwards = threading.Event(), list[int]()
+
+    def forward(*_: Any) -> None:
+        forwards.append(1)
+        if len(forwards) == 20:
+            left.wait(60)
+
+    async def leave() -> None:
+        wish = Wish(time.monotonic() + 60, limit=100)
+        parts: Any = local.stream(handle, servers.ROWS["capital"], wish)
+        await anext(parts)
+        await parts.aclose()
+
+    with local.base.model.register_forward_pre_hook(forward):
+        asyncio.run(leave())
+        left.set()
+        local.batcher.run(lambda: None)
+    assert len(forwards) < 30

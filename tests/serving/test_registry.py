@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -272,3 +274,33 @@ def test_a_refused_prompt_that_is_removed_is_told_of_no_more(
     backend.fails = lambda name: None
     registry.rescan()
     assert "mood" in registry.served
+
+
+def test_hidden_folders_are_no_prompts_and_told_of_by_nobody(
+    backend: Backend, folder: Path
+) -> None:
+    shutil.copytree(folder / "mood", folder / ".trash")
+    registry = backend.registry(folder)
+    registry.rescan()
+    assert set(registry.served) == set(servers.PROMPTS) and registry.refused == {}
+
+
+def test_two_changes_at_once_take_on_no_prompt_twice(backend: Backend, folder: Path) -> None:
+    overlapping: list[str] = []
+    inside = threading.Lock()
+
+    def slow(name: str) -> None:
+        if not inside.acquire(blocking=False):
+            overlapping.append(name)
+            return
+        time.sleep(0.1)  # enough for the others to come in, if they could
+        inside.release()
+
+    backend.fails = slow
+    registry = backend.registry(folder)
+    changes = [threading.Thread(target=registry.rescan) for _ in range(3)]
+    for one in changes:
+        one.start()
+    for one in changes:
+        one.join(60)
+    assert overlapping == [] and sorted(backend.taken) == sorted(servers.PROMPTS)

@@ -293,7 +293,6 @@ class Registry:
     def _drop(self, name: str, what: str) -> None:
         gone = self.served[name]
         self.served = {n: s for n, s in self.served.items() if n != name}
-        self._tried.pop(name, None)
         self._tell(f"{name}: {what}")
         self._let_go(gone.handle)
 
