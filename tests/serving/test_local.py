@@ -12,10 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import ptuning
-from ptuning import DataError, InputError
+from ptuning import DataError, InputError, Prompt
 from ptuning.backbone.base_model import BaseModel
+from ptuning.backbone.identity import describe
 from ptuning.serving import local as module
 from ptuning.serving.asking import Desk
 from ptuning.serving.backend import Gone, Wish
@@ -394,3 +396,42 @@ def test_nothing_is_written_on_for_a_stream_that_nobody_reads(place: Path, local
         left.set()
         local.batcher.run(lambda: None)
     assert len(forwards) < 30
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_masked_and_encoder_decoder_models_answer_as_in_predict(family: str) -> None:
+    tokenizer = tiny.tokenizer(around=True)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    model = tiny.model(family, vocab_size=len(tokenizer))
+    local, row = Local(BaseModel.of(model, tokenizer)), {"text": "it rains in Oslo"}
+    weight = model.get_input_embeddings().weight
+    masked = family == "bert"
+    for options in ({"verbalizer": {"good": "Paris", "bad": "Rome"}}, {}):
+        prompt = Prompt("[P*2] {text} [P]: [MASK].", **options)
+        prompt.vectors = torch.randn(3, weight.shape[1]) * weight.std().detach()
+        prompt.base_model = describe(model, tokenizer)
+        handle = local.take_on("mood", prompt)
+        for limit in (None, 3):
+            for virtual in (True, False):
+                task: Any = prompt if virtual else prompt.manual()
+                length = limit or (1 if masked else 64)
+                (right,) = ptuning.predict_details(
+                    model, tokenizer, task, [row], answer_tokens=length
+                )
+                answer = answered(local, handle, row, virtual=virtual, limit=limit)
+                assert answer.text == right.answer
+                assert answer.probability == pytest.approx(right.probability, abs=1e-5)
+                assert answer.probabilities == pytest.approx(right.probabilities, abs=1e-5)
+                asked = _streamed(local, handle, row, virtual=virtual, limit=limit)
+                *parts, last = asyncio.run(asked)
+                assert "".join(parts) == last.text == answer.text
+        local.let_go(handle)
+    assert local.plain_chat is None and (local.plain is None) == masked
+    asyncio.run(local.close())
+
+
+def test_a_prompt_that_does_not_fit_leaves_nothing_on_the_model(place: Path, local: Local) -> None:
+    local.base.tokenizer.chat_template = None
+    with pytest.raises(InputError, match="chat template"):
+        local.take_on("capital", replace(servers.prompt(place, "capital"), chat=True))
+    assert not local.base.model.get_input_embeddings()._forward_hooks
