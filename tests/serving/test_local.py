@@ -163,7 +163,7 @@ def test_labels_that_were_trained_over_the_vocabulary_are_compared(
     row = servers.ROWS["mood"]
     (expected,) = ptuning.predict_details(*servers.model(place), task, [row])
     answer = answered(local, local.take_on("mood", prompt), row, virtual=virtual)
-    assert answer.text == expected.answer
+    assert answer.text == expected.answer and answer.complete and answer.written == 1
     assert answer.probabilities == pytest.approx(expected.probabilities, abs=1e-5)
 
 
@@ -171,6 +171,15 @@ def test_a_stop_ends_written_text_and_cuts_no_label(place: Path, local: Local) -
     handle = local.take_on("mood", servers.prompt(place, "mood"))
     whole = answered(local, handle, servers.ROWS["mood"])
     assert answered(local, handle, servers.ROWS["mood"], stop=("oo", "ad")) == whole
+
+
+def test_a_stop_ends_a_free_answer_in_front_of_it(place: Path, local: Local) -> None:
+    handle = local.take_on("capital", servers.prompt(place, "capital"))
+    whole = answered(local, handle, servers.ROWS["capital"], limit=12)
+    stops = (whole.text[5:8], "no such text", whole.text[2:4])
+    answer = answered(local, handle, servers.ROWS["capital"], limit=12, stop=stops)
+    assert answer.text == whole.text[: whole.text.find(stops[2])].strip()
+    assert answer.complete and answer.written < whole.written and not whole.complete
 
 
 def test_a_streamed_answer_is_sent_once_though_its_batch_fails(
@@ -425,7 +434,9 @@ def test_masked_and_encoder_decoder_models_answer_as_in_predict(family: str) -> 
                 asked = _streamed(local, handle, row, virtual=virtual, limit=limit)
                 *parts, last = asyncio.run(asked)
                 assert "".join(parts) == last.text == answer.text
-        local.let_go(handle)
+    stop = answer.text[2:4]
+    stopped = answered(local, handle, row, virtual=False, limit=3, stop=(stop,))
+    assert stopped.text == answer.text[: answer.text.find(stop)].strip()
     assert local.plain_chat is None and (local.plain is None) == masked
     asyncio.run(local.close())
 
