@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
+import shutil
 import socket
 import threading
 import time
@@ -27,7 +29,7 @@ from ptuning.errors import InputError
 from ptuning.inference.merged_tokenizer import free_names
 from ptuning.inference.merging import unmerge
 from ptuning.serving.backend import Answer, Unreachable, Wish
-from ptuning.serving.batcher import Overloaded, TooLate
+from ptuning.serving.batcher import Overloaded, Stopping, TooLate
 
 from . import servers
 
@@ -353,14 +355,17 @@ def test_streamed_labels_need_room_too(place: Path, merged: Path, there: tuple[s
         asyncio.run(ask())
 
 
-def _said(remote: Remote, told: Callable[[], Any]) -> None:
-    """What stands behind `remote` says, whatever it is asked."""
+def _said(remote: Remote, told: Callable[[], Any], status: int = 200) -> list[Any]:
+    """What stands behind `remote` says, whatever it is asked; gives the bodies that come there."""
+    asked: list[Any] = []
 
     async def answered(request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, content=told())
+        asked.append(json.loads(request.content))
+        return httpx.Response(status, content=told())
 
     transport = httpx.MockTransport(answered)
     remote._client = httpx.AsyncClient(transport=transport, base_url="http://x")
+    return asked
 
 
 def test_a_stream_that_takes_too_long_says_so_to_whoever_reads_on(
@@ -428,3 +433,77 @@ def test_a_large_bias_is_weighed_against_as_small_a_share(
     expected = torch.tensor([0.0, -1.0]).softmax(0).tolist()
     assert answer.text == "good"
     assert list(answer.probabilities.values()) == pytest.approx(expected)
+
+
+def test_the_key_of_the_server_behind_goes_there(
+    merged: Path, there: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = httpx.get, list[Any]()
+    monkeypatch.setattr(httpx, "get", lambda url, **o: seen.append(o["headers"]) or real(url, **o))
+    remote = Remote(there[0], str(merged), key="theirs")
+    assert seen == [{"Authorization": "Bearer theirs"}]
+    assert remote._there().headers["authorization"] == "Bearer theirs"
+    assert "authorization" not in Remote(there[0], str(merged))._there().headers
+
+
+def test_what_is_asked_there_is_greedy_and_ends_at_the_stops(
+    place: Path, merged: Path, there: tuple[str, Any], tmp_path: Path
+) -> None:
+    shutil.copytree(merged, tmp_path / "merged")
+    (tmp_path / "merged" / "logit_bias.json").write_text('{"5": -100}')
+    remote = Remote(there[0], str(tmp_path / "merged"))
+    handle = remote.take_on("capital", servers.prompt(place, "capital"))
+    choice = {
+        "text": " Oslo is it",
+        "finish_reason": "length",
+        "logprobs": {"token_logprobs": [-1, -2]},
+    }
+    told = json.dumps({"choices": [choice]}).encode()
+
+    async def ask() -> list[Answer]:
+        asked = _said(remote, lambda: told)
+        wish = _wish(stop=("no such text", " is"))
+        answers = await remote.answer(handle, [servers.ROWS["capital"]], wish)
+        (body,) = asked
+        assert body["stop"] == ["no such text", " is"] and body["logit_bias"] == {"5": -100}
+        assert (body["temperature"], body["repetition_penalty"]) == (0, 1.0)
+        with pytest.raises(TooLate):
+            await remote.answer(handle, [servers.ROWS["capital"]], _wish(-1))
+        assert len(asked) == 1
+        return answers
+
+    (answer,) = asyncio.run(ask())
+    assert (answer.text, answer.complete, answer.written) == ("Oslo", False, 2)
+    assert answer.probability == pytest.approx(math.exp(-3))
+
+
+@pytest.mark.parametrize(
+    ("status", "told", "message"),
+    [
+        (400, b'{"error": {"message": "too long"}}', "vLLM says 400: too long$"),
+        (503, b"busy", "vLLM says 503: busy$"),
+        (200, b'{"error": "of the model"}', "vLLM says: of the model$"),
+    ],
+)
+def test_faults_of_the_server_behind_are_told_in_its_words(
+    merged: Path, there: tuple[str, Any], status: int, told: bytes, message: str
+) -> None:
+    remote, row = Remote(there[0], str(merged)), {"text": "Rome"}
+
+    async def ask() -> None:
+        _said(remote, lambda: told, status)
+        with pytest.raises(Unreachable, match=message):
+            await remote.answer(remote.plain, [row], _wish())
+        _said(remote, lambda: told if status >= 400 else b"data: " + told + b"\n\n", status)
+        with pytest.raises(Unreachable, match=message):
+            await _next(remote.stream(remote.plain, row, _wish()))
+        await remote.close()
+        for asked in (remote.answer(remote.plain, [row], _wish()), _next(_streamed(remote, row))):
+            with pytest.raises(Stopping):
+                await asked
+
+    asyncio.run(ask())
+
+
+def _streamed(remote: Remote, row: dict[str, str]) -> AsyncIterator[Any]:
+    return remote.stream(remote.plain, row, _wish())
