@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
 import ptuning
+from ptuning.serving import app as app_module
+from ptuning.serving.app import application
+from ptuning.serving.registry import Registry
 
 from . import servers
 
@@ -276,3 +282,55 @@ def test_without_a_key_nothing_is_changed_by_http(client: Any) -> None:
         assert response.status_code == 403 and "--api-key" in _message(response)
         assert response.json()["error"]["type"] == "authentication_error"
     assert client.get("/v1/prompts/mood").status_code == 200
+
+
+def _asked(backend: Any, registry: Any, method: str, path: str, **options: Any) -> Any:
+    """What an application says that no server runs."""
+    app = application(backend, registry, **options)
+
+    async def ask() -> Any:
+        headers = {"Authorization": f"Bearer {servers.KEY}"}
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            return await client.request(method, path, headers=headers)
+
+    return asyncio.run(ask())
+
+
+@pytest.mark.parametrize(("alive", "status"), [(True, 200), (False, 503)])
+def test_health_tells_whether_the_model_answers(alive: bool, status: int) -> None:
+    backend = SimpleNamespace(alive=alive, depth=0, name="model")
+    registry = SimpleNamespace(served={}, refused={})
+    assert _asked(backend, registry, "GET", "/health").status_code == status
+
+
+def test_a_prompt_that_cannot_be_put_is_told_of_without_paths(place: Path) -> None:
+    def take_on(name: str, prompt: Any) -> Any:
+        raise ptuning.InputError(f"{place / 'prompts' / name} does not fit")
+
+    registry = Registry([str(place / "prompts")], take_on, lambda handle: None)
+    backend = SimpleNamespace(alive=True, depth=0, name="model")
+    for name, status in (("mood", 422), ("nobody", 404)):
+        response = _asked(backend, registry, "PUT", f"/v1/prompts/{name}", key=servers.KEY)
+        assert response.status_code == status and str(place) not in response.text
+
+
+def test_a_look_at_the_folders_that_fails_is_not_the_last(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    looks: list[int] = []
+
+    def rescan() -> None:
+        looks.append(1)
+        raise OSError(f"look {len(looks)}")
+
+    async def look() -> None:
+        looking = asyncio.create_task(app_module._look_again(SimpleNamespace(rescan=rescan)))
+        while len(looks) < 3:
+            assert not looking.done()
+            await asyncio.sleep(0.01)
+        looking.cancel()
+
+    monkeypatch.setattr(app_module, "_RESCAN_SECONDS", 0.0)
+    asyncio.run(look())
+    assert "look 2" in capfd.readouterr().err

@@ -70,3 +70,38 @@ def test_a_turn_of_openais_own_may_be_said_again() -> None:
     assert None in turn.values()
     made = ChatRequest.model_validate({"model": "m", "messages": [turn]})
     assert made.messages[0].text == "Oslo"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 2),
+        ("temperature", 0.5),
+        ("frequency_penalty", 1),
+        ("presence_penalty", -1),
+        ("top_p", 0),
+        ("best_of", 2),
+        ("echo", True),
+        ("suffix", "x"),
+        ("logprobs", 5),
+        ("logit_bias", {"5": 1}),
+        ("max_tokens", 0),
+        ("max_completion_tokens", 0),
+        ("response_format", {"type": "json_object"}),
+        ("messages", [{"role": "tool", "content": "a"}]),
+        ("messages", [{"role": "user", "content": [{"type": "image_url", "text": "a"}]}]),
+    ],
+)
+def test_what_answers_here_do_not_heed_is_refused_and_not_passed_over(
+    field: str, value: Any
+) -> None:
+    taken = 0
+    for kind, body in (
+        (CompletionRequest, {"model": "m", "prompt": "a"}),
+        (ChatRequest, {"model": "m", "messages": _MESSAGES}),
+    ):
+        if field in kind.model_fields:
+            taken += 1
+            with pytest.raises(ValidationError):
+                kind.model_validate({**body, field: value})
+    assert taken
