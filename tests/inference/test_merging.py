@@ -232,6 +232,20 @@ def test_where_engines_tie_the_head_virtual_tokens_are_suppressed(tmp_path: Path
     assert not set(said.tolist()) & set(virtual)
 
 
+def test_what_was_suppressed_before_another_prompt_is_merged_stays_so(tmp_path: Path) -> None:
+    model, tokenizer = _base("gemma2")
+    model.generation_config.suppress_tokens = [7]
+    prompt = _prompt(model, tokenizer)
+    one = ptuning.merge(model, tokenizer, {"one": prompt})
+    two = ptuning.merge(one.model, one.tokenizer, {"two": prompt}, one.prompts)
+    virtual = [i for entry in two.prompts.values() for i in entry["virtual_ids"]]
+    assert two.model.generation_config.suppress_tokens == sorted([7, *virtual])
+    fewer = unmerge(two, ["one"])  # its rows are still there
+    fewer.save(tmp_path / "merged")
+    bias = json.loads((tmp_path / "merged/logit_bias.json").read_text())
+    assert bias == {str(index): -100 for index in sorted(virtual)}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_equals_the_attached_model(dtype: torch.dtype) -> None:
     model, tokenizer = _base("llama")

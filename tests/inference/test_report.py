@@ -7,6 +7,7 @@ import re
 import sys
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ import torch
 import ptuning
 from ptuning import Prompt
 from ptuning.cli import main
+from ptuning.inference.answering import Prediction
 from ptuning.inference.nearest_words import nearest_words
-from ptuning.inference.report import calibration, report_on, wilson
+from ptuning.inference.report import Bin, _f1_interval, calibration, report_on, wilson
 from ptuning.inference.report_page import page
 
 from .. import tiny
@@ -36,6 +38,19 @@ EVIL = "<script>alert(1)</script>\"'&"
 )
 def test_intervals_are_wilsons(right: int, count: int, low: float, high: float) -> None:
     assert wilson(right / count, count) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_a_sure_answer_stands_among_the_sure_ones() -> None:
+    answers = [Prediction("a", 1.0), Prediction("a", 0.05), Prediction("b", 0.95)]
+    result: Any = SimpleNamespace(predictions=answers, right_answers=["a", "b", "a"])
+    assert calibration(result) == [Bin(1, 0.05, 0.0), Bin(2, pytest.approx(0.975), 0.5)]
+
+
+def test_the_interval_of_macro_f1_stands_around_it() -> None:
+    said = [Prediction(label, 0.9) for label in "ab" * 100]
+    result: Any = SimpleNamespace(labels=["a", "b"], predictions=said, right_answers=["a"] * 200)
+    low, high = _f1_interval(result)  # a: 2 · 100 / (200 + 100); b: 0
+    assert 0.28 < low < 1 / 3 < high < 0.38
 
 
 def _setting(labels: bool = True) -> tuple[Any, Any, Prompt, list[dict[str, Any]]]:
@@ -150,3 +165,16 @@ def test_control_characters_are_escaped_on_the_page() -> None:
     words = nearest_words(model, tokenizer, prompt)
     text = page(report_on("name\x07", "data", prompt, rows, result, words))
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", text) and "note\\x1b[2J" in text
+
+
+def test_nearest_words_are_the_tokenizers_and_as_the_model_reads_them() -> None:
+    tokenizer = tiny.tokenizer()
+    model = tiny.model("gemma2", vocab_size=len(tokenizer) + 8)
+    embedding = model.get_input_embeddings()
+    prompt = Prompt("[P] {text}")
+    prompt.vectors = embedding(torch.tensor([len(tokenizer) + 3])).detach()
+    (token,), mean = nearest_words(model, tokenizer, prompt, 3)
+    read = embedding(torch.arange(len(tokenizer))).norm(dim=1).mean().item()
+    assert mean == pytest.approx(read)
+    assert read > 2 * embedding.weight.norm(dim=1).mean().item()  # it scales what it looks up
+    assert token.words[0][1] < 0.99  # not the row of no token, which is the vector itself

@@ -221,8 +221,6 @@ def _decode(engine: Engine, questions: list[Question], batch: Batch) -> list[Pre
     ends = engine.ends(questions[0].renderer.task)
     watching = _watching(questions)
     ids, scores = engine.continue_greedily(batch, max(known), ends, watching, sizes)
-    behind = torch.arange(ids.shape[1]) >= torch.tensor(known)[:, None]
-    scores = scores.masked_fill(behind.to(scores.device), 0.0)
     cut = [
         list(takewhile(lambda token: token not in ends, row[:limit]))
         for row, limit in zip(ids.tolist(), known, strict=True)
