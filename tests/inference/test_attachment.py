@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -47,6 +48,7 @@ def test_a_context_manager_attaches_and_restores_exactly() -> None:
         assert attached.ids(prompt) == range(400, 403) and attached.first_id(prompt) == 400
         got = input_embedding(model)(torch.tensor(attached.ids(prompt)))
         assert torch.equal(got, prompt.trained_vectors())
+        assert attached.ids(replace(prompt, answer_tokens=3)) == range(400, 403)  # of these vectors
     assert hooks_of(model) == 0 and Injector.of(model) is None
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     with pytest.raises(InputError, match="not attached here"):

@@ -374,6 +374,14 @@ def test_rows_that_are_rendered_in_a_thread_have_the_answers_that_they_have(
         next(stream)
 
 
+def test_rows_that_were_cut_are_counted_over_all_blocks() -> None:
+    model, tokenizer, prompt = setting("llama")
+    long = {"country": "Italy and all of its many islands " * 40}
+    blocks = [[long, ROWS[0]], [long], [ROWS[2]]]
+    with pytest.warns(UserWarning, match="^2 of 4 prediction examples were shortened"):
+        list(stream_predictions(model, tokenizer, prompt, blocks))
+
+
 @pytest.mark.parametrize("size", [0, -2, 1.5])
 def test_a_batch_has_at_least_one_row(size: Any) -> None:
     model, tokenizer, prompt = setting("llama")
