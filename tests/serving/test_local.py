@@ -399,11 +399,11 @@ def test_nothing_is_written_on_for_a_stream_that_nobody_reads(place: Path, local
         parts: Any = local.stream(handle, servers.ROWS["capital"], wish)
         await anext(parts)
         await parts.aclose()
+        left.set()
+        await asyncio.to_thread(local.batcher.run, lambda: None)
 
     with local.base.model.register_forward_pre_hook(forward):
         asyncio.run(leave())
-        left.set()
-        local.batcher.run(lambda: None)
     assert len(forwards) < 30
 
 
