@@ -971,7 +971,13 @@ def test_ids_that_the_model_has_no_row_for_are_refused_and_never_taken_for_virtu
 def test_a_model_with_a_prompt_takes_another_prompt_in_front() -> None:
     inner = prompted()
     outer = get_peft_model(inner, config_for(num_virtual_tokens=5))
-    assert outer(input_ids=IDS).logits.shape == (2, 5 + N + 6, 400)
+    tables = [model.prompt_encoder["default"].table() for model in (inner, outer)]
+    words = input_embedding(inner)(IDS)
+    vectors = torch.cat([*(table.expand(2, -1, -1) for table in tables), words], 1)
+    logits = outer(input_ids=IDS).logits
+    torch.testing.assert_close(logits, inner.base_model(inputs_embeds=vectors).logits)
+    logits.sum().backward()
+    assert all(bool(p.grad.any()) for p in outer.prompt_encoder["default"].parameters())
 
 
 def test_rows_without_a_prompt_read_new_tokens_after_growing() -> None:

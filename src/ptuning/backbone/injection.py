@@ -169,7 +169,8 @@ class Injector:
     def serving(
         self, rows: Mapping[Span, Tensor], alone: bool = False, words: Words | None = None
     ) -> Iterator[None]:
-        """In this thread spans have other rows meanwhile, which may carry a gradient.
+        """In this thread spans have other rows meanwhile, which may carry a gradient; those that
+        are served around it keep theirs (a prompt in front of another one's).
 
         Args:
             rows: for each span its rows ``(count, width)``, where the embedding is.
@@ -179,7 +180,7 @@ class Injector:
             words: makes of words ``(…)`` and their vectors ``(…, width)`` what these are instead.
         """
         before = self._served
-        self._local.served = (rows, alone, words)
+        self._local.served = (rows if alone else {**before[0], **rows}, alone, words)
         try:
             yield
         finally:
