@@ -980,6 +980,23 @@ def test_a_model_with_a_prompt_takes_another_prompt_in_front() -> None:
     assert all(bool(p.grad.any()) for p in outer.prompt_encoder["default"].parameters())
 
 
+def test_the_embedding_may_grow_under_the_prompts_of_several_owners() -> None:
+    grown = base_model()
+    resized(grown, 410)
+    expected = call(grown, "CAUSAL_LM", NEW_IDS)
+    base = base_model()
+    models = [get_peft_model(base, config_for(), name).eval() for name in ("one", "two")]
+    rows = torch.randn(2, 32)
+    span = Injector.on(base).add(rows)
+    before = [call(model) for model in models]
+    resized(base, 410)
+    for model, outputs in zip(models, before, strict=True):
+        assert torch.equal(call(model)[..., :400], outputs)
+        assert call(model, ids=NEW_IDS).shape == (2, N + 4, 410)
+    assert torch.equal(call(base, "CAUSAL_LM", NEW_IDS), expected)
+    assert torch.equal(input_embedding(base)(torch.arange(span.first, span.end)), rows)
+
+
 def test_rows_without_a_prompt_read_new_tokens_after_growing() -> None:
     base = base_model()
     resized(base, 410)

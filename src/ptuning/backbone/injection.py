@@ -147,12 +147,33 @@ class Injector:
             self.spans = [*self.spans, span]
             self._refresh()
             if len(self.spans) == 1:
-                for module in self.modules:
-                    module.register_forward_pre_hook(self._before)
-                    module.register_forward_hook(self._after)
-                for again in self.second_lookups:
-                    again.register_forward_pre_hook(self._guard)
+                self._hook()
         return span
+
+    def follow(self, model: nn.Module) -> None:
+        """After a change of the embedding's size let ids begin behind its rows again: all that are
+        words now move, whoever claimed them."""
+        with CHANGING:
+            self._unhook()
+            self.modules, self.second_lookups = shared_embeddings(model), second_lookups(model)
+            self.threshold = free = self.modules[0].num_embeddings
+            for span in self.spans:
+                span.first = max(span.first, free)
+                free = span.end
+            if self.spans:
+                self._refresh()
+                self._hook()
+
+    def _hook(self) -> None:
+        for module in self.modules:
+            module.register_forward_pre_hook(self._before)
+            module.register_forward_hook(self._after)
+        for again in self.second_lookups:
+            again.register_forward_pre_hook(self._guard)
+
+    def _unhook(self) -> None:
+        for module in [*self.modules, *self.second_lookups]:
+            remove_hooks_of(self, module)
 
     def write(self, span: Span, rows: Tensor) -> None:
         """Give a span new rows ``(count, width)`` for all threads. They may carry a gradient: of
@@ -206,8 +227,7 @@ class Injector:
             if self.spans:
                 self._refresh()
                 return
-            for module in [*self.modules, *self.second_lookups]:
-                remove_hooks_of(self, module)
+            self._unhook()
             self._local = threading.local()  # a thread may be in the embedding, and leave nothing
 
     def _refresh(self) -> None:

@@ -273,7 +273,7 @@ class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type
     def base(self) -> Base:
         """What placing inputs needs to know of the base model."""
         if self._injector.threshold != self._injector.modules[0].num_embeddings:
-            self._attach_again()
+            self._injector.follow(self.base_model)
         return Base(
             model=self.base_model,
             injector=self._injector,
@@ -292,16 +292,6 @@ class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type
         """An id of its own for a real token that has the padding's, where that is looked at."""
         if self._twin is None and self.task_type == TaskType.SEQ_CLS and self._traits.causal:
             self._twin = self._injector.add(torch.zeros(1, self._injector.width))
-
-    def _attach_again(self) -> None:
-        """After a change of the embedding's size ids begin elsewhere."""
-        with CHANGING:
-            for span in self._spans():
-                self._injector.remove(span)
-            self._injector, self._twin = Injector.on(self.base_model), None
-            for adapter in self._adapters.values():
-                adapter.span = self._injector.add(adapter.span.rows)
-            self._claim_twin()
 
     def __getattr__(self, name: str) -> Any:
         try:
