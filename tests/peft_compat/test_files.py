@@ -544,3 +544,41 @@ def test_auto_classes_make_room_for_the_rows_that_were_saved(
     again = peft_compat.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     with torch.no_grad():
         assert torch.equal(again(input_ids=ADDED).logits, model(input_ids=ADDED).logits)
+
+
+def test_an_adapter_of_a_compiled_base_is_that_of_the_base(tmp_path: Path) -> None:
+    def made(base: Any) -> Any:
+        config = peft_compat.PromptEncoderConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+        return peft_compat.get_peft_model(base, config)
+
+    compiled = made(torch.compile(base_for("SEQ_CLS"), backend="eager"))
+    for parameter in compiled.base_model.classifier.parameters():
+        parameter.data += 1
+    state = peft_compat.get_peft_model_state_dict(compiled, save_embedding_layers=True)
+    assert not any("_orig_mod" in key for key in state)
+    assert (
+        state.keys()
+        == peft_compat.get_peft_model_state_dict(
+            made(base_for("SEQ_CLS")), save_embedding_layers=True
+        ).keys()
+    )
+    compiled.save_pretrained(tmp_path)
+    loaded = peft_compat.PeftModel.from_pretrained(base_for("SEQ_CLS"), tmp_path)
+    assert torch.equal(loaded.base_model.classifier.weight, compiled.base_model.classifier.weight)
+    # As PEFT writes it where the base is compiled.
+    named = {f"base_model._orig_mod.{k[11:]}" if "." in k else k: v for k, v in state.items()}
+    result = peft_compat.set_peft_model_state_dict(made(base_for("SEQ_CLS")), named)
+    assert result.missing_keys == result.unexpected_keys == []
+    own = peft_compat.get_base_model_state_dict(compiled)
+    assert own.keys() == base_for("SEQ_CLS").state_dict().keys()
+    peft_compat.set_base_model_state_dict(compiled, own)
+
+
+def test_a_compiled_base_without_a_task_is_saved_by_its_own_class(tmp_path: Path) -> None:
+    base = tiny.model("bert")
+    config = peft_compat.PromptEncoderConfig(num_virtual_tokens=3)
+    peft_compat.get_peft_model(torch.compile(base, backend="eager"), config).save_pretrained(
+        tmp_path
+    )
+    named = peft_compat.PeftConfig.from_pretrained(tmp_path).auto_mapping
+    assert named["base_model_class"] == "BertForMaskedLM"

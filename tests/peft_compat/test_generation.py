@@ -847,3 +847,10 @@ def test_no_module_of_the_view_is_registered_anywhere() -> None:
     generated(model, input_ids=IDS)
     assert [name for name, _ in model.named_modules()] == names
     assert set(nn.Module.state_dict(model)) == state
+
+
+def test_a_compiled_base_generates_with_its_prompt() -> None:
+    model = ours(base_model("llama"), "llama")
+    expected = model.generate(input_ids=IDS, max_new_tokens=3, do_sample=False)
+    model.base_model = torch.compile(model.base_model, backend="eager")
+    assert torch.equal(model.generate(input_ids=IDS, max_new_tokens=3, do_sample=False), expected)

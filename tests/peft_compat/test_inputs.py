@@ -435,6 +435,8 @@ def test_forward_shows_the_base_models_arguments() -> None:
     shown = list(inspect.signature(model.forward).parameters)
     assert shown[:3] == ["input_ids", "attention_mask", "inputs_embeds"]
     assert "a_column_of_its_own" in shown and shown[-1] == "kwargs"
+    compiled = ours(torch.compile(_NoKeywords(tiny.model("llama").config), backend="eager"))
+    assert list(inspect.signature(compiled.forward).parameters) == shown
     assert "pixel_values" not in shown
     other = inspect.signature(ours(DECODERS["llava"]()[0]).forward).parameters
     assert "pixel_values" in other and "a_column_of_its_own" not in other

@@ -30,6 +30,11 @@ def uncompiled(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
+def uncompiled_name(name: str) -> str:
+    """A tensor's name in a model without the wrappers of ``torch.compile`` (see `uncompiled`)."""
+    return name.replace("_orig_mod.", "")
+
+
 def is_compiled(model: Any) -> bool:
     """``torch.compile`` wraps the model."""
     return hasattr(model, "_orig_mod")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backbone.injection import may_look_at_values
-from ..backbone.upstream import CACHE, generating_view
+from ..backbone.upstream import CACHE, generating_view, uncompiled
 from ..errors import InputError
 from . import arguments, continuing, generation
 from .adapters import Adapter
@@ -121,7 +121,7 @@ def generate(model: Any, given: dict[str, Any]) -> Any:
     rows = _rows(model, names, {"input_ids": ids})
     with _written(model, base, rows, grad=False) as adapters, ExitStack() as stack:
         prompts = generation.Prompts(base, adapters, ids, given, stack)
-        view = generating_view(model.base_model, prompts)
+        view = generating_view(uncompiled(model.base_model), prompts)
         view.generation_config = model.generation_config
         result = view.generate(input_ids=ids, **given)
     if not prompts.read:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import formats, places, storage
 from ..backbone.identity import check_same, describe
+from ..backbone.upstream import uncompiled
 from ..data.text import read_text
 from ..errors import InputError, PromptFileError
 from ..prompts import peft_files, prompt_files
@@ -76,7 +77,7 @@ def save(
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model.base_model, "name_or_path", None) or None
     if config.task_type is None:
-        kind = type(model.base_model)
+        kind = type(uncompiled(model.base_model))
         config.auto_mapping = {
             "base_model_class": kind.__name__,
             "parent_library": kind.__module__,

@@ -10,6 +10,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from ..backbone.upstream import uncompiled
+
 _POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 _NAMED = inspect.Parameter.KEYWORD_ONLY
 
@@ -30,7 +32,7 @@ class Forward:
     def __get__(self, model: Any, kind: Any = None) -> Any:
         if model is None:
             return self._of_class
-        base_class = type(model.base_model)
+        base_class = type(uncompiled(model.base_model))
         if base_class not in self._of_base:
             found = inspect.signature(base_class.forward).parameters.values()
             kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backbone.upstream import different_keys, uncompiled
+from ..backbone.upstream import different_keys, uncompiled, uncompiled_name
 from ..errors import InputError, PromptFileError
 from ..prompts.encoder import initialise
 from .modules_to_save import ModulesToSaveWrapper, wrappers
@@ -44,9 +44,10 @@ def get_peft_model_state_dict(
     model.adapter(adapter_name)
     layers = embedding_layers(model, adapter_name, save_embedding_layers)
     result = {VECTORS: model.get_prompt_embedding_to_save(adapter_name)}
+    gathered = {uncompiled_name(key): tensor for key, tensor in (state_dict or {}).items()}
     for path, wrapper in wrappers(model.base_model).items():
-        own = f"{PREFIX}{path}."
-        state = {**wrapper.state_dict(prefix=own), **(state_dict or {})}
+        own = f"{PREFIX}{uncompiled_name(path)}."
+        state = {**wrapper.state_dict(prefix=own), **gathered}
         names = wrapper.adapter_state_dict_load_map(adapter_name)
         result |= {f"{own}{key}": state[f"{own}{name}"].detach() for key, name in names.items()}
     return {**layers, **result}
@@ -106,7 +107,7 @@ def _embedding_tensors(model: Any) -> dict[str, Tensor]:
     base = model.base_model
     layers = [base.get_input_embeddings(), base.get_output_embeddings()]
     return {
-        f"{PREFIX}{path}.{key}": tensor
+        f"{PREFIX}{uncompiled_name(path)}.{key}": tensor
         for path, module in base.named_modules()
         if any(module is layer for layer in layers) and not isinstance(module, ModulesToSaveWrapper)
         for key, tensor in module.state_dict(keep_vars=True).items()
@@ -139,7 +140,7 @@ def set_peft_model_state_dict(
         PromptFileError: missing, extra or mis-shaped tensors; nothing is changed.
     """
     adapter = model.adapter(adapter_name)
-    state = dict(peft_model_state_dict)
+    state = {uncompiled_name(key): tensor for key, tensor in peft_model_state_dict.items()}
     encoder = model.prompt_encoder[adapter_name]
     rows = state.pop(VECTORS, None)
     expected = tuple(encoder.embedding.weight.shape)
@@ -170,7 +171,7 @@ def set_peft_model_state_dict(
 
 def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
     """The base model's own tensors under its own names, without adapters."""
-    state = model.get_base_model().state_dict()
+    state = uncompiled(model.get_base_model()).state_dict()
     return {
         key.replace(".original_module.", "."): tensor
         for key, tensor in state.items()
@@ -182,7 +183,7 @@ def set_base_model_state_dict(
     model: Any, state_dict: Mapping[str, Tensor], strict: bool = True
 ) -> Any:
     """Load the base model's own tensors, as `get_base_model_state_dict` gives them."""
-    base = model.get_base_model()
+    base = uncompiled(model.get_base_model())
     names = {
         key.replace(".original_module.", "."): key
         for key in base.state_dict()
@@ -196,7 +197,7 @@ def set_base_model_state_dict(
 def _module_tensors(model: Any, name: str) -> dict[str, Tensor]:
     """The tensors of an adapter's trained modules, under the names that are saved."""
     return {
-        f"{PREFIX}{path}.{key}": tensor
+        f"{PREFIX}{uncompiled_name(path)}.{key}": tensor
         for path, wrapper in wrappers(model.base_model).items()
         if name in wrapper.modules_to_save
         for key, tensor in wrapper.modules_to_save[name].state_dict(keep_vars=True).items()
