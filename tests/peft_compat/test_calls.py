@@ -613,6 +613,18 @@ def test_causal_classifiers_pool_the_last_real_token(family: str, side: str) -> 
         assert not torch.allclose(model(input_ids=other, attention_mask=mask).logits, got)
 
 
+@pytest.mark.parametrize("pad", [-1, 400])  # of old files; added to the tokenizer alone
+def test_a_padding_id_that_is_no_word_changes_nothing(pad: int) -> None:
+    base = base_model("SEQ_CLS", "llama", pad_token_id=None)
+    base.config.pad_token_id = pad
+    model = ours(base, "SEQ_CLS")
+    words = input_embedding(base)(IDS)
+    expected = base(inputs_embeds=torch.cat([model.get_prompt(2), words], 1)).logits
+    assert_same(model(input_ids=IDS).logits, expected)
+    model.add_adapter("longer", PromptEncoderConfig(task_type="SEQ_CLS", num_virtual_tokens=5))
+    assert_same(model(input_ids=IDS, adapter_names=["default", "longer"]).logits[0], expected[0])
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_causal_classifiers_gradient_is_as_alone_where_a_token_has_the_paddings_id(
     family: str,

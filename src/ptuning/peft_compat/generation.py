@@ -97,7 +97,7 @@ class Prompts:
         if where.ragged and mask is None:
             mask = torch.ones_like(text)
         ids = inserted_ids(rows, where.inserted, text.device)
-        placed = where(text, ids.clamp(min=0), pad=pad_id(self.base.model))
+        placed = where(text, ids.clamp(min=0), pad=pad_id(self.base) or 0)
         return _Start(placed, None if mask is None else where(mask, 1), where, mask)
 
     def _spread(self, where: Placement, name: str, value: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ def place(
         span = base.injector.add(text.flatten(0, 1))
         stack.callback(base.injector.remove, span)
         text = torch.arange(span.first, span.end, device=text.device).view(size, length)
-    inputs["input_ids"] = where(text, ids.clamp(min=0), pad=pad_id(base.model))
+    inputs["input_ids"] = where(text, ids.clamp(min=0), pad=pad_id(base) or 0)
     if base.twin is not None:
         _mark_padding(base, base.twin, inputs)
     return inputs, where
@@ -222,10 +222,11 @@ def drop_token_types(base: Base, inputs: dict[str, Any]) -> None:
     warnings.warn(f"token_type_ids are dropped: {reason}", stacklevel=5)
 
 
-def pad_id(model: Any) -> int:
-    """The model's padding id, or any id where it has none."""
-    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
-    return 0 if pad is None else int(pad)
+def pad_id(base: Base) -> int | None:
+    """The model's padding id; None where it has none, or one that is no word of its (-1 in old
+    files, a token that was added to the tokenizer alone)."""
+    pad = getattr(base.model.config.get_text_config(), "pad_token_id", None)
+    return pad if pad is not None and 0 <= pad < base.injector.threshold else None
 
 
 def _handed_on(model: Any) -> frozenset[str]:
@@ -373,7 +374,7 @@ def twins_vector(base: Base) -> Tensor:
     """The vector ``(1, width)`` of the padding's id, which its twin has too."""
     embed = base.injector.modules[0]
     with torch.no_grad():
-        return embed(torch.tensor([pad_id(base.model)], device=embed.weight.device))
+        return embed(torch.tensor([pad_id(base) or 0], device=embed.weight.device))
 
 
 def _mark_padding(base: Base, twin: Span, inputs: dict[str, Any]) -> None:
@@ -382,7 +383,7 @@ def _mark_padding(base: Base, twin: Span, inputs: dict[str, Any]) -> None:
     A real token with the padding's id (often the end-of-sequence token) is written as its twin, a
     virtual one that has the same vector.
     """
-    pad = base.model.config.get_text_config().pad_token_id
+    pad = pad_id(base)
     if pad is None:
         return
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
