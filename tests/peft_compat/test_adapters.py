@@ -608,6 +608,22 @@ def test_one_configuration_serves_models_of_the_same_width() -> None:
         assert call(model.eval()).shape[1] == N + IDS.shape[1]
 
 
+@every_head
+@pytest.mark.parametrize("given", [None, "CAUSAL_LM"])
+def test_the_head_is_trained_whatever_task_an_adapters_configuration_names(
+    given: str | None, task: str, family: str
+) -> None:
+    """The model's class decides, as in PEFT."""
+    kind = type(prompted(task, family))
+    model = kind(base_model(task, family), config_for(given))
+    model.add_adapter("second", config_for(given))
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        head = f".modules_to_save.{name}."
+        assert any(head in key for key, p in model.named_parameters() if p.requires_grad)
+        assert model.peft_config[name].task_type == (given or task)
+
+
 def test_the_configuration_is_completed_in_place_as_pefts_is() -> None:
     mine, theirs = (
         config_for(),

@@ -69,9 +69,18 @@ def checked(config: Any) -> PromptEncoderConfig:
 
 
 def completed(
-    config: PromptEncoderConfig, model: nn.Module, insertion: Insertion | None
+    config: PromptEncoderConfig,
+    model: nn.Module,
+    insertion: Insertion | None,
+    use: TaskType | None,
 ) -> dict[str, Any]:
     """The values that the model and the template give a configuration.
+
+    Args:
+        config: as it came.
+        model: the base model.
+        insertion: that of a template.
+        use: what the ``PeftModel`` is for, which a configuration without a task is then for too.
 
     Raises:
         InputError: no number of virtual tokens, one that is not the template's, or a width that is
@@ -91,8 +100,10 @@ def completed(
             f"token_dim is {config.token_dim}, and the model's input embedding is {width} wide; "
             "leave token_dim out, or give the model that the configuration was made for"
         )
-    doubled = config.task_type == TaskType.SEQ_2_SEQ_LM and insertion is None
+    task = TaskType(config.task_type) if config.task_type is not None else use
+    doubled = task == TaskType.SEQ_2_SEQ_LM and insertion is None
     values: dict[str, Any] = {
+        "task_type": task,
         "num_virtual_tokens": count,
         "token_dim": width,
         "num_transformer_submodules": config.num_transformer_submodules or (2 if doubled else 1),
@@ -104,7 +115,7 @@ def completed(
         known = (getattr(about, other, None) for other in (name, *others))
         values[name] = getattr(config, name) or next((v for v in known if v is not None), None)
     trained = [*(config.modules_to_save or ())]
-    if config.task_type is not None:
-        trained += CLASSIFIERS.get(TaskType(config.task_type), ())
+    for kind in (task, use):
+        trained += CLASSIFIERS.get(kind, ()) if kind else ()
     values["modules_to_save"] = list(dict.fromkeys(trained)) or None
     return values

@@ -185,7 +185,7 @@ class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type
         if template is not None:
             causal = reads_left_to_right(self.base_model)
             insertion = from_template(template, tokenizer, causal=causal)
-        values = completed(config, self.base_model, insertion)
+        values = completed(config, self.base_model, insertion, self.task_type)
         trained = config.replace(**values)
         encoder = PromptEncoder(trained).to(self._device())
         names = trained.modules_to_save or ()
