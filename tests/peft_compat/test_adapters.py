@@ -707,6 +707,14 @@ def test_bad_input_leaves_the_model_as_it_was(
     assert torch.equal(call(model.eval()), output)
 
 
+def test_an_option_that_there_is_none_of_is_refused_as_in_peft() -> None:
+    config = config_for()
+    with pytest.raises(TypeError, match="drop_virtual_position'"):
+        get_peft_model(base_model(), config, drop_virtual_position=True)  # it has an s at its end
+    kind = type(get_peft_model(base_model(), config))
+    kind(base_model(), config, "default", False, low_cpu_mem_usage=True)
+
+
 def test_another_methods_name_in_the_configuration_is_an_error() -> None:
     with pytest.raises(InputError, match="peft_type is LORA"):
         PromptEncoderConfig(peft_type="LORA", num_virtual_tokens=3)

@@ -48,7 +48,7 @@ class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type
         reference_layout: compute what the reference computes, also where that depends on padding
             (``docs/peft_compat.md`` has the list).
         drop_virtual_positions: outputs per token have the text's positions only.
-        options: the reference's further arguments, without effect.
+        autocast_adapter_dtype, low_cpu_mem_usage: the reference's, without effect.
 
     Attributes:
         base_model: the model.
@@ -81,12 +81,13 @@ class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type
         model: nn.Module,
         peft_config: PromptEncoderConfig,
         adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
         *,
         template: str | None = None,
         tokenizer: Any = None,
         reference_layout: bool = False,
         drop_virtual_positions: bool = False,
-        **options: Any,
     ):
         super().__init__()
         input_embedding(model)
