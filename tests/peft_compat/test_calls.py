@@ -1243,6 +1243,9 @@ def test_a_mask_of_another_shape_is_refused(task: str, family: str) -> None:
     for shape in [(2, 5), (2, N + 6), (1, 6), (2, 6, 6)]:
         with pytest.raises(ValueError, match=r"attention_mask has shape .* the input \(2, 6\)"):
             model(**inputs_for(task), attention_mask=torch.ones(shape))
+        if hasattr(model.base_model, "generate"):
+            with pytest.raises(ValueError, match="attention_mask has shape"):
+                model.generate(input_ids=IDS, attention_mask=torch.ones(shape), max_new_tokens=1)
 
 
 @one_per_task

@@ -19,7 +19,7 @@ from . import arguments, continuing, generation
 from .adapters import Adapter
 from .modules_to_save import remember, wrappers
 from .outputs import restored
-from .placing import Base, Rows, drop_token_types, place, twins_vector
+from .placing import Base, Rows, check_mask, drop_token_types, place, twins_vector
 
 BASE = "__base__"
 """In ``adapter_names`` a row without a prompt, as in the reference; None means the same."""
@@ -116,6 +116,7 @@ def generate(model: Any, given: dict[str, Any]) -> Any:
         raise InputError("generate takes input_ids; leave inputs_embeds out")
     generation.check_options(model.generation_config, given)
     arguments.check(given)
+    check_mask(given.get("attention_mask"), *ids.shape)
     _check_cache(base, ids, given)
     drop_token_types(base, given)
     rows = _rows(model, names, {"input_ids": ids})
@@ -159,11 +160,11 @@ def _beginning(model: Any, given: dict[str, Any]) -> Tensor | None:
 
 def _check_cache(base: Base, ids: Tensor, given: dict[str, Any]) -> None:
     """A cache that generation goes on from has the prompt; the ids are those of all the text."""
-    cache, mask = given.get(CACHE), given.get("attention_mask")
+    cache = given.get(CACHE)
     if base.encodes_and_decodes or not continuing.tokens_in(cache):
         return
     text = continuing.held_by(cache).text
-    if ids.shape[1] <= text or (mask is not None and mask.shape != ids.shape):
+    if ids.shape[1] <= text:
         raise InputError(
             f"past_key_values hold {text} tokens of the text, and input_ids have {ids.shape[1]}: "
             "give the ids and the mask of the whole text, those in the cache too"
