@@ -194,3 +194,15 @@ def test_rows_and_masks_that_do_not_fit_are_refused() -> None:
             model(input_ids=IDS[:, 3:], past_key_values=cache, attention_mask=torch.ones(2, 5))
         with pytest.raises(InputError, match="give the ids"):
             model.generate(input_ids=IDS[:, 3:], past_key_values=cache)
+
+
+def test_a_mask_of_other_tokens_than_the_caches_is_refused() -> None:
+    """It would be half ignored: what the cache holds was read with the first call's mask."""
+    model, ones = model_of("llama"), torch.ones_like(IDS)
+    padded = ones.masked_fill(torch.tensor([[1, 1, 0, 0, 0, 0], [0] * 6]).bool(), 0)
+    with torch.no_grad():
+        for first, second in [(None, padded), (padded, ones), (padded, padded.flip(0))]:
+            mask = None if first is None else first[:, :3]
+            cache = model(IDS[:, :3], attention_mask=mask, use_cache=True).past_key_values
+            with pytest.raises(InputError, match="masks other tokens of the text than the call"):
+                model(input_ids=IDS[:, 3:], past_key_values=cache, attention_mask=second)

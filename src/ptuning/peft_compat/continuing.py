@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backbone.injection import may_look_at_values
 from ..errors import InputError
 
 _NOTE = "ptuning_held"
@@ -135,4 +136,19 @@ def _whole_mask(held: Held, mask: Tensor | None, rows: int, new: int) -> Tensor 
             f"tokens of the text and {new} new ones; give ({rows}, {widths[1]})"
         )
     before = mask.new_ones(rows, held.width) if held.mask is None else held.mask.to(mask.dtype)
+    if mask.shape[1] > new and may_look_at_values(mask):
+        _check_before(held, before, mask[:, : mask.shape[1] - new])
     return torch.cat([before, mask[:, mask.shape[1] - new :]], dim=1)
+
+
+def _check_before(held: Held, before: Tensor, given: Tensor) -> None:
+    """Refuse a mask of what the cache holds that is not the one it was filled with."""
+    tokens = (given != 0).sum(1)
+    if given.shape[1] == held.text:  # of the text alone
+        tokens = tokens + torch.tensor(held.inserted, device=given.device)
+    if bool((tokens != (before != 0).sum(1)).any()):
+        raise InputError(
+            "attention_mask masks other tokens of the text than the call that filled "
+            "past_key_values: give that call the mask, keep the rows in their order, or give the "
+            "whole text without past_key_values"
+        )
