@@ -1078,6 +1078,20 @@ def test_rows_with_different_trained_layers_have_the_numbers_of_each_alone() -> 
             model(input_ids=ids, attention_mask=mask, adapter_names=names)
 
 
+def test_rows_with_trained_layers_that_give_several_tensors_have_the_numbers_of_each_alone() -> (
+    None
+):
+    attention = "layer.1.attention.self"  # gives a tuple, with the weights or None in it
+    model = prompted("SEQ_CLS", "bert", modules_to_save=[attention])
+    model.add_adapter("second", config_for("SEQ_CLS", modules_to_save=[attention]))
+    change_head(model, "second", 0.1)
+    names = ["second", "default", "second"]
+    got = call(model, ids=IDS[[0, 1, 1]], adapter_names=names)
+    for row, name in enumerate(names):
+        alone = call(model, ids=IDS[[min(row, 1)]], adapter_names=[name])
+        torch.testing.assert_close(got[row], alone[0])
+
+
 def test_rows_with_heads_of_their_own_generate_with_beams() -> None:
     model = prompted(modules_to_save=["lm_head"])
     model.add_adapter("second", config_for(modules_to_save=["lm_head"]))

@@ -117,7 +117,7 @@ class ModulesToSaveWrapper(Recognised, nn.Module):
             return self.original_module
         return self.modules_to_save[name]
 
-    def _each(self, names: list[str | None], *args: Any, **kwargs: Any) -> Tensor:
+    def _each(self, names: list[str | None], *args: Any, **kwargs: Any) -> Any:
         size = len(args[0]) if args and isinstance(args[0], Tensor) and args[0].dim() else 0
         if not size or size % len(names):
             raise InputError(
@@ -131,15 +131,16 @@ class ModulesToSaveWrapper(Recognised, nn.Module):
             )
         # A row's beams and sequences stand beside one another, its tokens too.
         names = [name for name in names for _ in range(size // len(names))]
-        parts: dict[str | None, tuple[Tensor, Tensor]] = {}
+        parts: list[Any] = []
+        places: list[Tensor] = []
         for name in dict.fromkeys(names):
             rows = torch.tensor([n for n, other in enumerate(names) if other == name])
             rows = rows.to(args[0].device)
             first, *own = (_of_rows(value, rows, size) for value in args)
             options = {key: _of_rows(value, rows, size) for key, value in kwargs.items()}
-            parts[name] = rows, self._of(name)(first, *own, **options)
-        order = torch.cat([rows for rows, _ in parts.values()])
-        return torch.cat([output for _, output in parts.values()])[order.argsort()]
+            parts.append(self._of(name)(first, *own, **options))
+            places.append(rows)
+        return _together(parts, torch.cat(places).argsort())
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -163,6 +164,21 @@ def _of_rows(value: Any, rows: Tensor, size: int) -> Any:
         return type(value)(_of_rows(inner, rows, size) for inner in value)
     is_batched = isinstance(value, Tensor) and value.dim() > 1 and len(value) == size
     return value[rows.to(value.device)] if is_batched else value
+
+
+def _together(parts: list[Any], order: Tensor) -> Any:
+    """The parts of some rows each as one output, the rows in `order`; of layers tuples of such."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(parts)[order]
+    if type(first) in (tuple, list):
+        return type(first)(_together(list(own), order) for own in zip(*parts, strict=True))
+    if first is None:
+        return None
+    raise InputError(
+        f"rows with different trained modules would share one that gives a {type(first).__name__}; "
+        "run them in batches of their own"
+    )
 
 
 class Remembering:
