@@ -504,7 +504,7 @@ def test_the_last_adapter_leaves_the_base_model_as_it_was(task: str, family: str
     assert_as_it_was(base, before, flags=False)  # it stays frozen, as in the reference
     assert torch.equal(call(base, task), expected)
     assert model.active_adapters == [] and not model.has_active_enabled_adapter
-    with pytest.raises(InputError, match="no adapter is left"):
+    with pytest.raises(InputError, match="no adapter is active"):
         call(model)
 
 
@@ -782,6 +782,39 @@ def test_the_input_embedding_among_modules_to_save_is_trained_or_refused() -> No
 
 
 # --- numbers and parts ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "family", "names", "said"),
+    [
+        ("SEQ_CLS", "bert", ["clasifier", "pooler"], "modules_to_save names clasifier, which"),
+        ("CAUSAL_LM", "llama", ["score"], "no module named score, so its head is not trained"),
+        ("SEQ_CLS", "bart", None, "no module named classifier or score, so its head"),
+        ("SEQ_CLS", "bart", ["classification_head"], None),
+        ("SEQ_CLS", "roberta", ["out_proj"], None),
+        ("FEATURE_EXTRACTION", "bert", None, None),
+    ],
+)
+def test_modules_that_are_not_there_to_be_trained_are_told_of(
+    task: str, family: str, names: list[str] | None, said: str | None
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = prompted(task, family, modules_to_save=names)
+        model.add_adapter("for_use", config_for(task, modules_to_save=names, inference_mode=True))
+    messages = [str(w.message) for w in caught if "trained with the prompt" in str(w.message)]
+    assert len(messages) == (said is not None) and (said or "") in "".join(messages)
+
+
+def test_a_module_around_or_in_another_adapters_is_refused() -> None:
+    """The other's would have other names in its file, and this one's would not be trained."""
+    for first, second in (["pooler.dense", "pooler"], ["pooler", "pooler.dense"]):
+        model = prompted("SEQ_CLS", "bert", modules_to_save=[first])
+        before = snapshot(model)
+        with pytest.raises(InputError, match=f"{second}, and another .*{first}; name one"):
+            model.add_adapter("second", config_for("SEQ_CLS", modules_to_save=[second]))
+        assert_as_it_was(model, before)
+        model.add_adapter("third", config_for("SEQ_CLS", modules_to_save=[first]))
 
 
 @pytest.mark.parametrize(("task", "family"), CASES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,7 @@ CLASSIFIERS = {
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
 """What is trained with the prompt besides ``modules_to_save``, by task."""
+_HEADS = frozenset(name for names in CLASSIFIERS.values() for name in names)
 _SIZES = {
     "num_layers": ("num_hidden_layers", "n_layer", "encoder_layers"),
     "num_attention_heads": ("n_head", "num_heads", "encoder_attention_heads"),
@@ -66,6 +69,23 @@ def checked(config: Any) -> PromptEncoderConfig:
             "with the library that it belongs to"
         )
     return PromptEncoderConfig.from_dict(to_dict())
+
+
+def tell_of_untrained(model: nn.Module, names: Sequence[str]) -> None:
+    """Warn of modules to train, by the ends of their names, of which the model has none."""
+    paths = [path.replace(".original_module", "") for path, _ in model.named_modules()]
+    lost = [name for name in names if not any(path.endswith(name) for path in paths)]
+    if lost == [*names] and _HEADS.issuperset(lost):
+        text = f"the model has no module named {' or '.join(lost)}, so its head is"
+    else:  # of a task's own names there need be but one
+        lost = [name for name in lost if name not in _HEADS]
+        text = f"modules_to_save names {', '.join(lost)}, which the model does not have:"
+    if lost:
+        warnings.warn(
+            f"{text} not trained with the prompt; give names as model.named_modules() has them, "
+            "such as modules_to_save=['classification_head'] for BART and T5",
+            stacklevel=4,
+        )
 
 
 def completed(

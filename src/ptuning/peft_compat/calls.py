@@ -179,7 +179,10 @@ def _rows(model: Any, names: Sequence[str | None] | None, inputs: dict[str, Any]
     """The name of each row's adapter, or one for all alike."""
     if names is None:
         if not model.active_adapters:
-            raise InputError("no adapter is left on this model; add one, or call base_model")
+            raise InputError(
+                "no adapter is active, since all were deleted; add one and make it active with "
+                "set_adapter, or call base_model"
+            )
         return [model.active_adapter]
     text = inputs.get("input_ids", inputs.get("inputs_embeds"))
     if text is not None and len(names) != len(text):

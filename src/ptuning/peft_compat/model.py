@@ -26,7 +26,7 @@ from ..prompts.recognised import Recognised
 from ..threads import CHANGING
 from . import calls, modules_to_save
 from .adapter_names import AdapterDict, check_name
-from .adapters import Adapter, checked, completed
+from .adapters import Adapter, checked, completed, tell_of_untrained
 from .insertion import Insertion, from_template
 from .placing import Base, Traits
 from .saving import Saving, expect_no_base
@@ -192,6 +192,8 @@ class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type
         names = trained.modules_to_save or ()
         embedding = input_embedding(self.base_model)
         paths = modules_to_save.find(self.base_model, names, embedding)
+        if not config.inference_mode:
+            tell_of_untrained(self.base_model, names)
         for name, value in values.items():
             setattr(config, name, value)
         for wrapper in modules_to_save.wrap(self.base_model, paths):

@@ -224,17 +224,25 @@ def find(model: nn.Module, names: Sequence[str], embedding: nn.Module) -> list[s
     As in the reference the end need not be a whole name: ``pre_classifier`` ends with a classifier.
 
     Raises:
-        InputError: one of them holds the input embedding, or is never called.
+        InputError: one of them holds the input embedding, is never called, or holds or stands in
+            one of which another adapter has its own.
     """
     wrapped = wrappers(model)
     named = {
         path: module
         for path, module in model.named_modules()
-        if path.endswith(tuple(names))
-        and not any(path.startswith(f"{outer}.") for outer in wrapped)
+        if path.replace(".original_module", "").endswith(tuple(names))
+        and ".modules_to_save." not in path
+        and not path.endswith(".original_module")
     }
-    outer = {p: m for p, m in named.items() if not any(p.startswith(f"{o}.") for o in named)}
+    outer = {p: m for p, m in named.items() if not any(_holds(o, p) for o in named)}
     for path, module in outer.items():
+        other = next((o for o in wrapped if _holds(o, path) or _holds(path, o)), None)
+        if other is not None:
+            raise InputError(
+                f"modules_to_save names {path.replace('.original_module', '')}, and another "
+                f"adapter of this base model trains {other}; name one of the two in both"
+            )
         inner = getattr(module, "original_module", module)
         if any(part is embedding for part in inner.modules()):
             raise InputError(
@@ -247,6 +255,10 @@ def find(model: nn.Module, names: Sequence[str], embedding: nn.Module) -> list[s
                 "name the modules in it"
             )
     return list(outer)
+
+
+def _holds(outer: str, path: str) -> bool:
+    return path.startswith(f"{outer}.")
 
 
 def wrap(model: nn.Module, paths: Sequence[str]) -> list[ModulesToSaveWrapper]:
