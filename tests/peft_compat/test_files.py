@@ -356,6 +356,15 @@ def test_an_adapter_without_a_task_finds_its_base_class(tmp_path: Path) -> None:
     file.write_text(json.dumps(values))
     with pytest.raises(InputError, match="allowlist"):
         peft_compat.AutoPeftModel.from_pretrained(tmp_path / "adapter")
+    for mapping, message in [
+        ({"base_model_class": "BertModel"}, "names no parent_library"),
+        ({"parent_library": "transformers", "base_model_class": "Bart"}, "there is none in this"),
+        ({"parent_library": "transformers.no", "base_model_class": "Bart"}, "there is none in"),
+        ({"parent_library": "transformersx", "base_model_class": "Bart"}, "allowlist"),
+    ]:
+        file.write_text(json.dumps({**values, "auto_mapping": mapping}))
+        with pytest.raises(InputError, match=message):
+            peft_compat.AutoPeftModel.from_pretrained(tmp_path / "adapter")
 
 
 def test_pushing_to_the_hub_uploads_the_saved_files(

@@ -104,14 +104,25 @@ def _named(mapping: dict[str, Any] | None, allowed: list[str] | None) -> Any:
             "Cannot infer the auto class from the config: it has no task type and no auto_mapping; "
             "load the base model yourself and use PeftModel.from_pretrained"
         )
-    library = mapping["parent_library"]
+    library, name = (mapping.get(key) for key in ("parent_library", "base_model_class"))
+    if not isinstance(library, str) or not isinstance(name, str):
+        raise InputError(
+            f"auto_mapping is {mapping}; it names no parent_library and base_model_class: load the "
+            "base model yourself and use PeftModel.from_pretrained"
+        )
     known = _LIBRARIES if allowed is None else tuple(allowed)
-    if not any(library == name or library.startswith(f"{name}.") for name in known):
+    if not any(library == own or library.startswith(f"{own}.") for own in known):
         raise InputError(
             f"The auto mapping wants to import '{library}' which is not in the import allowlist "
             f"{list(known)}. If you trust it, give import_allowlist=['{library}']"
         )
-    return getattr(importlib.import_module(library), mapping["base_model_class"])
+    try:
+        return getattr(importlib.import_module(library), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"auto_mapping names {name} of {library}, and there is none in this environment: "
+            f"{error}; load the base model yourself and use PeftModel.from_pretrained"
+        ) from error
 
 
 def _resize(model: Any, rows: int) -> None:
