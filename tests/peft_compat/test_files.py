@@ -591,3 +591,82 @@ def test_a_compiled_base_without_a_task_is_saved_by_its_own_class(tmp_path: Path
     )
     named = peft_compat.PeftConfig.from_pretrained(tmp_path).auto_mapping
     assert named["base_model_class"] == "BertForMaskedLM"
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_a_folder_that_another_program_has_written_since_gives_its_vectors(
+    is_trainable: bool, tmp_path: Path
+) -> None:
+    prompted("CAUSAL_LM").save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    rows = load_file(file)["prompt_embeddings"] + 1
+    save_file({"prompt_embeddings": rows}, file, {"format": "pt"})
+    with pytest.warns(UserWarning, match="has other vectors than prompt.safetensors"):
+        model = peft_compat.PeftModel.from_pretrained(
+            base_for("CAUSAL_LM"), tmp_path, is_trainable=is_trainable
+        )
+    torch.testing.assert_close(model.get_prompt_embedding_to_save("default"), rows)
+
+
+def test_a_save_that_writes_nothing_makes_no_folder(tmp_path: Path) -> None:
+    model, folder, file = prompted("CAUSAL_LM"), tmp_path / "folder", tmp_path / "file"
+    model.save_pretrained(folder, selected_adapters=[])
+    model.save_pretrained(folder, is_main_process=False)
+    file.write_text("mine")
+    with pytest.raises(InputError, match="is a file; give a directory"):
+        model.save_pretrained(file)
+    assert not folder.exists() and file.read_text() == "mine"
+
+
+def test_heads_of_a_gathered_state_dict_are_saved(tmp_path: Path) -> None:
+    model = prompted("SEQ_CLS")
+    model.save_pretrained(
+        tmp_path, state_dict={key: value + 1 for key, value in model.state_dict().items()}
+    )
+    saved = load_file(tmp_path / "adapter_model.safetensors")["base_model.classifier.weight"]
+    assert torch.equal(saved, model.base_model.classifier.weight + 1)
+
+
+def test_the_name_of_the_base_model_that_an_adapter_was_made_for_stays(tmp_path: Path) -> None:
+    base = base_for("CAUSAL_LM")
+    base.config.name_or_path = base.name_or_path = "us/model"
+    config = peft_compat.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    peft_compat.get_peft_model(base, config).save_pretrained(tmp_path)
+    base.name_or_path = "/a/copy/of/it"
+    peft_compat.PeftModel.from_pretrained(base, tmp_path).save_pretrained(tmp_path / "again")
+    again = peft_compat.PeftConfig.from_pretrained(tmp_path / "again")
+    assert again.base_model_name_or_path == "us/model"
+
+
+def test_an_adapter_of_another_base_model_warns(tmp_path: Path) -> None:
+    prompted("CAUSAL_LM").save_pretrained(tmp_path)
+    other = tiny.model(TASKS["CAUSAL_LM"][0], seed=7)
+    with pytest.warns(UserWarning, match="has other weights"):
+        peft_compat.PeftModel.from_pretrained(other, tmp_path)
+
+
+def test_an_adapter_of_another_template_is_not_loaded_into_one(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer("wordpiece", around=True)
+    config = peft_compat.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    options = {"template": "[P*2] {text} is [P]", "tokenizer": tokenizer}
+    model = peft_compat.get_peft_model(base_for("CAUSAL_LM"), config, **options)
+    prompted("CAUSAL_LM").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="another template than the saved one"):
+        model.load_adapter(tmp_path, "default")
+
+
+def test_a_configuration_that_is_given_stands_for_the_saved_one(tmp_path: Path) -> None:
+    model = prompted("CAUSAL_LM")
+    model.save_pretrained(tmp_path)
+    config = peft_compat.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_reparameterization_type="LSTM"
+    )
+    model.load_adapter(tmp_path, "second", is_trainable=True, config=config)
+    assert model.peft_config["second"] is config and config.token_dim == 32
+    assert hasattr(model.prompt_encoder["second"], "lstm_head")
+    base = base_for("CAUSAL_LM")
+    other = peft_compat.PeftModel.from_pretrained(base, tmp_path, is_trainable=True, config=config)
+    assert other.peft_config["default"] is config
+    for name, loaded in (("second", model), ("default", other)):
+        vectors = loaded.get_prompt_embedding_to_save(name)
+        torch.testing.assert_close(vectors, model.get_prompt_embedding_to_save("default"))
