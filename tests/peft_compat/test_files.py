@@ -670,3 +670,33 @@ def test_a_configuration_that_is_given_stands_for_the_saved_one(tmp_path: Path) 
     for name, loaded in (("second", model), ("default", other)):
         vectors = loaded.get_prompt_embedding_to_save(name)
         torch.testing.assert_close(vectors, model.get_prompt_embedding_to_save("default"))
+
+
+def test_an_adapters_task_decides_on_the_class_as_in_peft(tmp_path: Path) -> None:
+    prompted("CAUSAL_LM").save_pretrained(tmp_path)
+    for library in (peft, peft_compat):
+        asked = library.PeftModelForSequenceClassification
+        model = asked.from_pretrained(base_for("CAUSAL_LM"), tmp_path)
+        assert type(model) is library.PeftModelForCausalLM
+
+
+def test_what_is_loaded_for_inference_is_in_eval_mode(tmp_path: Path) -> None:
+    prompted("CAUSAL_LM").save_pretrained(tmp_path)
+    for is_trainable in (True, False):
+        base = base_for("CAUSAL_LM").train()
+        options = {"is_trainable": is_trainable}
+        model = peft_compat.PeftModel.from_pretrained(base, tmp_path, **options)
+        assert {m.training for m in model.modules()} == {is_trainable}
+        model.train().load_adapter(tmp_path, "second", **options)
+        assert {m.training for m in model.modules()} == {is_trainable}
+
+
+def test_an_adapter_below_is_found_by_its_subfolder(tmp_path: Path) -> None:
+    model = prompted("CAUSAL_LM")
+    model.add_adapter("below", peft_compat.PromptEncoderConfig(num_virtual_tokens=2))
+    model.save_pretrained(tmp_path)
+    options: dict[str, Any] = {"subfolder": "below"}
+    again = peft_compat.PeftModel.from_pretrained(base_for("CAUSAL_LM"), tmp_path, **options)
+    again.load_adapter(tmp_path, "second", **options)
+    for name in ("default", "second"):
+        assert again.peft_config[name].num_virtual_tokens == 2
