@@ -243,6 +243,32 @@ def test_a_state_dict_makes_an_encoder_give_its_vectors() -> None:
     torch.testing.assert_close(outputs(target, "CAUSAL_LM"), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [2, 4, None])
+def test_a_state_dict_of_other_vectors_changes_nothing(rows: int | None) -> None:
+    model = prompted("SEQ_CLS", "NONE")
+    before = peft_compat.get_peft_model_state_dict(model)
+    state = {key: tensor + 1 for key, tensor in before.items() if key != "prompt_embeddings"}
+    if rows:
+        state["prompt_embeddings"] = torch.ones(rows, 32)
+    with pytest.raises(PromptFileError, match=r"needs prompt_embeddings of shape \(3, 32\)"):
+        peft_compat.set_peft_model_state_dict(model, state)
+    after = peft_compat.get_peft_model_state_dict(model)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_the_base_models_tensors_are_taken_as_a_whole_unless_told_otherwise() -> None:
+    model = prompted("SEQ_CLS")
+    state = peft_compat.get_base_model_state_dict(model)
+    weight = state.pop("classifier.weight").clone()
+    with pytest.raises(RuntimeError, match=r"Missing key.*classifier\.original_module\.weight"):
+        peft_compat.set_base_model_state_dict(model, state)
+    other = {"classifier.weight": weight + 1}
+    peft_compat.set_base_model_state_dict(model, other, strict=False)
+    own = model.base_model.classifier
+    assert torch.equal(own.original_module.weight, weight + 1)
+    assert not torch.equal(own.weight, weight + 1)
+
+
 @pytest.mark.parametrize("encoder", ["MLP", "LSTM"])
 def test_peft_sets_the_state_dict_of_a_model_of_ours(encoder: str) -> None:
     source, target = prompted("CAUSAL_LM"), prompted("CAUSAL_LM", encoder)
@@ -553,6 +579,52 @@ def test_auto_classes_make_room_for_the_rows_that_were_saved(
     again = peft_compat.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     with torch.no_grad():
         assert torch.equal(again(input_ids=ADDED).logits, model(input_ids=ADDED).logits)
+
+
+def test_auto_classes_make_room_for_a_tokenizers_tokens_and_take_none_away(tmp_path: Path) -> None:
+    tiny.model("llama").save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft_compat.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    peft_compat.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    tokenizer = tiny.tokenizer("wordpiece")
+    for more in (0, 200):
+        tokenizer.add_tokens([f"<added {i}>" for i in range(more)])
+        tokenizer.save_pretrained(tmp_path / "adapter")
+        again = peft_compat.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+        assert len(again.word_embeddings.weight) == max(400, len(tokenizer))
+    assert len(tokenizer) > 400 > len(tokenizer) - 200
+
+
+def test_auto_classes_hand_on_how_the_adapter_shall_be_loaded(tmp_path: Path) -> None:
+    tiny.model("llama").save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft_compat.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    peft_compat.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    other = peft_compat.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft_compat.AutoPeftModelForCausalLM.from_pretrained(
+        tmp_path / "adapter", "mine", is_trainable=True, config=other
+    )
+    assert model.active_adapter == "mine" and model.peft_config["mine"] is other
+    assert model.training and not other.inference_mode
+
+
+def test_the_base_model_is_loaded_in_the_revision_that_the_adapter_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny.model("llama")
+    config = peft_compat.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    base.name_or_path = "us/model"
+    peft_compat.get_peft_model(base, config, revision="v2").save_pretrained(tmp_path)
+    asked: list[Any] = []
+
+    def load(name: str, **options: Any) -> Any:
+        asked.append((name, options))
+        return tiny.model("llama")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    auto = peft_compat.AutoPeftModelForCausalLM
+    auto.from_pretrained(tmp_path, revision="of_the_adapter", dtype="float32")
+    assert asked == [("us/model", {"revision": "v2", "dtype": "float32"})]
 
 
 def test_an_adapter_of_a_compiled_base_is_that_of_the_base(tmp_path: Path) -> None:
