@@ -479,6 +479,15 @@ def test_disabled_adapters_generate_what_the_base_model_generates(task: str, fam
         assert torch.equal(model.generate(input_ids=IDS, **options), expected)
 
 
+def test_disabled_adapters_generate_without_the_layers_that_were_trained_with_them() -> None:
+    model = prompted(modules_to_save=["layers.1", "lm_head"])
+    change_head(model, "default")
+    options = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 4, "do_sample": False}
+    with model.disable_adapter():
+        got = model.generate(**options)
+    assert torch.equal(got, base_model().generate(**options))
+
+
 def test_a_disabled_call_takes_the_prompts_own_arguments() -> None:
     model = prompted()
     expected = call(base_model())

@@ -206,3 +206,29 @@ def test_a_mask_of_other_tokens_than_the_caches_is_refused() -> None:
             cache = model(IDS[:, :3], attention_mask=mask, use_cache=True).past_key_values
             with pytest.raises(InputError, match="masks other tokens of the text than the call"):
                 model(input_ids=IDS[:, 3:], past_key_values=cache, attention_mask=second)
+
+
+@families
+def test_the_reference_layout_in_two_calls_is_that_at_once(family: str) -> None:
+    model = model_of(family, reference_layout=True)
+    with torch.no_grad():
+        whole = model(input_ids=IDS, attention_mask=LEFT).logits[:, -3:]
+        first = model(input_ids=IDS[:, :3], attention_mask=LEFT[:, :3], use_cache=True)
+        cache = first.past_key_values
+        close(model(IDS[:, 3:], LEFT, past_key_values=cache).logits, whole)
+
+
+def test_rows_go_on_with_the_trained_modules_of_their_own() -> None:
+    config = PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, modules_to_save=["lm_head"]
+    )
+    model = get_peft_model(tiny.model("llama"), config).eval()
+    model.add_adapter("second", config)
+    head = model.base_model.lm_head
+    head.modules_to_save["second"].weight.data += 1
+    names = ["default", "second"]
+    with torch.no_grad():
+        whole = model(input_ids=IDS, adapter_names=names).logits[:, -3:]
+        cache = model(input_ids=IDS[:, :3], adapter_names=names, use_cache=True).past_key_values
+        got = model(input_ids=IDS[:, 3:], adapter_names=names, past_key_values=cache).logits
+    close(got, whole)

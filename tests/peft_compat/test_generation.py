@@ -621,6 +621,8 @@ def test_without_a_text_generation_begins_as_pefts(family: str) -> None:
     got, expected = (model.generate(**options) for model in (mine, theirs))
     assert got.tolist() == expected.tolist() and got.shape[1] > 1
     for model in (mine, theirs):
+        config = transformers.GenerationConfig(bos_token_id=7, max_new_tokens=4, pad_token_id=0)
+        assert model.generate(generation_config=config)[0, 0] == 7
         model.generation_config.bos_token_id = 2
     again, expected = (model.generate(max_new_tokens=4) for model in (mine, theirs))
     assert again.tolist() == expected.tolist() and again[0, 0] == 2
