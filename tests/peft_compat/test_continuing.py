@@ -232,3 +232,30 @@ def test_rows_go_on_with_the_trained_modules_of_their_own() -> None:
         cache = model(input_ids=IDS[:, :3], adapter_names=names, use_cache=True).past_key_values
         got = model(input_ids=IDS[:, 3:], adapter_names=names, past_key_values=cache).logits
     close(got, whole)
+
+
+def test_padded_rows_of_a_model_with_positions_on_axes_need_the_callers() -> None:
+    model = ours(DECODERS["qwen2_vl"]()[0])
+    positions = (LEFT.cumsum(1) - 1).clamp(min=0).expand(3, 2, 6)
+    with torch.no_grad():
+        alone = model(input_ids=IDS[:1, 2:]).logits[:, -3:]
+        head = {"input_ids": IDS[:, :3], "attention_mask": LEFT[:, :3], "use_cache": True}
+        cache = model(**head, position_ids=positions[..., :3])[CACHE]
+        rest = {"input_ids": IDS[:, 3:], "attention_mask": LEFT, CACHE: cache}
+        with pytest.raises(InputError, match="padded rows need position_ids here"):
+            model(**rest)
+        close(model(**rest, position_ids=positions[..., 3:]).logits[:1], alone)
+
+
+def test_positions_go_on_from_where_a_model_begins_to_count() -> None:
+    config = transformers.RobertaConfig(
+        **{**tiny.FAMILIES["roberta"][2], "initializer_range": 0.3}, is_decoder=True, vocab_size=400
+    )
+    model = ours(transformers.RobertaForCausalLM(config).eval())
+    with torch.no_grad():
+        whole = model(input_ids=IDS, attention_mask=LEFT).logits[:, -3:]
+        cache = model(input_ids=IDS[:, :3], attention_mask=LEFT[:, :3], use_cache=True)[CACHE]
+        for column in (3, 4, 5):  # the masks have the text's width in each call
+            step = {"input_ids": IDS[:, column : column + 1], CACHE: cache}
+            got = model(**step, attention_mask=LEFT[:, : column + 1]).logits
+            close(got, whole[:, column - 3 : column - 2])
