@@ -659,6 +659,38 @@ def test_a_head_of_several_offloaded_layers_is_trained() -> None:
     assert_same(gradients(offloaded, **batch_for("bert")), expected)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_head_that_lies_on_a_disk_is_trained(whole: bool, tmp_path: Path) -> None:
+    config = tiny.model("roberta").config
+    config.num_labels = 3
+    transformers.RobertaForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    auto, batch = transformers.AutoModelForSequenceClassification, batch_for("bert")
+    parts = ["classifier"] if whole else ["classifier.dense", "classifier.out_proj"]
+    places = {"roberta": "cpu", **dict.fromkeys(parts, "disk")}
+    options = {"device_map": places, "offload_folder": tmp_path / "off"}
+    model = prompted(auto.from_pretrained(tmp_path / "base"), "bert")
+    offloaded = prompted(auto.from_pretrained(tmp_path / "base", **options), "bert")
+    offloaded.prompt_encoder.load_state_dict(model.prompt_encoder.state_dict())
+    assert not any(p.is_meta for p in trained(offloaded).values())
+    assert_same(gradients(offloaded, **batch), gradients(model, **batch))
+    with model.disable_adapter(), offloaded.disable_adapter():
+        assert_same(offloaded(**batch).logits, model(**batch).logits)
+
+
+def test_a_copied_head_does_not_copy_the_offloaded_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = accelerate.cpu_offload(base_model("bert"), execution_device=torch.device("cpu"))
+    copied: list[Any] = []
+    for kind in (Tensor, nn.Parameter):
+
+        def counted(tensor: Any, memo: Any, own: Any = kind.__deepcopy__) -> Any:
+            copied.append(tensor)
+            return own(tensor, memo)
+
+        monkeypatch.setattr(kind, "__deepcopy__", counted)
+    prompted(base, "bert")
+    assert len(copied) == 2
+
+
 @some_kinds
 def test_a_base_model_loaded_with_a_device_map_trains(family: str, tmp_path: Path) -> None:
     plain = base_model(family)

@@ -41,11 +41,16 @@ def is_compiled(model: Any) -> bool:
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """accelerate moves the module's weights in and out around its forward.
+    """accelerate moves the module's weights in and out around its forward."""
+    return offloading_of(module) is not None
+
+
+def offloading_of(module: nn.Module) -> Any:
+    """What moves a module's weights, and holds those of the whole model; or None.
 
     accelerate 0.10: ``add_hook_to_module`` leaves ``_hf_hook``; nothing public tells.
     """
-    return hasattr(module, "_hf_hook")
+    return getattr(module, "_hf_hook", None)
 
 
 def hook_owners(module: nn.Module) -> list[Any]:

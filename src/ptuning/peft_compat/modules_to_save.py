@@ -19,7 +19,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import Cache
 
-from ..backbone.upstream import checkpointing_of, set_checkpointing
+from ..backbone.upstream import checkpointing_of, offloading_of, set_checkpointing
 from ..errors import InputError
 from ..prompts.recognised import Recognised
 from .adapter_names import AdapterDict, escaped
@@ -67,8 +67,13 @@ class ModulesToSaveWrapper(Recognised, nn.Module):
                 "the adapter to that PeftModel (add_adapter, load_adapter)",
                 stacklevel=2,
             )
-        with align_module_device(self.original_module):
-            made = copy.deepcopy(self.original_module)
+        with ExitStack() as stack:
+            parts = list(self.original_module.modules())
+            for part in parts:
+                stack.enter_context(align_module_device(part))
+            hooks = {id(hook): hook for hook in map(offloading_of, parts)}
+            # What offloads it has the whole model's weights, which must not be copied.
+            made = copy.deepcopy(self.original_module, hooks)
         remove_hook_from_module(made, recurse=True)
         self.modules_to_save[name] = made.requires_grad_(False)
 
