@@ -815,6 +815,21 @@ def test_modules_that_are_not_there_to_be_trained_are_told_of(
     assert len(messages) == (said is not None) and (said or "") in "".join(messages)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bert.embeddings", "names the input embedding"),
+        ("encoder.layer", "a ModuleList, which is never called"),
+    ],
+)
+def test_a_module_that_cannot_be_trained_with_a_prompt_is_refused(name: str, message: str) -> None:
+    model = base_model("SEQ_CLS", "bert")
+    before = snapshot(model)
+    with pytest.raises(InputError, match=message):
+        get_peft_model(model, config_for("SEQ_CLS", modules_to_save=[name]))
+    assert_as_it_was(model, before)
+
+
 def test_a_module_around_or_in_another_adapters_is_refused() -> None:
     """The other's would have other names in its file, and this one's would not be trained."""
     for first, second in (["pooler.dense", "pooler"], ["pooler", "pooler.dense"]):

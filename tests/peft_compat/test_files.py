@@ -759,6 +759,7 @@ def test_what_is_loaded_for_inference_is_in_eval_mode(tmp_path: Path) -> None:
         options = {"is_trainable": is_trainable}
         model = peft_compat.PeftModel.from_pretrained(base, tmp_path, **options)
         assert {m.training for m in model.modules()} == {is_trainable}
+        assert any(p.requires_grad for p in model.parameters()) == is_trainable
         model.train().load_adapter(tmp_path, "second", **options)
         assert {m.training for m in model.modules()} == {is_trainable}
 
