@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from ptuning.peft_compat import PeftModel, PromptEncoderConfig, get_peft_model
+from ptuning.peft_compat.modules_to_save import Remembering
 
 from .. import tiny
 
@@ -153,6 +154,32 @@ def test_checkpointed_layers_are_recomputed_with_the_rows_own_modules(reentrant:
         assert (got[name] is None) == (value is None), name
         if value is not None:
             assert_same(got[name], value)
+
+
+def test_checkpointed_layers_know_the_modules_of_an_adapter_that_came_later() -> None:
+    def config(*names: str) -> PromptEncoderConfig:
+        values: dict[str, Any] = {"num_virtual_tokens": 2, "modules_to_save": list(names)}
+        return PromptEncoderConfig(task_type="CAUSAL_LM", **values)
+
+    def gradient() -> dict[str, Tensor]:
+        model.zero_grad(set_to_none=True)
+        model(input_ids=IDS, labels=IDS, adapter_names=["other", "other"]).loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    model = get_peft_model(base_model("llama"), config("mlp")).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for _ in range(2):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    layer = model.base_model.model.layers[0]
+    assert not isinstance(layer._gradient_checkpointing_func.checkpoint, Remembering)
+    model.add_adapter("other", config("mlp", "self_attn"))
+    for name, parameter in model.named_parameters():
+        if ".modules_to_save.other." in name:
+            parameter.data.normal_(std=0.3)
+            parameter.requires_grad_(True)
+    got = gradient()
+    model.gradient_checkpointing_disable()
+    assert_same(got, gradient())
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not_reentrant"])

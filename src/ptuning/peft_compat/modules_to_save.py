@@ -211,10 +211,10 @@ def remember(model: nn.Module) -> None:
     layers: Iterator[Any] = model.modules()
     for layer in layers:
         checkpoint = checkpointing_of(layer)
-        if checkpoint is None or isinstance(checkpoint, Remembering):
-            continue
-        wrapped = list(wrappers(layer).values())
-        if wrapped:
+        wrapped = [] if checkpoint is None else list(wrappers(layer).values())
+        if isinstance(checkpoint, Remembering):
+            checkpoint.wrapped = wrapped  # another adapter may have brought others
+        elif wrapped:
             set_checkpointing(layer, Remembering(checkpoint, wrapped))
 
 
