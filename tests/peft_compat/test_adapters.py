@@ -501,7 +501,7 @@ def test_a_disabled_call_takes_the_prompts_own_arguments() -> None:
 # --- taking adapters off ----------------------------------------------------------------------
 
 
-@every_task
+@pytest.mark.parametrize(("task", "family"), [*CASES, ("SEQ_CLS", "llama")])
 def test_the_last_adapter_leaves_the_base_model_as_it_was(task: str, family: str) -> None:
     base = base_model(task, family)
     expected, before = call(base, task), snapshot(base)
@@ -714,6 +714,17 @@ def test_bad_input_leaves_the_model_as_it_was(
     assert_as_it_was(model, before)
     assert list(model.peft_config) == ["default"] and list(model.prompt_encoder) == ["default"]
     assert torch.equal(call(model.eval()), output)
+
+
+def test_an_adapter_is_added_in_the_mode_of_its_model() -> None:
+    """Dropout of an LSTM would give other vectors in each call."""
+    model = prompted()
+    config = config_for(encoder_reparameterization_type="LSTM", encoder_dropout=0.5)
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    assert torch.equal(call(model), call(model))
+    model.train().add_adapter("third", config)
+    assert model.prompt_encoder["third"].training
 
 
 def test_an_option_that_there_is_none_of_is_refused_as_in_peft() -> None:

@@ -753,9 +753,9 @@ def test_an_adapters_task_decides_on_the_class_as_in_peft(tmp_path: Path) -> Non
 
 
 def test_what_is_loaded_for_inference_is_in_eval_mode(tmp_path: Path) -> None:
-    prompted("CAUSAL_LM").save_pretrained(tmp_path)
+    prompted("SEQ_CLS").save_pretrained(tmp_path)
     for is_trainable in (True, False):
-        base = base_for("CAUSAL_LM").train()
+        base = base_for("SEQ_CLS").train()
         options = {"is_trainable": is_trainable}
         model = peft_compat.PeftModel.from_pretrained(base, tmp_path, **options)
         assert {m.training for m in model.modules()} == {is_trainable}

@@ -446,6 +446,9 @@ def test_trainers_count_of_items_never_reaches_a_base_without_keywords(tmp_path:
     model = ours(_NoKeywords(tiny.model("llama").config))
     assert model.accepts_loss_kwargs is False
     assert ours(tiny.model("llama")).accepts_loss_kwargs is True
+    base = tiny.model("llama")
+    base.accepts_loss_kwargs = False  # as some models say that take keywords
+    assert ours(base).accepts_loss_kwargs is False
     rows = [[5, 6, 7]] * 8
     _trainer(model, tmp_path, {"input_ids": rows, "labels": rows}).train()
     with torch.no_grad():  # and another trainer may give it all the same
