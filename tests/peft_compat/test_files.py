@@ -456,6 +456,21 @@ def test_a_save_under_autocast_has_the_vectors_in_full(tmp_path: Path) -> None:
     )
 
 
+def test_what_is_saved_in_training_is_without_dropout_and_training_goes_on() -> None:
+    model = peft_compat.get_peft_model(
+        base_for("CAUSAL_LM"),
+        peft_compat.PromptEncoderConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=3,
+            encoder_reparameterization_type="LSTM",
+            encoder_dropout=0.5,
+        ),
+    ).train()
+    saved = [model.get_prompt_embedding_to_save("default") for _ in range(2)]
+    assert model.prompt_encoder["default"].training and torch.equal(*saved)
+    torch.testing.assert_close(model.eval().get_prompt(1)[0], saved[0])
+
+
 def test_a_save_leaves_a_readme_of_ones_own(tmp_path: Path) -> None:
     card = tmp_path / "README.md"
     card.write_text("# My model\n")
