@@ -788,3 +788,13 @@ def test_an_adapter_below_is_found_by_its_subfolder(tmp_path: Path) -> None:
     again.load_adapter(tmp_path, "second", **options)
     for name in ("default", "second"):
         assert again.peft_config[name].num_virtual_tokens == 2
+
+
+def test_a_state_dict_without_a_trained_head_is_not_whole() -> None:
+    model = prompted("SEQ_CLS")
+    state = model.state_dict()
+    model.load_state_dict(state)
+    name = next(key for key in state if key.endswith(".modules_to_save.default.weight"))
+    del state[name]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(state)
