@@ -15,6 +15,7 @@ import torch
 from ptuning import Prompt, load_model, storage
 from ptuning.backbone.identity import describe
 from ptuning.cli import main
+from ptuning.inference.merging import fingerprint
 
 from .. import tiny
 
@@ -61,6 +62,7 @@ def test_prompts_become_a_model_folder_that_says_what_to_ask(run: Run) -> None:
         "text": "<|one:0|><|one:1|> {country}<|one:2|>",
         "virtual_ids": [400, 401, 402],
         "labels": None,
+        "vectors": fingerprint(Prompt.load("one")),
     }
     model, tokenizer = load_model("merged")
     assert tokenizer("<|two:1|>")["input_ids"] == [404] and model.config.vocab_size == 406

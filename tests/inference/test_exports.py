@@ -27,7 +27,8 @@ def _base(bos: bool = False) -> BaseModel:
 
 def _prompt(base: BaseModel, template: str, **settings: Any) -> Prompt:
     prompt = Prompt(template, **settings)
-    prompt.vectors = torch.randn(prompt.num_virtual_tokens or 0, 32)
+    if prompt.num_virtual_tokens:  # else its words are to be tokens first
+        prompt.vectors = torch.randn(prompt.num_virtual_tokens, 32)
     prompt.base_model = base.describe()
     return prompt
 

@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
@@ -308,7 +309,7 @@ def _asked(backend: Any, registry: Any, method: str, path: str, **options: Any) 
 
 @pytest.mark.parametrize(("alive", "status"), [(True, 200), (False, 503)])
 def test_health_tells_whether_the_model_answers(alive: bool, status: int) -> None:
-    backend = SimpleNamespace(alive=alive, depth=0, name="model")
+    backend = SimpleNamespace(alive=AsyncMock(return_value=alive), depth=0, name="model")
     registry = SimpleNamespace(served={}, refused={})
     assert _asked(backend, registry, "GET", "/health").status_code == status
 
@@ -318,7 +319,7 @@ def test_a_prompt_that_cannot_be_put_is_told_of_without_paths(place: Path) -> No
         raise ptuning.InputError(f"{place / 'prompts' / name} does not fit")
 
     registry = Registry([str(place / "prompts")], take_on, lambda handle: None)
-    backend = SimpleNamespace(alive=True, depth=0, name="model")
+    backend = SimpleNamespace(depth=0, name="model")
     for name, status in (("mood", 422), ("nobody", 404)):
         response = _asked(backend, registry, "PUT", f"/v1/prompts/{name}", key=servers.KEY)
         assert response.status_code == status and str(place) not in response.text

@@ -382,7 +382,7 @@ def test_the_other_rows_of_a_request_that_failed_are_not_computed(place: Path) -
         asyncio.run(local.answer(handle, rows, Wish(time.monotonic() + 60)))
     gate.set()
     asyncio.run(local.close())
-    assert len(batches) == 2
+    assert 1 <= len(batches) <= 2
 
 
 def test_nothing_is_written_on_for_a_stream_that_nobody_reads(place: Path, local: Local) -> None:

@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,20 +117,26 @@ def merged(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def there(merged: Path) -> Iterator[tuple[str, Any]]:
+@contextmanager
+def served(app: Any) -> Iterator[str]:
     import uvicorn
 
-    app = _vllm(merged)
     with socket.create_server(("127.0.0.1", 0)) as at:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [at]}, daemon=True)
         thread.start()
         while not server.started:
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{at.getsockname()[1]}/v1", app
+        yield f"http://127.0.0.1:{at.getsockname()[1]}/v1"
         server.should_exit = True
         thread.join(200)
+
+
+@pytest.fixture(scope="module")
+def there(merged: Path) -> Iterator[tuple[str, Any]]:
+    app = _vllm(merged)
+    with served(app) as url:
+        yield url, app
 
 
 def _wish(seconds: float = 300, **options: Any) -> Wish:
@@ -245,6 +252,28 @@ def test_text_that_spells_a_removed_prompts_token_is_refused(
         asyncio.run(remote.answer(handle, [{"country": free}], _wish()))
 
 
+def test_it_is_alive_while_the_server_behind_is(merged: Path) -> None:
+    app, up = fastapi.FastAPI(), True
+
+    @app.get("/v1/models")
+    def models() -> Any:
+        return JSONResponse({"data": [{"id": "served"}]}, 200 if up else 503)
+
+    async def alive(remote: Remote) -> list[bool]:
+        nonlocal up
+        found = [await remote.alive()]
+        up = False
+        found.append(await remote.alive())
+        remote._url = "http://127.0.0.1:9/v1"  # nobody is there
+        remote._clients.clear()
+        found.append(await remote.alive())
+        await remote.close()
+        return [*found, await remote.alive()]
+
+    with served(app) as url:
+        assert asyncio.run(alive(Remote(url, str(merged)))) == [True, False, False, False]
+
+
 def test_faults_of_the_server_behind_are_told(
     place: Path, merged: Path, there: tuple[str, Any], tmp_path: Path
 ) -> None:
@@ -258,6 +287,10 @@ def test_faults_of_the_server_behind_are_told(
         remote.take_on("rome", servers.prompt(place, "capital"))
     with pytest.raises(InputError, match="merge it again"):
         remote.take_on("mood", servers.prompt(place, "capital"))
+    again = servers.prompt(place, "capital")
+    again.vectors = again.trained_vectors() + 1  # as another training gives
+    with pytest.raises(InputError, match="other vectors"):
+        remote.take_on("capital", again)
     handle = remote.take_on("capital", servers.prompt(place, "capital"))
     row = servers.ROWS["capital"]
     with pytest.raises(TooLate):
@@ -364,7 +397,7 @@ def _said(remote: Remote, told: Callable[[], Any], status: int = 200) -> list[An
         return httpx.Response(status, content=told())
 
     transport = httpx.MockTransport(answered)
-    remote._client = httpx.AsyncClient(transport=transport, base_url="http://x")
+    remote._there = lambda: httpx.AsyncClient(transport=transport, base_url="http://x")
     return asked
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import formats
 from ..backbone.base_model import BaseModel
 from ..backbone.identity import difference
 from ..backbone.lookups import input_embedding
@@ -69,7 +70,10 @@ def merge(
         own = ids[at : at + len(of_one)]
         at += len(of_one)
         text = merged_text(prompt, name, base.kind, tokenizer, merged_tokenizer, own)
-        table[name] = {"text": text.text, "virtual_ids": own, "labels": text.labels}
+        table[name] = {
+            **{"text": text.text, "virtual_ids": own, "labels": text.labels},
+            "vectors": fingerprint(prompt),
+        }
         if prompt.label_bias:
             table[name]["label_bias"] = dict(prompt.label_bias)
         if not text.add_special_tokens:
@@ -82,6 +86,11 @@ def merge(
     if tied and (config := getattr(twin, "generation_config", None)) is not None:
         config.suppress_tokens = sorted({*(config.suppress_tokens or []), *before, *ids})
     return Merged(twin, merged_tokenizer, table)
+
+
+def fingerprint(prompt: Prompt) -> str:
+    """What a merged prompt is known by: the SHA-256 of its vectors' bytes in float32."""
+    return formats.sha256(prompt.trained_vectors().float().cpu().contiguous().numpy().tobytes())
 
 
 def unmerge(merged: Merged, names: Iterable[str]) -> Merged:

@@ -179,8 +179,9 @@ def _around(app: FastAPI, desk: Desk) -> None:
     @app.get("/health", tags=["server"])
     async def health() -> Json:
         """200 while the model answers."""
-        state = {"status": "ok" if backend.alive else "dead", "prompts": len(registry.served)}
-        return Json(state, 200 if backend.alive else 503)
+        alive = await backend.alive()
+        state = {"status": "ok" if alive else "dead", "prompts": len(registry.served)}
+        return Json(state, 200 if alive else 503)
 
     @app.get(METRICS, tags=["server"], response_class=Response)
     async def metrics() -> Response:

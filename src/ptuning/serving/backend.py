@@ -120,8 +120,7 @@ class Backend(Protocol):
     def depth(self) -> int:
         """Questions that wait."""
 
-    @property
-    def alive(self) -> bool:
+    async def alive(self) -> bool:
         """It can answer."""
 
     async def close(self) -> None:

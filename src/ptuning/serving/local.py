@@ -214,8 +214,7 @@ class Local:
         """Questions that wait."""
         return self.batcher.depth
 
-    @property
-    def alive(self) -> bool:
+    async def alive(self) -> bool:
         """The model's thread works."""
         return self.batcher.alive
 

@@ -26,6 +26,7 @@ from .. import formats
 from ..backbone.traits import ModelKind
 from ..errors import InputError, PtuningError
 from ..inference.merged_tokenizer import free_names, without_names
+from ..inference.merging import fingerprint
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
 from ..rendering.layout import Sequence as Tokens
@@ -45,6 +46,9 @@ from .backend import (
     is_plain,
 )
 from .batcher import Overloaded, Stopping, TooLate
+
+_PROBE = 5.0
+"""Seconds in which the server behind says that it is there."""
 
 
 @dataclass(eq=False)
@@ -93,7 +97,7 @@ class Remote:
         free = free_names(self._tokenizer)  # and those that were free before
         self._virtual = set(self._tokenizer.convert_tokens_to_ids(free))
         self._rendering = threading.Lock()
-        self._client: httpx.AsyncClient | None = None
+        self._clients: dict[int, httpx.AsyncClient] = {}
         self._under_way, self._closing = 0, False
         self.plain = self._handle(PLAIN)
         chats = getattr(self._tokenizer, "chat_template", None)
@@ -112,7 +116,7 @@ class Remote:
         """A handle for a prompt that is merged into the model there.
 
         Raises:
-            InputError: it is not merged there, or has another number of virtual tokens.
+            InputError: it is not merged there, or another one of its name is.
         """
         prompt.check_alone("served by a merged model")
         entry = self._merged.get(name)
@@ -123,10 +127,11 @@ class Remote:
                 "NAME=DIR"
             )
         ids = tuple(entry["virtual_ids"])
-        if len(ids) != len(prompt.trained_vectors()):
+        same = entry.get("vectors") in (None, fingerprint(prompt))  # older tables do not tell
+        if not same or len(ids) != len(prompt.trained_vectors()):
             raise InputError(
-                f"{name!r} has {len(prompt.trained_vectors())} virtual tokens, and the prompt of "
-                f"this name in the merged model {len(ids)}; merge it again"
+                f"{name!r} has other vectors than the prompt of this name in the merged model; "
+                "merge it again, and let vLLM load that"
             )
         return self._handle(prompt, ids)
 
@@ -173,16 +178,21 @@ class Remote:
         """Rows under way."""
         return self._under_way
 
-    @property
-    def alive(self) -> bool:
-        """It takes questions."""
-        return not self._closing
+    async def alive(self) -> bool:
+        """It takes questions, and so does the server behind."""
+        if self._closing:
+            return False
+        try:  # by a connection of its own: rows may have taken all others
+            response = await self._there(1).get("/models", timeout=_PROBE)
+        except httpx.HTTPError:
+            return False
+        return response.is_success
 
     async def close(self) -> None:
         """Take nothing more."""
         self._closing = True
-        if self._client is not None:
-            await self._client.aclose()
+        for client in self._clients.values():
+            await client.aclose()
 
     # Rendering.
 
@@ -322,13 +332,14 @@ class Remote:
         finally:
             self._under_way -= rows
 
-    def _there(self) -> httpx.AsyncClient:
-        if self._client is None:
-            limits = httpx.Limits(max_connections=512, max_keepalive_connections=64)
-            self._client = httpx.AsyncClient(
+    def _there(self, most: int = 512) -> httpx.AsyncClient:
+        """A client with so many connections, of the event loop that answers."""
+        if most not in self._clients:
+            limits = httpx.Limits(max_connections=most, max_keepalive_connections=64)
+            self._clients[most] = httpx.AsyncClient(
                 base_url=self._url, headers=self._headers, limits=limits
             )
-        return self._client
+        return self._clients[most]
 
 
 def _likelihood(prompt_logprobs: Any, ids: list[int], count: int) -> float:
