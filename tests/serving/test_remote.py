@@ -253,25 +253,25 @@ def test_text_that_spells_a_removed_prompts_token_is_refused(
 
 
 def test_it_is_alive_while_the_server_behind_is(merged: Path) -> None:
-    app, up = fastapi.FastAPI(), True
+    app, status = fastapi.FastAPI(), 200
 
     @app.get("/v1/models")
     def models() -> Any:
-        return JSONResponse({"data": [{"id": "served"}]}, 200 if up else 503)
+        return JSONResponse({"data": [{"id": "served"}]}, status)
 
-    async def alive(remote: Remote) -> list[bool]:
-        nonlocal up
-        found = [await remote.alive()]
-        up = False
-        found.append(await remote.alive())
-        remote._url = "http://127.0.0.1:9/v1"  # nobody is there
-        remote._clients.clear()
-        found.append(await remote.alive())
+    async def ask() -> list[bool]:
+        nonlocal status
+        found = []
+        with served(app) as url:
+            remote = Remote(url, str(merged))
+            found.append(await remote.alive())
+            status = 503
+            found.append(await remote.alive())
+        found.append(await remote.alive())  # nobody is there
         await remote.close()
         return [*found, await remote.alive()]
 
-    with served(app) as url:
-        assert asyncio.run(alive(Remote(url, str(merged)))) == [True, False, False, False]
+    assert asyncio.run(ask()) == [True, False, False, False]
 
 
 def test_faults_of_the_server_behind_are_told(

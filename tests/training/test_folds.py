@@ -65,6 +65,17 @@ def test_rows_that_say_the_same_are_held_out_together() -> None:
     assert all(held for _, held in splits(rows, ["text"], ["a"] * 20, 7, seed=0))
 
 
+def test_what_only_a_template_of_the_grid_reads_makes_rows_differ() -> None:
+    rows = [{**row, "kind": "city"} for row in ROWS]
+    read = "[P*2] {text} [P] is [MASK]"
+    plain = Prompt(read, answer="label", verbalizer=LABELS)
+    other = Prompt("[P*2] {kind} [P] is [MASK]", answer="label", verbalizer=LABELS)
+    for options in ({"folds": 2}, {"dev": 0.3}):
+        _, expected = run(rows, prompt=plain, grid={"template": [read]}, **options)
+        _, found = run(rows, prompt=other, grid={"template": [read]}, **options)
+        assert found.history == expected.history
+
+
 def test_settings_are_chosen_by_the_mean_of_trainings_one_by_one() -> None:
     prompt, result = run(folds=3, population=2, grid=GRID, choose_by="loss")
     alone: dict[tuple[float, int], list[list[dict[str, float]]]] = {}

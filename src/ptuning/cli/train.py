@@ -100,11 +100,11 @@ def train(
     from ..data.columns import columns_of
     from ..data.setting_aside import set_aside, usual_share
     from ..prompts.from_table import in_two_lines
-    from ..rendering.example import all_columns, answer_column
+    from ..rendering.example import answer_column
     from ..rendering.short_words import settle_words
     from ..training import checkpoint
     from ..training.checks import check_run, check_whole
-    from ..training.grid import choices
+    from ..training.grid import choices, columns_read
     from ..training.refit import settled_refit
     from ..training.settings import TrainSettings
     from ..training.train import train as train_prompt
@@ -130,7 +130,8 @@ def train(
         if dev_share:
             answer = answer_column(trained, rows[0])
             check_whole(trained, rows)
-            rows, dev_rows = set_aside(rows, all_columns(trained), answer, dev_share, how.seed)
+            read = columns_read(choices(trained, how, population, grid))
+            rows, dev_rows = set_aside(rows, read, answer, dev_share, how.seed)
         check_run(trained, rows, dev_rows, how, population, grid)
         dtype = loading.chosen(model, dtype, _format_of(how), usual=True, frozen=frozen)
         base, tokenizer = load_model(model, dtype=dtype, frozen=frozen)

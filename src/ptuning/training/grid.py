@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..prompts.prompt import Prompt
 from ..prompts.task import at_least_one
 from ..prompts.template import ESCAPED
+from ..rendering.example import all_columns
 from ..rendering.render import Rendered, Renderer
 from .settings import TrainSettings
 
@@ -93,6 +94,15 @@ def choices(
             changed = replace(settings, **own, seed=seed)
             result.append(({**chosen, "seed": seed}, _prompt(prompt, chosen), changed))
     return result
+
+
+def columns_read(members: Iterable[Named]) -> tuple[str, ...]:
+    """The columns that any member's template or label words name.
+
+    Raises:
+        InputError: one has no template.
+    """
+    return tuple(dict.fromkeys(name for _, prompt, _ in members for name in all_columns(prompt)))
 
 
 def _prompt(prompt: Prompt, chosen: dict[str, Any]) -> Prompt:

@@ -25,14 +25,14 @@ from ..places import named
 from ..prompts.consistency import check_kind
 from ..prompts.prompt import Prompt
 from ..prompts.task import majority_answer
-from ..rendering.example import all_columns, answer_column
+from ..rendering.example import answer_column
 from ..rendering.lesson import Lessons
 from . import checkpoint, guidance
 from .calibration import calibrate
 from .checks import check_helpers, check_run, check_some, check_whole
 from .ensemble import best_members
 from .folds import FoldResult, choose, splits
-from .grid import choices
+from .grid import choices, columns_read
 from .loop import Loop
 from .members import answers_of, with_examples
 from .outcome import Outcome, become, figures_together
@@ -114,8 +114,9 @@ def train(
         dev = plain(dev)  # a share may be numpy's
         if isinstance(dev, int | float):
             check_whole(prompt, rows, answered=lessons is None)
+            read = columns_read(choices(draft, settings, population, grid))
             answer = answer_column(prompt, rows[0])
-            rows, dev = set_aside(rows, all_columns(prompt), answer, dev, settings.seed)
+            rows, dev = set_aside(rows, read, answer, dev, settings.seed)
             aside = bool(dev)
         dev = as_rows(dev)
         check_run(prompt, rows, dev, settings, population, grid, answered=lessons is None)
@@ -149,7 +150,7 @@ def train(
                 distributed.from_main(lambda: checkpoint.delete_all(old))
             folds: FoldResult | None = None
             if settings.folds:
-                parts = splits(rows, all_columns(draft), answers, settings.folds, settings.seed)
+                parts = splits(rows, columns_read(chosen), answers, settings.folds, settings.seed)
                 render = partial(with_examples, base)
                 folds = choose(base, chosen, parts, render, place, resume, listener)
                 variants = with_examples(base, folds.chosen[: settings.ensemble], rows, ())
