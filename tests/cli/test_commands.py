@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -232,6 +233,24 @@ def test_resume_finds_its_settings_in_the_folder(
 
 
 @pytest.mark.usefixtures("on_cpu")
+def test_resume_begins_a_run_that_was_stopped_before_its_first_checkpoint(
+    train: Run, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"dev": "dev.csv", "seed": 3, "encoder": "none"}
+    train(**settings, output="whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", Mock(side_effect=KeyboardInterrupt))
+        code, _, err = train(**settings)
+    assert code == 130
+    assert sorted(path.name for path in Path("out").iterdir()) == ["run.yaml"]
+    assert err.splitlines()[-1] == "stopped; go on with: ptuning train --output out --resume"
+    code, _, err = run("train", "--output", "out", "--resume")
+    assert code == 0, err
+    whole, resumed = Prompt.load("whole"), Prompt.load("out")
+    assert torch.equal(whole.trained_vectors(), resumed.trained_vectors())
+
+
+@pytest.mark.usefixtures("on_cpu")
 def test_a_run_of_an_older_release_goes_on_without_noise_on_words(
     run: Run, here: Path, ctrl_c_after: Callable[[int | None], None], model_folder: Path
 ) -> None:
@@ -271,12 +290,11 @@ def test_resume_refuses_where_there_is_nothing_to_resume(
     assert code == 2
     assert_one_line(err, "nothing to resume", "a saved prompt", "--init-from out")
     assert (here / "out/prompt.safetensors").read_bytes() == before
-    (here / "begun").mkdir()
-    (here / "begun/run.yaml").write_text("epochs: 3\n")
-    code, _, err = run("train", "--output", "begun", "--resume")
+    (here / "other").mkdir()
+    (here / "other/notes.txt").write_text("of another's")
+    code, _, err = run("train", "--output", "other", "--resume")
     assert code == 2
-    assert_one_line(err, "nothing to resume", "no checkpoint")
-    assert train(output="begun")[0] == 0
+    assert_one_line(err, "nothing to resume in --output other", "holds no run")
     code, _, err = train("--resume", "--overwrite")
     assert code == 2
 

@@ -73,13 +73,22 @@ def is_interrupted(output: Path) -> bool:
     return not is_finished(output) and any(output.glob("checkpoints/**/step-*/DONE"))
 
 
+def is_begun(output: Path) -> bool:
+    """A run was stopped there before its first checkpoint: nothing else but its settings."""
+    return (output / SETTINGS).is_file() and not _seen(output) - {SETTINGS, "checkpoints"}
+
+
+def _seen(output: Path) -> set[str]:
+    return {path.name for path in output.iterdir() if not path.name.startswith(".")}
+
+
 def check_resumable(output: Path) -> None:
     """Refuse ``--resume`` where there is nothing to resume.
 
     Raises:
-        InputError: the folder is not there, or holds neither checkpoint nor result.
+        InputError: the folder is not there, or holds no run.
     """
-    if is_finished(output) or is_interrupted(output):
+    if is_finished(output) or is_interrupted(output) or is_begun(output):
         return
     nothing = f"there is nothing to resume in --output {output}"
     if not output.exists():
@@ -89,10 +98,7 @@ def check_resumable(output: Path) -> None:
             f"{nothing}: it holds a saved prompt and no checkpoint; train on from that prompt with "
             f"--init-from {output} and another --output"
         )
-    raise InputError(
-        f"{nothing}: it holds no checkpoint (a run that was stopped before its first one begins "
-        "anew); leave --resume out"
-    )
+    raise InputError(f"{nothing}: it holds no run; leave --resume out")
 
 
 def check_free(output: Path) -> None:
@@ -115,8 +121,7 @@ def check_free(output: Path) -> None:
             f"--output {output} holds a saved prompt; choose another folder, train on from it into "
             f"another one (--init-from {output}), or replace it (--overwrite)"
         )
-    seen = {path.name for path in output.iterdir() if not path.name.startswith(".")}
-    if seen - {SETTINGS, "checkpoints"}:  # left by a run that was stopped before a checkpoint
+    if _seen(output) - {SETTINGS, "checkpoints"}:  # left by a run before its first checkpoint
         raise InputError(
             f"--output {output} is not empty; choose another folder, or --overwrite to write there "
             "all the same"
@@ -145,7 +150,7 @@ def begin(output: Path, run_file: bytes, anew: bool) -> None:
 
 def how_to_go_on(output: Path, command: str) -> str:
     """What to say of a training that was stopped."""
-    if is_interrupted(output):
+    if is_interrupted(output) or is_begun(output):
         told = console.command(command, "--output", output, "--resume")
         return f"stopped; go on with: {told}"
-    return "stopped before the first checkpoint; begin again"
+    return "stopped before the first step; begin again"
