@@ -732,7 +732,28 @@ def test_chat_has_only_the_special_tokens_of_its_template() -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        "{% for part in m.content %}{{ part.text }}{% endfor %}",  # content in parts, as of images
+        "{% for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}",
+        "{% for part in m['content'] | selectattr('type', 'equalto', 'image') %}IMAGE{% endfor %}"
+        "{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}"
+        "{{ part['text'] }}{% endfor %}",  # LLaVA's
+        "{% if m.content is string %}{{ raise_exception('parts, please') }}{% endif %}"
+        "{{ m.content[0].text }}",
+    ],
+)
+def test_a_chat_template_may_take_turns_as_lists_of_parts(content: str) -> None:
+    plain, in_parts = tiny.tokenizer(), tiny.tokenizer()
+    around = "{{% for m in messages %}}Q:{}{{% endfor %}}A:".format
+    plain.chat_template, in_parts.chat_template = around("{{ m.content }}"), around(content)
+    row = {"x": "Oslo", "answer": "yes"}
+    expected = render("[P*2] {x} [P*2] [MASK]", row, tokenizer=plain, chat=True)
+    found = render("[P*2] {x} [P*2] [MASK]", row, tokenizer=in_parts, chat=True)
+    assert found.ids == expected.ids
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{% for part in m.content %}{{ part.words }}{% endfor %}",
         "{{ m.content | upper }}",
         "{{ m.content }} {{ m.content }}",
         "{{ m.content[:8] }}",

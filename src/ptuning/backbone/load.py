@@ -177,21 +177,30 @@ def _resolve(name: str) -> str:
 
 
 def _auto_class(config: Any) -> Any:
+    """Of a model that reads images or sounds, too, the whole one, so that merging keeps what reads
+    them."""
     import transformers
 
-    if getattr(config, "is_encoder_decoder", False):
+    kind, names = type(config), getattr(config, "architectures", None) or []
+    encodes = getattr(config, "is_encoder_decoder", False)
+    own = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if encodes:
+        own = transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    reads_more = transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING.get(kind, None)
+    as_saved = getattr(reads_more, "__name__", None) in names
+    whole = as_saved or (reads_more is not None and kind not in own)
+    if encodes and not whole:
         return transformers.AutoModelForSeq2SeqLM
-    names = " ".join(getattr(config, "architectures", None) or [])
-    masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
-    masked = masked and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if "ForMaskedLM" in names or "ForPreTraining" in names or masked:
+    told = " ".join(names)
+    masked = kind in transformers.MODEL_FOR_MASKED_LM_MAPPING and kind not in own
+    if "ForMaskedLM" in told or "ForPreTraining" in told or masked:
         return transformers.AutoModelForMaskedLM
-    if names and not ("LM" in names or "Causal" in names or "Conditional" in names):
+    if told and not (as_saved or any(part in told for part in ("LM", "Causal", "Conditional"))):
         raise InputError(
-            f"the model is saved as {names}, which has no language-model head to answer with; give "
+            f"the model is saved as {told}, which has no language-model head to answer with; give "
             "a causal, masked or encoder-decoder language model"
         )
-    return transformers.AutoModelForCausalLM
+    return transformers.AutoModelForMultimodalLM if whole else transformers.AutoModelForCausalLM
 
 
 def converted_gguf(path: Path) -> Path:

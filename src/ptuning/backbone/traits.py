@@ -79,6 +79,7 @@ def kind_of(model: nn.Module) -> ModelKind:
             "XLNet reads in any order, and what it sees of an answer depends on the call; give a "
             "causal, masked or encoder-decoder language model"
         )
+    _check_reads_text(model)
     can_generate = getattr(model, "can_generate", None)
     if can_generate is not None and can_generate() and not _fills_masks(model):
         return ModelKind.CAUSAL
@@ -88,6 +89,30 @@ def kind_of(model: nn.Module) -> ModelKind:
         f"{type(model).__name__} has no language-model head to answer with; load the model with "
         "AutoModelForCausalLM, AutoModelForMaskedLM or AutoModelForSeq2SeqLM"
     )
+
+
+def _check_reads_text(model: nn.Module) -> None:
+    """Refuse a model that reads images or sounds and no text without them, or text in both
+    directions (PaliGemma, whose masks then depend on the batch's padding).
+
+    Raises:
+        InputError: it is one.
+    """
+    config: Any = getattr(model, "config", None)
+    given = inspect.signature(uncompiled(model).forward).parameters.values()
+    wanted = [p.name for p in given if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD]
+    missing = ", ".join(name for name in wanted if name not in ("input_ids", "attention_mask"))
+    if missing:
+        raise InputError(
+            f"{type(model).__name__} reads no text alone (it wants {missing}); give a language "
+            "model, or one that reads text without images"
+        )
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+        raise InputError(
+            f"{type(model).__name__} reads its text in both directions, and how it then goes on "
+            "depends on the batch; give a causal, masked or encoder-decoder language model"
+        )
 
 
 def _fills_masks(model: nn.Module) -> bool:
@@ -221,11 +246,14 @@ def reads_caches(model: nn.Module) -> bool:
 
 
 def packs_rows(model: nn.Module) -> bool:
-    """The model's attention takes a mask of our own, and its positions are what it is told.
+    """The model's attention takes a mask of our own, its positions are what it is told, and its
+    logits are those that it is asked for (Qwen2-Audio's forward takes any argument and forgets it).
 
     So it is with rotary positions, full attention in every layer, and PyTorch's attention.
     """
     if not looks_attention_up(model):
+        return False
+    if not {"position_ids", "logits_to_keep"} <= forward_parameters(model):
         return False
     config: Any = model.config
     text = config.get_text_config()
@@ -288,6 +316,14 @@ def layer_weights(model: nn.Module) -> int:
 
 
 # The output head.
+
+
+def rows_beyond(model: nn.Module) -> int:
+    """Rows of the embedding that its class makes beyond the vocabulary's size: Mllama has eight for
+    images, and its head none."""
+    config: Any = model.config
+    kind = str(getattr(config.get_text_config(), "model_type", ""))
+    return 8 if kind.startswith("mllama") else 0
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -28,6 +28,7 @@ from ..backbone.traits import ModelKind
 from ..errors import InputError
 from ..prompts import peft_files
 from ..prompts.prompt import Prompt
+from ..rendering.chat import takes_parts_alone
 from ..rendering.merged_text import merged_text, names_of
 from .merged_tokenizer import with_names
 
@@ -38,7 +39,7 @@ _JOINED = """\
 {%- for part in message['content'] if message['content'] is not string %}
 {%- set joined.said = joined.said ~ part['text'] %}
 {%- endfor %}
-{%- set joined.messages = joined.messages + [dict(message, content=joined.said)] %}
+{%- set joined.messages = joined.messages + [dict(message, content=SAID)] %}
 {%- endfor %}
 {%- set messages = joined.messages %}
 """
@@ -115,7 +116,9 @@ def _vllm_embeds(prompt: Prompt, base: BaseModel) -> dict[str, bytes]:
         at += part
     about: dict[str, Any] = {"content": content, **_labels(prompt, text)}
     own = base.tokenizer.get_chat_template() if prompt.chat else _WHOLE
-    about["chat_template"] = _JOINED + own
+    in_parts = prompt.chat and takes_parts_alone(base.tokenizer)
+    said = '[{"type": "text", "text": joined.said}]' if in_parts else "joined.said"
+    about["chat_template"] = _JOINED.replace("SAID", said) + own
     about["add_special_tokens"] = text.add_special_tokens and not prompt.chat
     return {"vllm_embeds.json": formats.pack_json(about)}
 

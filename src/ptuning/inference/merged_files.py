@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors
 from torch import nn
+from transformers import MODEL_FOR_MULTIMODAL_LM_MAPPING
+from transformers.utils.hub import cached_file
 
 from .. import formats, places, storage
 from ..backbone.eight_bits import frozen_format
@@ -17,6 +20,12 @@ from ..rendering.merged_text import names_of
 from .merged_tokenizer import free_names
 
 PROMPTS, LOGIT_BIAS = "prompts.json", "logit_bias.json"
+_PROCESSORS = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
 _TOKENIZER_BYTES = 64 * 2**20
 """What is reckoned for tokenizer and descriptions."""
 
@@ -52,6 +61,7 @@ class Merged(NamedTuple):
             with storage.one_save(folder, remove=[*old, PROMPTS, LOGIT_BIAS]) as staged:
                 _write_weights(self.model, staged)
                 self.tokenizer.save_pretrained(staged)
+                _copy_processors(self.model, staged)
                 (staged / PROMPTS).write_bytes(formats.pack_json(self.prompts))
                 if suppressed := _suppressed(self):
                     told = {str(index): -100 for index in suppressed}
@@ -148,6 +158,16 @@ def _write_weights(model: Any, folder: Path) -> None:
         if getattr(model, "hf_quantizer", None) is None:
             raise
         raise refused from error
+
+
+def _copy_processors(model: Any, folder: Path) -> None:
+    """What engines prepare images or sounds by, as the base model has it."""
+    if type(model.config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return
+    for name in _PROCESSORS:
+        with suppress(OSError, ValueError):  # it has no such file, or no place at all
+            found = cached_file(model.config.name_or_path, name)
+            shutil.copyfile(str(found), folder / name)
 
 
 def _is_packed(model: nn.Module) -> bool:

@@ -28,6 +28,7 @@ from ..backbone.traits import (
     kind_of,
     output_bias,
     output_head,
+    rows_beyond,
 )
 from ..backbone.upstream import is_offloaded, uncompiled
 from ..errors import InputError
@@ -62,11 +63,12 @@ def with_rows(
     twin = _twin(uncompiled(model))
     modules = Injector(twin).modules
     embedding, head = modules[0], output_head(twin)
-    rows = max(embedding.num_embeddings, max(ids) + 1)
+    beyond = rows_beyond(model)
+    rows = max(embedding.num_embeddings - beyond, max(ids) + 1)
     where = torch.tensor(ids, device=embedding.weight.device)
-    _grow(embedding.weight, rows)
+    _grow(embedding.weight, rows + beyond)
     for module in modules:
-        module.num_embeddings = rows
+        module.num_embeddings = rows + beyond
         values = vectors.to(embedding.weight.device) / embedding_scale(module)
         check_fits(values, embedding.weight.dtype)
         embedding.weight[where] = values.to(embedding.weight.dtype)

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy
 
-from ..errors import DataError, InputError, in_one_line
+from ..errors import DataError, InputError
 from ..prompts.task import Task
 from ..prompts.template import Field, Slot, Virtual
+from .chat import as_chat
 from .known import Known, Tokenize
 from .virtual_ids import SLOT, NamedTokenizer, Names
 
@@ -306,22 +307,6 @@ class Layout:
             while ids and ids[-1] in self.tokenizer.all_special_ids:
                 ids.pop()
         return ids
-
-
-def as_chat(tokenizer: Any, turns: list[dict[str, str]]) -> str:
-    """A chat's turns as the tokenizer's chat template writes them, up to the answer.
-
-    Raises:
-        InputError: the template does not take them.
-    """
-    try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # what the chat template raises, or its engine
-        reason = in_one_line(error)
-        who = " and ".join(turn["role"] for turn in turns)
-        raise InputError(
-            f"this model's chat template takes no turns of {who} ({reason})"
-        ) from error
 
 
 def _group_before_field(task: Task) -> int | None:

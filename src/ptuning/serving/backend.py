@@ -13,8 +13,8 @@ from typing import Any, Protocol, TypeVar
 from ..errors import InputError, PtuningError
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
+from ..rendering.chat import as_chat
 from ..rendering.layout import Sequence as Tokens
-from ..rendering.layout import as_chat
 from ..rendering.render import Rendered, Renderer
 from .batcher import TooLate
 

@@ -257,7 +257,7 @@ class GraphedStep:
             columns, cache = columns - slots.shape[1], self.population.engine.kept_at(slots)
         shortened = behind(self.population.base, static, columns, cache)
         asked = shortened.inputs
-        if "keep" in inputs:
+        if "keep" in inputs and "logits_to_keep" in asked:
             asked["logits_to_keep"] = inputs["keep"]
         if self.fast_layers and self._trims and "logits_to_keep" in asked:
             self.fast_layers.give_only(asked.pop("logits_to_keep"))
