@@ -168,7 +168,7 @@ class Ways:
         return {"said": said, "bytes": len(pickle.dumps(model))}
 
     def template(self, splits: Splits, seed: int, part: str) -> dict[str, Any]:
-        from ptuning.backbone.traits import kind_of
+        from ptuning.backbone.kinds import kind_of
         from ptuning.rendering.short_words import settle_words
 
         model, tokenizer = self.base

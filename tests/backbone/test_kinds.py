@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import ptuning
-from ptuning.backbone.traits import ModelKind, kind_of
+from ptuning.backbone.kinds import ModelKind, kind_of
 from ptuning.errors import InputError
 
 from .. import tiny
@@ -53,6 +53,23 @@ def test_a_masked_model_that_writes_text_too_answers_at_its_masks(name: str) -> 
 
 def test_a_model_set_up_as_causal_writes_what_follows() -> None:
     assert kind_of(_model("XLM", **_XLM, causal=True)) == ModelKind.CAUSAL
+
+
+@pytest.mark.parametrize("name", ["Bert", "Roberta", "BertGeneration"])
+def test_an_encoder_goes_on_with_a_text_only_if_it_is_set_up_as_a_decoder(
+    name: str, tmp_path: Path
+) -> None:
+    head = {"Bert": "BertLMHeadModel", "BertGeneration": "BertGenerationDecoder"}
+    kind = getattr(transformers, head.get(name, f"{name}ForCausalLM"))
+    sizes = {**tiny.FAMILIES["bert"][2], "vocab_size": 400}
+    config = getattr(transformers, f"{name}Config")
+    with pytest.raises(InputError, match="reads in both directions; load it with is_decoder=True"):
+        kind_of(kind(config(**sizes)))
+    decoder = kind(config(**sizes, is_decoder=True))
+    assert kind_of(decoder) == ModelKind.CAUSAL
+    decoder.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    assert type(ptuning.load_model(str(tmp_path), device="cpu")[0]) is kind
 
 
 def test_a_masked_model_that_writes_text_too_is_loaded(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ import transformers
 
 from ptuning import InputError, PtuningError, load_model
 from ptuning.backbone.fetched import SOURCES, fetch
+from ptuning.backbone.kinds import kind_of
 from ptuning.backbone.load import cache_folder, made_once
-from ptuning.backbone.traits import context_length, kind_of
+from ptuning.backbone.traits import context_length
 
 from .. import tiny
 

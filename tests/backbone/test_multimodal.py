@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import ptuning
-from ptuning.backbone.traits import kind_of
+from ptuning.backbone.kinds import kind_of
 from ptuning.rendering.merged_text import fill
 
 from .. import tiny

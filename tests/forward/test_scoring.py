@@ -8,8 +8,9 @@ import torch
 import ptuning
 from ptuning.backbone.base_model import device_of
 from ptuning.backbone.injection import Injector
+from ptuning.backbone.kinds import kind_of
 from ptuning.backbone.lookups import input_embedding
-from ptuning.backbone.traits import context_length, kind_of
+from ptuning.backbone.traits import context_length
 from ptuning.inference.attachment import placed
 from ptuning.rendering.render import Rendered, Renderer
 

@@ -73,7 +73,14 @@ EXPERTS_OF_IDS = {
     **{"moe_intermediate_size": 48, "n_routed_experts": 4, "num_experts_per_tok": 2},
     **{"o_lora_rank": 8, "o_groups": 2, "index_n_heads": 2, "index_head_dim": 8},
     "mlp_layer_types": ["hash_moe", "moe"],
+    "layer_types": ["sliding_attention", "sliding_attention"],
 }
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+MODELS["no body without its head"] = (
+    "MllamaTextConfig",
+    "MllamaForCausalLM",
+    {**SMALL, "num_key_value_heads": 2, "rope_parameters": ROPE, "cross_attention_layers": [1]},
+)
 MODELS["experts by the ids"] = ("DeepseekV4Config", "DeepseekV4ForCausalLM", EXPERTS_OF_IDS)
 COUNTING = (
     ("BartConfig", "BartForCausalLM"),
@@ -81,6 +88,7 @@ COUNTING = (
     ("TrOCRConfig", "TrOCRForCausalLM"),
     ("WhisperConfig", "WhisperForCausalLM"),
     ("ProphetNetConfig", "ProphetNetForCausalLM"),
+    ("DeepseekV4Config", "DeepseekV4ForCausalLM"),
 )
 
 
@@ -100,6 +108,53 @@ def test_kept_prefixes_give_the_plain_losses_and_gradients(name: str) -> None:
     if name != "frequencies of the longest row":  # there a row depends on its neighbours
         alone = [losses_and_gradient(model, prompt, [row], None)[0] for row in ROWS]
         torch.testing.assert_close(sum(alone), plain[0], atol=2e-5, rtol=1e-5)
+
+
+class _WithoutPositions(transformers.LlamaForCausalLM):
+    """Its body takes positions, and it does not say so (MossTranscribeDiarize)."""
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        logits_to_keep: Any = 0,
+        **kwargs: Any,
+    ) -> Any:
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+
+def test_nothing_is_kept_of_a_model_that_cannot_be_told_positions() -> None:
+    torch.manual_seed(0)
+    model = _WithoutPositions(transformers.LlamaConfig(**SMALL)).eval()
+    assert not reads_caches(model) and not packs_rows(model)
+    prompt = ptuning.Prompt(TEMPLATE, answer="capital", answer_end=False)
+    plain = losses_and_gradient(model, prompt, ROWS, None)
+    alone = [losses_and_gradient(model, prompt, [row], None)[0] for row in ROWS]
+    torch.testing.assert_close(sum(alone), plain[0], atol=2e-5, rtol=1e-5)
+
+
+def test_label_words_are_the_batchs_where_prefixes_pass_the_head_too() -> None:
+    model, tokenizer = made(*MODELS["no body without its head"]), tiny.tokenizer()
+    words = {"Paris": "Paris", "Rome": "Oslo"}
+    rows = [
+        {"country": f"{name} is a place in the north of it all", "capital": name}
+        for name in ("Paris", "Rome")
+    ] * 2
+    found = []
+    for kept in ("off", "auto"):
+        prompt = ptuning.Prompt("{country} [P*2] [MASK]", answer="capital", verbalizer=words)
+        ptuning.train(
+            model, tokenizer, prompt, rows, rows, epochs=2, batch_size=3, prefix_cache=kept
+        )
+        found.append(prompt.trained_vectors())
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("words", [None, {"a": "Paris is far", "b": "Ro"}])
@@ -123,9 +178,11 @@ def test_what_fast_paths_such_models_take() -> None:
         "keys wider than values",
         "no position but in attention",
         "positions behind the padding's",
+        "no body without its head",
     }
     assert [name for name, model in models.items() if packs_rows(model)] == [
-        "keys wider than values"
+        "keys wider than values",
+        "no body without its head",
     ]
 
 
@@ -135,6 +192,8 @@ def test_where_padding_counts_as_positions_rows_stand_alone(config: str, model: 
     if config == "ProphetNetConfig":  # which names its sizes otherwise
         values = {name: SMALL[name] for name in ("vocab_size", "hidden_size")}
         values |= {"num_decoder_layers": 2, "num_decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+    if config == "DeepseekV4Config":
+        values = {**EXPERTS_OF_IDS, "layer_types": ["compressed_sparse_attention"] * 2}
     decoder = made(config, model, values)
     tokenizer = tiny.tokenizer()
     prompt = ptuning.Prompt("[P*3] {country} [MASK]", answer="capital")

@@ -18,7 +18,8 @@ import transformers
 import ptuning
 from ptuning import InputError, Merged, Prompt, PromptFileError, PtuningError
 from ptuning.backbone.base_model import BaseModel
-from ptuning.backbone.traits import kind_of, output_head
+from ptuning.backbone.kinds import kind_of
+from ptuning.backbone.traits import output_head
 from ptuning.inference import merged_files
 from ptuning.inference.merging import unmerge
 from ptuning.prompts.task import fill
@@ -114,6 +115,19 @@ def test_experts_that_are_chosen_by_ids_are_the_attached_prompts_when_it_is_merg
     table.copy_(torch.stack([torch.arange(400) % 4, (torch.arange(400) + 1) % 4], 1))
     prompt = _prompt(model, tokenizer, verbalizer={"a": "Paris", "b": "Rome"})
     _assert_merged_as_attached(model, tokenizer, prompt)
+
+
+def test_a_model_whose_embedding_is_its_head_takes_no_merged_prompt() -> None:
+    sizes = {"src_vocab_size": 400, "tgt_vocab_size": 400, "d_model": 32, "langs": ["en", "de"]}
+    sides = {
+        f"{side}_{name}": size
+        for side in ("encoder", "decoder")
+        for name, size in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 32))
+    }
+    config = transformers.FSMTConfig(**sizes, **sides, max_position_embeddings=64)
+    model, tokenizer = transformers.FSMTForConditionalGeneration(config).eval(), tiny.tokenizer()
+    with pytest.raises(InputError, match=r"answers with its embedding itself .* only attached"):
+        ptuning.merge(model, tokenizer, {"one": _prompt(model, tokenizer)})
 
 
 def _assert_merged_as_attached(model: Any, tokenizer: Any, prompt: Prompt) -> None:

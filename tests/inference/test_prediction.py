@@ -10,7 +10,7 @@ from tokenizers import decoders
 
 import ptuning
 from ptuning import InputError, Prompt, PtuningError, Task
-from ptuning.backbone.traits import kind_of
+from ptuning.backbone.kinds import kind_of
 from ptuning.errors import DataError
 from ptuning.inference import answering
 from ptuning.inference import prediction as predicting

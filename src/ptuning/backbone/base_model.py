@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from .identity import check_same, describe
+from .kinds import ModelKind, kind_of
 from .tokens import check_tokenizer
-from .traits import ModelKind, context_length, decoder_length, kind_of
+from .traits import context_length, decoder_length
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, PromptFileError
+from .kinds import kind_of
 from .lookups import input_embedding
 from .tokens import tokenizer_hash
-from .traits import kind_of
 from .upstream import commit_of
 
 _SAMPLED_ROWS = 16

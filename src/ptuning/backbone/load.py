@@ -182,14 +182,15 @@ def _auto_class(config: Any) -> Any:
     import transformers
 
     kind, names = type(config), getattr(config, "architectures", None) or []
+    causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    in_two_parts = transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
     encodes = getattr(config, "is_encoder_decoder", False)
-    own = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if encodes:
-        own = transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    own = in_two_parts if encodes else causal
     reads_more = transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING.get(kind, None)
-    as_saved = getattr(reads_more, "__name__", None) in names
-    whole = as_saved or (reads_more is not None and kind not in own)
-    if encodes and not whole:
+    known = [getattr(one, "__name__", None) for one in (reads_more, own.get(kind, None))]
+    as_saved = any(name in names for name in known)
+    whole = reads_more is not None and (kind not in own or known[0] in names)
+    if not whole and (encodes or (kind in in_two_parts and kind not in causal)):
         return transformers.AutoModelForSeq2SeqLM
     told = " ".join(names)
     masked = kind in transformers.MODEL_FOR_MASKED_LM_MAPPING and kind not in own

@@ -6,13 +6,11 @@ prompt. A new architecture that behaves unlike the others gets its line here and
 
 from __future__ import annotations
 
-import enum
 import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from ..errors import InputError, briefly
 from .upstream import CACHE, attention_of, is_compiled, is_offloaded, is_stateful, uncompiled
@@ -29,17 +27,6 @@ def check_model(model: Any) -> None:
             f"model is {briefly(model)}; expected a loaded model (ptuning.load_model gives "
             "model and tokenizer)"
         )
-
-
-class ModelKind(enum.StrEnum):
-    """How a language model gives an answer."""
-
-    CAUSAL = "causal"
-    """The tokens that follow the input."""
-    MASKED = "masked"
-    """The tokens at the masks."""
-    SEQ2SEQ = "seq2seq"
-    """What the decoder says."""
 
 
 _COUNT_COLUMNS = (
@@ -62,81 +49,6 @@ _SEE_PADDING = ("convbert", "fnet", "funnel", "nystromformer", "xlstm", "yoso")
 """Convolutions, Fourier transforms, landmarks and states, which take no notice of a mask."""
 _DECODER_NAMES = ("max_decoder_position_embeddings", "max_position_embeddings")
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
-
-
-def kind_of(model: nn.Module) -> ModelKind:
-    """How the model gives an answer.
-
-    Raises:
-        InputError: it is no model, or has no output head over a vocabulary.
-    """
-    check_model(model)
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        return ModelKind.SEQ2SEQ
-    if getattr(config, "model_type", None) == "xlnet":
-        raise InputError(
-            "XLNet reads in any order, and what it sees of an answer depends on the call; give a "
-            "causal, masked or encoder-decoder language model"
-        )
-    _check_reads_text(model)
-    can_generate = getattr(model, "can_generate", None)
-    if can_generate is not None and can_generate() and not _fills_masks(model):
-        return ModelKind.CAUSAL
-    if getattr(model, "get_output_embeddings", lambda: None)() is not None:
-        return ModelKind.MASKED
-    raise InputError(
-        f"{type(model).__name__} has no language-model head to answer with; load the model with "
-        "AutoModelForCausalLM, AutoModelForMaskedLM or AutoModelForSeq2SeqLM"
-    )
-
-
-def _check_reads_text(model: nn.Module) -> None:
-    """Refuse a model that reads images or sounds and no text without them, or text in both
-    directions (PaliGemma, whose masks then depend on the batch's padding).
-
-    Raises:
-        InputError: it is one.
-    """
-    config: Any = getattr(model, "config", None)
-    given = inspect.signature(uncompiled(model).forward).parameters.values()
-    wanted = [p.name for p in given if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD]
-    missing = ", ".join(name for name in wanted if name not in ("input_ids", "attention_mask"))
-    if missing:
-        raise InputError(
-            f"{type(model).__name__} reads no text alone (it wants {missing}); give a language "
-            "model, or one that reads text without images"
-        )
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
-        raise InputError(
-            f"{type(model).__name__} reads its text in both directions, and how it then goes on "
-            "depends on the batch; give a causal, masked or encoder-decoder language model"
-        )
-
-
-def _fills_masks(model: nn.Module) -> bool:
-    """A masked model that writes text, too: XLM and Flaubert, unless they are set up as causal."""
-    config: Any = model.config
-    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "causal", False):
-        return False
-    return isinstance(model, MODEL_FOR_MASKED_LM_MAPPING[type(config)])  # type: ignore[arg-type]
-
-
-def reads_left_to_right(model: nn.Module) -> bool:
-    """A decoder-only architecture, whatever its head and whatever else it reads."""
-    config: Any = model.config
-    if getattr(config, "is_encoder_decoder", False):
-        return False
-    for known in (config, config.get_text_config()):  # the latter: of a model that reads images
-        if type(known) in MODEL_FOR_MASKED_LM_MAPPING:
-            return bool(getattr(known, "is_decoder", False))
-        if type(known) in MODEL_FOR_CAUSAL_LM_MAPPING:
-            return True
-    can_generate = getattr(model, "can_generate", None)
-    if can_generate is not None and can_generate():
-        return True
-    return any(getattr(module, "is_causal", False) is True for module in model.modules())
 
 
 def context_length(model: nn.Module, tokenizer: Any) -> int | None:
@@ -208,8 +120,12 @@ def first_position(model: nn.Module) -> int:
 
 
 def counts_columns(model: nn.Module) -> bool:
-    """A decoder whose positions are columns, padding included: it cannot be told others."""
+    """A decoder whose positions are columns, padding included: it cannot be told others. Layers
+    that compress their keys (DeepSeek V4) take so many columns together."""
     config: Any = getattr(model, "config", None)
+    kinds = getattr(config and config.get_text_config(), "layer_types", None) or []
+    if any("compressed" in kind for kind in kinds):
+        return True
     return getattr(config, "model_type", None) in _COUNT_COLUMNS and not config.is_encoder_decoder
 
 
@@ -234,12 +150,15 @@ def reads_caches(model: nn.Module) -> bool:
 
     Recurrent layers have a state instead. Where rotary frequencies follow the length of the input,
     a prefix alone has others than within its row. Gradient checkpointing runs layers again, and
-    transformers then gives them no cache.
+    transformers then gives them no cache. Rotary positions must be told: what the body computes
+    alone stands in other columns than in the whole rows.
     """
     config: Any = model.config
     kinds = getattr(config.get_text_config(), "layer_types", None) or ["full_attention"]
     attends = {"full_attention", "sliding_attention"}.issuperset(kinds)
-    takes = CACHE in forward_parameters(model)
+    named, text = forward_parameters(model), config.get_text_config()
+    rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)
+    takes = CACHE in named and ("position_ids" in named or not rotary)
     if not (attends and takes) or counts_columns(model) or scales_with_length(model):
         return False
     return not (checkpoints_gradients(model) or is_spread(model) or is_stateful(model))

@@ -94,8 +94,8 @@ def train(
         ptuning train --output capital/ --resume
     """
     from .. import distributed
+    from ..backbone.kinds import kind_of
     from ..backbone.load import load_model
-    from ..backbone.traits import kind_of
     from ..data import read_examples
     from ..data.columns import columns_of
     from ..data.setting_aside import set_aside, usual_share

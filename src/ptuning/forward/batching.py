@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 
 from ..backbone.base_model import BaseModel
-from ..backbone.traits import ModelKind, counts_columns, sees_padding
+from ..backbone.kinds import ModelKind
+from ..backbone.traits import counts_columns, sees_padding
 from ..errors import InputError
 from ..rendering.collate import Batch, collate
 from ..rendering.layout import Sequence as Tokens

@@ -158,8 +158,8 @@ def _read(model: nn.Module, batch: Batch, shortener: Shortener | None) -> Tensor
     if not hidden:  # a compiled model takes no notice of hooks
         return rows(logits)
     finished = partial(logits_of, model, head)
-    if compared(model, finished(hidden[0][:, :1]), logits):
-        return _Unread(rows(hidden[0]), finished)
+    if compared(model, finished(hidden[-1][:, :1]), logits):
+        return _Unread(rows(hidden[-1]), finished)
     return vocabulary_logits(model, batch, shortener)
 
 

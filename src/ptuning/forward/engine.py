@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..backbone.base_model import BaseModel
-from ..backbone.traits import ModelKind, first_position, packs_rows
+from ..backbone.kinds import ModelKind
+from ..backbone.traits import first_position, packs_rows
 from ..backbone.upstream import CACHE, uncompiled
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ..backbone.base_model import device_of
 from ..backbone.eight_bits import frozen_format
 from ..backbone.injection import Injector
-from ..backbone.traits import ModelKind, is_spread, kind_of, layer_weights, looks_at_lengths
+from ..backbone.kinds import ModelKind, kind_of
+from ..backbone.traits import is_spread, layer_weights, looks_at_lengths
 from ..backbone.upstream import has_foreign_hooks, is_compiled
 from ..rendering.collate import Batch
 from .graphs import MOST, CudaGraph, Graph

@@ -39,10 +39,10 @@ def label_word_scores(
     known = model in _alike
     with seeing(head, slice(0, 0) if known else slice(None)) as inputs:
         logits, rows = answer_outputs(model, batch, shortener)
-    if len(inputs) != 1:  # a compiled model takes no notice of hooks
+    if not inputs:  # a compiled model takes no notice of hooks
         leave(model)
         return word_scores(rows(logits), batch, words)
-    hidden = rows(inputs[0])[:, 0]
+    hidden = rows(inputs[-1])[:, 0]
     scores = logits_of_words(model, head, hidden, asked).float()
     if not known:
         own = word_scores(rows(logits), batch, words)

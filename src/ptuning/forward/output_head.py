@@ -33,7 +33,8 @@ _other: WeakSet[nn.Module] = WeakSet()
 @contextmanager
 def seeing(head: nn.Module, positions: slice) -> Iterator[list[Tensor]]:
     """The head sees some positions of each row only; gives what it would have seen: a list that
-    gets the hidden states ``(R, T, width)`` of each call.
+    gets the hidden states ``(R, T, width)`` of each call. The last one is the batch's: keys and
+    values of prefixes may be computed before it, by a model that has no body without a head.
 
     The hook serves this thread's call alone, so other threads may use the model meanwhile.
     """

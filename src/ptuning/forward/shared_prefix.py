@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
-from ..backbone.traits import ModelKind, packs_rows, reads_caches
+from ..backbone.kinds import ModelKind
+from ..backbone.traits import packs_rows, reads_caches
 from ..devices import sent
 from ..rendering.collate import Batch
 from .batching import busy_with

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backbone.traits import ModelKind
+from ..backbone.kinds import ModelKind
 from ..devices import fetched
 from ..errors import InputError, PtuningError
 from ..forward.engine import Engine

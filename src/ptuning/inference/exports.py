@@ -23,8 +23,8 @@ from torch import Tensor
 from .. import formats
 from ..backbone.base_model import BaseModel
 from ..backbone.injection import check_fits
+from ..backbone.kinds import ModelKind
 from ..backbone.lookups import input_embedding
-from ..backbone.traits import ModelKind
 from ..errors import InputError
 from ..prompts import peft_files
 from ..prompts.prompt import Prompt

@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from ..backbone.base_model import device_of
 from ..backbone.injection import SAFE_ID, Injector, check_fits
+from ..backbone.kinds import ModelKind, kind_of
 from ..backbone.lookups import input_embedding, second_table
 from ..backbone.modes import eval_mode
 from ..backbone.traits import (
-    ModelKind,
     embedding_scale,
     engines_tie_the_head,
-    kind_of,
     output_bias,
     output_head,
     rows_beyond,
@@ -80,6 +79,11 @@ def with_rows(
 
 def _check(model: nn.Module) -> None:
     places = {"embedding": input_embedding(model), "output head": output_head(model)}
+    if isinstance(places["output head"], nn.Embedding):
+        raise InputError(
+            f"{type(model).__name__} answers with its embedding itself and has no head that could "
+            "be kept from saying virtual tokens, so prompts cannot be merged into it, only attached"
+        )
     for what, module in places.items():
         weight = getattr(module, "weight", None)
         if module is None:

@@ -13,8 +13,8 @@ from dataclasses import replace
 import numpy
 import torch
 
+from ..backbone.kinds import ModelKind
 from ..backbone.modes import eval_mode
-from ..backbone.traits import ModelKind
 from ..data.values import text_of
 from ..errors import DataError, InputError
 from ..forward.engine import Engine

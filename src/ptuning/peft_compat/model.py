@@ -17,8 +17,8 @@ from torch import nn
 from transformers.utils.hub import PushToHubMixin
 
 from ..backbone.injection import Injector, Span
+from ..backbone.kinds import reads_left_to_right
 from ..backbone.lookups import input_embedding
-from ..backbone.traits import reads_left_to_right
 from ..errors import InputError
 from ..prompts.encoder import PromptEncoder
 from ..prompts.encoder_config import PeftType, PromptEncoderConfig, TaskType

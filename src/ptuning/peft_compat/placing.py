@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..backbone import traits
 from ..backbone.injection import Injector, Span, may_look_at_values
+from ..backbone.kinds import reads_left_to_right
 from ..backbone.placement import Placement
 from ..errors import InputError
 from ..prompts.encoder_config import TaskType
@@ -54,7 +55,7 @@ class Traits:
     def of(model: nn.Module) -> Traits:
         """The traits of a base model."""
         return Traits(
-            causal=traits.reads_left_to_right(model),
+            causal=reads_left_to_right(model),
             first_position=traits.padding_offset(model),
             several_axes=traits.has_positions_on_axes(model),
             parameters=traits.forward_parameters(model) | _handed_on(model),

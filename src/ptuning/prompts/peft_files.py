@@ -48,7 +48,7 @@ def pack(
     Args:
         rows: ``(virtual tokens x submodules, width)``.
         config: the encoder's.
-        kind: `traits.kind_of` the model, for a configuration without a task type; None leaves it.
+        kind: `kinds.kind_of` the model, for a configuration without a task type; None leaves it.
         modules: tensors of further trained modules, by their names in the base model.
     """
     saved = config.replace(inference_mode=True)

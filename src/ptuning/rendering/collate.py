@@ -27,7 +27,7 @@ class Batch:
     """Tensors of one micro-batch; N examples, R >= N rows, K answer positions.
 
     Attributes:
-        kind: of the model, as `traits.kind_of` says.
+        kind: of the model, as `kinds.kind_of` says.
         input_ids: ``(R, T)``, virtual ids included.
         attention_mask: ``(R, T)``.
         slots: ``(R,)`` position of the answer's first token (masked models).
@@ -94,7 +94,7 @@ def collate(
 
     Args:
         examples: all prepared for label comparison, or none.
-        kind: of the model, as `traits.kind_of` says.
+        kind: of the model, as `kinds.kind_of` says.
         first_ids: for each example the first attached id of its prompt.
         pad_id: any valid id; padded positions are masked.
         decoder_start_id: seq2seq models' first decoder id.

@@ -108,7 +108,7 @@ class Layout:
     Args:
         tokenizer: stays unchanged.
         task: gives template and policies.
-        kind: of the model, as `traits.kind_of` says.
+        kind: of the model, as `kinds.kind_of` says.
         sizes: virtual tokens of each group in the template.
     """
 

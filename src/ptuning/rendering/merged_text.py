@@ -56,7 +56,7 @@ def merged_text(
     Args:
         prompt: trained.
         name: of the merged prompt.
-        kind: of the model, as `traits.kind_of` says.
+        kind: of the model, as `kinds.kind_of` says.
         tokenizer: the base model's.
         merged: the same with the virtual tokens in it.
         ids: of the prompt's virtual tokens in `merged`.

@@ -85,7 +85,7 @@ class Renderer:
     Args:
         tokenizer: stays unchanged.
         task: gives template, verbalizer and policies.
-        kind: ``"causal"``, ``"masked"`` or ``"seq2seq"`` (`traits.kind_of`).
+        kind: ``"causal"``, ``"masked"`` or ``"seq2seq"`` (`kinds.kind_of`).
         context: the model's context length; the task's ``max_length`` may be smaller.
         candidates: compare these answers instead of the verbalizer's labels.
         longest_answer: tokens that a decoder of its own has room for.

@@ -10,8 +10,8 @@ from typing import Any
 
 from ..backbone.base_model import BaseModel
 from ..backbone.identity import difference, name_of
+from ..backbone.kinds import ModelKind
 from ..backbone.modes import eval_mode
-from ..backbone.traits import ModelKind
 from ..errors import InputError, PtuningError
 from ..forward.engine import Engine
 from ..inference.answering import Question, Reading, answers

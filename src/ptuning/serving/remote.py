@@ -23,7 +23,7 @@ import httpx
 import transformers
 
 from .. import formats
-from ..backbone.traits import ModelKind
+from ..backbone.kinds import ModelKind
 from ..errors import InputError, PtuningError
 from ..inference.merged_tokenizer import free_names, without_names
 from ..inference.merging import fingerprint

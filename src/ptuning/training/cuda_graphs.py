@@ -23,11 +23,10 @@ from torch import Tensor, nn
 
 from ..backbone.base_model import device_of
 from ..backbone.eight_bits import frozen_format
+from ..backbone.kinds import ModelKind, kind_of
 from ..backbone.traits import (
-    ModelKind,
     checkpoints_gradients,
     is_spread,
-    kind_of,
     layer_weights,
     looks_at_lengths,
     packs_rows,

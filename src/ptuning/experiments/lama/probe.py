@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from ...backbone.base_model import BaseModel
-from ...backbone.traits import ModelKind, kind_of
+from ...backbone.kinds import ModelKind, kind_of
 from ...data import Row
 from ...errors import InputError
 from ...prompts.prompt import Prompt

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...backbone.base_model import BaseModel
-from ...backbone.traits import ModelKind
+from ...backbone.kinds import ModelKind
 from ...data import Row
 from ...errors import DataError
 from ...forward.engine import Engine

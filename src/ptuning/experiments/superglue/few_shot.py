@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ...backbone.base_model import BaseModel
-from ...backbone.traits import ModelKind, kind_of
+from ...backbone.kinds import ModelKind, kind_of
 from ...data import Row
 from ...inference.evaluation import log_shares, teacher_forced
 from ...inference.prediction import predict, predict_details
