@@ -12,6 +12,7 @@ import transformers
 
 import ptuning
 from ptuning.backbone.kinds import kind_of
+from ptuning.backbone.traits import repeated_layers
 from ptuning.rendering.merged_text import fill
 
 from .. import tiny
@@ -90,6 +91,11 @@ def test_a_batch_answers_as_its_rows_alone(family: str, tmp_path: Path) -> None:
     for row, told in zip(rows, together, strict=True):
         (alone,) = ptuning.predict_details(model, tokenizer, prompt, [row])
         assert told.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
+
+
+def test_the_layers_of_a_model_are_those_of_its_text() -> None:
+    model = DECODERS["llava"]()[0]
+    assert repeated_layers(model) == [*model.model.language_model.layers]
 
 
 def test_a_model_that_reads_no_text_alone_is_refused() -> None:

@@ -218,14 +218,24 @@ def is_spread(model: nn.Module) -> bool:
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """The longest list of layers of one class, which makes up most of a language model; or none."""
+    """The longest list of layers of one class, which makes up most of a language model; or none.
+    What a model reads images or sounds by is left out."""
     if is_compiled(model):
         return []
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    part = _text_part(model)
+    lists = [m for m in part.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
     alike = [list(m) for m in lists if len({type(layer) for layer in m}) == 1]
     longest = max(alike, key=len, default=[])
     wrapped = any("forward" in vars(layer) or is_offloaded(layer) for layer in longest)
     return [] if wrapped else longest
+
+
+def _text_part(model: nn.Module) -> nn.Module:
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config") or config.get_text_config() is config:
+        return model
+    decoder = None if config.is_encoder_decoder else getattr(model, "get_decoder", lambda: None)()
+    return decoder if isinstance(decoder, nn.Module) else model
 
 
 def layer_weights(model: nn.Module) -> int:
