@@ -93,6 +93,21 @@ def test_a_batch_answers_as_its_rows_alone(family: str, tmp_path: Path) -> None:
         assert told.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
 
 
+def test_an_older_chat_template_beside_the_processor_is_the_tokenizers(tmp_path: Path) -> None:
+    name, _ = _folder("llava", tmp_path / "model")
+    written = {"chat_template": "{% for m in messages %}Q:{{ m.content }}{% endfor %}A:"}
+    (tmp_path / "model/chat_template.json").write_text(json.dumps(written))
+    model, tokenizer = ptuning.load_model(name, device="cpu")
+    assert tokenizer.chat_template == written["chat_template"]
+    prompt = ptuning.Prompt("[P*2] {text}", chat=True)
+    prompt.vectors = torch.randn(2, 32)
+    merged = ptuning.merge(model, tokenizer, {"one": prompt})
+    merged.save(tmp_path / "merged")
+    assert not (tmp_path / "merged/chat_template.json").exists()  # it would hide the merged one
+    kept = ptuning.load_model(str(tmp_path / "merged"), device="cpu")[1].chat_template
+    assert kept == merged.tokenizer.chat_template != tokenizer.chat_template
+
+
 def test_the_layers_of_a_model_are_those_of_its_text() -> None:
     model = DECODERS["llava"]()[0]
     assert repeated_layers(model) == [*model.model.language_model.layers]

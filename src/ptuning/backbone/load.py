@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from filelock import FileLock
 
 from ..devices import best_device, device_called
 from ..errors import InputError, PtuningError, in_one_line
+from ..formats import read_json
 from ..places import named
 from ..storage import one_save, settle
 from . import eight_bits
@@ -75,6 +76,7 @@ def load_model(
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         loader = _auto_class(config)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        _take_older_template(tokenizer, source, config)
         model = loader.from_pretrained(
             source, config=config, dtype=DTYPES[chosen], trust_remote_code=False
         )
@@ -202,6 +204,18 @@ def _auto_class(config: Any) -> Any:
             "a causal, masked or encoder-decoder language model"
         )
     return transformers.AutoModelForMultimodalLM if whole else transformers.AutoModelForCausalLM
+
+
+def _take_older_template(tokenizer: Any, source: str, config: Any) -> None:
+    """Older models that read images have their chat template in a file of the processor's."""
+    import transformers
+    from transformers.utils.hub import cached_file
+
+    read = type(config) in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING
+    if read and getattr(tokenizer, "chat_template", None) is None:
+        with suppress(OSError):  # there is none
+            found = Path(str(cached_file(source, "chat_template.json")))
+            tokenizer.chat_template = read_json(found)["chat_template"]
 
 
 def converted_gguf(path: Path) -> Path:

@@ -24,7 +24,6 @@ _PROCESSORS = (
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
-    "chat_template.json",
 )
 _TOKENIZER_BYTES = 64 * 2**20
 """What is reckoned for tokenizer and descriptions."""
