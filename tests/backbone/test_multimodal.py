@@ -16,7 +16,7 @@ from ptuning.backbone.traits import repeated_layers
 from ptuning.rendering.merged_text import fill
 
 from .. import tiny
-from ..peft_compat.multimodal import DECODERS
+from ..multimodal import DECODERS
 
 ROWS = [
     {"text": f"{place} is a place", "kind": kind}

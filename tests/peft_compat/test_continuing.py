@@ -15,7 +15,7 @@ from ptuning.errors import InputError
 from ptuning.peft_compat import PromptEncoderConfig, get_peft_model
 
 from .. import tiny
-from .multimodal import DECODERS
+from ..multimodal import DECODERS
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
 LEFT = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])

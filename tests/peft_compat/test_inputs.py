@@ -16,7 +16,7 @@ from ptuning.errors import InputError
 from ptuning.peft_compat import PromptEncoderConfig, get_peft_model
 
 from .. import tiny
-from .multimodal import DECODERS, ENCODER_DECODERS, IMAGE
+from ..multimodal import DECODERS, ENCODER_DECODERS, IMAGE
 
 N = 4
 START = {"decoder_input_ids": torch.tensor([[2]])}

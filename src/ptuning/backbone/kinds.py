@@ -17,9 +17,6 @@ from ..errors import InputError
 from .traits import check_model
 from .upstream import uncompiled
 
-_ENCODERS = (BertGenerationDecoder,)
-"""Set up as decoders by their configuration, beside those that have a masked language model."""
-
 
 class ModelKind(enum.StrEnum):
     """How a language model gives an answer."""
@@ -82,7 +79,9 @@ def _check_reads_text(model: nn.Module) -> None:
             "depends on the batch; give a causal, masked or encoder-decoder language model"
         )
     can_generate = getattr(model, "can_generate", None)
-    an_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING or isinstance(model, _ENCODERS)
+    an_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING or isinstance(
+        model, BertGenerationDecoder
+    )
     if an_encoder and can_generate and can_generate() and not getattr(config, "is_decoder", True):
         raise InputError(
             f"{type(model).__name__} goes on with a text that it reads in both directions; load it "
