@@ -84,6 +84,14 @@ def test_a_model_that_reads_in_any_order_is_refused() -> None:
         kind_of(transformers.XLNetLMHeadModel(config))
 
 
+def test_a_model_that_counts_on_an_image_is_refused() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes["intermediate_size"] = 16
+    config = transformers.GitConfig(vision_config=sizes, **sizes, vocab_size=400)
+    with pytest.raises(InputError, match="GIT counts on the keys and values of an image"):
+        kind_of(transformers.GitForCausalLM(config))
+
+
 @pytest.mark.parametrize("name", ["FNet", "ConvBert", "Nystromformer", "Yoso"])
 def test_rows_of_a_model_that_reads_padding_are_computed_alone_or_refused(name: str) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48}

@@ -17,6 +17,11 @@ from ..errors import InputError
 from .traits import check_model
 from .upstream import uncompiled
 
+_UNFIT = {
+    "git": "GIT counts on the keys and values of an image wherever some are kept",
+    "xlnet": "XLNet reads in any order, and what it sees of an answer depends on the call",
+}
+
 
 class ModelKind(enum.StrEnum):
     """How a language model gives an answer."""
@@ -39,11 +44,8 @@ def kind_of(model: nn.Module) -> ModelKind:
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return ModelKind.SEQ2SEQ
-    if getattr(config, "model_type", None) == "xlnet":
-        raise InputError(
-            "XLNet reads in any order, and what it sees of an answer depends on the call; give a "
-            "causal, masked or encoder-decoder language model"
-        )
+    if why := _UNFIT.get(str(getattr(config, "model_type", None))):
+        raise InputError(f"{why}; give a causal, masked or encoder-decoder language model")
     _check_reads_text(model)
     can_generate = getattr(model, "can_generate", None)
     if can_generate is not None and can_generate() and not _fills_masks(model):
