@@ -183,6 +183,23 @@ def test_a_stream_is_passed_on(place: Path, merged: Path, there: tuple[str, Any]
     assert last.probability == pytest.approx(whole.probability)
 
 
+@pytest.mark.parametrize("name", ["mood", "pair"])
+def test_a_streamed_label_is_said_and_then_told_whole(
+    place: Path, merged: Path, there: tuple[str, Any], name: str
+) -> None:
+    remote = Remote(there[0], str(merged))
+    handle = remote.take_on(name, servers.prompt(place, name))
+
+    async def ask() -> list[Any]:
+        return [part async for part in remote.stream(handle, servers.ROWS[name], _wish())]
+
+    said, whole = asyncio.run(ask())
+    (right,) = ptuning.predict(
+        *servers.model(place), servers.prompt(place, name), [servers.ROWS[name]]
+    )
+    assert said == whole.text == right
+
+
 def test_text_goes_there_to_the_last_space_and_comes_back_as_it_is(
     place: Path, merged: Path, there: tuple[str, Any]
 ) -> None:

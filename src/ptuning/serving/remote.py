@@ -153,7 +153,9 @@ class Remote:
         with self._room(1):
             handle, example = await asyncio.to_thread(self._rendered, handle, row, wish)
             if handle.renderer.compares:
-                yield await self._compared(handle, example, wish)
+                whole = await self._compared(handle, example, wish)
+                yield whole.text
+                yield whole
                 return
             ids = self._ids(handle, example.sequences[0])
             heard, said, tokens, likelihood, complete = "", "", 0, 0.0, False
