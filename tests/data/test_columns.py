@@ -207,6 +207,22 @@ def test_where_nothing_else_is_there_examples_that_say_the_same_are_cut() -> Non
     assert Counter(row["label"] for row in dev) == {"a": 2, "b": 2} and len(training) == 16
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_others_are_set_aside_where_examples_that_say_the_same_are_too_many(seed: int) -> None:
+    few = [{"text": label + n, "label": label} for label in "ab" for n in "11223"]
+    _, dev = set_aside(few, ["text"], "label", 0.2, seed)
+    assert [row["text"] for row in dev] == ["a3", "b3"]
+    table = [
+        {"text": f"{label}{n if n < 10 else n // 10 * 10}", "label": label}
+        for label in "abcd"
+        for n in range(50)
+    ]
+    training, dev = set_aside(table, ["text"], "label", 0.1, seed)
+    assert [row["label"] for row in dev] == sorted(list("abcd") * 5)
+    said = [{row["text"] for row in part} for part in (training, dev)]
+    assert not said[0] & said[1]
+
+
 @pytest.mark.parametrize("share", [1, -0.1, 2, "a", True, 0.001])
 def test_a_share_that_is_none_is_refused(share: Any) -> None:
     with pytest.raises(DataError, match="share"):

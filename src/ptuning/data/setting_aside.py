@@ -89,8 +89,10 @@ def _chosen(groups: list[list[list[int]]], count: int, draw: random.Random) -> s
     for group, take in zip(groups, takes, strict=True):
         if take and min(map(len, group)) > take:
             group = [[index] for copies in group for index in copies]
-        for copies in draw.sample(group, min(take, len(group))):
-            if len(copies) <= take:
-                chosen.update(copies)
-                take -= len(copies)
+        while fitting := [copies for copies in group if len(copies) <= take]:
+            for copies in draw.sample(fitting, min(take, len(fitting))):
+                if len(copies) <= take:
+                    chosen.update(copies)
+                    take -= len(copies)
+            group = [copies for copies in fitting if copies[0] not in chosen]
     return chosen
