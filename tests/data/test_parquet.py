@@ -51,9 +51,11 @@ def test_a_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
         read_examples(path)
 
 
-def test_nested_and_repeated_values_come_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("group", [300, 100, 1])
+def test_nested_and_repeated_values_come_back(tmp_path: Path, group: int) -> None:
     rows = [{"l": ["a", "b"], "d": {"k": "v"}, "n": n, "w": "ab"[n % 2]} for n in range(300)]
-    assert read_examples(written(tmp_path, pyarrow.Table.from_pylist(rows))) == rows
+    path = written(tmp_path, pyarrow.Table.from_pylist(rows), row_group_size=group)
+    assert read_examples(path) == rows
 
 
 def test_bytes_that_are_no_text_are_a_data_error(tmp_path: Path) -> None:

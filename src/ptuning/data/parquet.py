@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,12 @@ def batches(path: Path) -> Iterator[Any]:
     file = _guarded(path, lambda: _open(path))
     unique_names(file.schema_arrow.names, str(path))
     swelling = Swelling(path)
-    reading = file.iter_batches(batch_size=_AT_ONCE)
+    reading = (
+        chain.from_iterable(  # a batch of two groups has two dictionaries: not if it is nested
+            file.iter_batches(batch_size=_AT_ONCE, row_groups=[group])
+            for group in range(file.num_row_groups)
+        )
+    )
     while (batch := _guarded(path, lambda: next(reading, None))) is not None:
         swelling.add(sum(_size(path, column) for column in batch.columns))
         yield batch
