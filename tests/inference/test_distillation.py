@@ -318,6 +318,16 @@ def test_the_model_stays_as_it_is_and_rows_need_no_label_that_is_known() -> None
     assert json.loads(json.dumps(found.to_dict()))["agreement"] == found.agreement
 
 
+@pytest.mark.parametrize("teacher", [TEACHER, TEACHER + "{where} {text} Answer: [MASK]"])
+def test_texts_that_say_the_same_do_not_train_and_choose(teacher: str) -> None:
+    rows = [{"text": "it rains in Oslo", "where": "here"} for _ in range(18)]
+    rows += [{"text": text, "where": "here"} for text in ("Paris is a city", "she is not")]
+    rows += [{**row, "where": "there"} for row in rows[:1]]
+    _, _, result = distilled("llama", prompt_of(), teacher, rows=rows, epochs=1)
+    differ = 3 if "{where}" in teacher else 2
+    assert result.agreement.examples == differ
+
+
 def test_a_training_that_is_stopped_goes_on_to_the_same_numbers(
     tmp_path: Path, on_cpu: None, ctrl_c_after: Any
 ) -> None:

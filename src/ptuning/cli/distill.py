@@ -109,7 +109,7 @@ def distill(
     from ..backbone.load import load_model
     from ..data import read_examples
     from ..data.text import read_text
-    from ..inference.distillation import check_distillation, with_dev
+    from ..inference.distillation import check_distillation, columns_asked, with_dev
     from ..inference.distillation import distill as distill_prompt
     from ..prompts.teacher import Teacher
     from ..training import checkpoint
@@ -138,9 +138,10 @@ def distill(
         rows = read_examples(data, separator)
         dev_rows = read_examples(dev, separator) if dev else []
         check_whole(learner, rows, answered=False)
-        rows, dev_rows = with_dev(rows, dev_rows, how.seed)
-        held_out = read_examples(test, separator) if test else dev_rows
         long = Teacher.of(text, learner)
+        read = columns_asked(learner, long, how, population, grid)
+        rows, dev_rows = with_dev(rows, dev_rows, read, how.seed)
+        held_out = read_examples(test, separator) if test else dev_rows
         check_distillation(
             *(learner, long, rows, dev_rows, held_out, how, population, grid, label_weight),
             calibrate_teacher=calibrate_teacher,

@@ -23,7 +23,7 @@ def usual_share(count: int) -> float:
 
 
 def set_aside(
-    rows: Sequence[Row], read: Iterable[str], answer: str, share: float, seed: int
+    rows: Sequence[Row], read: Iterable[str], answer: str | None, share: float, seed: int
 ) -> tuple[list[Row], list[Row]]:
     """Cut examples in two, both in their order: those to train on, and a share to choose with.
 
@@ -34,7 +34,7 @@ def set_aside(
     Args:
         rows: column -> value.
         read: the columns of what is asked.
-        answer: the answer's column.
+        answer: the answer's column; None for texts without answers.
         share: of all examples, 0 to 1.
         seed: which ones they are.
 
@@ -48,7 +48,7 @@ def set_aside(
     if share == 0:
         return rows, []
     count = round(share * len(rows))
-    answers = [text_of(answer, row.get(answer)).strip() for row in rows]
+    answers = ["" if answer is None else text_of(answer, row.get(answer)).strip() for row in rows]
     labels = are_labels(answers)
     groups: dict[str, list[list[int]]] = {}
     for copies in alike(rows, read, answers):

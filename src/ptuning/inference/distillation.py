@@ -6,9 +6,8 @@ student    the frozen model behind virtual tokens         `train` on them: KL(te
 
 from __future__ import annotations
 
-import random
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from .. import distributed
 from ..backbone.base_model import BaseModel
 from ..data import Row, Rows, as_rows
 from ..data.rows import named
-from ..data.setting_aside import usual_share
+from ..data.setting_aside import set_aside, usual_share
 from ..errors import DataError, InputError
 from ..forward.engine import Engine
 from ..prompts.prompt import Prompt
@@ -28,6 +27,7 @@ from ..rendering.example import check_rows
 from ..rendering.lesson import Lessons
 from ..rendering.short_words import settle_words
 from ..training.checks import check_run, check_whole
+from ..training.grid import choices, columns_read
 from ..training.progress import Progress
 from ..training.result import TrainResult
 from ..training.settings import TrainSettings, with_options
@@ -105,7 +105,8 @@ def distill(
         long = Teacher.of(teacher, prompt)
         rows = as_rows(rows)
         check_whole(prompt, rows, answered=False)
-        training, choosing = with_dev(rows, as_rows(dev), settings.seed)
+        read = columns_asked(prompt, long, settings, population, grid)
+        training, choosing = with_dev(rows, as_rows(dev), read, settings.seed)
         held_out = as_rows(test) or choosing
         check_distillation(
             *(prompt, long, training, choosing, held_out, settings, population, grid, label_weight),
@@ -172,12 +173,15 @@ def _said(
     return training, choosing, replace(learnt, training=first, dev=second)
 
 
-def with_dev(rows: Sequence[Row], dev: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
+def with_dev(
+    rows: Sequence[Row], dev: Sequence[Row], read: Iterable[str], seed: int
+) -> tuple[list[Row], list[Row]]:
     """Texts that train and texts that choose; where there are none of these, some of the others.
 
     Args:
         rows: texts.
         dev: texts that choose, if there are any.
+        read: the columns of what is asked; texts that say the same stay together (`set_aside`).
         seed: which of the others they are.
 
     Raises:
@@ -185,15 +189,25 @@ def with_dev(rows: Sequence[Row], dev: Sequence[Row], seed: int) -> tuple[list[R
     """
     if dev:
         return list(rows), list(dev)
-    count = round(usual_share(len(rows)) * len(rows))
-    if not count:
+    share = usual_share(len(rows))
+    if not share:
         raise DataError(
             f"{len(rows)} texts, and none to choose the epoch by: give at least ten, or some more "
             "as dev texts (dev=, --dev)"
         )
-    chosen = set(random.Random(seed).sample(range(len(rows)), count))
-    training = [row for number, row in enumerate(rows) if number not in chosen]
-    return training, [rows[number] for number in sorted(chosen)]
+    return set_aside(rows, read, None, share, seed)
+
+
+def columns_asked(
+    prompt: Prompt,
+    teacher: Teacher,
+    settings: TrainSettings,
+    population: int = 1,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+) -> tuple[str, ...]:
+    """The columns that the teacher or any member of the population reads."""
+    members = choices(prompt, settings, population, grid)
+    return (*columns_read(members), *teacher.parsed.fields)
 
 
 def check_distillation(
