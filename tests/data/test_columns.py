@@ -55,6 +55,7 @@ def test_the_answer_is_found(columns: dict[str, list[Any]], answer: str) -> None
         ),
         ({"reply": TEXTS}, ["no column has few values", "'text', 'reply'"]),
         ({"date": ["2024-02-28", "2024-02-29"] * 12}, ["no column has few values", "'date'"]),
+        ({"date": ["2024-02-28", "2024-02-29", ""] * 8}, ["no column has few values", "'date'"]),
     ],
 )
 def test_where_the_answer_is_not_clear_it_is_asked_for(
@@ -173,8 +174,13 @@ def test_codes_are_not_read_in_place_of_a_text_that_some_rows_lack() -> None:
 
 def test_texts_that_come_again_with_their_labels_are_read_where_there_is_nothing_else() -> None:
     few = [{"text": "a joy", "label": 1}, {"text": "dull", "label": 0}] * 12
-    found = columns_of(few)
+    found = columns_of([{"id": number, **row} for number, row in enumerate(few)])
     assert found.read == ("text",) and found.twin is None
+
+
+def test_of_several_columns_that_say_the_same_as_the_answer_the_first_is_its_twin() -> None:
+    found = columns_of(rows(label=[0, 1, 2] * 8, name=TEAMS, code=["b", "s", "a"] * 8))
+    assert found.twin == "name" and set(found.left_out) == {"name", "code"}
 
 
 def test_of_very_many_columns_the_longest_texts_are_read() -> None:
@@ -203,7 +209,19 @@ def test_the_last_example_of_a_label_and_all_of_free_answers() -> None:
     table = rows(label=["a"] * 20 + ["b", "b", "c", "d"])
     training, _ = set_aside(table, ["text"], "label", 0.9, seed=0)
     assert {row["label"] for row in training} == {"a", "b", "c", "d"}
+    training, _ = set_aside(table, ["text"], "label", 0.99, seed=0)
+    assert sorted(row["label"] for row in training) == ["a", "b", "c", "d"]
     assert len(set_aside(rows(), ["text"], "text", 0.25, seed=0)[1]) == 6
+
+
+def test_what_is_left_of_a_share_is_of_the_label_that_has_least_of_its_own() -> None:
+    table = rows(label=["a"] * 11 + ["b"] * 13)
+    _, dev = set_aside(table, ["text"], "label", 0.25, seed=0)  # 2.75 and 3.25 of them
+    assert Counter(row["label"] for row in dev) == {"a": 3, "b": 3}
+    _, dev = set_aside(table[::-1], ["text"], "label", 0.21, seed=0)  # 2.29 and 2.71
+    assert Counter(row["label"] for row in dev) == {"a": 2, "b": 3}
+    _, dev = set_aside(table, ["text"], "label", 0.21, seed=0)
+    assert Counter(row["label"] for row in dev) == {"a": 2, "b": 3}
 
 
 def test_examples_that_say_the_same_stay_together() -> None:
