@@ -176,6 +176,15 @@ def test_options_of_the_model_here_are_refused_in_front_of_vllm(option: str, val
     assert f"{option} is for --backend local" in str(error)
 
 
+@pytest.mark.parametrize("option", ["--timeout", "--body-timeout"])
+@pytest.mark.parametrize("seconds", ["0", "inf", "nan"])
+def test_times_that_never_come_are_refused_before_anything_is_loaded(
+    option: str, seconds: str
+) -> None:
+    found = CliRunner().invoke(commands, ["serve", "x", option, seconds])
+    assert found.exit_code == 2 and option in found.output
+
+
 @pytest.mark.parametrize(
     "key", ["", "short", "a key of tests", "a-key-of-tests\n", "a-key-öf-tests"]
 )

@@ -66,10 +66,10 @@ def serve(
     max_body: Annotated[int, typer.Option(help="Bytes of a request's body.", min=1)] = 2**20,
     max_tokens: Annotated[int, typer.Option(help="Of a free answer.", min=1)] = 1024,
     timeout: Annotated[
-        float, typer.Option(help="Seconds in which a request is answered.", min=0.1)
+        float, typer.Option(help="Seconds in which a request is answered.", min=0.1, max=1e9)
     ] = 60.0,
     body_timeout: Annotated[
-        float, typer.Option(help="Seconds in which a request's body has come.", min=0.1)
+        float, typer.Option(help="Seconds in which a request's body has come.", min=0.1, max=1e9)
     ] = 10.0,
     dtype: Dtype = "auto",
     frozen: Frozen = "own",
