@@ -463,6 +463,25 @@ def test_an_answer_of_another_kind_is_the_fault_of_the_server_behind(
     asyncio.run(ask())
 
 
+@pytest.mark.parametrize(
+    "choices",
+    [
+        [{"index": 0, "text": " a"}, {"index": 1, "text": " a"}],
+        [{"index": 0, "prompt_logprobs": None}, {"index": 1, "prompt_logprobs": None}],
+        [{"index": 0, "prompt_logprobs": [None, {"5": {"logprob": -1.0}}]}],
+        [{"text": " a"}],
+    ],
+)
+def test_a_server_behind_that_compares_no_labels_is_told_of(
+    place: Path, merged: Path, there: tuple[str, Any], choices: list[Any]
+) -> None:
+    remote, row = Remote(there[0], str(merged)), servers.ROWS["mood"]
+    handle = remote.take_on("mood", servers.prompt(place, "mood"))
+    _said(remote, lambda: json.dumps({"choices": choices}).encode())
+    with pytest.raises(Unreachable, match="it tells no prompt_logprobs"):
+        asyncio.run(remote.answer(handle, [row], _wish()))
+
+
 def test_a_large_bias_is_weighed_against_as_small_a_share(
     place: Path, merged: Path, there: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -276,11 +276,16 @@ class Remote:
             words = [(self._ids(handle, s), list(s.answer)) for s in example.sequences]
         body = {**self._body([c + w for c, w in words], 1), "prompt_logprobs": 0}
         choices = await self._post(body, wish)
-        by_index = sorted(choices, key=lambda choice: choice["index"])
-        scores = [
-            _likelihood(choice["prompt_logprobs"], c + w, len(w))
-            for choice, (c, w) in zip(by_index, words, strict=True)
-        ]
+        try:
+            by_index = sorted(choices, key=lambda choice: choice["index"])
+            scores = [
+                _likelihood(choice["prompt_logprobs"], c + w, len(w))
+                for choice, (c, w) in zip(by_index, words, strict=True)
+            ]
+        except (ValueError, LookupError, TypeError):  # others than vLLM know no such thing
+            raise Unreachable(
+                "vLLM does not answer as it should: it tells no prompt_logprobs of the label words"
+            ) from None
         shares, bias = [0.0] * len(renderer.labels), renderer.bias or [0.0] * len(renderer.labels)
         scores = [s + bias[label] for label, s in zip(renderer.owner, scores, strict=True)]
         best = max(scores)
