@@ -87,6 +87,15 @@ def test_a_cell_that_is_too_long_is_refused(
             read_examples(tmp_path / "a.csv")
 
 
+def test_a_long_row_of_shorter_cells_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(separated, "LONGEST_CELL", 1000)
+    long = "x" * 1000
+    (tmp_path / "a.csv").write_text(f'a,b\n{long},"{long}"\n{long},{long}\n')
+    assert read_examples(tmp_path / "a.csv") == [{"a": long, "b": long}] * 2
+
+
 def test_the_csv_modules_own_limit_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("a,b\n" + "x,y\n" * 20_000 + "x" * 200_000 + ",y\n")
     before, seen = csv.field_size_limit(), set()

@@ -204,6 +204,7 @@ def test_malformed_json_lines_name_the_line(
     [
         ('[{"a": 1},\n {"a": 2},\n {"a": }]', "line 3: malformed JSON"),
         ('[{"a": 1}', "line 1: malformed JSON"),
+        ('[\n{"a": 1},\n{"a":\nx}' + ', {"b": "c"}' * 9 + "]", "line 4: malformed JSON"),
         ('[{"a": 1}, 2]', "element 2: int where an object"),
         ('[{"a": 1}]\n{"a": 2}', "line 2: malformed JSON (something stands behind the array)"),
     ],
@@ -227,6 +228,7 @@ def test_malformed_json_array_names_the_place(tmp_path: Path, text: str, place: 
         ("a,b,a\n1,2,3\n", 1, "must be there and differ, and 'a' stands twice (a, b, a); correct"),
         ("a,,b\n1,2,3\n", 1, "must be there and differ, and column 2 has none (a, , b); correct"),
         ("\n\na,a\n1,2\n", 3, "must be there and differ"),
+        ('""\n1\n', 1, "must be there and differ, and column 1 has none"),
     ],
 )
 def test_malformed_csv_names_the_line(tmp_path: Path, text: str, line: int, part: str) -> None:
