@@ -64,8 +64,8 @@ class SharedPrefix:
             counts = [len(opening) for opening in packed.prefixes]
             return packed.behind(self._cache(packed.prefixes, counts, max(counts)))
         total = batch.input_ids.shape[1]
-        rest = max(n - len(opening) for n, opening in zip(batch.lengths, openings, strict=True))
-        columns = min(max(rest, batch.answers.shape[1]), total)
+        # The answers' places are among them: an opening goes without a row's last token.
+        columns = max(n - len(opening) for n, opening in zip(batch.lengths, openings, strict=True))
         if columns == total:
             return None
         counts = [max(0, length - columns) for length in batch.lengths]
