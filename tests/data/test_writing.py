@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from ptuning.data import read_examples
+from ptuning.data import read_examples, writing
 from ptuning.data.partial import Output, begun
 from ptuning.data.rows import Row
 from ptuning.data.writing import SEPARATORS, convert, json_line, write_parquet, write_separated
@@ -243,3 +243,18 @@ def test_what_parquet_has_no_type_for_becomes_text(
     read = read_examples(tmp_path / "a.parquet")
     texts = [row["k"] if isinstance(row["k"], str) else json.dumps(row["k"]) for row in rows]
     assert [row["k"] for row in read] == texts
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "groups"),
+    [(1000, 25_000, [30, 30, 30, 10]), (20, 10**6, [20] * 5), (1000, 10**6, [100])],
+)
+def test_a_row_group_has_some_rows_or_some_bytes_whichever_come_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, size: int, groups: list[int]
+) -> None:
+    monkeypatch.setattr(writing, "_ROWS", rows)
+    monkeypatch.setattr(writing, "_BYTES", size)
+    table = pyarrow.table({"text": ["x" * 1000] * 10})  # some 10,000 bytes
+    writing.write_tables(tmp_path / "a.parquet", table.schema, [table] * 10)
+    told = pyarrow.parquet.ParquetFile(tmp_path / "a.parquet").metadata
+    assert [told.row_group(n).num_rows for n in range(told.num_row_groups)] == groups
