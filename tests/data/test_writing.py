@@ -103,7 +103,8 @@ def test_parquet_from_parquet_keeps_every_type_of_its_own(tmp_path: Path) -> Non
             "small": pyarrow.array([1, 2], pyarrow.int8()),
             "word": pyarrow.array(["a", "a"]).dictionary_encode(),
             "list": [["x"], []],
-        }
+        },
+        metadata={"pandas": '{"index_columns": ["day"]}'},
     )
     pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
     added = tmp_path / "added"
@@ -114,6 +115,7 @@ def test_parquet_from_parquet_keeps_every_type_of_its_own(tmp_path: Path) -> Non
     convert(tmp_path / "out.parquet", ".parquet", *args)
     written = pyarrow.parquet.read_table(tmp_path / "out.parquet")
     assert written.select(table.column_names).equals(table)
+    assert written.schema.metadata == table.schema.metadata
     assert written.select(names).to_pylist() == more
 
 
