@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,32 @@ def test_a_few_bytes_that_stand_for_very_much_are_refused(tmp_path: Path, kind: 
     with pytest.raises(DataError, match="small and holds more than"):
         read_examples(path)
     assert pyarrow.default_memory_pool().max_memory() - before < 2**30
+
+
+@pytest.fixture
+def pool() -> Iterator[Any]:
+    """Counts what pyarrow takes from here on."""
+    usual = pyarrow.default_memory_pool()
+    counting = pyarrow.proxy_memory_pool(usual)
+    pyarrow.set_memory_pool(counting)
+    yield counting
+    pyarrow.set_memory_pool(usual)
+
+
+def test_a_long_text_that_is_the_same_in_every_row_takes_its_size_once(
+    tmp_path: Path, pool: Any
+) -> None:
+    column = pyarrow.array(["A" * 2**24]).dictionary_encode().take(pyarrow.array([0] * 64))
+    path = written(tmp_path, pyarrow.table({"a": column}), compression="zstd", store_schema=False)
+    with pytest.raises(DataError, match="longer than 4,194,304"):
+        read_examples(path)
+    assert pool.max_memory() < 2**28
+
+
+def test_a_text_of_very_much_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = written(tmp_path, pyarrow.table({"a": ["A" * 100_000_000]}), compression="zstd")
+    with pytest.raises(DataError, match="small and holds more than"):
+        read_examples(path)
 
 
 def test_very_many_rows_of_nothing_are_refused(tmp_path: Path) -> None:
