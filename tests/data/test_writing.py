@@ -103,6 +103,8 @@ def test_parquet_from_parquet_keeps_every_type_of_its_own(tmp_path: Path) -> Non
             "small": pyarrow.array([1, 2], pyarrow.int8()),
             "word": pyarrow.array(["a", "a"]).dictionary_encode(),
             "list": [["x"], []],
+            "view": pyarrow.array(["a", None], pyarrow.string_view()),
+            "views": pyarrow.array([["a"], None], pyarrow.list_(pyarrow.string_view())),
         },
         metadata={"pandas": '{"index_columns": ["day"]}'},
     )

@@ -25,13 +25,18 @@ def parquet_rows(path: Path) -> Iterator[Row]:
         yield from _guarded(path, batch.to_pylist)
 
 
-def batches(path: Path) -> Iterator[Any]:
+def batches(path: Path, exact: bool = False) -> Iterator[Any]:
     """The file's record batches, of few rows each.
+
+    Args:
+        path: of the file.
+        exact: with the types that the file gives them, for one whose rows were read before; else
+            text may be dictionaries.
 
     Raises:
         DataError: as `parquet_rows`.
     """
-    file = _guarded(path, lambda: _open(path))
+    file = _guarded(path, lambda: _open(path, exact))
     unique_names(file.schema_arrow.names, str(path))
     swelling = Swelling(path)
     reading = (
@@ -45,8 +50,8 @@ def batches(path: Path) -> Iterator[Any]:
         yield batch
 
 
-def _open(path: Path) -> Any:
-    """The file; of a small one text is read as dictionaries.
+def _open(path: Path, exact: bool) -> Any:
+    """The file; of a small one text is read as dictionaries, unless types are to be `exact`.
 
     A few bytes may stand for a gigabyte, as a long text that is the same in every row; as a
     dictionary it takes its true size until it is known how much it would be. (What the file says
@@ -61,7 +66,7 @@ def _open(path: Path) -> Any:
     for number in range(data.num_row_groups):
         group = data.row_group(number)
         swelling.add(max(group.total_byte_size, 16 * group.num_rows * group.num_columns))
-    if path.stat().st_size > _SMALL:
+    if exact or path.stat().st_size > _SMALL:
         return file
     columns = [file.schema.column(number) for number in range(len(file.schema))]
     names = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]

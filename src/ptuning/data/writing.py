@@ -242,9 +242,9 @@ def _add_columns(path: Path, data: Path, added: Iterator[Row], names: Sequence[s
     kinds = [pa.string(), pa.float64(), None][: len(names)]
 
     def tables() -> Iterator[Any]:
-        for batch in batches(data):
+        for batch in batches(data, exact=True):
             rows = list(islice(added, batch.num_rows))
-            table = pa.Table.from_batches([batch]).cast(schema)
+            table = pa.Table.from_batches([batch])
             for name, kind in zip(names, kinds, strict=True):
                 values = [row.get(name) for row in rows]
                 table = table.append_column(name, pa.array(values, kind))
