@@ -59,6 +59,34 @@ def test_a_text_of_very_much_is_refused_before_it_is_read(tmp_path: Path) -> Non
         read_examples(path)
 
 
+INSIDE: dict[str, Any] = {
+    "list": pyarrow.list_(pyarrow.string()),
+    "large": pyarrow.large_list(pyarrow.string()),
+    "fixed": pyarrow.list_(pyarrow.string(), 1),
+    "struct": pyarrow.struct([("a", pyarrow.string())]),
+    "map": pyarrow.map_(pyarrow.string(), pyarrow.string()),
+}
+
+
+@pytest.mark.parametrize("kind", INSIDE)
+def test_texts_inside_of_others_are_counted_once(tmp_path: Path, kind: str) -> None:
+    """And not, as a dictionary of all, with every 64 rows."""
+    texts = [f"{'w' * 1000} {number}" for number in range(4000)]
+    around = {"struct": lambda text: {"a": text}, "map": lambda text: [("a", text)]}
+    cells = [around.get(kind, lambda text: [text])(text) for text in texts]
+    column = pyarrow.array(cells, INSIDE[kind])
+    path = written(tmp_path, pyarrow.table({"a": column}), compression="zstd")
+    assert path.stat().st_size < 64_000
+    assert [row["a"] for row in read_examples(path)] == cells
+
+
+def test_texts_inside_of_others_that_stand_for_very_much_are_refused(tmp_path: Path) -> None:
+    column = pyarrow.array([["A" * 1_000_000] * 2, [], None] * 60)
+    path = written(tmp_path, pyarrow.table({"a": column}), compression="zstd")
+    with pytest.raises(DataError, match="small and holds more than"):
+        read_examples(path)
+
+
 def test_very_many_rows_of_nothing_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path, pyarrow.table({"a": pyarrow.nulls(10_000_000, pyarrow.int8())}))
     with pytest.raises(DataError, match="small and holds more than"):

@@ -79,6 +79,33 @@ def _size(path: Path, column: Any) -> int:
     Raises:
         DataError: one of them is too long.
     """
+    import pyarrow.compute as pc
+
+    lengths = _lengths(column)
+    if lengths is not None and (pc.max(lengths).as_py() or 0) > LONGEST_CELL:
+        raise DataError(f"{path}: a cell is longer than {LONGEST_CELL:,} characters")
+    return _bytes(column)
+
+
+def _bytes(column: Any) -> int:
+    """Of its values, also inside of others; a dictionary counts as what it stands for, and not once
+    more in each batch."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = column.type
+    if pa.types.is_struct(kind):
+        return sum(map(_bytes, column.flatten()))
+    if pa.types.is_map(kind):
+        return _bytes(column.keys) + _bytes(column.items)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return 8 * len(column) + _bytes(column.flatten())
+    lengths = _lengths(column)
+    return int(column.nbytes if lengths is None else pc.sum(lengths).as_py() or 0)
+
+
+def _lengths(column: Any) -> Any:
+    """Of each text in bytes; None where there are no texts."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -88,13 +115,9 @@ def _size(path: Path, column: Any) -> int:
         kind, values = column.type, column
     binary = (pa.types.is_string, pa.types.is_binary, pa.types.is_large_string)
     if not any(is_kind(kind) for is_kind in (*binary, pa.types.is_large_binary)):
-        return int(column.nbytes)
+        return None
     lengths = pc.binary_length(values)
-    if pa.types.is_dictionary(column.type):
-        lengths = lengths.take(column.indices)
-    if (pc.max(lengths).as_py() or 0) > LONGEST_CELL:
-        raise DataError(f"{path}: a cell is longer than {LONGEST_CELL:,} characters")
-    return int(pc.sum(lengths).as_py() or 0)
+    return lengths.take(column.indices) if pa.types.is_dictionary(column.type) else lengths
 
 
 def _guarded(path: Path, read: Any) -> Any:
