@@ -440,6 +440,28 @@ def test_a_stream_that_takes_too_long_says_so_to_whoever_reads_on(
     assert remote.depth == 0
 
 
+@pytest.mark.parametrize("end", ["stop", "length"])
+def test_a_stream_says_whether_the_answer_has_ended(
+    merged: Path, there: tuple[str, Any], end: str
+) -> None:
+    remote = Remote(there[0], str(merged))
+    ends = (("Os", None, [-1.0]), ("lo", end, [-2.0]), ("", None, []))
+    said = [
+        {"text": part, "finish_reason": reason, "logprobs": {"token_logprobs": known}}
+        for part, reason, known in ends
+    ]
+    told = b"".join(b"data: " + json.dumps({"choices": [one]}).encode() + b"\n\n" for one in said)
+    told += b'data: {"choices": []}\n\ndata: [DONE]\n\n'
+
+    async def ask() -> list[Any]:
+        _said(remote, lambda: told)
+        return [part async for part in _streamed(remote, {"text": "Rome"})]
+
+    *parts, last = asyncio.run(ask())
+    assert parts == ["Os", "lo"] and last.text == "Oslo" and last.complete == (end == "stop")
+    assert last.written == 2 and last.probability == pytest.approx(math.exp(-3))
+
+
 async def _next(parts: AsyncIterator[Any]) -> Any:
     return await anext(parts)
 
