@@ -401,6 +401,16 @@ def test_a_manual_task_with_virtual_tokens_is_refused() -> None:
         ptuning.evaluate(model, tokenizer, prompt, ROWS, manual="[P] {country} [MASK]")
 
 
+def test_candidates_take_the_place_of_labels_with_their_columns_and_their_bias() -> None:
+    model, tokenizer, free = setting("llama", answer_end=False)
+    words = {"good": "{mayor}", "bad": "Rome"}
+    prompt = Prompt(TEMPLATE, verbalizer=words, label_bias={"good": 0.0, "bad": 50.0})
+    prompt.vectors = free.vectors
+    rows = [{"country": row["country"]} for row in ROWS]
+    ask = partial(ptuning.predict_details, model, tokenizer, rows=rows)
+    assert ask(prompt, candidates=["Paris", "Oslo"]) == ask(free, candidates=["Paris", "Oslo"])
+
+
 def test_candidates_are_for_free_answers() -> None:
     model, tokenizer, prompt = setting("llama", answer="label", verbalizer={"0": "no", "1": "yes"})
     with pytest.raises(InputError, match="candidates are for free answers"):
