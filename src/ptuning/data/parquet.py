@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,14 @@ def batches(path: Path, exact: bool = False) -> Iterator[Any]:
     file = _guarded(path, lambda: _open(path, exact))
     unique_names(file.schema_arrow.names, str(path))
     swelling = Swelling(path)
-    reading = (
-        chain.from_iterable(  # a batch of two groups has two dictionaries: not if it is nested
-            file.iter_batches(batch_size=_AT_ONCE, row_groups=[group])
-            for group in range(file.num_row_groups)
-        )
+    # A batch of two groups would have two dictionaries, which what is nested cannot.
+    reading = chain.from_iterable(
+        file.iter_batches(batch_size=_AT_ONCE, row_groups=[group])
+        for group in range(file.num_row_groups)
     )
     while (batch := _guarded(path, lambda: next(reading, None))) is not None:
-        swelling.add(sum(_size(path, column) for column in batch.columns))
+        sizes = map(partial(_size, path), batch.columns)
+        swelling.add(_guarded(path, partial(sum, sizes)))
         yield batch
 
 

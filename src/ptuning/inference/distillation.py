@@ -205,7 +205,11 @@ def columns_asked(
     population: int = 1,
     grid: Mapping[str, Sequence[Any]] | None = None,
 ) -> tuple[str, ...]:
-    """The columns that the teacher or any member of the population reads."""
+    """The columns that the teacher or any member of the population reads.
+
+    Raises:
+        InputError: no template, or a population or grid that cannot be.
+    """
     members = choices(prompt, settings, population, grid)
     return (*columns_read(members), *teacher.parsed.fields)
 
