@@ -240,6 +240,7 @@ def chosen(*names: str, known: str) -> dict[str, tuple[str, ...]] | None:
         (["top up failed", "top up"], "top up failed", ["failed", "top"]),
         (["card arrival", "card linking"], "card arrival", ["arrival", "card"]),
         (["Spam", "spam"], "Spam spam", ["Spam", "spam"]),
+        (["old Card", "Card"], "Card card", ["card", "Card"]),
         (["cash or card fee", "lost card"], "cash card fee or lost", ["cash|fee", "lost"]),
         (["lost luggage", "luggage"], "lost luggage", ["lost", "luggage"]),
         (["red blue grey teal"], "red blue grey teal", ["blue|grey|teal"]),
