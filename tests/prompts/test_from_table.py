@@ -36,6 +36,12 @@ def test_virtual_tokens_stand_around_the_text_and_the_answers_name_before_it() -
     assert prompt.answer == "ticket_type" and prompt.num_virtual_tokens == 40
 
 
+def test_texts_that_are_missing_as_pandas_has_it_are_empty() -> None:
+    pandas = pytest.importorskip("pandas")
+    prompt = prompt_for(["good", "bad"], title=[*TEXTS[:20], *[pandas.NA] * 4])
+    assert "{title}" in prompt.template and words_of(prompt) == {"good": "good", "bad": "bad"}
+
+
 def test_several_columns_stand_with_their_names() -> None:
     prompt = prompt_for(["good", "bad"], subjectLine=[f"Re: {text}" for text in TEXTS])
     assert prompt.template == "[P*20] Text: {text}\nSubject Line: {subjectLine} [P*20] Type: [MASK]"

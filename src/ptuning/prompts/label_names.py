@@ -85,7 +85,7 @@ def telling_words(
     labels = _labels(columns.answer, [row.get(columns.answer) for row in rows])
     for row, label in zip(rows, labels, strict=True):
         if label in names:
-            text = " ".join(str(row.get(name) or "") for name in columns.read)
+            text = " ".join(text_of(name, row.get(name)) for name in columns.read)
             examples[label] += 1
             for word in asked.intersection(_words(text.casefold())):
                 having[word][label] += 1
