@@ -291,6 +291,20 @@ def test_it_is_alive_while_the_server_behind_is(merged: Path) -> None:
     assert asyncio.run(ask()) == [True, False, False, False]
 
 
+def test_a_table_of_an_older_merge_tells_prompts_by_their_number_of_virtual_tokens(
+    place: Path, merged: Path, there: tuple[str, Any], tmp_path: Path
+) -> None:
+    shutil.copytree(merged, tmp_path / "merged")
+    table = _table(merged)
+    for entry in table.values():
+        del entry["vectors"]
+    (tmp_path / "merged" / "prompts.json").write_text(json.dumps(table))
+    remote = Remote(there[0], str(tmp_path / "merged"))
+    assert remote.take_on("capital", servers.prompt(place, "capital")).ids
+    with pytest.raises(InputError, match="merge it again"):
+        remote.take_on("capital", servers.prompt(place, "mood"))
+
+
 def test_faults_of_the_server_behind_are_told(
     place: Path, merged: Path, there: tuple[str, Any], tmp_path: Path
 ) -> None:
