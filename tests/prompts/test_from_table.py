@@ -171,6 +171,8 @@ def test_answers_that_are_missing_are_said_by_their_rows() -> None:
     rows = [{"text": f"t {n}", "label": (1, None)[n % 2]} for n in range(8)]
     with pytest.raises(DataError, match="example 2: the answer column 'label' is empty; give"):
         Prompt.for_rows(rows, answer="label")
+    with pytest.raises(DataError, match="example 1: the answer column 'label' is empty; give"):
+        prompt_for(["", None])
 
 
 def test_dev_rows_say_nothing_of_what_is_read_or_answered() -> None:

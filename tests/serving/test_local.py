@@ -85,8 +85,11 @@ def test_an_answer_has_room_behind_its_row(place: Path, local: Local) -> None:
     assert answer.shortened and answer.read <= room + 1 - 40
     with pytest.raises(DataError, match=f"longer than the {room} tokens"):
         answered(local, handle, {"country": "France"}, limit=room + 1)
+    text = "The capital of France " * 20
+    read = len(local.base.tokenizer(text)["input_ids"])  # nobody reads the last token that is said
+    assert answered(local, local.plain, {"text": text}, limit=room + 1 - read).read == read
     with pytest.raises(InputError, match=f"the model has room for {room} in all"):
-        answered(local, local.plain, {"text": "a b"}, limit=room)
+        answered(local, local.plain, {"text": text}, limit=room + 2 - read)
 
 
 def test_a_prompt_of_another_model_is_not_taken_on(place: Path) -> None:

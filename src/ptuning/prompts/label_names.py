@@ -37,7 +37,7 @@ def label_words(rows: Sequence[Mapping[str, Any]], columns: Columns) -> dict[str
     cells = [plain(row.get(columns.answer)) for row in rows]
     labels = _labels(columns.answer, cells)
     known = list(dict.fromkeys(label for label in labels if label))
-    if len(known) == 1 and len(labels) > 1:
+    if len(known) < 2 and len(labels) > 1:
         if not all(labels):
             raise DataError(
                 f"example {labels.index('') + 1}: the answer column {columns.answer!r} is empty; "
