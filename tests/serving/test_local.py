@@ -92,6 +92,11 @@ def test_an_answer_has_room_behind_its_row(place: Path, local: Local) -> None:
         answered(local, local.plain, {"text": text}, limit=room + 2 - read)
 
 
+def test_an_empty_text_is_not_gone_on_with_where_nothing_stands_in_front(local: Local) -> None:
+    with pytest.raises(InputError, match="the text is empty"):
+        answered(local, local.plain, {"text": ""}, limit=3)
+
+
 def test_a_prompt_of_another_model_is_not_taken_on(place: Path) -> None:
     tokenizer = servers.model(place)[1]
     other = BaseModel.of(tiny.model("llama", vocab_size=len(tokenizer), seed=9), tokenizer)

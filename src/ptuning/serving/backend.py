@@ -173,8 +173,8 @@ def as_it_is(renderer: Renderer, row: Row, limit: int) -> Rendered:
         limit: tokens that are to be written behind it.
 
     Raises:
-        InputError: both are longer than the model's context, or the model's chat template does not
-            take the turns.
+        InputError: both are longer than the model's context, there is nothing to go on with, or the
+            model's chat template does not take the turns.
     """
     if renderer.task.chat:
         text = as_chat(renderer.tokenizer, row["turns"])
@@ -182,6 +182,10 @@ def as_it_is(renderer: Renderer, row: Row, limit: int) -> Rendered:
     else:
         ids = tuple(renderer.tokenizer(row["text"])["input_ids"])
         ids = ids or renderer(row, answered=False).sequences[0].ids
+    if not ids:
+        raise InputError(
+            "the text is empty, and this model's tokenizer puts nothing in front of it; send a text"
+        )
     if renderer.limit is not None and len(ids) + limit > renderer.limit + 1:
         raise InputError(
             f"the text has {len(ids)} tokens and max_tokens is {limit}, and the model has room for "
