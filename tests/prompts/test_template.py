@@ -102,6 +102,8 @@ VALID: list[tuple[str, list[Piece]]] = [
     ("[", [Text("[")]),
     ("]", [Text("]")]),
     ("[]", [Text("[]")]),
+    ("[Périgord", [Text("[Périgord")]),
+    ("[MASKé {x}", [Text("[MASKé "), Field("x")]),
     ("[[]]", [Text("[[]]")]),
     ("[1] (2)", [Text("[1] (2)")]),
     ("[p]", [Text("[p]")]),

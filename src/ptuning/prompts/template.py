@@ -61,7 +61,7 @@ Piece = Text | Field | Virtual | Slot
 _BRACKET = r"\[(?:P(?:\*[^\[\]]*|:[^\[\]]*)?|MASK)\]"
 ESCAPED = re.compile(rf"\[({_BRACKET})\]")
 _SYNTAX = re.compile(rf"{_BRACKET}|[{{}}]")
-_NAME_FOLLOWS = re.compile(r"\[(?:P|MASK)(?![A-Za-z0-9_])")
+_NAME_FOLLOWS = re.compile(r"\[(?:P|MASK)(?!\w)")
 
 
 @dataclass(frozen=True)
