@@ -222,6 +222,11 @@ def test_a_cell_is_the_label_that_other_kinds_of_files_write_so(
     assert (found, type(found)) == (label, type(label))
 
 
+def test_labels_with_spaces_around_them_are_those_of_their_cells() -> None:
+    spaced = ptuning.Prompt(TEMPLATE, verbalizer={" a": "yes", "b": "no"})
+    assert [spaced.label_text(cell) for cell in (" a", " b ", "c ")] == [" a", "b", "c"]
+
+
 def test_a_manual_template_has_no_bias_of_the_prompts() -> None:
     words = {"a": "yes", "b": "no"}
     prompt = ptuning.Prompt(TEMPLATE, verbalizer=words, label_bias={"b": 1, "a": 2})

@@ -127,7 +127,8 @@ class Task:
 
     def label_text(self, value: Any) -> str:
         """A cell of the answer column as it is compared."""
-        return text_of("answer", as_label(value, self.labels)).strip()
+        text = text_of("answer", as_label(value, self.labels))
+        return text if text in self.labels else text.strip()
 
     @property
     def ends_answer(self) -> bool:
