@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import normalizers
 
 import ptuning
 from ptuning import InputError, Prompt
@@ -44,6 +45,28 @@ def test_label_words_fill_the_first_virtual_tokens_in_order() -> None:
     known = [i for word in LABELS.values() for i in words_of(tokenizer, f" {word}")]
     expected = [*given, *known, *[None] * (12 - len(known))]
     assert start.words == expected[: len(given) + 12] and not start.came_from
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("[P*3] {text} so [MASK]", ["▁yes", "▁it", None]),
+        ("[P*3] {text} ([MASK]", ["yes", "i", "t"]),
+    ],
+)
+def test_label_words_are_the_tokens_that_a_model_is_to_say(
+    template: str, expected: list[str | None]
+) -> None:
+    tokenizer = tiny.tokenizer("metaspace_never")
+    backend = tokenizer.backend_tokenizer  # of Llama 2's form, which puts a space in front of all
+    backend.pre_tokenizer = None
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    assert tokenizer.tokenize(" yes") == ["▁", "▁yes"]
+    prompt = fresh(template=template, verbalizer={"a": "yes", "b": "it"})
+    start = start_of(Renderer(tokenizer, prompt, "causal"), ROWS, ANSWERS, "labels", 0)
+    assert [w if w is None else tokenizer.convert_ids_to_tokens(w) for w in start.words] == expected
 
 
 def test_random_words_fill_what_the_template_gives_no_words_and_are_the_vectors() -> None:

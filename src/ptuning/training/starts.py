@@ -3,7 +3,8 @@
     encoder    as the encoder makes them
     words      at random words of the vocabulary, where virtual tokens without a network begin
                anyway: Lester et al. 2021 (arXiv 2104.08691), "sampled vocabulary"
-    labels     at the label words, in order, as far as they go: the same, "class labels"
+    labels     at the label words' tokens as answers, in order, as far as they go: the same, "class
+               labels"
     examples   at the ends of some training examples, text and answer, of different answers: Lu et
                al. 2025 (CT-Prompt, arXiv 2507.04221); while an example is trained on, the virtual
                tokens that came from it are left out of its row (leave-one-out masking), so that it
@@ -76,8 +77,9 @@ def start_of(
         for number, word in zip(free, _drawn(renderer.tokenizer, len(free), seed), strict=True):
             words[number] = word
     if init == "labels":
+        blank = dict.fromkeys(renderer.task.parsed.fields, "x")
         texts = [fill(of_label[0], {}) for of_label in renderer.labels.values()]
-        known = chain.from_iterable(_ids(renderer, f" {text}") for text in texts)
+        known = chain.from_iterable(renderer.layout(blank, text).answer for text in texts)
         for number, word in zip(free, known, strict=False):
             words[number] = word
     if init == "examples" and free:
