@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -199,6 +200,13 @@ def test_labels_of_the_rows_are_mixed_in() -> None:
     assert mixed[0].answer == "maybe"
     for one, other in zip(plain[1:], mixed[1:], strict=True):
         assert one.shares.tolist() == other.shares.tolist()
+
+
+def test_a_label_weight_may_be_numpys(tmp_path: Path) -> None:
+    prompt, rows = prompt_of(), [{**row, "label": "yes"} for row in TEXTS]
+    distilled("llama", prompt, rows=rows, label_weight=np.float32(0.25), epochs=1)
+    prompt.save(tmp_path)
+    assert ptuning.Prompt.load(tmp_path).training["teacher"]["label_weight"] == 0.25
 
 
 def test_a_calibrated_teacher_takes_the_labels_for_equally_frequent() -> None:

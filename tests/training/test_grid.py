@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -304,6 +305,14 @@ def test_a_grid_is_read_as_it_is_typed() -> None:
     }
     templates = parse_grid(["template=[P] {a}, so [MASK]|{a} [P] [MASK] warmup=0.1"])
     assert templates == {"template": ["[P] {a}, so [MASK]", "{a} [P] [MASK]"], "warmup": [0.1]}
+
+
+def test_values_of_a_grid_may_be_numpys() -> None:
+    grid = {"virtual_tokens": [np.int64(2)], "learning_rate": list(np.float32([0.5, 0.25]))}
+    found = choices(fresh(), ptuning.TrainSettings(), 1, grid)
+    assert [prompt.template for _, prompt, _ in found] == [resized(TEMPLATE, 2)] * 2
+    names = [{"virtual_tokens": 2, "learning_rate": rate, "seed": 0} for rate in (0.5, 0.25)]
+    assert json.loads(json.dumps([name for name, *_ in found])) == names
 
 
 def test_virtual_tokens_set_the_size_of_each_group() -> None:

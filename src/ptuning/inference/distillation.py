@@ -19,6 +19,7 @@ from ..backbone.base_model import BaseModel
 from ..data import Row, Rows, as_rows
 from ..data.rows import named
 from ..data.setting_aside import set_aside, usual_share
+from ..data.values import plain
 from ..errors import DataError, InputError
 from ..forward.engine import Engine
 from ..prompts.prompt import Prompt
@@ -100,6 +101,7 @@ def distill(
     """
     with distributed.together():
         settings = with_options(settings or TrainSettings(), options)
+        label_weight = plain(label_weight)  # numpy's, which no saved prompt takes
         base = BaseModel.of(model, tokenizer)
         settle_words(prompt, tokenizer, base.kind)
         long = Teacher.of(teacher, prompt)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..data.values import plain
 from ..errors import InputError
 from ..prompts.prompt import Prompt
 from ..prompts.task import at_least_one
@@ -84,6 +85,7 @@ def choices(
     for key, values in grid.items():
         if not isinstance(values, list | tuple) or not values:
             raise InputError(f"the grid gives {values!r} for {key}; give a list of values")
+        grid[key] = [plain(value) for value in values]  # numpy's, which names are written of
     if population == 1 and not grid:
         return [({"seed": settings.seed}, prompt, settings)]
     result = []
