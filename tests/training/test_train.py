@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,17 @@ import pytest
 import torch
 
 import ptuning
-from ptuning import DataError, InputError, Prompt, TrainingError, TrainSettings, storage, train
+from ptuning import (
+    DataError,
+    InputError,
+    Prompt,
+    TrainingError,
+    TrainSettings,
+    merge,
+    predict,
+    storage,
+    train,
+)
 from ptuning.backbone.base_model import BaseModel
 from ptuning.inference.evaluation import teacher_forced
 from ptuning.training import accelerator as accelerator_module
@@ -712,6 +723,45 @@ def test_a_half_precision_base_trains_a_float32_prompt(tokenizer: Any, dtype: to
     assert prompt.trained_vectors().dtype == torch.float32
     assert model.dtype == dtype
     assert result.history[-1]["loss"] < result.history[0]["loss"]
+
+
+@pytest.mark.parametrize("encoder", ["none", "mixture"])
+def test_what_pytorch_makes_numbers_of_by_default_changes_no_result(
+    model: Any, tokenizer: Any, encoder: str, tmp_path: Path
+) -> None:
+    found = []
+    for default in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(default)
+        try:
+            prompt = Prompt(
+                "[P*3] {text} [MASK]", verbalizer={"0": "yes", "1": "not"}, encoder=encoder
+            )
+            options: dict[str, Any] = {"epochs": 3, "word_noise": 0.5, "calibrate": "dev"}
+            result = train(model, tokenizer, prompt, LABELLED, LABELLED[1:], **options)
+            assert prompt.encoder_weights is not None
+            assert {weight.dtype for weight in prompt.encoder_weights.values()} == {torch.float32}
+            prompt.save(tmp_path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # such as that it is another model
+                answers = predict(model, tokenizer, Prompt.load(tmp_path), LABELLED)
+            merged = merge(model, tokenizer, {"one": prompt}).model
+        finally:
+            torch.set_default_dtype(torch.float32)
+        figures = result.history, result.calibrated, answers
+        found.append((figures, prompt.trained_vectors(), merged.get_output_embeddings().weight))
+    (figures, *tensors), (others, *other_tensors) = found
+    assert figures == others and all(map(torch.equal, tensors, other_tensors))
+
+
+def test_trains_where_gradients_are_off(model: Any, tokenizer: Any) -> None:
+    vectors = []
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        prompt = prompt_for()
+        with mode():
+            train(model, tokenizer, prompt, ROWS, epochs=2)
+            assert torch.is_grad_enabled() == (mode is torch.enable_grad)
+        vectors.append(prompt.trained_vectors())
+    assert torch.equal(vectors[0], vectors[1]) and torch.equal(vectors[0], vectors[2])
 
 
 def test_a_tracker_gets_the_losses(model: Any, tokenizer: Any, tmp_path: Path) -> None:

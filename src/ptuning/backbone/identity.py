@@ -40,8 +40,9 @@ def describe(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
 def sample_of(model: nn.Module) -> dict[str, Any]:
     """Some values of the model's embedding, and where they stand."""
     embedding = input_embedding(model)
-    rows = torch.linspace(3, embedding.num_embeddings - 1, _SAMPLED_ROWS).long()
-    columns = torch.linspace(0, embedding.embedding_dim - 1, _SAMPLED_COLUMNS).long()
+    dtype = torch.float32  # whatever the default is
+    rows = torch.linspace(3, embedding.num_embeddings - 1, _SAMPLED_ROWS, dtype=dtype).long()
+    columns = torch.linspace(0, embedding.embedding_dim - 1, _SAMPLED_COLUMNS, dtype=dtype).long()
     sample = _sample(embedding, rows, columns)
     return {
         "width": embedding.embedding_dim,
@@ -138,7 +139,9 @@ def fingerprint(saved: dict[str, Any]) -> dict[str, Any]:
         width = int(known["width"])
         rows = torch.tensor([int(i) for i in known["rows"].split()])
         columns = torch.tensor([int(i) for i in known["columns"].split()])
-        values = torch.tensor([[float(x) for x in row.split()] for row in known["values"]])
+        values = torch.tensor(
+            [[float(x) for x in row.split()] for row in known["values"]], dtype=torch.float32
+        )
         if values.shape != (len(rows), len(columns)) or not torch.isfinite(values).all():
             raise ValueError(f"values of shape {tuple(values.shape)}, or not finite")
         if rows.min() < 0 or columns.min() < 0 or columns.max() >= width:

@@ -127,7 +127,7 @@ def label_log_probabilities(
     """
     renderer = renderers[0]
     words = torch.tensor(renderer.owner)
-    found = torch.zeros(len(examples[0]), len(renderer.labels))
+    found = torch.zeros(len(examples[0]), len(renderer.labels), dtype=torch.float32)
     for batch, sizes, chunk in batches_together(engine, examples, first_ids, batch_size):
         scores = by_label(engine.word_scores(batch, len(words)).cpu(), words)
         found[chunk] = biased(mean_log_probabilities(scores, sizes), renderer.bias)

@@ -209,7 +209,8 @@ def _unlikely(model: Any, real: Sequence[int]) -> list[int]:
     """
     head: Any = output_head(model)
     known = torch.tensor([i for i in real if i < head.weight.shape[0]])
-    asked = known[torch.linspace(0, len(known) - 1, _ASKED).long()].view(-1, 32)
+    evenly = torch.linspace(0, len(known) - 1, _ASKED, dtype=torch.float32).long()
+    asked = known[evenly].view(-1, 32)
     inputs = {"input_ids": asked.to(device_of(model))}
     if kind_of(model) is ModelKind.SEQ2SEQ:
         inputs["decoder_input_ids"] = inputs["input_ids"]

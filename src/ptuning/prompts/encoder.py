@@ -189,7 +189,7 @@ def initialise(encoder: PromptEncoder, vectors: Tensor, rows: Tensor | None = No
     if hasattr(encoder, "words"):
         encoder.words[rows] = vectors
         weight = encoder.embedding.weight
-        weight[rows] = torch.eye(*weight.shape, device=weight.device)[rows]
+        weight[rows] = torch.eye(*weight.shape).to(weight)[rows]
         return
     if not hasattr(encoder, "mlp_head"):
         encoder.embedding.weight[rows] = vectors

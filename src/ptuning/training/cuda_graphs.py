@@ -89,7 +89,7 @@ class GraphedStep:
         self.table = population.tables().detach().clone()
         self.device = self.table.device
         self.gradient = torch.zeros_like(self.table)
-        self.losses = torch.zeros(len(population.members), device=self.device)
+        self.losses = torch.zeros(len(population.members), dtype=torch.float32, device=self.device)
         self._seen: set[Shape] = set()
         self._plain_shapes: set[Shape] = set()
         self._weights = layer_weights(population.base)
@@ -174,8 +174,9 @@ class GraphedStep:
 
     def _plainly(self, batch: Batch, divisor: Sequence[float]) -> Outputs:
         table = self.table.detach().clone().requires_grad_()
+        divisors = torch.tensor(divisor, dtype=torch.float32, device=self.device)
         with self.population.written(table):
-            losses = self.plain(batch.to(self.device), torch.tensor(divisor, device=self.device))
+            losses = self.plain(batch.to(self.device), divisors)
         assert table.grad is not None
         self.losses += losses
         self.gradient += table.grad

@@ -171,8 +171,8 @@ class Loop:
         self.notes: list[str] = []
         self.step, self.stopped = 0, False
         self._pending: list[_Pending] = []
-        self.epoch_loss = torch.zeros(len(self.learners))
-        self.weight = torch.tensor(_weights([variant.examples for variant in self.variants]))
+        self.epoch_loss = torch.zeros(len(self.learners), dtype=torch.float32)
+        self.weight = _weights([variant.examples for variant in self.variants])
         self._resume(resume)
 
     def _epochs(self) -> None:
@@ -216,7 +216,7 @@ class Loop:
 
     def _share(self, chosen: list[list[Rendered]]) -> Tensor:
         """Of all answers of an epoch ``(members,)``."""
-        return torch.tensor(_weights(chosen)) / self.weight
+        return _weights(chosen) / self.weight
 
     def _optimizer_step(self, chosen: list[list[Rendered]]) -> Later:
         """One optimizer step of every active member."""
@@ -226,7 +226,7 @@ class Loop:
         for start in range(0, len(chosen[0]), self.settings.batch_size):
             rows = self._rows([c[start : start + self.settings.batch_size] for c in chosen])
             micro_batches.append(self.engine.batches(rows, first_ids, self.take_step.device))
-        return self.take_step(micro_batches, _weights(chosen))
+        return self.take_step(micro_batches, _weights(chosen).tolist())
 
     def _settle(self, leave: int) -> None:
         """Take in what became of all steps but the last `leave`; a member that is no longer finite
@@ -394,6 +394,7 @@ class Loop:
         )
 
 
-def _weights(chosen: list[list[Rendered]]) -> list[float]:
+def _weights(chosen: list[list[Rendered]]) -> Tensor:
     """Answers, or tokens of them, in each member's examples: what its loss is divided by."""
-    return [float(sum(example.weight for example in examples)) for examples in chosen]
+    counts = [sum(example.weight for example in examples) for examples in chosen]
+    return torch.tensor(counts, dtype=torch.float32)

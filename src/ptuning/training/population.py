@@ -50,7 +50,7 @@ class Member(nn.Module):
         embedding = input_embedding(model)
         with CHANGING, torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # of the CPU: others stay as they are
-            self.encoder = PromptEncoder(prompt.encoder_config(embedding.embedding_dim))
+            self.encoder = PromptEncoder(prompt.encoder_config(embedding.embedding_dim)).float()
             self._initialise(prompt, embedding, words)
             self.random_state = torch.get_rng_state()
         self.draws = prompt.encoder == "lstm" and prompt.encoder_dropout > 0

@@ -96,8 +96,8 @@ class PlainSteps:
             micro_batches: one without rows where all are other processes'.
             divisor: of each member's losses.
         """
-        divisors = torch.tensor(divisor, device=self.device)
-        total = torch.zeros(len(self.learners), device=self.device)
+        divisors = torch.tensor(divisor, dtype=torch.float32, device=self.device)
+        total = torch.zeros_like(divisors)
         for parts in micro_batches:
             here = [part.to(self.device) for part in parts]
             with self.population.one_table(here, self.accelerator.autocast) as table:
@@ -243,7 +243,9 @@ class _Reader:
         """The outcome that a report ``(2, members)`` tells."""
         self._turn = 1 - self._turn
         if self._places[self._turn] is None:
-            self._places[self._turn] = torch.zeros(report.shape, pin_memory=self._on_gpu)
+            self._places[self._turn] = torch.zeros_like(
+                report, device="cpu", pin_memory=self._on_gpu
+            )
         place = self._places[self._turn]
         place.copy_(report, non_blocking=True)
         done = torch.cuda.Event() if self._on_gpu else None
@@ -260,7 +262,7 @@ class _Reader:
 
     def pinned(self, numbers: Iterable[float]) -> Tensor:
         """Numbers as a tensor that can be copied without waiting."""
-        tensor = torch.tensor(list(numbers))
+        tensor = torch.tensor(list(numbers), dtype=torch.float32)
         return tensor.pin_memory() if self._on_gpu else tensor
 
 

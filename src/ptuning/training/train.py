@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import distributed
@@ -101,7 +102,7 @@ def train(
     Example:
         >>> result = train(model, tokenizer, prompt, rows, dev=dev_rows, epochs=5)
     """
-    with distributed.together():
+    with distributed.together(), torch.inference_mode(False), torch.enable_grad():
         started = time.monotonic()
         settings = with_options(TrainSettings() if settings is None else settings, options)
         check_kind(prompt, Prompt)

@@ -75,18 +75,19 @@ class WordNoise:
     def __init__(self, model: nn.Module, tokenizer: Any, share: float):
         embedding = input_embedding(model)
         device = device_of(model) if embedding.weight.is_meta else embedding.weight.device
-        ordinary = torch.zeros(embedding.num_embeddings)
+        ordinary = torch.zeros(embedding.num_embeddings, dtype=torch.float32)
         ordinary[: first_free_id(tokenizer)] = 1.0  # rows behind it are of no word
         ordinary[[id for id in _special(tokenizer) if id < len(ordinary)]] = 0.0
         words = ordinary.nonzero().flatten()
         vectors = vectors_of(embedding, words[:: max(1, len(words) // _SAMPLE)])
         self._full = share * float(vectors.pow(2).mean().sqrt())
         draw = torch.Generator().manual_seed(0)
-        self._drawn = torch.randn(_DRAWN, vectors.shape[1], generator=draw).to(device)
+        drawn = torch.randn(_DRAWN, vectors.shape[1], generator=draw, dtype=torch.float32)
+        self._drawn = drawn.to(device)
         self._ordinary = ordinary.to(device)
         # Tensors, so that a captured graph reads what they are in its step.
         self._step = torch.zeros((), dtype=torch.long, device=device)
-        self._size = torch.zeros((), device=device)
+        self._size = torch.zeros((), dtype=torch.float32, device=device)
 
     def at(self, step: int, of: int, grown: bool = False) -> None:
         """From now on it is step so many of all; or `grown`, so that it has its size already."""
