@@ -234,8 +234,12 @@ def test_missing_heads_warn_and_newer_keys_too(tmp_path: Path) -> None:
         peft_compat.PeftModel.from_pretrained(base_for("SEQ_CLS"), tmp_path)
 
 
-def test_a_state_dict_makes_an_encoder_give_its_vectors() -> None:
-    source, target = prompted("CAUSAL_LM"), prompted("CAUSAL_LM", "LSTM")
+@pytest.mark.parametrize("encoder", ["LSTM", "RESIDUAL", "MIXTURE"])
+def test_a_state_dict_makes_a_trained_encoder_give_its_vectors(encoder: str) -> None:
+    source, target = prompted("CAUSAL_LM"), prompted("CAUSAL_LM", encoder)
+    with torch.no_grad():
+        for parameter in target.prompt_encoder.parameters():
+            parameter += torch.randn_like(parameter) / 4
     state = peft_compat.get_peft_model_state_dict(source)
     result = peft_compat.set_peft_model_state_dict(target, state)
     assert not result.missing_keys and not result.unexpected_keys
@@ -269,7 +273,7 @@ def test_the_base_models_tensors_are_taken_as_a_whole_unless_told_otherwise() ->
     assert not torch.equal(own.weight, weight + 1)
 
 
-@pytest.mark.parametrize("encoder", ["MLP", "LSTM"])
+@pytest.mark.parametrize("encoder", ["MLP", "LSTM", "RESIDUAL"])
 def test_peft_sets_the_state_dict_of_a_model_of_ours(encoder: str) -> None:
     source, target = prompted("CAUSAL_LM"), prompted("CAUSAL_LM", encoder)
     peft.set_peft_model_state_dict(target, peft.get_peft_model_state_dict(source))

@@ -262,6 +262,12 @@ def test_our_own_encoders_begin_where_they_are_told_exactly(head: str) -> None:
     after = encoder.table().detach()
     torch.testing.assert_close(after[rows], wanted)
     assert torch.equal(after[[0, 2, 3, 5]], before[[0, 2, 3, 5]])
+    with torch.no_grad():  # as if it was trained
+        for parameter in encoder.parameters():
+            parameter += torch.randn_like(parameter)
+    wanted = torch.randn(6, 8)
+    initialise(encoder, wanted)
+    torch.testing.assert_close(encoder.table().detach(), wanted)
 
 
 @pytest.mark.parametrize("head", ["RESIDUAL", "MIXTURE"])

@@ -143,7 +143,7 @@ def set_peft_model_state_dict(
     state = {uncompiled_name(key): tensor for key, tensor in peft_model_state_dict.items()}
     encoder = model.prompt_encoder[adapter_name]
     rows = state.pop(VECTORS, None)
-    expected = tuple(encoder.embedding.weight.shape)
+    expected = encoder.total_virtual_tokens, encoder.token_dim
     if rows is None or tuple(rows.shape) != expected:
         came = "none" if rows is None else f"{VECTORS} of shape {tuple(rows.shape)}"
         raise PromptFileError(

@@ -171,9 +171,9 @@ class PromptEncoder(nn.Module):
 def initialise(encoder: PromptEncoder, vectors: Tensor, rows: Tensor | None = None) -> None:
     """Let the encoder's output at `rows` be `vectors`.
 
-    Where the virtual tokens are trained themselves, alone or with a network beside them that is
-    new, they become these, and in a mixture each of these rows is a word of its own. Elsewhere the
-    last layer is linear in its input ``h``: the least change ``D`` of weight and bias with
+    Where the virtual tokens are trained themselves, alone or with a network beside them (new then),
+    they become these, and in a mixture each of these rows is a word of its own. Elsewhere the last
+    layer is linear in its input ``h``: the least change ``D`` of weight and bias with
     ``D [h; 1] = wanted - output`` for all rows at once comes from the pseudo-inverse. Rows that are
     not named keep their output. Exact while there are no more virtual tokens than the last layer
     has inputs, else the nearest in the least-squares sense.
@@ -191,6 +191,10 @@ def initialise(encoder: PromptEncoder, vectors: Tensor, rows: Tensor | None = No
         weight = encoder.embedding.weight
         weight[rows] = torch.eye(*weight.shape).to(weight)[rows]
         return
+    if hasattr(encoder, "residual_head"):  # what it has learnt to add goes into the others
+        encoder.embedding.weight.copy_(encoder.table())
+        for weight in encoder.residual_head[-1].parameters():
+            weight.zero_()
     if not hasattr(encoder, "mlp_head"):
         encoder.embedding.weight[rows] = vectors
         return
