@@ -141,6 +141,25 @@ def test_outputs_follow_the_active_adapter(task: str, family: str) -> None:
     assert torch.equal(call(model), first)
 
 
+def test_a_mixture_is_of_words_of_the_vocabulary() -> None:
+    base = base_model()
+    mixture = {"encoder_reparameterization_type": "MIXTURE", "encoder_hidden_size": 5}
+    config = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=N, **mixture)
+    encoder = get_peft_model(base, config).prompt_encoder["default"]
+    every = base.get_input_embeddings().weight
+    assert all(bool((every == word).all(1).any()) for word in encoder.words)
+
+
+def test_encoders_are_in_float32_whatever_pytorch_makes_by_default() -> None:
+    base = base_model()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = get_peft_model(base, PromptEncoderConfig("CAUSAL_LM", num_virtual_tokens=N))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {parameter.dtype for parameter in model.prompt_encoder.parameters()} == {torch.float32}
+
+
 def test_adapters_of_different_lengths_stand_beside_each_other() -> None:
     model = prompted()
     model.add_adapter("long", config_for(num_virtual_tokens=7))

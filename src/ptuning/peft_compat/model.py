@@ -18,7 +18,7 @@ from transformers.utils.hub import PushToHubMixin
 
 from ..backbone.injection import Injector, Span
 from ..backbone.kinds import reads_left_to_right
-from ..backbone.lookups import input_embedding
+from ..backbone.lookups import input_embedding, vectors_of
 from ..errors import InputError
 from ..prompts.encoder import PromptEncoder
 from ..prompts.encoder_config import PeftType, PromptEncoderConfig, TaskType
@@ -188,9 +188,12 @@ class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type
             insertion = from_template(template, tokenizer, causal=causal)
         values = completed(config, self.base_model, insertion, self.task_type)
         trained = config.replace(**values)
-        encoder = PromptEncoder(trained).to(self._device())
+        encoder = PromptEncoder(trained).to(self._device(), torch.float32)
         names = trained.modules_to_save or ()
         embedding = input_embedding(self.base_model)
+        if hasattr(encoder, "words") and not embedding.weight.is_meta:  # a mixture's
+            ids = torch.randint(embedding.num_embeddings, (len(encoder.words),))
+            encoder.words.copy_(vectors_of(embedding, ids))
         paths = modules_to_save.find(self.base_model, names, embedding)
         if not config.inference_mode:
             tell_of_untrained(self.base_model, names)
