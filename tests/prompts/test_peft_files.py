@@ -227,6 +227,12 @@ def test_another_width_than_the_configuration_names_is_an_error(folder: Path) ->
         ptuning.Prompt.load(folder)
 
 
+def test_a_configuration_may_leave_the_width_out(folder: Path) -> None:
+    before = ptuning.Prompt.load(folder).trained_vectors()
+    reconfigure(folder, token_dim=None)
+    assert torch.equal(ptuning.Prompt.load(folder).trained_vectors(), before)
+
+
 def test_a_lora_adapter_is_an_error(folder: Path) -> None:
     lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     peft.get_peft_model(tiny.model("llama"), lora).save_pretrained(folder)

@@ -1271,6 +1271,19 @@ def _refuse_reading(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Path, "is_file", refused(Path.is_file))
 
 
+def test_a_member_with_modules_of_its_own_is_refused() -> None:
+    plain = ptuning.Prompt(TEMPLATE)
+    beside = ptuning.Prompt(TEMPLATE, modules={"score": torch.ones(2)})
+    for first, other in ((plain, beside), (beside, plain)):
+        with pytest.raises(InputError, match="was trained without further modules"):
+            dataclasses.replace(first, others=[other])
+
+
+def test_a_mixture_has_at_least_as_many_words_as_virtual_tokens() -> None:
+    sizes = [ptuning.Prompt(f"[P*{n}] {{x}}", encoder="mixture") for n in (2, 130)]
+    assert [prompt.encoder_config(8).encoder_hidden_size for prompt in sizes] == [128, 130]
+
+
 @pytest.mark.parametrize("given", [None, 3, "out"])
 def test_members_that_are_no_list_are_refused(given: Any) -> None:
     with pytest.raises(InputError, match=r"others is .*; expected a list of trained prompts"):

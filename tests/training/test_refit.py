@@ -101,6 +101,26 @@ def test_what_a_part_keeps_goes_before_the_next_one_begins(
     assert len(kept) > 1
 
 
+def test_a_tracker_hears_of_the_training_that_dev_looks_at_alone(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = run(labelled(), refit=True, tracker="tensorboard", output=tmp_path)
+    assert result.refit["epochs"] == 2
+    files = tmp_path.rglob("events.out.tfevents.*")
+    assert {file.relative_to(tmp_path).parts[0] for file in files} == {"ptuning"}
+    events = EventAccumulator(str(tmp_path / "ptuning"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train_loss")] == list(range(1, 16))
+
+
+def test_its_own_time_is_told_without_a_further_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ptuning.training.clock._WORTH_SAYING", 0.0)
+    notes: list[str] = []
+    run(labelled(), refit=True, listener=lambda heard: notes.append(heard.note))
+    told = [note for note in notes if " take about " in note]
+    assert [note.endswith("more on with all examples") for note in told] == [True, False]
+
+
 def test_it_is_usual_where_few_labelled_examples_were_set_aside() -> None:
     how = TrainSettings()
     free = Prompt("[P] {text} [MASK]")

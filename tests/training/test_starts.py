@@ -77,6 +77,9 @@ def test_random_words_fill_what_the_template_gives_no_words_and_are_the_vectors(
     start = start_of(renderer, ROWS, ANSWERS, "words", 0)
     given = renderer.groups[0]
     assert start.words[: len(given)] == given and None not in start.words
+    many = Renderer(tokenizer, fresh(template="[P*4000] {text} [MASK]"), "causal")
+    drawn = set(start_of(many, ROWS, ANSWERS, "words", 0).words)
+    assert len(drawn) > 350 and not drawn & set(tokenizer.all_special_ids)
     assert not set(start.words[len(given) :]) & set(tokenizer.all_special_ids)
     assert start == start_of(renderer, ROWS, ANSWERS, "words", 0)
     assert start != start_of(renderer, ROWS, ANSWERS, "words", 1)
@@ -100,6 +103,24 @@ def test_examples_fill_all_and_say_where_each_token_is_from() -> None:
         assert [start.words[number] for number in sorted(virtual)] == ids[-len(virtual) :]
     assert start == start_of(renderer, ROWS, ANSWERS, "examples", 3)
     assert start != start_of(renderer, ROWS, ANSWERS, "examples", 4)
+
+
+def test_examples_fill_all_where_they_do_not_divide_them_evenly() -> None:
+    long = [{"text": text * 9, "label": label} for text, label in zip(TEXTS, "abcabc", strict=True)]
+    renderer = Renderer(tiny.tokenizer(), fresh(template="[P*13] {text} is [MASK]"), "causal")
+    start = start_of(renderer, long, ANSWERS, "examples", 0)
+    assert None not in start.words
+    assert sorted(map(len, start.came_from.values())) == [3, 5, 5]
+
+
+def test_examples_say_the_label_words_of_their_own_columns() -> None:
+    tokenizer, words = tiny.tokenizer(), {"a": "{one}", "b": "{two} {{it}}"}
+    rows = [{"text": "Oslo", "label": label, "one": "Rome", "two": "does"} for label in "ab"]
+    renderer = Renderer(tokenizer, fresh(verbalizer=words), "causal")
+    start = start_of(renderer, rows, ["a", "b"], "examples", 0)
+    for example, said in enumerate(("Oslo Rome", "Oslo does {it}")):
+        virtual = sorted(start.came_from[example])
+        assert [start.words[n] for n in virtual] == words_of(tokenizer, said)[-len(virtual) :]
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
@@ -195,6 +216,15 @@ def test_vectors_go_to_like_places_of_like_groups() -> None:
     assert places([2, 3], [10]) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert groups_of(fresh(), 8) == [5, 3]
     assert groups_of(fresh(template="[P:it is] {text} [P] [MASK]"), 4) == [4]
+
+
+def test_a_prompt_begins_at_the_vectors_of_another_whose_encoder_has_other_layers() -> None:
+    model, first = tiny.model("llama"), fresh(encoder="lstm", encoder_num_layers=1)
+    ptuning.train(model, tiny.tokenizer(), first, ROWS, epochs=1, verbose=False)
+    second = fresh(encoder="lstm", encoder_num_layers=2)
+    second.begin_from(first)
+    table = Member(second, model, 0, [None] * 8).table().detach()
+    torch.testing.assert_close(table, first.trained_vectors(), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("encoder", ["mlp", "none", "mixture"])

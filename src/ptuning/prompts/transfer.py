@@ -36,4 +36,4 @@ def groups_of(task: Task, count: int) -> list[int]:
     """How many of `count` virtual tokens stand in each group of a template; one group where the
     words of some are not tokens yet."""
     groups = [group.count for group in task.parsed.virtual] if task.template is not None else []
-    return groups if all(groups) and sum(groups) == count else [count]
+    return groups if sum(groups) == count else [count]
