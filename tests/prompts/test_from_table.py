@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ptuning import Prompt
-from ptuning.data.columns import columns_of
+from ptuning.data.columns import Columns, columns_of
 from ptuning.errors import DataError, InputError
 from ptuning.prompts.from_table import in_two_lines
 from ptuning.prompts.label_names import readable, telling_words
@@ -96,6 +96,14 @@ def test_numbers_are_named_by_a_column_that_says_the_same() -> None:
     prompt = prompt_for([0, 1, 2], label_text=["world", "sport", "business"] * 8)
     assert words_of(prompt) == {"0": "world", "1": "sport", "2": "business"}
     assert prompt.parsed.fields == ("text",)
+    unnamed = prompt_for([0, 1, 2], label_text=["world", "", "business"] * 8)
+    assert words_of(unnamed) == {"0": "world", "1": "1", "2": "business"}
+
+
+def test_answers_that_dev_rows_do_not_have_are_no_labels() -> None:
+    rows = [{"text": text, "answer": f"person {n}"} for n, text in enumerate(TEXTS)]
+    dev = [{"text": f"{text} again"} for text in [*TEXTS, *TEXTS]]
+    assert Prompt.for_rows(rows, dev=dev).verbalizer is None
 
 
 def test_frames_and_data_sets_are_tables_and_class_labels_have_names() -> None:
@@ -139,6 +147,18 @@ def test_texts_tell_which_word_of_a_name_stands_for_its_label() -> None:
         "lost_or_stolen_card": ("stolen", "lost", "or", "card"),
         "card_arrival": ("arrival", "card"),
     }
+
+
+def test_a_word_is_compared_with_the_one_other_label_that_has_it_most_often() -> None:
+    shares = {"fee_card": (6, 1), "card_tax": (4, 0), "card_sum": (3, 0)}  # of ten: card, fee
+    rows = [
+        {"text": f"{'card' if n < card else 'it'} {'fee' if n < fee else 'is'}", "label": label}
+        for label, (card, fee) in shares.items()
+        for n in range(10)
+    ]
+    columns = Columns("label", ("text",), {})
+    names = {"fee_card": "fee card", "card_tax": "tax", "card_sum": "sum"}
+    assert telling_words(names, rows, columns)["fee_card"] == ("card", "fee")
 
 
 def test_labels_of_signs_have_no_words_and_get_letters() -> None:

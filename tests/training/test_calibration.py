@@ -18,7 +18,7 @@ from ptuning import InputError, Prompt, Task
 from ptuning.backbone.base_model import BaseModel
 from ptuning.inference import exports
 from ptuning.inference.evaluation import log_shares, teacher_forced
-from ptuning.training.calibration import CONTENT_FREE, bias_against, fitted_bias
+from ptuning.training.calibration import CONTENT_FREE, bias_against, calibrate, fitted_bias
 
 from .. import tiny
 from ..scaffold import Run, hooks_of
@@ -66,7 +66,7 @@ def test_the_bias_takes_back_the_mean_probability(
 
 def test_a_learned_bias_has_the_least_loss_with_its_prior() -> None:
     torch.manual_seed(3)
-    known, labels = torch.randn(40, 3).log_softmax(1), torch.arange(40) % 3
+    known, labels = torch.randn(40, 3).log_softmax(1), (torch.arange(40) % 7).clamp(max=2)
     bias = fitted_bias(known, labels)
 
     def loss(at: torch.Tensor) -> float:
@@ -78,6 +78,13 @@ def test_a_learned_bias_has_the_least_loss_with_its_prior() -> None:
             assert loss(bias) < loss(bias + size * change)
     one_sided = fitted_bias(known[:2], torch.zeros(2, dtype=torch.long))
     assert one_sided.abs().max() < 2  # two examples of one label are no reason to say nothing else
+
+
+def test_a_bias_is_measured_anew_whatever_the_one_before() -> None:
+    model, tokenizer, prompt, _ = trained(calibrate="dev")
+    before, base = prompt.label_bias, BaseModel.of(model, tokenizer)
+    calibrate(base, prompt, "dev", ROWS, ROWS[:4], 2)
+    assert before is not None and prompt.label_bias == pytest.approx(before, abs=1e-5)
 
 
 def test_a_bias_learned_on_dev_is_that_of_its_log_probabilities() -> None:

@@ -130,6 +130,35 @@ def test_the_estimate_names_the_end_of_the_time_and_seconds_are_not_worth_a_line
     assert [short.stepped(n) for n in (100, 99)] == [None, None] and not short.is_over()
 
 
+def over_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The time of the training that follows is over behind this step."""
+    steps = itertools.count(1)
+    monkeypatch.setattr(Clock, "is_over", lambda self: next(steps) == step)
+
+
+def test_a_training_whose_patience_ends_with_its_time_is_complete(
+    base: Any, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"epochs": 30, "batch_size": 8, "patience": 1, "learning_rate": 1.0}
+    count = len(trained(base, prompt, **settings).history)
+    assert count < 30
+    over_at(monkeypatch, count)
+    again = trained(base, Prompt(prompt.template, answer="capital"), **settings)
+    assert again.complete and len(again.history) == count
+
+
+def test_nobody_falls_out_of_a_population_in_an_epoch_that_was_stopped(
+    base: Any, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"epochs": 6, "population": 4}
+    dropped = [member["dropped"] for member in trained(base, prompt, **settings).members]
+    assert sorted(dropped, key=str) == [2, 2, 4, None]
+    over_at(monkeypatch, 6)  # of four steps an epoch
+    result = trained(base, Prompt(prompt.template, answer="capital"), **settings)
+    assert not result.complete and result.history[-1]["epoch"] == 2
+    assert {member["dropped"] for member in result.members} == {None}
+
+
 @pytest.mark.parametrize("minutes", [0, -1, float("nan")])
 def test_no_time_is_refused(base: Any, prompt: Prompt, minutes: float) -> None:
     with pytest.raises(ValueError, match="max_minutes is"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ptuning.training.grid import KEYS, choices, parse_grid, resized
 from ptuning.training.loop import Loop
 from ptuning.training.members import with_examples
 from ptuning.training.population import Member, Population
+from ptuning.training.progress import Progress
 from ptuning.training.settings import TrainSettings
 
 from .. import tiny
@@ -455,6 +457,16 @@ def test_an_ensemble_is_made_of_the_best_members(monkeypatch: pytest.MonkeyPatch
     assert "3 of 4 answer together" in result._repr_html_()
     run(prompt, epochs=1)
     assert not prompt.others
+
+
+def test_few_epochs_have_a_rung_for_each_three_and_the_loss_told_is_of_who_is_left() -> None:
+    heard: list[Progress] = []
+    options = {"epochs": 6, "patience": 0, "batch_size": len(ROWS), "listener": heard.append}
+    result = run(population=8, **options)
+    assert Counter(m["dropped"] for m in result.members) == {2: 4, 4: 2, None: 2}
+    (rest,) = {one.members for one in heard if one.epoch == 6}
+    (told,) = (one.loss for one in heard if one.epoch == 6 and one.record is None)
+    assert rest == 2 and told == pytest.approx(heard[-1].loss, rel=0.2)
 
 
 def test_halving_keeps_those_who_answer_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ from ptuning.training import checkpoint
 from ptuning.training.learner import Learner
 from ptuning.training.population import Member
 from ptuning.training.progress import Progress
+from ptuning.training.steps import _update_each
 
 from .. import tiny
 
@@ -285,6 +286,16 @@ def test_dev_results_are_compared_by_what_is_asked_for(model: Any) -> None:
         learner = learner_for(model, choose_by=choose_by)
         assert learner.note(sure) is None and learner.note(right) is None
         assert learner.figures() == best
+
+
+@pytest.mark.parametrize(("patience", "waited"), [(2, 0), (None, 2)])
+def test_a_lower_loss_of_a_solved_task_is_a_gain_to_who_asks_for_patience(
+    model: Any, patience: int | None, waited: int
+) -> None:
+    learner = learner_for(model, patience=patience)
+    for epoch, loss in enumerate((0.3, 0.2, 0.1), 1):
+        learner.note({"epoch": epoch, "loss": 1.0, "dev_accuracy": 1.0, "dev_loss": loss})
+    assert learner.without_gain == waited and learner.best["epoch"] == 3 and learner.active
 
 
 def test_a_single_number_that_is_not_finite_spoils_the_vectors(model: Any) -> None:
@@ -557,6 +568,18 @@ def test_a_scale_that_is_too_large_for_a_step_ends_no_training(model: Any) -> No
     assert learner.update(finite=True)  # and so the member goes on
     scaler.update()
     assert torch.equal(weight, before) and scaler.get_scale() == 2.0
+
+
+def test_a_scale_waits_where_only_those_who_have_left_are_finite(model: Any) -> None:
+    left, failing = learner_for(model), learner_for(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    left.active = False
+    for learner in (left, failing):
+        learner.accelerator.scaler = scaler
+    scaler.scale(failing.member.encoder.embedding.weight.sum()).backward()
+    losses = torch.tensor([0.0, math.nan])
+    assert _update_each([left, failing], losses, failing.accelerator) == [True, False]
+    assert scaler.get_scale() == 4.0
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(

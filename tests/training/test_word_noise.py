@@ -77,6 +77,30 @@ def test_special_tokens_without_a_role_and_rows_of_no_word_have_no_part_in_it() 
     assert float(added[5:turn].std()) == pytest.approx(size, rel=0.03)
 
 
+def test_special_tokens_that_the_model_has_no_row_for_have_no_part_in_it() -> None:
+    tokenizer = tiny.tokenizer()
+    model = tiny.model("llama", vocab_size=len(tokenizer))
+    expected = WordNoise(model, tokenizer, 1.0)
+    tokenizer.add_tokens([AddedToken("<|turn|>", special=True)])
+    noise, ids = WordNoise(model, tokenizer, 1.0), torch.arange(400)
+    vectors = model.get_input_embeddings()(ids).detach()
+    for one in (noise, expected):
+        one.at(1, 1)
+    assert torch.equal(noise(ids, vectors), expected(ids, vectors))
+
+
+def test_the_size_is_that_of_words_from_all_over_the_vocabulary(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ptuning.training.word_noise._SAMPLE", 10)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:200] = 0.0
+    noise, vectors = WordNoise(model, tokenizer, 1.0), torch.zeros(400, 32)
+    noise.at(1, 1)
+    whole = float(model.get_input_embeddings().weight[5:].detach().pow(2).mean().sqrt())
+    assert float(noise(torch.arange(400), vectors).std()) == pytest.approx(whole, rel=0.2)
+
+
 def test_scaled_embeddings_have_noise_of_their_scale(tokenizer: Any) -> None:
     model = tiny.model("gemma2", vocab_size=len(tokenizer))
     embedding = model.get_input_embeddings()
