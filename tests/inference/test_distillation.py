@@ -161,6 +161,56 @@ def test_its_free_answers_are_what_the_model_generates(family: str, ends: bool) 
         torch.testing.assert_close(torch.from_numpy(lesson.shares), likely, atol=1e-4, rtol=0)
 
 
+def test_however_it_ends_is_the_one_end_that_a_prompt_learns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ptuning.inference.teaching.LIKELIEST", 400)
+    tokenizer = tiny.tokenizer()
+    model, _, engine = engine_of("llama", sharp("llama", tokenizer))
+    teacher = Teacher.of(TEACHER, ptuning.Prompt("[P*4] {text}", answer_tokens=5))
+    (before,) = lessons(engine, teacher_renderer(engine, teacher), TEXTS[:1])
+    first, other = before.tokens[:2]
+    own = tokenizer.eos_token_id
+    assert len({first, other, own}) == 3
+    model.generation_config.eos_token_id = [own, other]
+    (lesson,) = lessons(engine, teacher_renderer(engine, teacher), TEXTS[:1])
+    assert lesson.tokens == (first, own)
+    shares = dict(zip(before.likely[1].tolist(), before.shares[1].tolist(), strict=True))
+    said = dict(zip(lesson.likely[1].tolist(), lesson.shares[1].tolist(), strict=True))
+    assert said[own] == pytest.approx(shares[own] + shares[other], rel=1e-4) and not said[other]
+
+
+def test_answers_of_many_tokens_are_found_a_row_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, engine = engine_of("llama", sharp("llama", tiny.tokenizer()))
+    teacher = Teacher.of(TEACHER, ptuning.Prompt("[P*4] {text}", answer_tokens=5))
+    renderer = teacher_renderer(engine, teacher)
+    expected = [one.tokens for one in lessons(engine, renderer, TEXTS[:4])]
+    monkeypatch.setattr("ptuning.inference.teaching._LOGITS", 7)
+    rows, said = [], engine.continue_greedily
+
+    def counted(batch: Any, *rest: Any) -> Any:
+        rows.append(len(batch.input_ids))
+        return said(batch, *rest)
+
+    monkeypatch.setattr(engine, "continue_greedily", counted)
+    assert [one.tokens for one in lessons(engine, renderer, TEXTS[:4])] == expected
+    assert rows == [1, 1, 1, 1]
+
+
+def test_it_may_fill_all_the_room_that_there_is_beside_its_answer() -> None:
+    teacher = Teacher.of(TEACHER, ptuning.Prompt("[P*4] {text}", answer_tokens=5))
+    _, tokenizer, engine = engine_of("llama")
+    alone = len(engine.renderer(teacher).layout({"text": ""}, None).ids)
+    for more in (0, -1):
+        model = tiny.model("llama", max_position_embeddings=alone + 5 + more)
+        small = Engine(BaseModel.of(model, tokenizer))
+        if more:
+            with pytest.raises(InputError, match="give fewer answer_tokens"):
+                teacher_renderer(small, teacher)
+        else:
+            assert teacher_renderer(small, teacher).limit == alone + 5
+
+
 @pytest.mark.parametrize("words", [WORDS, LONG], ids=["short", "long"])
 def test_its_text_is_read_once(words: Any) -> None:
     model, _, engine = engine_of("llama")
@@ -378,6 +428,24 @@ def test_a_training_that_is_stopped_goes_on_to_the_same_numbers(
         ({}, {"label_weight": 0.5}, "no text has one"),
         ({}, {"test": [{"text": "x", "label": "green"}]}, "the label 'green' is not"),
         ({}, {"test": [{"other": "x"}]}, "names the column 'text'"),
+        (
+            {"template": "[P] {text} {more} [MASK]"},
+            {
+                "teacher": "Of {text}: [MASK]",
+                "rows": [{**row, "more": "x"} for row in TEXTS],
+                "test": TEXTS,
+            },
+            "test example 1: the template names the column 'more'",
+        ),
+        (
+            {},
+            {
+                "rows": [{**row, "label": "no"} for row in TEXTS],
+                "dev": [{**TEXTS[0], "label": "no"}, {**TEXTS[1], "label": "green"}],
+                "label_weight": 0.5,
+            },
+            "example 2: the label 'green' is not",
+        ),
         ({}, {"epoch": 3}, "unknown training setting 'epoch'"),
         ({"label_mode": "vocabulary"}, {}, "distilling compares label words"),
         ({"verbalizer": None}, {}, "how long may the teacher's answers be"),

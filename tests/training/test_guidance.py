@@ -93,6 +93,15 @@ def test_a_training_that_taught_nothing_says_so(base: tuple[Any, Any]) -> None:
         trained(base, learning_rate=1e-9)
 
 
+def test_words_that_may_be_the_best_as_they_are_are_not_called_useless(
+    base: tuple[Any, Any],
+) -> None:
+    prompt = Prompt("[P:it is] {country} [MASK]", answer="capital", encoder="none")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(*base, prompt, ROWS[:2], [ROWS[2]], epochs=2, learning_rate=1e-9)
+
+
 def test_a_training_that_taught_something_is_not_called_useless() -> None:
     history = [{"epoch": 1, "loss": 3.0}, {"epoch": 2, "loss": 1.0}]
     assert guidance.nothing_learnt(history, history[1], [], "Paris") is None

@@ -113,6 +113,14 @@ def test_a_tracker_hears_of_the_training_that_dev_looks_at_alone(tmp_path: Path)
     assert [event.step for event in events.Scalars("train_loss")] == list(range(1, 16))
 
 
+def test_dev_examples_that_are_trained_on_count_among_those_that_were_cut() -> None:
+    dev = [DEV[0], {"text": "Oslo and " * 40, "label": "1"}]
+    for goes_on, cut in ((False, 0), (True, 1)):
+        with pytest.warns(UserWarning, match="1 of 2 dev examples were shortened to 40 tokens"):
+            result = run(labelled(max_length=40), dev=dev, refit=goes_on, epochs=1)
+        assert result.shortened == cut and result.best["epoch"] == 1
+
+
 def test_its_own_time_is_told_without_a_further_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ptuning.training.clock._WORTH_SAYING", 0.0)
     notes: list[str] = []

@@ -896,6 +896,13 @@ def test_a_trainers_result_keeps_nothing_of_a_training_before() -> None:
     assert set(prompt.training) == {"seed", "examples", "majority_answer"}
 
 
+def test_a_trainers_module_takes_its_own_state_dict(model: Any, tokenizer: Any) -> None:
+    module, *_ = ptuning.trainer_parts(model, tokenizer, prompt_for(), ROWS)
+    keys = module.load_state_dict(module.state_dict())
+    assert not keys.missing_keys and not keys.unexpected_keys
+    module.close()
+
+
 def test_a_trainers_parts_are_refused_as_a_training_is() -> None:
     model, tokenizer = tiny.model("llama"), tiny.tokenizer()
     with pytest.raises(InputError, match="expected a Prompt"):

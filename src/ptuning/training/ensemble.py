@@ -48,7 +48,7 @@ def trained(variant: Variant, learner: Learner, base: BaseModel) -> Prompt:
     """A member as a prompt of its own, without the encoder's weights."""
     prompt = copy.copy(variant.prompt)
     prompt.vectors, prompt.encoder_weights = learner.best["vectors"], None
-    prompt.base_model, prompt.others = base.describe(), ()
+    prompt.base_model = base.describe()
     prompt.training = {"seed": variant.settings.seed, **learner.figures()}
     return prompt
 
