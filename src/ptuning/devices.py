@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from .errors import InputError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def on_cpu_by_default(function: Callable[P, T]) -> Callable[P, T]:
+    """What the function makes without naming a device is on the CPU, whatever
+    ``torch.set_default_device`` says; it moves what belongs elsewhere itself."""
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.get_default_device().type == "cpu":
+            return function(*args, **kwargs)
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 def chosen_device() -> torch.device | None:

@@ -1031,3 +1031,30 @@ def test_a_trainers_module_that_is_finished_says_so() -> None:
     module.finish(prompt_for())
     with pytest.raises(InputError, match="is finished"):
         module(**collator(data[:2]))
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_default_device_of_the_users_changes_nothing(tmp_path: Path) -> None:
+    """A tensor on ``meta`` has no values: wherever one were used, this would fail."""
+    rows = [
+        {"text": f"{name} is a place", "kind": kind}
+        for name, kind in [("Paris", "city"), ("Italy", "land"), ("Oslo", "city"), ("Rome", "city")]
+    ]
+    model, tokenizer = tiny.model(vocab_size=400), tiny.tokenizer()
+    found = []
+    for device in ("cpu", "meta"):
+        torch.set_default_device(device)
+        try:
+            words = {"city": "Paris", "land": "Oslo"}
+            prompt = Prompt("{text} [P*3] [MASK]", answer="kind", verbalizer=words)
+            ptuning.train(model, tokenizer, prompt, rows, rows, epochs=2, population=2)
+            said = ptuning.predict_details(model, tokenizer, prompt, rows)
+            loss = ptuning.evaluate(model, tokenizer, prompt, rows).loss
+            ptuning.merge(model, tokenizer, {"kind": prompt})
+            ptuning.attach(model, tokenizer, prompt).detach()
+            prompt.save(tmp_path / device)
+            Prompt.load(tmp_path / device)
+        finally:
+            torch.set_default_device(None)
+        found.append((prompt.trained_vectors(), said, loss))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1:] == found[1][1:]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..devices import on_cpu_by_default
 from ..errors import InputError, PromptFileError
 from .kinds import kind_of
 from .lookups import input_embedding
@@ -128,6 +129,7 @@ def difference(
     )
 
 
+@on_cpu_by_default
 def fingerprint(saved: dict[str, Any]) -> dict[str, Any]:
     """The embedding's sample in what `describe` gave, as tensors.
 

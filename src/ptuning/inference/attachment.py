@@ -20,6 +20,7 @@ from ..backbone.modes import eval_mode
 from ..backbone.placement import Placement
 from ..backbone.tokens import first_free_id
 from ..backbone.upstream import uncompiled
+from ..devices import on_cpu_by_default
 from ..errors import InputError
 from ..prompts.consistency import check_kind
 from ..prompts.prompt import Prompt
@@ -126,6 +127,7 @@ class Attachment:
         self.detach()
 
 
+@on_cpu_by_default
 def attach(model: nn.Module, tokenizer: Any, *prompts: Prompt) -> Attachment:
     """Attach prompts to a model.
 

@@ -20,6 +20,7 @@ from ..data import Row, Rows, as_rows
 from ..data.rows import named
 from ..data.setting_aside import set_aside, usual_share
 from ..data.values import plain
+from ..devices import on_cpu_by_default
 from ..errors import DataError, InputError
 from ..forward.engine import Engine
 from ..prompts.prompt import Prompt
@@ -50,6 +51,7 @@ class Distillation:
     agreement: Agreement
 
 
+@on_cpu_by_default
 def distill(
     model: nn.Module,
     tokenizer: Any,

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..backbone.base_model import BaseModel
 from ..data import Rows, as_rows
+from ..devices import on_cpu_by_default
 from ..errors import DataError, InputError
 from ..forward.engine import Engine
 from ..forward.scoring import label_log_probabilities, score, score_together
@@ -119,6 +120,7 @@ class Evaluation:
         return asdict(self)
 
 
+@on_cpu_by_default
 def evaluate(
     model: nn.Module,
     tokenizer: Any,

@@ -17,6 +17,7 @@ from .. import formats
 from ..backbone.base_model import BaseModel
 from ..backbone.identity import difference
 from ..backbone.lookups import input_embedding
+from ..devices import on_cpu_by_default
 from ..errors import InputError, PromptFileError, briefly
 from ..prompts.prompt import Prompt
 from ..rendering.merged_text import merged_text, names_of
@@ -27,6 +28,7 @@ from .merged_tokenizer import chat_turns, free_names, set_chat_turns, with_names
 _NAME = re.compile(r"\w[\w.-]{0,63}")
 
 
+@on_cpu_by_default
 def merge(
     model: nn.Module,
     tokenizer: Any,

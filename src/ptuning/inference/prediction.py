@@ -14,6 +14,7 @@ from torch import nn
 from ..backbone.base_model import BaseModel, device_of
 from ..data import Row, Rows, as_rows
 from ..data.values import text_of
+from ..devices import on_cpu_by_default
 from ..errors import InputError
 from ..forward.engine import Engine
 from ..prompts.consistency import check_kind
@@ -29,6 +30,7 @@ _AHEAD = 2048
 """Rows that a GPU computes while the next ones are rendered."""
 
 
+@on_cpu_by_default
 def predict(
     model: nn.Module,
     tokenizer: Any,
@@ -69,6 +71,7 @@ def predict(
     return [[prediction.answer for prediction in of_one] for of_one in details]
 
 
+@on_cpu_by_default
 def predict_details(
     model: nn.Module,
     tokenizer: Any,

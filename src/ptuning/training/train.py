@@ -21,6 +21,7 @@ from ..backbone.modes import check_free
 from ..data import Rows, as_rows
 from ..data.setting_aside import set_aside
 from ..data.values import plain
+from ..devices import on_cpu_by_default
 from ..errors import InputError
 from ..places import named
 from ..prompts.consistency import check_kind
@@ -47,6 +48,7 @@ _A_STEP = 1e-6
 """Minutes that there always are, less than a step takes: each call comes a step further."""
 
 
+@on_cpu_by_default
 def train(
     model: nn.Module,
     tokenizer: Any,
