@@ -181,7 +181,7 @@ def tried(kind: type, mapping: Any, tokenizer: Any, masks: bool) -> dict[str, fl
         try:
             found.update(differences(model, tokenizer, masks))
         except Exception as error:
-            told = " ".join(str(error).split())[:100]
+            told = " ".join(str(error).split()).replace(tempfile.gettempdir(), "")[:100]
             name = "" if isinstance(error, ptuning.PtuningError) else f"{type(error).__name__}: "
             found["error"] = f"{name}{told}"
     return found
@@ -202,7 +202,8 @@ def report(found: dict[str, dict[str, Any]], seconds: float) -> str:
         "Largest differences of trained vectors, with prefixes kept and without (*behind* and *in "
         "front* of the text, *free* answers) and in a population of two; of a *batch*'s "
         "probabilities from its rows' alone; how many of six free answers a batch *said* "
-        f"otherwise; whether a *merged* model is read again. Above {LIMIT:g} it is **bold**.",
+        f"otherwise; whether a *merged* model is read again. Above {LIMIT:g} it is **bold**. Errors "
+        "of StrictDataclass are of the small configuration.",
     ]
     for kind, rows in found.items():
         tested = {name: row for name, row in rows.items() if not isinstance(row, str)}

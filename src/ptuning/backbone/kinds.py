@@ -18,6 +18,7 @@ from .traits import check_model
 from .upstream import uncompiled
 
 _UNFIT = {
+    "cpmant": "CPM-Ant reads its text in both directions and goes on with it",
     "git": "GIT counts on the keys and values of an image wherever some are kept",
     "xlnet": "XLNet reads in any order, and what it sees of an answer depends on the call",
 }
