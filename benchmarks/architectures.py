@@ -202,8 +202,8 @@ def report(found: dict[str, dict[str, Any]], seconds: float) -> str:
         "Largest differences of trained vectors, with prefixes kept and without (*behind* and *in "
         "front* of the text, *free* answers) and in a population of two; of a *batch*'s "
         "probabilities from its rows' alone; how many of six free answers a batch *said* "
-        f"otherwise; whether a *merged* model is read again. Above {LIMIT:g} it is **bold**. Errors "
-        "of StrictDataclass are of the small configuration.",
+        f"otherwise; whether a *merged* model is read again. Above {LIMIT:g} it is **bold**. "
+        "Errors of StrictDataclass are of the small configuration.",
     ]
     for kind, rows in found.items():
         tested = {name: row for name, row in rows.items() if not isinstance(row, str)}
