@@ -47,9 +47,9 @@ def kind_of(model: nn.Module) -> ModelKind:
         return ModelKind.SEQ2SEQ
     if why := _UNFIT.get(str(getattr(config, "model_type", None))):
         raise InputError(f"{why}; give a causal, masked or encoder-decoder language model")
-    _check_reads_text(model)
-    can_generate = getattr(model, "can_generate", None)
-    if can_generate is not None and can_generate() and not _fills_masks(model):
+    writes = getattr(model, "can_generate", lambda: False)()
+    _check_reads_text(model, writes)
+    if writes and not _fills_masks(model):
         return ModelKind.CAUSAL
     if getattr(model, "get_output_embeddings", lambda: None)() is not None:
         return ModelKind.MASKED
@@ -59,9 +59,9 @@ def kind_of(model: nn.Module) -> ModelKind:
     )
 
 
-def _check_reads_text(model: nn.Module) -> None:
-    """Refuse a model that reads images or sounds and no text without them, or text in both
-    directions (PaliGemma, whose masks then depend on the batch's padding).
+def _check_reads_text(model: nn.Module, writes: bool) -> None:
+    """Refuse a model that reads no text without images or sounds, or that goes on with a text which
+    it reads in both directions: PaliGemma, whose masks depend on the batch's padding, and encoders.
 
     Raises:
         InputError: it is one.
@@ -81,11 +81,8 @@ def _check_reads_text(model: nn.Module) -> None:
             f"{type(model).__name__} reads its text in both directions, and how it then goes on "
             "depends on the batch; give a causal, masked or encoder-decoder language model"
         )
-    can_generate = getattr(model, "can_generate", None)
-    an_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING or isinstance(
-        model, BertGenerationDecoder
-    )
-    if an_encoder and can_generate and can_generate() and not getattr(config, "is_decoder", True):
+    known = type(config) in MODEL_FOR_MASKED_LM_MAPPING or isinstance(model, BertGenerationDecoder)
+    if writes and known and not getattr(config, "is_decoder", True):
         raise InputError(
             f"{type(model).__name__} goes on with a text that it reads in both directions; load it "
             "with is_decoder=True in its configuration, or as a masked language model"

@@ -184,26 +184,28 @@ def _auto_class(config: Any) -> Any:
     import transformers
 
     kind, names = type(config), getattr(config, "architectures", None) or []
-    causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     in_two_parts = transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
     encodes = getattr(config, "is_encoder_decoder", False)
-    own = in_two_parts if encodes else causal
-    reads_more = transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING.get(kind, None)
-    known = [getattr(one, "__name__", None) for one in (reads_more, own.get(kind, None))]
-    as_saved = any(name in names for name in known)
-    whole = reads_more is not None and (kind not in own or known[0] in names)
-    if not whole and (encodes or (kind in in_two_parts and kind not in causal)):
+    known = in_two_parts if encodes else transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    own: Any = known.get(kind, None)
+    whole: Any = transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING.get(kind, None)
+    saved_own, saved_whole = (getattr(one, "__name__", None) in names for one in (own, whole))
+    reads_more = whole is not None and (own is None or saved_whole)
+    if not reads_more and (encodes or (own is None and kind in in_two_parts)):
         return transformers.AutoModelForSeq2SeqLM
     told = " ".join(names)
-    masked = kind in transformers.MODEL_FOR_MASKED_LM_MAPPING and kind not in own
+    masked = kind in transformers.MODEL_FOR_MASKED_LM_MAPPING and own is None
     if "ForMaskedLM" in told or "ForPreTraining" in told or masked:
         return transformers.AutoModelForMaskedLM
-    if told and not (as_saved or any(part in told for part in ("LM", "Causal", "Conditional"))):
+    answers = saved_own or saved_whole or any(p in told for p in ("LM", "Causal", "Conditional"))
+    if told and not answers:
         raise InputError(
             f"the model is saved as {told}, which has no language-model head to answer with; give "
             "a causal, masked or encoder-decoder language model"
         )
-    return transformers.AutoModelForMultimodalLM if whole else transformers.AutoModelForCausalLM
+    if reads_more:
+        return transformers.AutoModelForMultimodalLM
+    return transformers.AutoModelForCausalLM
 
 
 def _take_older_template(tokenizer: Any, source: str, config: Any) -> None:

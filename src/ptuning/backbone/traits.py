@@ -1,4 +1,5 @@
-"""Every fact about an architecture that somebody here needs, in one place.
+"""Every fact about an architecture that somebody here needs, in one place; how it answers, if at
+all, is `kinds`.
 
 Facts are read off the model and its configuration, by transformers' own names; no fact depends on a
 prompt. A new architecture that behaves unlike the others gets its line here and nowhere else.
@@ -154,11 +155,10 @@ def reads_caches(model: nn.Module) -> bool:
     alone stands in other columns than in the whole rows.
     """
     config: Any = model.config
-    kinds = getattr(config.get_text_config(), "layer_types", None) or ["full_attention"]
+    text, named = config.get_text_config(), forward_parameters(model)
+    kinds = getattr(text, "layer_types", None) or ["full_attention"]
     attends = {"full_attention", "sliding_attention"}.issuperset(kinds)
-    named, text = forward_parameters(model), config.get_text_config()
-    rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)
-    takes = CACHE in named and ("position_ids" in named or not rotary)
+    takes = CACHE in named and ("position_ids" in named or not _is_rotary(text))
     if not (attends and takes) or counts_columns(model) or scales_with_length(model):
         return False
     return not (checkpoints_gradients(model) or is_spread(model) or is_stateful(model))
@@ -172,16 +172,19 @@ def packs_rows(model: nn.Module) -> bool:
     """
     if not looks_attention_up(model):
         return False
-    if not {"position_ids", "logits_to_keep"} <= forward_parameters(model):
-        return False
     config: Any = model.config
     text = config.get_text_config()
-    rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     window = getattr(text, "sliding_window", None) and not getattr(text, "layer_types", None)
     if getattr(text, "alibi", False) or scales_with_length(model):
         return False
-    return bool(rotary) and kinds == {"full_attention"} and not window
+    if not _is_rotary(text) or kinds != {"full_attention"} or window:
+        return False
+    return {"position_ids", "logits_to_keep"} <= forward_parameters(model)
+
+
+def _is_rotary(text: Any) -> bool:
+    return bool(getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None))
 
 
 def looks_attention_up(model: nn.Module) -> bool:

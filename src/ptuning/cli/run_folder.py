@@ -11,6 +11,8 @@ from ..errors import InputError, PromptFileError
 from . import console, run_files
 
 SETTINGS, RESULT = "run.yaml", "result.json"
+_BEGINNING = {SETTINGS, "checkpoints"}
+"""What a run leaves that is stopped before its first checkpoint."""
 
 
 def find_settings(context: typer.Context, param: typer.CallbackParam, value: Any) -> Any:
@@ -75,7 +77,7 @@ def is_interrupted(output: Path) -> bool:
 
 def is_begun(output: Path) -> bool:
     """A run was stopped there before its first checkpoint: nothing else but its settings."""
-    return (output / SETTINGS).is_file() and not _seen(output) - {SETTINGS, "checkpoints"}
+    return (output / SETTINGS).is_file() and not _seen(output) - _BEGINNING
 
 
 def _seen(output: Path) -> set[str]:
@@ -121,7 +123,7 @@ def check_free(output: Path) -> None:
             f"--output {output} holds a saved prompt; choose another folder, train on from it into "
             f"another one (--init-from {output}), or replace it (--overwrite)"
         )
-    if _seen(output) - {SETTINGS, "checkpoints"}:  # left by a run before its first checkpoint
+    if _seen(output) - _BEGINNING:
         raise InputError(
             f"--output {output} is not empty; choose another folder, or --overwrite to write there "
             "all the same"

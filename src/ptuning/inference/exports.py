@@ -28,7 +28,7 @@ from ..backbone.lookups import input_embedding
 from ..errors import InputError
 from ..prompts import peft_files
 from ..prompts.prompt import Prompt
-from ..rendering.chat import takes_parts_alone
+from ..rendering.chat import in_jinja
 from ..rendering.merged_text import merged_text, names_of
 from .merged_tokenizer import with_names
 
@@ -115,9 +115,9 @@ def _vllm_embeds(prompt: Prompt, base: BaseModel) -> dict[str, bytes]:
         content.append({"type": "prompt_embeds", "data": _packed(vectors[at : at + part], dtype)})
         at += part
     about: dict[str, Any] = {"content": content, **_labels(prompt, text)}
-    own = base.tokenizer.get_chat_template() if prompt.chat else _WHOLE
-    in_parts = prompt.chat and takes_parts_alone(base.tokenizer)
-    said = '[{"type": "text", "text": joined.said}]' if in_parts else "joined.said"
+    own, said = _WHOLE, "joined.said"
+    if prompt.chat:
+        own, said = base.tokenizer.get_chat_template(), in_jinja(base.tokenizer, said)
     about["chat_template"] = _JOINED.replace("SAID", said) + own
     about["add_special_tokens"] = text.add_special_tokens and not prompt.chat
     return {"vllm_embeds.json": formats.pack_json(about)}

@@ -17,7 +17,7 @@ from typing import Any
 from ..backbone.tokens import first_free_id
 from ..errors import InputError, PromptFileError
 from ..formats import parse_json
-from ..rendering.chat import takes_parts_alone
+from ..rendering.chat import in_jinja
 from ..rendering.virtual_ids import add_virtual_tokens
 
 _FREE = re.compile(r"<\|ptuning-free:[0-9]+\|>")
@@ -103,9 +103,7 @@ def set_chat_turns(tokenizer: Any, turns: Mapping[str, list[str]]) -> None:
     templates = {name: _BLOCK.sub("", text) for name, text in _templates(tokenizer).items()}
     if turns:
         told = json.dumps(turns, ensure_ascii=False)
-        parts = takes_parts_alone(tokenizer)
-        said = '[{"type": "text", "text": ptuning.said}]' if parts else "ptuning.said"
-        filling = _FILLING.replace("SAID", said)
+        filling = _FILLING.replace("SAID", in_jinja(tokenizer, "ptuning.said"))
         block = f"{_BEGIN}{{%- set ptuning_turns = {told} %}}\n{filling}{_END}"
         templates = {name: block + text for name, text in templates.items()}
     if isinstance(tokenizer.chat_template, str):

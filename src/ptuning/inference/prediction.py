@@ -30,7 +30,6 @@ _AHEAD = 2048
 """Rows that a GPU computes while the next ones are rendered."""
 
 
-@on_cpu_by_default
 def predict(
     model: nn.Module,
     tokenizer: Any,

@@ -47,6 +47,17 @@ def takes_parts_alone(tokenizer: Any) -> bool:
     return _known[template]
 
 
+def in_jinja(tokenizer: Any, said: str) -> str:
+    """The content of a turn as the tokenizer's chat template takes it.
+
+    Args:
+        tokenizer: with a chat template.
+        said: a Jinja expression of the text.
+    """
+    in_parts = takes_parts_alone(tokenizer)
+    return f'[{{"type": "text", "text": {said}}}]' if in_parts else said
+
+
 def _probed(tokenizer: Any, content: Any) -> str:
     with suppress(Exception):
         return _written(tokenizer, [{"role": "user", "content": content}])
