@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from . import tiny
 
@@ -28,3 +29,22 @@ def test_both_sides_take_a_step(after: bool, monkeypatch: pytest.MonkeyPatch) ->
     finally:
         side.population.close()
     Theirs(tiny.model("llama")).step(given)()
+
+
+def test_the_sweep_of_architectures_sees_every_column_of_a_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import architectures
+
+    found = {}
+    for kind in (transformers.LlamaConfig, transformers.CpmAntConfig):
+        mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        told = architectures.tried(kind, mapping, architectures.tokenizer_of(False), masks=False)
+        found[kind.__name__] = told
+    assert set(found["LlamaConfig"]) == {*architectures.COLUMNS} - {"error"}
+    assert found["LlamaConfig"].pop("merged") == "yes"
+    assert max(found["LlamaConfig"].values()) < architectures.LIMIT
+    assert set(found["CpmAntConfig"]) == {"error"}
+    assert "| Bloom |" in architectures.report({"causal": found | {"Bloom": {"batch": 1.0}}}, 60.0)
+    assert architectures._cell("batch", 1.0) == "**1e+00**"
