@@ -91,7 +91,7 @@ class Ours:
             if weights is not None:
                 member.encoder.load_state_dict(weights)
             member.to(self.device)
-            self.learners.append(Learner(member, "mlp", settings, 10**6, accelerator))
+            self.learners.append(Learner(member, settings, 10**6, accelerator))
         self.engine = Engine(BaseModel.of(base, None), 0)
         self.population = Population(self.engine, made)
         self.accelerator, self.settings, self.prompt = accelerator, settings, prompt

@@ -128,6 +128,7 @@ class Trained:
         {"grid": {"encoder": ["mlp", "none"]}, "template": AFTER, "epochs": 9},
         {"population": 4, "epochs": 6},
         {"grid": {"encoder": ["mixture", "none"]}, "population": 2},
+        {"grid": {"init": ["words", "encoder"]}, "population": 2},
         {
             "grid": {
                 "encoder": ["lstm", "none", "mlp", "residual"],

@@ -92,7 +92,7 @@ def test_special_tokens_that_the_model_has_no_row_for_have_no_part_in_it() -> No
 def test_the_size_is_that_of_words_from_all_over_the_vocabulary(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ptuning.training.word_noise._SAMPLE", 10)
+    monkeypatch.setattr("ptuning.backbone.word_size._SAMPLE", 10)
     with torch.no_grad():
         model.get_input_embeddings().weight[:200] = 0.0
     noise, vectors = WordNoise(model, tokenizer, 1.0), torch.zeros(400, 32)

@@ -48,6 +48,8 @@ class PromptEncoder(nn.Module):
             ``embedding`` has W, ``nn.Embedding(total_virtual_tokens, m)``.
         token_dim, input_size, output_size, hidden_size: widths.
         total_virtual_tokens: virtual tokens times transformer submodules.
+        unit: what a network's output is multiplied by, a power of two; 1 in the reference. It is no
+            part of the state dict: what is saved is `weights`.
         encoder_type: a `PromptEncoderReparameterizationType`.
 
     Example:
@@ -57,6 +59,7 @@ class PromptEncoder(nn.Module):
     """
 
     words: Tensor
+    unit: float = 1.0
 
     def __init__(self, config: PromptEncoderConfig):
         super().__init__()
@@ -144,12 +147,12 @@ class PromptEncoder(nn.Module):
         if hasattr(self, "words"):
             return hidden @ self.words
         if hasattr(self, "residual_head"):
-            return hidden + self.residual_head(hidden)
+            hidden = hidden + self.residual_head(hidden)
         if hasattr(self, "lstm_head"):
             hidden = self.lstm_head(hidden)[0]
         if hasattr(self, "mlp_head"):
             hidden = self.mlp_head(hidden)
-        return hidden
+        return hidden if self.unit == 1.0 else hidden * self.unit
 
     def table(self) -> Tensor:
         """All vectors ``(total_virtual_tokens, token_dim)``, computed once, in the encoder's own
@@ -159,6 +162,34 @@ class PromptEncoder(nn.Module):
         with torch.autocast(device.type, enabled=False):
             table: Tensor = self(indices.unsqueeze(0)).squeeze(0)
         return table
+
+    def weights(self) -> dict[str, Tensor]:
+        """The state dict of an encoder with the same output whose unit is 1: the reference's."""
+        return self._with_output(self.state_dict(), self.unit)
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over what `weights` gave, here or of an encoder with another unit.
+
+        Raises:
+            RuntimeError: names or shapes are of another encoder.
+        """
+        self.load_state_dict(self._with_output(weights, 1 / self.unit))
+
+    def _with_output(self, weights: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+        """Weights that make `factor` times as much, to the bit, since it is a power of two."""
+        changed = dict(weights)
+        if factor == 1.0:
+            return changed
+        factors = {"embedding.weight": factor}
+        if hasattr(self, "residual_head"):  # whose network has the embedding as its input, too
+            factors |= {"residual_head.3.weight": factor, "residual_head.3.bias": factor}
+            factors["residual_head.0.weight"] = 1 / factor
+        if hasattr(self, "mlp_head"):
+            last = f"mlp_head.{len(self.mlp_head) - 1}"
+            factors = {f"{last}.weight": factor, f"{last}.bias": factor}
+        for name in factors.keys() & changed.keys():
+            changed[name] = changed[name] * factors[name]
+        return changed
 
     def _load_adapter_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Give the vectors of an adapter's state dict; the reference's own
@@ -192,11 +223,11 @@ def initialise(encoder: PromptEncoder, vectors: Tensor, rows: Tensor | None = No
         weight[rows] = torch.eye(*weight.shape).to(weight)[rows]
         return
     if hasattr(encoder, "residual_head"):  # what it has learnt to add goes into the others
-        encoder.embedding.weight.copy_(encoder.table())
+        encoder.embedding.weight.copy_(encoder.table() / encoder.unit)
         for weight in encoder.residual_head[-1].parameters():
             weight.zero_()
     if not hasattr(encoder, "mlp_head"):
-        encoder.embedding.weight[rows] = vectors
+        encoder.embedding.weight[rows] = vectors / encoder.unit
         return
     training = encoder.training
     encoder.eval()
@@ -213,5 +244,6 @@ def initialise(encoder: PromptEncoder, vectors: Tensor, rows: Tensor | None = No
     hidden = torch.cat([captured[0], torch.ones_like(captured[0][:, :1])], dim=1)
     # On the CPU, since not every device has double precision.
     change = torch.linalg.pinv(hidden.cpu().double()) @ (wanted - output).cpu().double()
+    change /= encoder.unit
     last.weight += change[:-1].T.to(last.weight)
     last.bias += change[-1].to(last.bias)

@@ -162,6 +162,9 @@ def identity_of(
     if teacher is not None:  # the examples have its answers: another one's are other data
         chosen["the teacher"] = teacher
     chosen["the population"] = [variant.name for variant in variants]
+    units = [variant.unit for variant in variants]
+    if set(units) != {1.0}:  # older releases know none
+        chosen["the size of words' vectors"] = units
     others = {variant.prompt.template: variant for variant in variants}
     del others[first.prompt.template]
     if others:  # which may name other columns

@@ -44,6 +44,7 @@ class Variant:
         examples: training examples.
         dev: examples that choose.
         words: for each virtual token the id of the word that it begins at, or None (`starts`).
+        unit: in which it learns (`rates`).
     """
 
     name: dict[str, Any]
@@ -53,6 +54,7 @@ class Variant:
     examples: list[Rendered]
     dev: list[Rendered]
     words: list[int | None]
+    unit: float
 
     @property
     def has_start(self) -> bool:

@@ -31,6 +31,7 @@ from . import guidance
 from .checks import check_some
 from .members import answers_of, check_answer_lengths, learn_answer_length
 from .population import Member, Population
+from .rates import unit_for
 from .settings import TrainSettings
 from .starts import start_of
 
@@ -53,10 +54,12 @@ class PromptModule(Population):
     def __init__(
         self, engine: Engine, renderer: Renderer, prompt: Prompt, seed: int, facts: dict[str, Any]
     ):
-        start = TrainSettings().start_for(prompt.encoder)
-        words = start_of(renderer, (), (), start, seed).words
+        settings = TrainSettings()
+        words = start_of(renderer, (), (), settings.start_for(prompt.encoder), seed).words
         owner = renderer.owner if renderer.compares else None
-        member = Member(prompt, engine.base.model, seed, words)
+        model, tokenizer = engine.base.model, engine.base.tokenizer
+        unit = unit_for(model, tokenizer, prompt.encoder, settings, given_rate=True)
+        member = Member(prompt, model, seed, words, unit)
         super().__init__(engine, [member], owner)
         self.draft, self.facts = prompt, facts
 
@@ -133,8 +136,8 @@ class PromptModule(Population):
         prompt.become(self.draft)
         prompt.others, prompt.training = (), dict(self.facts)
         prompt.vectors = encoder.table().float().cpu().clone()
-        state = encoder.state_dict()
-        prompt.encoder_weights = {k: v.detach().cpu().clone() for k, v in state.items()}
+        weights = encoder.weights()
+        prompt.encoder_weights = {k: v.detach().cpu().clone() for k, v in weights.items()}
         prompt.base_model = self.engine.base.describe()
         self.close()
 

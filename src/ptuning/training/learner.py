@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from ..backbone.upstream import skip_failed_steps
+from ..prompts.encoder_config import PromptEncoderReparameterizationType
 from .population import Member
+from .rates import usual_rate
 from .settings import TrainSettings
 from .word_noise import GROWN
 
@@ -25,13 +27,13 @@ class Learner:
 
     Args:
         member: what is trained.
-        encoder_type: decides the default rate.
         settings: the member's own.
         steps: of the whole training.
         accelerator: has the scale of fp16's losses.
         model: the base model, if its weights are trained too.
 
     Attributes:
+        rate: the highest learning rate, in the encoder's unit.
         active: still in training.
         dropped: the epoch at whose end it fell out of a population, or None.
         best: epoch, ``accuracy``, ``loss`` and weights of the best dev result so far; empty before
@@ -42,7 +44,6 @@ class Learner:
     def __init__(
         self,
         member: Member,
-        encoder_type: str,
         settings: TrainSettings,
         steps: int,
         accelerator: Accelerator,
@@ -50,12 +51,12 @@ class Learner:
     ):
         self.member, self.settings, self.accelerator = member, settings, accelerator
         self.model = model
-        rate = settings.rate_for(encoder_type)
+        self.rate = settings.learning_rate or usual_rate(member.encoder)
         groups: list[dict[str, Any]] = [{"params": list(member.parameters())}]
         if model is not None:
             weights = list(self._model_weights().values())
             groups.append({"params": weights, "lr": settings.model_learning_rate})
-        self.optimizer = AdamW(groups, lr=rate, weight_decay=settings.weight_decay)
+        self.optimizer = AdamW(groups, lr=self.rate, weight_decay=settings.weight_decay)
         self._highest = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.steps, self.steps_taken = steps, 0
         self._steps_per_epoch = steps // settings.settled_epochs
@@ -71,6 +72,14 @@ class Learner:
             return list(range(count))
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
         return torch.randperm(count, generator=generator).tolist()
+
+    @property
+    def rate_as_given(self) -> float:
+        """The highest learning rate as a user would give it: of vectors without a network theirs,
+        in no unit."""
+        encoder = self.member.encoder
+        alone = encoder.encoder_type == PromptEncoderReparameterizationType.NONE
+        return self.rate * encoder.unit if alone else self.rate
 
     def rates(self) -> list[float]:
         """The learning rates of the next step, of the encoder and of the model if it is trained."""
@@ -197,8 +206,8 @@ class Learner:
         return {k: v for k, v in self.best.items() if k not in ("weights", "vectors", "model")}
 
     def weights(self) -> dict[str, Tensor]:
-        """The encoder's state dict, ``(…)`` by name."""
-        return self.member.encoder.state_dict()
+        """The encoder's weights, ``(…)`` by name."""
+        return self.member.encoder.weights()
 
     @torch.no_grad()
     def vectors(self) -> Tensor:
@@ -234,7 +243,7 @@ class Learner:
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from `state`."""
-        self.member.encoder.load_state_dict(state["encoder"])
+        self.member.encoder.load_weights(state["encoder"])
         if self.model is not None:
             self.model.load_state_dict(state["model"], strict=False)
         self._load_optimizer(state["optimizer"])

@@ -154,12 +154,12 @@ class Loop:
         self.epochs = self.until or settings.settled_epochs
         self.last = self.steps_per_epoch * self.epochs
         self.members = [
-            Member(v.prompt, self.base.model, v.settings.seed, v.words).to(self.device)
+            Member(v.prompt, self.base.model, v.settings.seed, v.words, v.unit).to(self.device)
             for v in self.variants
         ]
         tuned = self.base.model if settings.tune_model else None
         self.learners = [
-            Learner(member, v.prompt.encoder, v.settings, self.steps, self.accelerator, tuned)
+            Learner(member, v.settings, self.steps, self.accelerator, tuned)
             for member, v in zip(self.members, self.variants, strict=True)
         ]
         whole_rows = settings.prefix_cache == "off" or tuned is not None
@@ -379,12 +379,11 @@ class Loop:
             ) from error
 
     def _not_finite(self, number: int, fault: str, step: int) -> str:
-        best = self.learners[number].best
+        learner = self.learners[number]
+        best, rate = learner.best, learner.rate_as_given
         kept = (
             f"the best result so far is epoch {best['epoch']}'s" if best else "nothing was learned"
         )
-        variant = self.variants[number]
-        rate = variant.settings.rate_for(variant.prompt.encoder)
         saved = self.output is not None and checkpoint.is_there(self.output)
         where = f"; the last checkpoint in {self.output} is good" if saved else ""
         return (

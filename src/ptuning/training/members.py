@@ -16,6 +16,7 @@ from ..rendering.lesson import Lesson
 from ..rendering.render import Rendered, Renderer, render_all, taught
 from ..rendering.short_words import settle_words
 from .grid import Named, Variant
+from .rates import unit_for
 from .starts import left_out, start_of
 
 
@@ -46,7 +47,10 @@ def with_examples(
         answers = answers_of(prompt, rows, learnt[0])
         start = start_of(renderer, rows, answers, settings.start_for(prompt.encoder), settings.seed)
         own = left_out(examples, start)
-        variants.append(Variant(name, prompt, settings, renderer, own, dev_examples, start.words))
+        given = settings.learning_rate is not None
+        unit = unit_for(base.model, base.tokenizer, prompt.encoder, settings, given)
+        made_of = renderer, own, dev_examples, start.words, unit
+        variants.append(Variant(name, prompt, settings, *made_of))
     return variants
 
 

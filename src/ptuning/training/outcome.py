@@ -81,7 +81,7 @@ def become(prompt: Prompt, outcome: Outcome, base: BaseModel) -> None:
     prompt.encoder_weights = learner.best["weights"]
     prompt.base_model = base.describe()
     prompt.training = {
-        "learning_rate": variant.settings.rate_for(prompt.encoder),
+        "learning_rate": learner.rate_as_given,
         "seed": variant.settings.seed,
         "population": len(outcome.variants),
         **learner.figures(),

@@ -40,17 +40,26 @@ class Member(nn.Module):
         model: gives the embedding's width and the vectors of words.
         seed: of initialisation and dropout; other members never change what it gives.
         words: for each virtual token the id of the word that initialises it, or None.
+        unit: in which it learns (`rates`).
 
     Attributes:
         draws: its vectors in training are random: the encoder has dropout.
     """
 
-    def __init__(self, prompt: Prompt, model: nn.Module, seed: int, words: Sequence[int | None]):
+    def __init__(
+        self,
+        prompt: Prompt,
+        model: nn.Module,
+        seed: int,
+        words: Sequence[int | None],
+        unit: float = 1.0,
+    ):
         super().__init__()
         embedding = input_embedding(model)
         with CHANGING, torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # of the CPU: others stay as they are
             self.encoder = PromptEncoder(prompt.encoder_config(embedding.embedding_dim)).float()
+            self.encoder.unit = unit
             self._initialise(prompt, embedding, words)
             self.random_state = torch.get_rng_state()
         self.draws = prompt.encoder == "lstm" and prompt.encoder_dropout > 0
@@ -60,7 +69,7 @@ class Member(nn.Module):
     ) -> None:
         if prompt.encoder_weights is not None:
             try:
-                self.encoder.load_state_dict(prompt.encoder_weights)
+                self.encoder.load_weights(prompt.encoder_weights)
             except RuntimeError as error:
                 raise PromptFileError(
                     f"the saved encoder does not fit its settings: {error}"

@@ -157,7 +157,7 @@ def _going_on(variant: Variant, learner: Learner, minutes: float | None) -> Vari
     settings = replace(
         before,
         epochs=before.refit_epochs,
-        learning_rate=_RATE * before.rate_for(prompt.encoder),
+        learning_rate=_RATE * learner.rate,
         max_minutes=minutes,
         tracker=None,  # whose run has these steps already
     )

@@ -11,8 +11,6 @@ from ..data.values import plain
 from ..errors import InputError
 from ..prompts.task import at_least_one
 
-LEARNING_RATES = {"mlp": 1e-3, "lstm": 2e-3, "none": 1e-2, "residual": 2e-3, "mixture": 1e-2}
-"""Default by encoder type; the smaller the network before the vectors, the larger the rate."""
 AT_WORDS = ("none", "residual", "mixture")
 """Encoders that begin at random words of the vocabulary by themselves."""
 
@@ -58,8 +56,9 @@ class TrainSettings:
     Args:
         epochs: passes over the training examples; by default 10, or of few examples as many as 200
             steps take, 50 at most.
-        learning_rate: AdamW's; by default 1e-3 for mlp, 2e-3 for lstm and residual, 1e-2 for none
-            and mixture.
+        learning_rate: AdamW's; by default 1e-3 for mlp, 2e-3 for lstm and residual, 1e-2 for
+            mixture and for none. A network of more than 576 inputs has as much less, and vectors
+            alone (none) have it times the size of words' vectors as a multiple of SmolLM2's.
         batch_size: examples per micro-batch.
         gradient_accumulation: micro-batches per optimizer step.
         seed: of initialisation, order and dropout; the first one of a population.
@@ -235,10 +234,6 @@ class TrainSettings:
             return self.patience
         few = 0 if solved else math.ceil(_PATIENT_STEPS / steps_per_epoch)
         return max(_PATIENCE, few)
-
-    def rate_for(self, encoder: str) -> float:
-        """The learning rate for an encoder type."""
-        return self.learning_rate or LEARNING_RATES[encoder]
 
     def start_for(self, encoder: str) -> str:
         """A value of ``init`` for an encoder type."""

@@ -37,7 +37,7 @@ class Encoders:
             # cuDNN's LSTMs run one at a time, and what is not trained (words) is each one's own.
             single = hasattr(encoder, "lstm_head") or any(True for _ in encoder.buffers())
             alone = number if single else -1
-            groups.setdefault((tuple(form), alone), []).append(number)
+            groups.setdefault((tuple(form), encoder.unit, alone), []).append(number)
         self._groups = [
             _Alike([encoders[first], *(encoders[n] for n in others)])
             if others

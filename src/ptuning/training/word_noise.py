@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbone.base_model import device_of
-from ..backbone.lookups import input_embedding, vectors_of
-from ..backbone.tokens import first_free_id
+from ..backbone.lookups import input_embedding
+from ..backbone.word_size import ordinary, where_looked_up, word_size
 from ..prompts.prompt import Prompt
 from ..prompts.template import Virtual
 from .settings import TrainSettings
@@ -35,8 +34,6 @@ _BEGINS, GROWN = 0.15, 0.4
 _DRAWN = 4093
 """Vectors of noise. Words whose ids are alike modulo this have the same: a pair in ten texts of 30
 words."""
-_SAMPLE = 2000
-"""Words whose vectors are looked at for their size."""
 
 
 def settled_noise(
@@ -74,17 +71,12 @@ class WordNoise:
 
     def __init__(self, model: nn.Module, tokenizer: Any, share: float):
         embedding = input_embedding(model)
-        device = device_of(model) if embedding.weight.is_meta else embedding.weight.device
-        ordinary = torch.zeros(embedding.num_embeddings, dtype=torch.float32)
-        ordinary[: first_free_id(tokenizer)] = 1.0  # rows behind it are of no word
-        ordinary[[id for id in _special(tokenizer) if id < len(ordinary)]] = 0.0
-        words = ordinary.nonzero().flatten()
-        vectors = vectors_of(embedding, words[:: max(1, len(words) // _SAMPLE)])
-        self._full = share * float(vectors.pow(2).mean().sqrt())
+        device = where_looked_up(model, embedding)
+        self._full = share * word_size(embedding, tokenizer)
         draw = torch.Generator().manual_seed(0)
-        drawn = torch.randn(_DRAWN, vectors.shape[1], generator=draw, dtype=torch.float32)
+        drawn = torch.randn(_DRAWN, embedding.embedding_dim, generator=draw, dtype=torch.float32)
         self._drawn = drawn.to(device)
-        self._ordinary = ordinary.to(device)
+        self._ordinary = ordinary(embedding, tokenizer).to(device, torch.float32)
         # Tensors, so that a captured graph reads what they are in its step.
         self._step = torch.zeros((), dtype=torch.long, device=device)
         self._size = torch.zeros((), dtype=torch.float32, device=device)
@@ -100,9 +92,3 @@ class WordNoise:
         noise = self._drawn[(ids + self._step) % _DRAWN]
         size = (self._ordinary[ids] * self._size).unsqueeze(-1)
         return vectors + (size * noise).to(vectors.dtype)
-
-
-def _special(tokenizer: Any) -> set[int]:
-    """Ids of special tokens, those without a role too, such as the marks of a chat's turns."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return {*tokenizer.all_special_ids, *(id for id, token in added.items() if token.special)}
