@@ -564,6 +564,24 @@ def test_a_sharded_model_is_replaced_by_one_of_other_shards(tmp_path: Path) -> N
     assert [p.name for p in (tmp_path / "merged").glob("model*")] == ["model.safetensors"]
 
 
+def test_nothing_of_the_model_that_was_there_stays_in_the_folder_of_another_one(
+    tmp_path: Path,
+) -> None:
+    model, tokenizer = _base("gemma2")
+    tokenizer.chat_template = {"default": "{{ messages[-1].content }}", "other": "{{ messages }}"}
+    prompt = _prompt(model, tokenizer, "[P*2] {country} [P]", chat=True)
+    ptuning.merge(model, tokenizer, {"cap": prompt}).save(tmp_path / "merged")
+    (tmp_path / "merged/README.md").write_text("mine")
+    (tmp_path / "merged/preprocessor_config.json").write_text("{}")
+    model, tokenizer = _base("bert")
+    merged = ptuning.merge(model, tokenizer, {"one": _prompt(model, tokenizer)})
+    merged.save(tmp_path / "alone")
+    merged.save(tmp_path / "merged")
+    names = {path.name for path in (tmp_path / "alone").iterdir()}
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == names | {"README.md"}
+    assert Merged.load(tmp_path / "merged").tokenizer.chat_template is None
+
+
 @pytest.mark.parametrize("told", ["{", "[1]", '{"a": 1, "a": 2}', "[" * 100_000])
 def test_a_chat_template_that_was_damaged_is_refused(told: str) -> None:
     model, tokenizer = _base("llama")

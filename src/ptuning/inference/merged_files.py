@@ -25,6 +25,16 @@ _PROCESSORS = (
     "processor_config.json",
     "video_preprocessor_config.json",
 )
+_NOT_OF_ALL = (
+    "generation_config.json",
+    "tokenizer.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "additional_chat_templates",
+    *_PROCESSORS,
+)
+"""What not every model or tokenizer writes, and what engines read where it lies."""
 _TOKENIZER_BYTES = 64 * 2**20
 """What is reckoned for tokenizer and descriptions."""
 
@@ -56,8 +66,9 @@ class Merged(NamedTuple):
         check_free(folder)
         check_room(self.model, folder)
         old = [path.name for path in folder.glob("model*.safetensors*")] if folder.is_dir() else []
+        old += [PROMPTS, LOGIT_BIAS, *_NOT_OF_ALL]
         try:
-            with storage.one_save(folder, remove=[*old, PROMPTS, LOGIT_BIAS]) as staged:
+            with storage.one_save(folder, remove=old) as staged:
                 _write_weights(self.model, staged)
                 self.tokenizer.save_pretrained(staged)
                 _copy_processors(self.model, staged)
