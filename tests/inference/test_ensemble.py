@@ -312,6 +312,18 @@ def test_members_may_say_the_labels_in_words_of_their_own() -> None:
         assert prediction.probabilities == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("family", ["roberta", "llama"])
+def test_answers_are_as_long_as_the_first_members(family: str) -> None:
+    model, tokenizer, (first, second) = setting(
+        family, FREE, 2, ("[P*2] {text} [MASK] so", "[P] {text} is [MASK]")
+    )
+    second.answer_tokens = 2
+    for one, other in ((first, second), (second, first)):
+        said = ptuning.predict_details(model, tokenizer, together([one, other]), ROWS)
+        alike = together([one, replace(other, answer_tokens=one.answer_tokens)])
+        assert said == ptuning.predict_details(model, tokenizer, alike, ROWS)
+
+
 def test_members_that_answer_something_else_are_refused() -> None:
     _, _, members = setting("llama", LABELS["one token"])
     other = Prompt(TEMPLATES[0], **LABELS["several words"])

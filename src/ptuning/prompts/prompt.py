@@ -81,13 +81,13 @@ class Prompt(PromptSettings):
     @property
     def members(self) -> list[Prompt]:
         """The prompts that answer together, the best first; alone it is this one. The first has
-        the label bias of all together, and its answer column is that of all."""
+        the label bias of all together, and its answer column and length are those of all."""
         if not self.others:
             return [self]
         first, *others = (copy.copy(member) for member in (self, *self.others))
         first.others = ()
         for other in others:
-            other.answer = self.answer
+            other.answer, other.answer_tokens = self.answer, self.answer_tokens
         return [first, *others]
 
     def alone(self) -> Prompt:
