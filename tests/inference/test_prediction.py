@@ -10,6 +10,7 @@ from tokenizers import decoders
 
 import ptuning
 from ptuning import InputError, Prompt, PtuningError, Task
+from ptuning.backbone.identity import describe
 from ptuning.backbone.kinds import kind_of
 from ptuning.errors import DataError
 from ptuning.inference import answering
@@ -292,6 +293,16 @@ def test_the_nearest_words_of_a_word_are_itself() -> None:
         assert neighbour.words[0][0] == word
         assert neighbour.norm == pytest.approx(3 * float(embedding[index].norm()), rel=1e-5)
     assert mean == pytest.approx(float(embedding.norm(dim=1).mean()), rel=1e-5)
+
+
+def test_the_nearest_words_are_of_the_prompts_own_model() -> None:
+    model, tokenizer, prompt = setting("llama")
+    prompt.base_model = describe(tiny.model("llama", seed=1), tokenizer)
+    with pytest.warns(UserWarning, match="has other weights"):
+        ptuning.nearest_words(model, tokenizer, prompt)
+    prompt.base_model, prompt.vectors = {}, torch.randn(4, 20)
+    with pytest.raises(InputError, match=r"shape \(4, 20\), .* vectors of 32 numbers"):
+        ptuning.nearest_words(model, tokenizer, prompt)
 
 
 @pytest.mark.parametrize("labels", [True, False])

@@ -134,12 +134,7 @@ class Injector:
         Raises:
             InputError: the rows are not as wide as the embedding.
         """
-        if rows.dim() != 2 or rows.shape[1] != self.width:
-            raise InputError(
-                f"the prompt's vectors have shape {tuple(rows.shape)}, and the base model's "
-                f"embedding takes vectors of {self.width} numbers: this prompt belongs to a model "
-                "of another width"
-            )
+        check_width(rows, self.width)
         check_fits(rows, self.modules[0].weight.dtype)
         with CHANGING:
             first = max([self.threshold, at_least, *(span.end for span in self.spans)])
@@ -344,6 +339,19 @@ def may_look_at_values(ids: Tensor) -> bool:
     if torch.compiler.is_compiling() or ids.is_meta:
         return False
     return not (ids.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def check_width(rows: Tensor, width: int) -> None:
+    """Refuse vectors ``(count, width)`` of another width than the embedding's.
+
+    Raises:
+        InputError: says both.
+    """
+    if rows.dim() != 2 or rows.shape[1] != width:
+        raise InputError(
+            f"the prompt's vectors have shape {tuple(rows.shape)}, and the base model's embedding "
+            f"takes vectors of {width} numbers: this prompt belongs to a model of another width"
+        )
 
 
 def check_fits(rows: Tensor, dtype: torch.dtype) -> None:

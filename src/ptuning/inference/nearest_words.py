@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..backbone.identity import check_same
+from ..backbone.injection import check_width
 from ..backbone.lookups import input_embedding
 from ..backbone.tokens import check_tokenizer
 from ..prompts.consistency import check_kind
@@ -35,16 +37,24 @@ def nearest_words(
     """The nearest words of each virtual token, and the mean norm of the vocabulary's vectors.
 
     The vocabulary is read through the embedding module, so scaled embeddings compare rightly.
+
+    Raises:
+        InputError, PromptFileError: the prompt has no vectors, or some of another width than the
+            model's.
+    Warns:
+        UserWarning: the prompt was trained on another model.
     """
     check_kind(prompt, Prompt)
     at_least_one("count", count)
     embedding = input_embedding(model)
     check_tokenizer(tokenizer)
+    vectors = prompt.trained_vectors().float().cpu()
+    check_same(prompt.base_model, model, tokenizer)
+    check_width(vectors, embedding.embedding_dim)
     size = min(embedding.num_embeddings, len(tokenizer))
     ids = torch.arange(size, device=embedding.weight.device)
     vocabulary = torch.cat([embedding(part).float().cpu() for part in ids.split(8192)])
     norms = vocabulary.norm(dim=1).clamp(min=1e-12)
-    vectors = prompt.trained_vectors().float().cpu()
     lengths = vectors.norm(dim=1).clamp(min=1e-12)
     cosines = (vectors / lengths[:, None]) @ (vocabulary / norms[:, None]).T
     best = cosines.topk(min(count, size), dim=1)
