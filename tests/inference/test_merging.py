@@ -318,6 +318,19 @@ def test_many_prompts_are_added_removed_and_added_again(tmp_path: Path) -> None:
     check(Merged.load(tmp_path / "merged"))
 
 
+def test_a_tokenizer_is_set_as_it_was_when_prompts_leave_and_others_come() -> None:
+    model, tokenizer = _base("llama")
+    own = {"padding_side": "left", "truncation_side": "left", "clean_up_tokenization_spaces": True}
+    for name, value in own.items():
+        assert getattr(tokenizer, name) != value
+        setattr(tokenizer, name, value)
+    prompt = _prompt(model, tokenizer)
+    fewer = unmerge(ptuning.merge(model, tokenizer, {"one": prompt}), ["one"])
+    again = ptuning.merge(fewer.model, fewer.tokenizer, {"two": prompt}, fewer.prompts)
+    for name, value in own.items():
+        assert getattr(fewer.tokenizer, name) == getattr(again.tokenizer, name) == value
+
+
 def test_a_prompt_keeps_fitting_where_merged_rows_fill_the_sampled_ones() -> None:
     model, tokenizer = _base("llama", **SPARE)
     one, two = _prompt(model, tokenizer), _prompt(model, tokenizer, "[P*50] {country}")
@@ -359,7 +372,7 @@ def test_the_chat_template_takes_a_prompts_name(tmp_path: Path) -> None:
     tokenizer.chat_template = CHAT
     prompts = {
         "one": _prompt(model, tokenizer, '[P*2] "{country}" {{x}} ü %}} [P]', chat=True),
-        "two": _prompt(model, tokenizer, "[P]{country} in {place}[P]", chat=True),
+        "two": _prompt(model, tokenizer, "[P]{country} in {place}, {country}[P]", chat=True),
         "plain": _prompt(model, tokenizer),
     }
     merged = ptuning.merge(model, tokenizer, prompts)
@@ -385,6 +398,11 @@ def test_the_chat_template_takes_a_prompts_name(tmp_path: Path) -> None:
     assert with_prompt == plain.replace("Hello", '<|one:0|><|one:1|> "Hello" {x} ü %}<|one:2|>')
     with pytest.raises(Exception, match="no chat prompt is called plain; there are: one, two"):
         reread.apply_chat_template(talk, tokenize=False, prompt="plain")
+    said = [{"role": "user", "content": "c"}]
+    with pytest.raises(Exception, match="two has the field place, and fields has not"):
+        reread.apply_chat_template(said, prompt="two", fields={"country": "c", "places": "d"})
+    with pytest.raises(Exception, match="two has several fields; give them as fields"):
+        reread.apply_chat_template(said, prompt="two")
     fewer = unmerge(Merged.load(tmp_path / "merged"), ["one", "two"])
     assert fewer.tokenizer.chat_template == CHAT
 

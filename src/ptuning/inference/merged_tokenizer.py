@@ -22,6 +22,8 @@ from ..rendering.virtual_ids import add_virtual_tokens
 
 _FREE = re.compile(r"<\|ptuning-free:[0-9]+\|>")
 _BEGIN, _END = "{#- ptuning prompts #}", "{#- end of ptuning prompts +#}"
+_NOT_IN_FILES = ("name_or_path", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
+"""What a tokenizer's files do not say, or say as it was loaded."""
 _TURNS = r"\{%- set ptuning_turns = (.*?) %\}\n.*?"
 _BLOCK = re.compile(re.escape(_BEGIN) + _TURNS + re.escape(_END), re.DOTALL)
 
@@ -71,7 +73,8 @@ def _renamed(tokenizer: Any, names: Mapping[str, str]) -> Any:
             content = json.loads(path.read_text(encoding="utf-8"))
             path.write_text(json.dumps(_replaced(content, names)), encoding="utf-8")
         result = type(tokenizer).from_pretrained(folder)
-    result.name_or_path = tokenizer.name_or_path
+    for name in _NOT_IN_FILES:
+        setattr(result, name, getattr(tokenizer, name))
     return result
 
 
@@ -123,15 +126,22 @@ _FILLING = """\
 {%- set known = ptuning_turns.keys() | list | join(", ") %}
 {{- raise_exception("no chat prompt is called " ~ prompt ~ "; there are: " ~ known) }}
 {%- endif %}
-{%- set ptuning = namespace(said="", messages=[]) %}
+{%- set ptuning = namespace(said="", field="", messages=[]) %}
 {%- set last = messages[-1].content %}
 {%- set last = last if last is string else last | map(attribute="text") | join %}
 {%- for part in ptuning_turns[prompt] %}
 {%- if loop.index0 % 2 == 0 %}
 {%- set ptuning.said = ptuning.said ~ part %}
 {%- elif fields is defined and fields %}
+{%- if part not in fields %}
+{{- raise_exception("the prompt " ~ prompt ~ " has the field " ~ part ~ ", and fields has not") }}
+{%- endif %}
 {%- set ptuning.said = ptuning.said ~ fields[part] %}
 {%- else %}
+{%- if ptuning.field and part != ptuning.field %}
+{{- raise_exception("the prompt " ~ prompt ~ " has several fields; give them as fields") }}
+{%- endif %}
+{%- set ptuning.field = part %}
 {%- set ptuning.said = ptuning.said ~ last %}
 {%- endif %}
 {%- endfor %}
