@@ -19,7 +19,7 @@ import ptuning
 from ptuning import InputError, Merged, Prompt, PromptFileError, PtuningError
 from ptuning.backbone.base_model import BaseModel
 from ptuning.backbone.kinds import kind_of
-from ptuning.backbone.traits import output_head
+from ptuning.backbone.traits import output_bias, output_head
 from ptuning.inference import merged_files
 from ptuning.inference.merging import unmerge
 from ptuning.prompts.task import fill
@@ -205,6 +205,66 @@ def test_logits_equal_the_attached_models_and_no_virtual_token_wins(
             torch.testing.assert_close(got[:, :words], expected, rtol=1e-5, atol=1e-5)
             if family != "gemma2":
                 assert (got[:, virtual].max(1).values < got[:, :words].max(1).values).all()
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_token_that_the_tokenizer_alone_has_is_as_unlikely_as_a_virtual_one(family: str) -> None:
+    model, tokenizer = _base(family)
+    words = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    merged = ptuning.merge(model, tokenizer, {"cap": _prompt(model, tokenizer)})
+    virtual = merged.prompts["cap"]["virtual_ids"]
+    assert virtual[0] == words + 1
+    got = _logits(merged.model, [10, 11, 12])
+    assert (got[:, words] < got[:, :words].max(1).values).all()
+    if output_bias(model) is not None:
+        assert got[:, words].max() < -9000
+    elif family == "gemma2":  # whose head is the embedding, and virtual tokens are suppressed
+        row = output_head(merged.model).weight[words]
+        assert 0 < row.norm() < output_head(model).weight.norm(dim=1).median()
+    else:
+        torch.testing.assert_close(got[:, words], got[:, virtual[0]])
+
+
+def test_where_all_logits_are_low_no_token_of_the_tokenizer_alone_is_said() -> None:
+    """As GPT-2's are, which tokenizers often give a padding token without a row."""
+    model, tokenizer = _base("gpt2")
+    with torch.no_grad():
+        model.transformer.ln_f.bias.fill_(10.0)
+        model.transformer.wte.weight.sub_(0.1)
+    ids = torch.tensor([[10, 11, 12]])
+    assert model(ids).logits.max() < -10
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    merged = ptuning.merge(model, tokenizer, {"cap": _prompt(model, tokenizer)})
+    assert torch.equal(merged.model.generate(ids, max_new_tokens=5, do_sample=False), expected)
+
+
+def test_encoder_and_decoder_with_settings_of_their_own_are_read_again(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer(around=True)
+    small = {**tiny.FAMILIES["bert"][2], "vocab_size": len(tokenizer)}
+    sides = transformers.BertConfig(**small), transformers.BertConfig(**small)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*sides)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    model = transformers.EncoderDecoderModel(config).eval()
+    prompt = _prompt(model, tokenizer)
+    merged = ptuning.merge(model, tokenizer, {"cap": prompt})
+    merged.save(tmp_path / "merged")
+    loaded = AUTO["seq2seq"].from_pretrained(tmp_path / "merged")
+    words = len(tokenizer)
+    expected = _attached(model, tokenizer, prompt, ROWS[0])[:, :words]
+    got = _logits(loaded, _ids(merged.tokenizer, merged.prompts["cap"], ROWS[0]))
+    torch.testing.assert_close(got[:, :words], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_answers_in_a_vocabulary_of_their_own_are_refused() -> None:
+    small = {**tiny.FAMILIES["bart"][2], "vocab_size": 400, "decoder_vocab_size": 420}
+    config = transformers.MarianConfig(
+        **small, share_encoder_decoder_embeddings=False, tie_word_embeddings=False
+    )
+    model, tokenizer = transformers.MarianMTModel(config).eval(), tiny.tokenizer()
+    with pytest.raises(InputError, match="reads 400 ids and answers with 420"):
+        ptuning.merge(model, tokenizer, {"cap": _prompt(model, tokenizer)})
 
 
 def test_only_embedding_and_head_are_copied() -> None:

@@ -23,7 +23,10 @@ TEXTS = ["France", "Italy and all of its many islands", "Oslo", "Madrid"]
 TASKS: list[tuple[str, dict[str, Any]]] = [
     ("[P*3] {text} [P] is [MASK]", {"answer_tokens": 4}),
     ("The big old capital city of [P*2] {text} [P] is [MASK]", {"answer_tokens": 7}),
-    ("[P*2] {text} [P*2]: [MASK]", {"verbalizer": {"a": "Paris", "b": "Rome"}}),
+    (
+        "[P*2] {text} [P*2]: [MASK]",
+        {"verbalizer": {"a": "Paris", "b": "Rome"}, "label_bias": {"a": 0.0, "b": 2.0}},
+    ),
     ("{text} [P] is it? [MASK]", {"verbalizer": {"yes": ["yes", "does"], "no": ["not", "or"]}}),
     ("{text} [P] so [MASK]", {"verbalizer": {"x": "capital of Italy", "y": "Rome!"}}),
 ]

@@ -55,15 +55,17 @@ def with_rows(
         ids to suppress.
 
     Raises:
-        InputError: embedding or head are quantized or offloaded.
+        InputError: embedding or head are quantized or offloaded, or not of one vocabulary.
     """
     _check(model)
     unlikely = [] if output_bias(model) is not None and _is_tied(model) else _unlikely(model, real)
     twin = _twin(uncompiled(model))
     modules = Injector(twin).modules
-    embedding, head = modules[0], output_head(twin)
+    head: Any = output_head(twin)
+    embedding = modules[0]
     beyond = rows_beyond(model)
-    rows = max(embedding.num_embeddings - beyond, max(ids) + 1)
+    known = embedding.num_embeddings - beyond
+    rows = max(known, max(ids) + 1)
     where = torch.tensor(ids, device=embedding.weight.device)
     _grow(embedding.weight, rows + beyond)
     for module in modules:
@@ -73,21 +75,28 @@ def with_rows(
         embedding.weight[where] = values.to(embedding.weight.dtype)
     _check_rows(modules, where, vectors)
     _second_lookups(twin, rows, where)
-    _tell_size(twin, rows)
-    return twin, _quiet_head(twin, embedding, head, rows, where, unlikely)
+    _tell_size(twin, rows, [*modules, head])
+    new = {*range(known, rows)}  # tokens that the tokenizer had and the model had not, too
+    quiet = torch.tensor(sorted({*ids, *new}))
+    if _quiet_head(twin, embedding, head, rows, quiet, unlikely):
+        lost = sorted(new.difference(ids))
+        embedding.weight[lost] = _mean(embedding.weight, unlikely)
+        return twin, True
+    return twin, False
 
 
 def _check(model: nn.Module) -> None:
-    places = {"embedding": input_embedding(model), "output head": output_head(model)}
+    places: dict[str, Any] = {
+        "embedding": input_embedding(model),
+        "output head": output_head(model),
+    }
     if isinstance(places["output head"], nn.Embedding):
         raise InputError(
             f"{type(model).__name__} answers with its embedding itself and has no head that could "
             "be kept from saying virtual tokens, so prompts cannot be merged into it, only attached"
         )
     for what, module in places.items():
-        weight = getattr(module, "weight", None)
-        if module is None:
-            continue
+        weight = module.weight
         if is_offloaded(module) or (isinstance(weight, Tensor) and weight.is_meta):
             raise InputError("the model is offloaded; load it into memory to merge prompts into it")
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
@@ -95,6 +104,12 @@ def _check(model: nn.Module) -> None:
                 f"the model's {what} is quantized ({type(weight).__name__}), so that it takes no "
                 f"new rows; quantize it without its embedding and its output head"
             )
+    read, said = (len(module.weight) for module in places.values())
+    if said != read - rows_beyond(model):
+        raise InputError(
+            f"the model reads {read} ids and answers with {said}: its answers have a vocabulary of "
+            "their own, so prompts cannot be merged into it, only attached"
+        )
 
 
 def _twin(model: nn.Module) -> Any:
@@ -161,18 +176,21 @@ def _second_lookups(twin: Any, rows: int, ids: Tensor) -> None:
             config.vocab_size_per_layer_input = size
 
 
-def _tell_size(twin: Any, rows: int) -> None:
+def _tell_size(twin: Any, rows: int, grown: Sequence[nn.Module]) -> None:
+    """Tell the modules, and the configurations of those around what grew: encoder and decoder may
+    have each its own."""
     old = twin.config.get_text_config().vocab_size
-    twin.config.get_text_config().vocab_size = rows
-    for module in twin.modules():
-        if getattr(module, "vocab_size", None) == old:
-            module.vocab_size = rows
+    around = [m for m in twin.modules() if any(one in grown for one in m.modules())]
+    configs = [twin.config.get_text_config(), *(getattr(m, "config", None) for m in around)]
+    for one in [*configs, *twin.modules()]:
+        if getattr(one, "vocab_size", None) == old:
+            one.vocab_size = rows
 
 
 def _quiet_head(
     twin: Any, embedding: nn.Embedding, head: Any, rows: int, ids: Tensor, unlikely: list[int]
 ) -> bool:
-    """See to it that no virtual token is ever said; True where the head cannot."""
+    """See to it that these ids are never said; True where the head cannot."""
     tied, bias = _is_tied(twin), output_bias(twin)
     around = twin.get_submodule(_name_in(twin, head).rpartition(".")[0])
     for module in around.children():  # MobileBERT's head has a second part, on its side
@@ -195,10 +213,12 @@ def _quiet_head(
     elif tied:
         _untie(twin, embedding, head)
     if not (tied and bias is not None):
-        head.weight[ids.to(head.weight.device)] = (
-            head.weight[unlikely].float().mean(0).to(head.weight)
-        )
+        head.weight[ids.to(head.weight.device)] = _mean(head.weight, unlikely)
     return False
+
+
+def _mean(weight: Tensor, rows: list[int]) -> Tensor:
+    return weight[rows].float().mean(0).to(weight)
 
 
 def _unlikely(model: Any, real: Sequence[int]) -> list[int]:
