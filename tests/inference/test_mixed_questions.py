@@ -83,6 +83,19 @@ def test_mixed_rows_are_answered_as_each_prompt_does_alone(family: str, size: in
                     number += 1
 
 
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+def test_several_prompts_predict_as_each_does_alone(family: str) -> None:
+    model, tokenizer, tasks = _setting(family)
+    rows = [{"text": text} for text in TEXTS]
+    if family not in tiny.MASKED:  # an end of the model's own, which the manual task alone has
+        (long,) = ptuning.predict_details(model, tokenizer, tasks[0], rows[:1])
+        model.generation_config.eos_token_id = tokenizer(long.answer)["input_ids"][2:3]
+    several = ptuning.predict_details(model, tokenizer, tasks, rows)
+    for task, of_task in zip(tasks, several, strict=True):
+        alone = ptuning.predict_details(model, tokenizer, task, rows)
+        assert all(map(_close, of_task, alone)), task.template
+
+
 @pytest.mark.parametrize("family", [*tiny.CAUSAL, *tiny.SEQ2SEQ])
 def test_a_row_ends_where_its_watch_has_enough_and_no_other_does(family: str) -> None:
     model, tokenizer, tasks = _setting(family)

@@ -224,6 +224,8 @@ def test_evaluation_counts_what_was_predicted() -> None:
             assert result.confusion[i][j] == count
     assert result.majority_answer == "0"
     assert result.majority_accuracy == gold.count("0") / 15
+    others = [row for row in rows if row["label"]]  # whose commonest answer is not the training's
+    assert ptuning.evaluate(model, tokenizer, prompt, others).majority_accuracy == 0.0
     asked = Prompt("[P] {country}? [MASK]", verbalizer={"true": "yes", "false": "no"})
     rows = [{"country": row["country"], "label": n % 3 > 0} for n, row in enumerate(rows)]
     ptuning.train(model, tokenizer, asked, rows, epochs=1)
@@ -315,6 +317,34 @@ def test_an_answer_that_is_not_a_number_is_no_answer(family: str, labels: bool) 
     for work in (ptuning.predict, ptuning.predict_details, ptuning.evaluate):
         with pytest.raises(PtuningError, match=r"float32.* not finite \(NaN\).*--dtype"):
             work(model, tokenizer, prompt, ROWS)
+
+
+def test_one_answer_that_is_not_a_number_is_found_among_others() -> None:
+    model, tokenizer, prompt = setting("llama")
+    (token,) = tokenizer(" Oslo")["input_ids"]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = torch.nan
+    assert len(ptuning.predict(model, tokenizer, prompt, ROWS[:1])) == 1
+    with pytest.raises(PtuningError, match="not finite"):
+        ptuning.predict(model, tokenizer, prompt, [ROWS[0], ROWS[2]])
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_no_rows_have_no_answers(family: str) -> None:
+    model, tokenizer, prompt = setting(family)
+    assert ptuning.predict(model, tokenizer, prompt, []) == []
+    assert ptuning.predict(model, tokenizer, [prompt, prompt], []) == [[], []]
+
+
+@pytest.mark.parametrize("family", tiny.MASKED)
+def test_a_masked_model_has_one_mask_where_nobody_says_how_many(family: str) -> None:
+    model, tokenizer, _ = setting(family)
+    (said,) = ptuning.predict_details(model, tokenizer, Task("{country} is [MASK]"), ROWS[:1])
+    ids = tokenizer(f"France is{tokenizer.mask_token}", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        shares = model(ids).logits[ids == tokenizer.mask_token_id].softmax(-1)
+    assert said.answer == tokenizer.decode(shares.argmax(), skip_special_tokens=True).strip()
+    assert said.probability == pytest.approx(float(shares.max()), rel=1e-4)
 
 
 def test_vectors_that_are_not_finite_cannot_be_attached() -> None:
@@ -498,3 +528,5 @@ def test_free_answers_are_compared_as_the_tokenizer_reads_them_back(answer: str)
     by_tokens = teacher_forced(model, tokenizer, prompt, rows)[0]
     assert result.accuracy == by_tokens == 1.0
     assert not result.confident_mistakes() and result.majority_accuracy == 1.0
+    chosen = ptuning.evaluate(model, tokenizer, prompt, rows, candidates=[answer, "nowhere"])
+    assert chosen.accuracy == 1.0 and chosen.right_answers == [answer] * 4
