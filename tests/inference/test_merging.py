@@ -117,6 +117,26 @@ def test_experts_that_are_chosen_by_ids_are_the_attached_prompts_when_it_is_merg
     _assert_merged_as_attached(model, tokenizer, prompt)
 
 
+def test_rows_that_a_class_makes_beyond_the_vocabulary_stay_its_last(tmp_path: Path) -> None:
+    """Molmo 2's embedding has some for images, and its head has not."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    tower = {**heads, "hidden_size": 16, "intermediate_size": 32}
+    config = transformers.Molmo2Config(
+        text_config={**tiny.FAMILIES["llama"][2], "vocab_size": 400, "additional_vocab_size": 8},
+        vision_config={**tower, "num_hidden_layers": 2, "patch_size": 4},
+        adapter_config={**tower, "text_hidden_size": 32, "vision_feature_layer": [0, 1]},
+    )
+    model, tokenizer = transformers.Molmo2ForConditionalGeneration(config).eval(), tiny.tokenizer()
+    tokenizer.add_tokens([f"<image-{number}>" for number in range(8)])
+    prompt = _prompt(model, tokenizer)
+    merged = ptuning.merge(model, tokenizer, {"one": prompt})
+    merged.save(tmp_path / "merged")
+    loaded = transformers.Molmo2ForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    expected = _attached(model, tokenizer, prompt, ROWS[0])[:, :400]
+    got = _logits(loaded, _ids(merged.tokenizer, merged.prompts["one"], ROWS[0]))
+    torch.testing.assert_close(got[:, :400], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_model_whose_embedding_is_its_head_takes_no_merged_prompt() -> None:
     sizes = {"src_vocab_size": 400, "tgt_vocab_size": 400, "d_model": 32, "langs": ["en", "de"]}
     sides = {

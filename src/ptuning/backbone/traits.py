@@ -251,10 +251,13 @@ def layer_weights(model: nn.Module) -> int:
 
 
 def rows_beyond(model: nn.Module) -> int:
-    """Rows of the embedding that its class makes beyond the vocabulary's size: Mllama has eight for
-    images, and its head none."""
+    """Rows of the embedding that its class makes beyond the vocabulary's size, and its head none:
+    Mllama has eight for images, and Molmo 2 says how many."""
     config: Any = model.config
-    kind = str(getattr(config.get_text_config(), "model_type", ""))
+    text = config.get_text_config()
+    kind = str(getattr(text, "model_type", ""))
+    if kind.startswith("molmo2"):
+        return int(text.additional_vocab_size)
     return 8 if kind.startswith("mllama") else 0
 
 
