@@ -504,6 +504,9 @@ def test_members_that_answer_together_are_beside_their_teacher() -> None:
     assert len(prompt.others) == 1
     assert result.agreement.agreement == pytest.approx(sum(same) / len(same))
     assert isinstance(result.agreement.agreement, float)
+    alone = compare(model, tokenizer, prompt.alone(), Teacher.of(TEACHER, prompt), TEXTS)
+    assert result.agreement.tokens == 2 * alone.tokens  # each member reads the text
+    assert result.agreement.teacher_tokens == alone.teacher_tokens
 
 
 def test_texts_may_have_a_label_of_something_else() -> None:

@@ -43,7 +43,7 @@ class Agreement:
         accuracy: share that the prompt answers right, of the texts that have an answer which it
             may give; None where there are none.
         teacher_accuracy: likewise the teacher.
-        tokens: of a request, on average, without the answer.
+        tokens: of a request to all members, on average, without the answer.
         teacher_tokens: likewise with the teacher.
         seconds: of a request that is computed alone, answer included.
         teacher_seconds: likewise with the teacher, of which nothing is kept.
@@ -166,4 +166,7 @@ def _right(said: Sequence[str], own: Sequence[str | None]) -> float | None:
 
 
 def _tokens(questions: Sequence[Question]) -> float:
-    return mean(len(question.example.sequences[0].ids) for question in questions)
+    return mean(
+        sum(len(reading.example.sequences[0].ids) for reading in question.readings)
+        for question in questions
+    )
