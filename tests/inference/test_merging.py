@@ -529,11 +529,26 @@ assert not any(name.startswith("ptuning") for name in sys.modules)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "", ".", "..", "a b", "x" * 65, "a|>", "\n", "-a"])
+@pytest.mark.parametrize(
+    "name", ["../x", "a/b", "", ".", "..", "a b", "x" * 65, "a|>", "\n", "-a", "ptuning-free"]
+)
 def test_a_name_that_leads_elsewhere_is_refused(name: str) -> None:
     model, tokenizer = _base("llama")
     with pytest.raises(InputError, match="cannot name a merged prompt"):
         ptuning.merge(model, tokenizer, {name: _prompt(model, tokenizer)})
+
+
+def test_what_means_nothing_in_the_merged_model_is_refused() -> None:
+    model, tokenizer = _base("llama")
+    prompt = _prompt(model, tokenizer)
+    prompt.modules = {"score.weight": torch.zeros(2, 32)}
+    with pytest.raises(InputError, match=r"together with score\.weight"):
+        ptuning.merge(model, tokenizer, {"cap": prompt})
+    large = _prompt(model, tokenizer)
+    assert large.vectors is not None
+    large.vectors[1, 3] = 1e6
+    with pytest.raises(InputError, match="float16 cannot hold"):
+        ptuning.merge(model.half(), tokenizer, {"cap": large})
 
 
 def test_a_name_that_is_taken_is_refused() -> None:

@@ -103,7 +103,7 @@ def unmerge(merged: Merged, names: Iterable[str]) -> Merged:
     Raises:
         InputError: no prompt has such a name.
     """
-    names = list(dict.fromkeys(names))
+    names = list(names)
     if unknown := [name for name in names if name not in merged.prompts]:
         raise InputError(
             f"no merged prompt is called {unknown[0]!r}; there are "
