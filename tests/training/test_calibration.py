@@ -148,11 +148,17 @@ def test_every_way_of_answering_applies_it(family: str, tmp_path: Path) -> None:
     assert set(chosen[0].probabilities) == {"Paris", "Rome"}  # other words: no bias of theirs
 
 
-def test_the_manual_template_is_calibrated_too() -> None:
-    model, tokenizer, prompt, _ = trained(calibrate="batch")
+@pytest.mark.parametrize("label_mode", ["labels", "vocabulary"])
+@pytest.mark.parametrize("method", ["batch", "context"])
+def test_the_manual_template_is_calibrated_too(method: str, label_mode: str) -> None:
+    model, tokenizer, prompt, _ = trained(calibrate=method)
+    prompt.label_mode = label_mode
     result = ptuning.evaluate(model, tokenizer, prompt, ROWS, manual="{text} is [MASK]")
-    plain = shares(model, tokenizer, prompt.manual("{text} is [MASK]"), ROWS)
-    said = (plain.log() - plain.mean(0).log()).argmax(1)
+    by_hand = prompt.manual("{text} is [MASK]")
+    plain = shares(model, tokenizer, by_hand, ROWS)
+    nothing = [{"text": text} for text in CONTENT_FREE]
+    measured = shares(model, tokenizer, by_hand, nothing) if method == "context" else plain
+    said = (plain.log() - measured.mean(0).log()).argmax(1)
     right = [int("abc"[n] == row["label"]) for n, row in zip(said.tolist(), ROWS, strict=True)]
     assert result.manual_calibrated == pytest.approx(sum(right) / len(ROWS))
     assert ["the same, calibrated", f"{100 * sum(right) / 5:.1f}"] in result.rows()
