@@ -310,6 +310,18 @@ def test_a_virtual_token_has_the_mean_of_real_rows_and_never_wins() -> None:
         assert ((hidden @ rows[0]) < (hidden @ real.T).max(1).values).all()
 
 
+def test_a_virtual_token_is_as_likely_as_the_least_likely_real_ones() -> None:
+    model, tokenizer = _base("gpt2")
+    with torch.no_grad():
+        # Some words are likely wherever one asks.
+        model.transformer.ln_f.bias.normal_(std=3, generator=torch.Generator().manual_seed(0))
+    merged = ptuning.merge(model, tokenizer, {"cap": _prompt(model, tokenizer)})
+    shares = _logits(merged.model, tokenizer(" ".join(tiny.TEXTS[:2]))["input_ids"]).softmax(-1)
+    real = shares[:, : len(tokenizer)]
+    least = real.sort(dim=1).values[:, 64]
+    assert (shares[:, merged.prompts["cap"]["virtual_ids"]].max(1).values < least).all()
+
+
 def test_where_engines_tie_the_head_virtual_tokens_are_suppressed(tmp_path: Path) -> None:
     model, tokenizer = _base("gemma2")
     prompt = _prompt(model, tokenizer)
