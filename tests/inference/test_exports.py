@@ -75,7 +75,7 @@ def test_vllm_gets_vectors_among_texts() -> None:
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_vllms_parts_stand_behind_one_another_in_the_exported_chat_template(chat: bool) -> None:
-    base = _base()
+    base = _base(bos=True)
     base.tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}{% endfor %}"
     )
@@ -88,6 +88,20 @@ def test_vllms_parts_stand_behind_one_another_in_the_exported_chat_template(chat
     )
     whole = "<system>\nBe brief. <user>\n<v> France\n<v>"
     assert said == (whole if chat else "Be brief. <v> France\n<v>")
+    assert about["add_special_tokens"] is not chat  # a chat template writes those that it wants
+
+
+def test_vllm_gets_vectors_in_the_models_precision() -> None:
+    base = _base()
+    prompt = _prompt(base, "[P*2] {country} [MASK]")
+    base.model.to(torch.bfloat16)
+    (part, _) = json.loads(export(prompt, base, "vllm-embeds")["vllm_embeds.json"])["content"]
+    vectors = torch.load(io.BytesIO(base64.b64decode(part["data"])), weights_only=True)
+    assert torch.equal(vectors, prompt.trained_vectors().bfloat16())
+    prompt.trained_vectors()[0, 0] = 1e6
+    base.model.half()
+    with pytest.raises(InputError, match="float16 cannot hold"):
+        export(prompt, base, "vllm-embeds")
 
 
 def test_a_prompt_table_has_ids_behind_the_vocabulary() -> None:

@@ -550,6 +550,19 @@ def test_a_name_that_leads_elsewhere_is_refused(name: str) -> None:
         ptuning.merge(model, tokenizer, {name: _prompt(model, tokenizer)})
 
 
+def test_an_embedding_that_makes_something_of_its_rows_is_refused() -> None:
+    class Normed(torch.nn.Embedding):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.normalize(super().forward(input), dim=-1)
+
+    model, tokenizer = _base("llama")
+    prompt = _prompt(model, tokenizer)
+    model.set_input_embeddings(Normed(400, 32))
+    prompt.base_model = BaseModel.of(model, tokenizer).describe()
+    with pytest.raises(InputError, match=r"Normed makes something of its rows .* only attached"):
+        ptuning.merge(model, tokenizer, {"cap": prompt})
+
+
 def test_what_means_nothing_in_the_merged_model_is_refused() -> None:
     model, tokenizer = _base("llama")
     prompt = _prompt(model, tokenizer)
