@@ -338,6 +338,25 @@ def test_where_engines_tie_the_head_virtual_tokens_are_suppressed(tmp_path: Path
     assert not set(said.tolist()) & set(virtual)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_generation_settings_that_transformers_warns_of_are_saved(
+    family: str, tmp_path: Path
+) -> None:
+    """As of Llama 2: a temperature for who samples, and nothing is sampled unless one says so."""
+    model, tokenizer = _base(family)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    path = tmp_path / "base/generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "temperature": 0.6}))
+    model, tokenizer = ptuning.load_model(str(tmp_path / "base"), device="cpu")
+    merged = ptuning.merge(model, tokenizer, {"cap": _prompt(model, tokenizer)})
+    merged.save(tmp_path / "merged")
+    told = json.loads((tmp_path / "merged/generation_config.json").read_text())
+    assert told["temperature"] == merged.model.generation_config.temperature == 0.6
+    if family == "gemma2":
+        assert told["suppress_tokens"] == merged.prompts["cap"]["virtual_ids"]
+
+
 def test_what_was_suppressed_before_another_prompt_is_merged_stays_so(tmp_path: Path) -> None:
     model, tokenizer = _base("gemma2")
     model.generation_config.suppress_tokens = [7]

@@ -25,8 +25,9 @@ _PROCESSORS = (
     "processor_config.json",
     "video_preprocessor_config.json",
 )
+_SETTINGS = "generation_config.json"
 _NOT_OF_ALL = (
-    "generation_config.json",
+    _SETTINGS,
     "tokenizer.json",
     "added_tokens.json",
     "special_tokens_map.json",
@@ -162,12 +163,20 @@ def _write_weights(model: Any, folder: Path) -> None:
     )
     if _is_packed(model) or frozen_format(model):
         raise refused
+    settings = model.generation_config if model.can_generate() else None
     try:
+        if settings is not None:
+            model.generation_config = type(settings)()
         model.save_pretrained(folder)
+        if settings is not None:  # as it is: transformers refuses to save some published ones
+            settings.to_json_file(folder / _SETTINGS, keys_to_pop=["compile_config"])
     except (NotImplementedError, ValueError) as error:  # as transformers has it for each method
         if getattr(model, "hf_quantizer", None) is None:
             raise
         raise refused from error
+    finally:
+        if settings is not None:
+            model.generation_config = settings
 
 
 def _copy_processors(model: Any, folder: Path) -> None:
