@@ -53,6 +53,17 @@ def test_a_placement_that_peft_has_not_is_refused(template: str, bos: bool) -> N
         export(_prompt(base, template), base, "peft")
 
 
+def test_peft_gets_vectors_without_a_template_and_no_chat() -> None:
+    base = _base(bos=True)
+    prompt = Prompt(num_virtual_tokens=4)
+    prompt.vectors, prompt.base_model = torch.randn(4, 32), base.describe()
+    assert len(export(prompt, base, "peft")) == 2
+    base = _base()
+    base.tokenizer.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(InputError, match="PEFT puts virtual tokens in front of everything"):
+        export(_prompt(base, "[P*2] {country}", chat=True), base, "peft")
+
+
 def test_vllm_gets_vectors_among_texts() -> None:
     base = _base()
     prompt = _prompt(
@@ -77,7 +88,7 @@ def test_vllm_gets_vectors_among_texts() -> None:
 def test_vllms_parts_stand_behind_one_another_in_the_exported_chat_template(chat: bool) -> None:
     base = _base(bos=True)
     base.tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}{% endfor %}"
+        "<s>{% for m in messages %}<{{ m.role }}>\n{{ m.content }}{% endfor %}"
     )
     prompt = _prompt(base, "[P*2] {country} [P]", chat=chat)
     about = json.loads(export(prompt, base, "vllm-embeds")["vllm_embeds.json"])
@@ -86,7 +97,7 @@ def test_vllms_parts_stand_behind_one_another_in_the_exported_chat_template(chat
     said = base.tokenizer.apply_chat_template(
         talk, chat_template=about["chat_template"], tokenize=False
     )
-    whole = "<system>\nBe brief. <user>\n<v> France\n<v>"
+    whole = "<s><system>\nBe brief. <user>\n<v> France\n<v>"
     assert said == (whole if chat else "Be brief. <v> France\n<v>")
     assert about["add_special_tokens"] is not chat  # a chat template writes those that it wants
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 
 import ptuning
 from ptuning import InputError, Merged, Prompt
@@ -74,8 +74,10 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen2": lambda: _made("Qwen2"),
     "qwen3": lambda: _made("Qwen3", head_dim=16),
     "gpt2": lambda: tiny.model("gpt2", n_positions=1024),
+    "gpt2 narrow": lambda: tiny.model("gpt2", n_positions=1024, n_inner=48),
+    "mistral wide": lambda: _made("Mistral", sliding_window=128, head_dim=8),
 }
-READ_BACK = ["llama", "llama tied", "llama spare rows", "mistral", "qwen2", "gpt2"]
+READ_BACK = ["llama", "llama tied", "llama spare rows", "mistral", "mistral wide", "qwen2", "gpt2"]
 """What transformers reads from GGUF in full; llama.cpp reads the others too."""
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
@@ -155,6 +157,21 @@ def test_virtual_tokens_are_control_tokens_of_the_file(tmp_path: Path) -> None:
     assert told("pre") == "gpt-2" and told("model") == "gpt2"
 
 
+def test_words_that_were_added_and_several_chat_templates_are_in_the_file(tmp_path: Path) -> None:
+    merged = _merged(tiny.model("llama", vocab_size=450))
+    tokenizer = merged.tokenizer
+    tokenizer.add_tokens(["spam"])
+    tokenizer.add_special_tokens({"cls_token": "[CLS]"})
+    tokenizer.chat_template = {"default": CHAT, "tool": "{{ messages }}"}
+    write_gguf(merged, tmp_path / "model.gguf")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    types = fields["tokenizer.ggml.token_type"].contents()
+    ids = tokenizer.convert_tokens_to_ids(["spam", "[CLS]"])
+    assert [types[i] for i in ids] == [gguf.TokenType.USER_DEFINED, gguf.TokenType.CONTROL]
+    assert fields["tokenizer.chat_template"].contents() == CHAT
+    assert fields["tokenizer.chat_template.tool"].contents() == "{{ messages }}"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_matrices_keep_their_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     merged = _merged(tiny.model("llama").to(dtype))
@@ -192,6 +209,18 @@ def test_a_folder_has_the_file_and_what_to_ask(tmp_path: Path) -> None:
             "its rotations are of the kind yarn",
         ),
         (
+            lambda: _made(
+                "Llama",
+                rope_parameters={
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "partial_rotary_factor": 0.5,
+                },
+            ),
+            "or of a part of a head",
+        ),
+        (lambda: tiny.model("llama").double(), "give it in float32, bfloat16 or float16"),
+        (
             lambda: tiny.model("gpt2", scale_attn_by_inverse_layer_idx=True),
             "its scale_attn_by_inverse_layer_idx is True",
         ),
@@ -215,6 +244,18 @@ def test_what_was_not_compared_with_llama_cpp_is_refused(
 def test_other_tokenizers_are_refused(kind: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         write_gguf(_merged(tiny.model("llama"), kind=kind), tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("change", ["normalizer", "ignore_merges"])
+def test_tokenizers_that_llama_cpp_reads_otherwise_are_refused(change: str, tmp_path: Path) -> None:
+    merged = _merged(tiny.model("llama"))
+    backend = merged.tokenizer.backend_tokenizer
+    if change == "normalizer":
+        backend.normalizer = normalizers.Lowercase()
+    else:
+        backend.model.ignore_merges = True
+    with pytest.raises(InputError, match="does not cut text into words as one of the byte-level"):
+        write_gguf(merged, tmp_path / "model.gguf")
 
 
 @contextmanager

@@ -135,6 +135,8 @@ def test_rows_that_a_class_makes_beyond_the_vocabulary_stay_its_last(tmp_path: P
     expected = _attached(model, tokenizer, prompt, ROWS[0])[:, :400]
     got = _logits(loaded, _ids(merged.tokenizer, merged.prompts["one"], ROWS[0]))
     torch.testing.assert_close(got[:, :400], expected, rtol=1e-5, atol=1e-5)
+    images, virtual = got[:, 400:408], got[:, merged.prompts["one"]["virtual_ids"][:1]]
+    torch.testing.assert_close(images, virtual.expand_as(images))  # no more likely to be said
 
 
 def test_a_model_whose_embedding_is_its_head_takes_no_merged_prompt() -> None:
