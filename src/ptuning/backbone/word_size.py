@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base_model import device_of
 from .lookups import vectors_of
 from .tokens import first_free_id
 
@@ -32,11 +31,6 @@ def word_size(embedding: nn.Embedding, tokenizer: Any) -> float:
         return 0.0
     vectors = vectors_of(embedding, words[:: max(1, len(words) // _SAMPLE)])
     return float(vectors.pow(2).mean().sqrt())
-
-
-def where_looked_up(model: nn.Module, embedding: nn.Embedding) -> torch.device:
-    """The device on which ids become vectors, also where the weight is a placeholder."""
-    return device_of(model) if embedding.weight.is_meta else embedding.weight.device
 
 
 def _special(tokenizer: Any) -> set[int]:
