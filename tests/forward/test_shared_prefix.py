@@ -225,3 +225,29 @@ def test_a_member_that_is_not_finite_harms_no_other() -> None:
     assert torch.isnan(losses[0]) and torch.isfinite(losses[1])
     (gradient,) = (p.grad for p in members[1].parameters())
     assert gradient is not None and torch.isfinite(gradient).all() and gradient.any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "amx", "shared"),
+    [
+        (torch.float32, True, True),
+        (torch.bfloat16, False, True),
+        (torch.bfloat16, True, False),
+    ],
+)
+def test_where_a_processor_multiplies_in_tiles_a_head_must_save_twice_as_much(
+    dtype: torch.dtype, amx: bool, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr("ptuning.forward.shared_prefix.cpu_has_amx", lambda: amx)
+    model, tokenizer = tiny.model("llama").to(dtype), tiny.tokenizer()
+    prompt = ptuning.Prompt("[P*8] {country} [MASK]", answer="capital", answer_end=False)
+    renderer = Renderer(tokenizer, prompt, "causal", 128)
+
+    def shares(count: int) -> bool:
+        examples = render_all(renderer, [{"country": "x", "capital": "Ra"}] * count, "training")
+        batch = tiny.batch(model, renderer, examples, [100] * count)
+        return share_openings(model, [batch]) is not None
+
+    assert shares(12) == shared  # 87 tokens of a hundred are saved
+    assert shares(20)
