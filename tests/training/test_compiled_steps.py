@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import ptuning
-from ptuning.forward import attention_products, compiled_on_cpu
+from ptuning.forward import attention_products, compiled_on_cpu, shared_prefix
 from ptuning.forward.compiled_on_cpu import LayersOnCpu
 from ptuning.forward.engine import Engine, Work
 from ptuning.training import loop
@@ -24,6 +24,7 @@ from .test_cuda_graphs import AFTER, FRONT, ROWS, WORDS
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's are in its graphs")
 LONG = [{**row, "text": row["text"] * 2} for row in ROWS]
+LONGER = [{**row, "text": row["text"] * 4} for row in ROWS]  # so that heads pay off there, too
 HALF = torch.bfloat16
 AGREE = "compiled layers: they agree with the layers as they are"
 
@@ -116,13 +117,14 @@ def test_they_give_what_plain_steps_give(
 
 @pytest.mark.parametrize(
     ("options", "kinds"),
-    [({}, 1), ({"template": AFTER}, 1), ({"rows": LONG}, 2), ({"rows": LONG, "dtype": HALF}, 2)],
+    [({}, 1), ({"template": AFTER}, 1), ({"rows": LONG}, 2), ({"rows": LONGER, "dtype": HALF}, 2)],
     ids=["whole rows", "behind kept text", "behind a shared head, and whole rows", "in bfloat16"],
 )
 def test_a_layer_is_compiled_once_for_rows_behind_something_and_once_for_whole_ones(
     options: dict[str, Any], kinds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_products, "cpu_has_amx", lambda: True)
+    for module in (attention_products, shared_prefix):
+        monkeypatch.setattr(module, "cpu_has_amx", lambda: True)
     assert Trained(monkeypatch, "on", **options).kinds == kinds
 
 

@@ -15,34 +15,28 @@ import torch
 from torch import nn
 
 from .. import distributed
-from ..backbone.base_model import BaseModel
-from ..backbone.eight_bits import frozen_format
-from ..backbone.modes import check_free
 from ..data import Rows, as_rows
-from ..data.setting_aside import set_aside
-from ..data.values import plain
 from ..devices import on_cpu_by_default
 from ..errors import InputError
 from ..places import named
 from ..prompts.consistency import check_kind
 from ..prompts.prompt import Prompt
 from ..prompts.task import majority_answer
-from ..rendering.example import answer_column
 from ..rendering.lesson import Lessons
 from . import checkpoint, guidance
 from .calibration import calibrate
-from .checks import check_helpers, check_run, check_some, check_whole
+from .checks import check_helpers
 from .ensemble import best_members
 from .folds import FoldResult, choose, splits
-from .grid import choices, columns_read
+from .grid import columns_read
 from .loop import Loop
-from .members import answers_of, with_examples
+from .members import with_examples
 from .outcome import Outcome, become, figures_together
+from .plan import Plan, planned
 from .progress import Progress, shown
-from .refit import place_of, refit, settled_refit
+from .refit import place_of, refit
 from .result import TrainResult
 from .settings import TrainSettings, with_options
-from .word_noise import settled_noise
 
 _A_STEP = 1e-6
 """Minutes that there always are, less than a step takes: each call comes a step further."""
@@ -111,86 +105,34 @@ def train(
         check_helpers(lessons, listener)
         if resume and output is None:
             raise InputError("resume goes on from checkpoints; give the run's folder as output")
-        draft = prompt.checked()  # a training that fails leaves the prompt as it was
-        rows, aside = as_rows(rows), False
-        check_some(rows)
-        dev = plain(dev)  # a share may be numpy's
-        if isinstance(dev, int | float):
-            check_whole(prompt, rows, answered=lessons is None)
-            read = columns_read(choices(draft, settings, population, grid))
-            answer = answer_column(prompt, rows[0])
-            rows, dev = set_aside(rows, read, answer, dev, settings.seed)
-            aside = bool(dev)
-        dev = as_rows(dev)
-        check_run(prompt, rows, dev, settings, population, grid, answered=lessons is None)
-        settings = settings.for_examples(len(rows))
-        base = BaseModel.of(model, tokenizer)
-        _check_model(base, prompt, settings)
-        _advise(guidance.members_go(len(prompt.members), settings.ensemble), verbose)
-        draft.others, draft.label_bias = (), None
-        if lessons is None:
-            draft.answer = answer_column(prompt, rows[0])
-        chosen = choices(draft, settings, population, grid)
-        prompts, count = [one for _, one, _ in chosen], len(rows) + len(dev)
-        noise = settled_noise(settings, prompts, lessons is not None)
-        goes_on = lessons is None and settled_refit(settings, prompts, count, aside)
-        chosen = [
-            (name, one, replace(how, word_noise=noise, refit=goes_on)) for name, one, how in chosen
-        ]
-        if not dev and not settings.folds:
-            _advise(guidance.without_dev(len(chosen), settings.patience), verbose)
-        learnt = (None, None) if lessons is None else (lessons.training, lessons.dev)
-        variants = with_examples(base, chosen, rows, dev, learnt)
-        answers, dev_answers = answers_of(draft, rows, learnt[0]), answers_of(draft, dev, learnt[1])
+        plan = planned(
+            model,
+            tokenizer,
+            prompt,
+            as_rows(rows),
+            dev,
+            settings,
+            population=population,
+            grid=grid,
+            lessons=lessons,
+        )
+        for advice in plan.advice:
+            _advise(advice, verbose)
         with ExitStack() as showing:
             if listener is None and verbose and distributed.state().is_main_process:
                 listener = showing.enter_context(shown())
             listener = listener or (lambda progress: None)
             place = None if output is None else named(output).absolute()  # whatever chdir does
             showing.enter_context(distributed.locked(place and place / checkpoint.FOLDER))
-            if place is not None and not resume:  # what else a run before has left
-                old = place if settings.folds else place_of(place)
-                distributed.from_main(lambda: checkpoint.delete_all(old))
-            folds: FoldResult | None = None
-            if settings.folds:
-                parts = splits(rows, columns_read(chosen), answers, settings.folds, settings.seed)
-                render = partial(with_examples, base)
-                folds = choose(base, chosen, parts, render, place, resume, listener)
-                variants = with_examples(base, folds.chosen[: settings.ensemble], rows, ())
-            until = folds.epochs if folds else None
-            about = None if lessons is None else lessons.about
-            left = _minutes_left(settings.max_minutes, started)
-            variants = [
-                replace(v, settings=replace(v.settings, max_minutes=left)) for v in variants
-            ]
-            outcome = _learn(Loop(base, variants, place, listener, until, about), resume, folds)
-            _advise(guidance.too_few(len(outcome.kept), settings.ensemble), verbose)
-            outcome.together = figures_together(base, outcome, 2 * settings.batch_size)
-            if goes_on and outcome.complete:
-                left = _minutes_left(settings.max_minutes, started)
-                going = outcome.best_ones
-                outcome.refit, outcome.complete = refit(base, going, place, resume, listener, left)
+            outcome = _outcome(plan, place, resume, listener, started)
+        _advise(guidance.too_few(len(outcome.kept), plan.settings.ensemble), verbose)
+        become(prompt, outcome, plan.base)
+        calibrated = _described(prompt, plan)
         variant, learner = outcome.best_ones[0]
-        majority = majority_answer(answers)
-        become(prompt, outcome, base)
-        prompt.training = {
-            "examples": len(rows),
-            "dev_examples": len(rows if folds else dev),
-            "majority_answer": majority,
-            **prompt.training,
-            **({} if lessons is None else {"teacher": lessons.about}),
-        }
-        calibrated: dict[str, Any] = {}
-        if settings.calibrate != "none":
-            size = 2 * settings.batch_size
-            figures = calibrate(base, prompt, settings.calibrate, rows, dev, size)
-            prompt.training |= {"calibrate": settings.calibrate, **figures}
-            calibrated = {"method": settings.calibrate, **figures}
+        folds = outcome.folds
         best = {**learner.figures(), **(folds.best if folds else {})}
         if not variant.has_start:  # what begins as something good may stay as it is
-            asked = answers if folds else dev_answers
-            right = "right" if lessons is None else "as the teacher says"
-            _advise(guidance.nothing_learnt(learner.history, best, asked, majority, right), verbose)
+            _advise(_nothing_learnt(plan, learner.history, best), verbose)
         return TrainResult(
             history=learner.history,
             best=best,
@@ -206,14 +148,35 @@ def train(
         )
 
 
-def _check_model(base: BaseModel, prompt: Prompt, settings: TrainSettings) -> None:
-    """Refuse a model that is not the prompt's, that is in use, or that cannot be trained along."""
-    if prompt.base_model:
-        base.check_same(prompt.base_model)
-    check_free(base.model, settings.tune_model)
-    quantized = getattr(base.model, "is_quantized", False) or frozen_format(base.model)
-    if settings.tune_model and quantized:
-        raise InputError("tune_model needs the base model's own weights; load it unquantized")
+def _outcome(
+    plan: Plan,
+    place: Path | None,
+    resume: bool,
+    listener: Callable[[Progress], None],
+    started: float,
+) -> Outcome:
+    """Train what is planned: folds where they choose, then the members, then on with all rows."""
+    base, settings, variants = plan.base, plan.settings, plan.variants
+    if place is not None and not resume:  # what else a run before has left
+        old = place if settings.folds else place_of(place)
+        distributed.from_main(lambda: checkpoint.delete_all(old))
+    folds: FoldResult | None = None
+    if settings.folds:
+        read = columns_read(plan.chosen)
+        parts = splits(plan.rows, read, plan.answers, settings.folds, settings.seed)
+        render = partial(with_examples, base)
+        folds = choose(base, plan.chosen, parts, render, place, resume, listener)
+        variants = with_examples(base, folds.chosen[: settings.ensemble], plan.rows, ())
+    left = _minutes_left(settings.max_minutes, started)
+    variants = [replace(v, settings=replace(v.settings, max_minutes=left)) for v in variants]
+    until = folds.epochs if folds else None
+    outcome = _learn(Loop(base, variants, place, listener, until, plan.about), resume, folds)
+    outcome.together = figures_together(base, outcome, 2 * settings.batch_size)
+    if plan.goes_on and outcome.complete:
+        left = _minutes_left(settings.max_minutes, started)
+        going = outcome.best_ones
+        outcome.refit, outcome.complete = refit(base, going, place, resume, listener, left)
+    return outcome
 
 
 def _learn(loop: Loop, resume: bool, folds: FoldResult | None) -> Outcome:
@@ -221,6 +184,35 @@ def _learn(loop: Loop, resume: bool, folds: FoldResult | None) -> Outcome:
     learners = loop.train(resume)
     kept = best_members(learners, loop.settings.ensemble)
     return Outcome(loop.variants, learners, kept, folds, complete=not loop.stopped)
+
+
+def _described(prompt: Prompt, plan: Plan) -> dict[str, Any]:
+    """The prompt says what it was trained on, and gets its label bias; what `TrainResult` tells of
+    that."""
+    settings, dev = plan.settings, plan.rows if plan.settings.folds else plan.dev
+    prompt.training = {
+        "examples": len(plan.rows),
+        "dev_examples": len(dev),
+        "majority_answer": majority_answer(plan.answers),
+        **prompt.training,
+        **({} if plan.about is None else {"teacher": plan.about}),
+    }
+    if settings.calibrate == "none":
+        return {}
+    size = 2 * settings.batch_size
+    figures = calibrate(plan.base, prompt, settings.calibrate, plan.rows, plan.dev, size)
+    prompt.training |= {"calibrate": settings.calibrate, **figures}
+    return {"method": settings.calibrate, **figures}
+
+
+def _nothing_learnt(
+    plan: Plan, history: list[dict[str, float]], best: dict[str, Any]
+) -> str | None:
+    """What to try where a training has learnt nothing."""
+    asked = plan.answers if plan.settings.folds else plan.dev_answers
+    right = "right" if plan.about is None else "as the teacher says"
+    majority = majority_answer(plan.answers)
+    return guidance.nothing_learnt(history, best, asked, majority, right)
 
 
 def _minutes_left(given: float | None, started: float) -> float | None:
