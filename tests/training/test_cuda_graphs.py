@@ -221,7 +221,7 @@ def test_compilation_is_weighed_against_the_steps_to_come() -> None:
     assert not made(auto._replace(setting="off"))
     one = Work("on", tokens=100.0, steps=1, seconds=1.0)
     assert made(one) and not compiled.layers_worth_it(torch.compile(model), one)
-    with pytest.raises(InputError, match="compile is 'always'; expected auto, on or off"):
+    with pytest.raises(InputError, match="compile is 'always'; expected one of auto, on, off"):
         replace(ptuning.TrainSettings(), compile="always")
 
 
@@ -472,7 +472,7 @@ def test_what_cannot_be_captured_is_named() -> None:
     model = tiny.model()
     model.gradient_checkpointing_enable()
     assert "checkpointing" in str(obstacle(model, accelerator))
-    with pytest.raises(InputError, match="graphs is 'always'; expected auto or off"):
+    with pytest.raises(InputError, match="graphs is 'always'; expected one of auto, off"):
         replace(ptuning.TrainSettings(), graphs="always")
 
 

@@ -19,7 +19,15 @@ _ONE_OF = {
     "choose_by": ("accuracy", "loss"),
     "init": ("encoder", "words", "labels", "examples"),
     "calibrate": ("none", "context", "batch", "dev"),
+    "mixed_precision": ("no", "bf16", "fp16"),
+    "graphs": ("auto", "off"),
+    "compile": ("auto", "on", "off"),
 }
+_COUNTS = ("epochs", "batch_size", "gradient_accumulation", "ensemble")
+_NONE_OR = {"folds": (2, "for none"), "patience": (1, "to never stop")}
+"""Counts from so many on, and what 0 means."""
+_ABOVE_0 = ("learning_rate", "max_grad_norm", "model_learning_rate", "max_minutes")
+_FROM_0 = ("weight_decay", "checkpoint_seconds", "word_noise")
 CHANGE_NO_RESULT = (
     *("tracker", "checkpoint_seconds", "max_minutes", "prefix_cache", "graphs", "compile"),
 )
@@ -150,49 +158,14 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for setting in fields(self):  # numpy's numbers, which no run file takes
-            name, value = setting.name, plain(getattr(self, setting.name))
-            object.__setattr__(self, name, value)
-            if value is None and setting.default is not None:
-                raise InputError(f"{name} is None; give a value, or leave it out")
-            if isinstance(setting.default, bool) and not isinstance(value, bool):
-                raise InputError(f"{name} is {value!r}; expected True or False")
-        for name in ("epochs", "batch_size", "gradient_accumulation", "ensemble"):
-            at_least_one(name, getattr(self, name))
-        _none_or("folds", self.folds, 2, "for none")
-        _none_or("patience", self.patience, 1, "to never stop")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise InputError(f"seed is {self.seed!r}; give a whole number")
-        if abs(self.seed) > _MOST_SEED:
-            raise InputError(f"seed is {self.seed}; give at most {_MOST_SEED:,}")
-        if self.refit is not None and not isinstance(self.refit, bool):
-            raise InputError(f"refit is {self.refit!r}; expected True or False")
-        for name in ("learning_rate", "max_grad_norm", "model_learning_rate", "max_minutes"):
-            value = getattr(self, name)
-            if value is not None and not (_is_number(value) and value > 0):
-                raise InputError(f"{name} is {value!r}; give a number above 0")
-        for name in ("weight_decay", "checkpoint_seconds", "word_noise"):
-            value = getattr(self, name)
-            if value is None and name == "word_noise":
-                continue
-            if not (_is_number(value) and value >= 0):
-                raise InputError(f"{name} is {value!r}; give a number from 0 on")
-        if not (_is_number(self.warmup) and 0 <= self.warmup < 1):
-            raise InputError(f"warmup is {self.warmup!r}; give the fraction of all steps, 0 to 1")
-        for name, known in _ONE_OF.items():
-            value = getattr(self, name)
-            if value not in known and not (name == "init" and value is None):
-                raise InputError(f"{name} is {value!r}; expected one of {known}")
-        if self.mixed_precision not in ("no", "bf16", "fp16"):
-            raise InputError(
-                f"mixed_precision is {self.mixed_precision!r}; expected no, bf16 or fp16"
-            )
-
+            value = plain(getattr(self, setting.name))
+            object.__setattr__(self, setting.name, value)
+            if value is not None:
+                _check(setting.name, value, setting.default)
+            elif setting.default is not None:
+                raise InputError(f"{setting.name} is None; give a value, or leave it out")
         if self.prefix_cache not in ("auto", "off"):
             parse_size(self.prefix_cache)
-        if self.graphs not in ("auto", "off"):
-            raise InputError(f"graphs is {self.graphs!r}; expected auto or off")
-        if self.compile not in ("auto", "on", "off"):
-            raise InputError(f"compile is {self.compile!r}; expected auto, on or off")
 
     @property
     def prefix_bytes(self) -> int | None:
@@ -258,12 +231,33 @@ def with_options(settings: TrainSettings, options: dict[str, Any]) -> TrainSetti
     return replace(settings, **options)
 
 
-def _none_or(name: str, value: int | None, least: int, zero: str) -> None:
-    """Refuse a count that is neither 0, whose meaning `zero` says, nor of at least so many."""
+def _check(name: str, value: Any, default: Any) -> None:
+    """Refuse what a setting cannot be."""
     whole = isinstance(value, int) and not isinstance(value, bool)
-    if value is not None and (not whole or (value != 0 and value < least)):
-        raise InputError(f"{name} is {value!r}; give at least {least}, or 0 {zero}")
-    at_least_one(name, value or None)
+    if isinstance(default, bool) or name == "refit":
+        fits, wanted = isinstance(value, bool), "expected True or False"
+    elif name in _ONE_OF:
+        fits, wanted = value in _ONE_OF[name], f"expected one of {', '.join(_ONE_OF[name])}"
+    elif name in _ABOVE_0:
+        fits, wanted = _is_number(value) and value > 0, "give a number above 0"
+    elif name in _FROM_0:
+        fits, wanted = _is_number(value) and value >= 0, "give a number from 0 on"
+    elif name == "warmup":
+        fits = _is_number(value) and 0 <= value < 1
+        wanted = "give the fraction of all steps, 0 to 1"
+    elif name == "seed":
+        fits = whole and abs(value) <= _MOST_SEED
+        wanted = f"give a whole number, at most {_MOST_SEED:,}"
+    elif name in _NONE_OR:
+        least, zero = _NONE_OR[name]
+        fits = whole and (value == 0 or value >= least)
+        wanted = f"give at least {least}, or 0 {zero}"
+    else:
+        fits, wanted = True, ""
+    if not fits:
+        raise InputError(f"{name} is {value!r}; {wanted}")
+    if name in _COUNTS or (name in _NONE_OR and value):
+        at_least_one(name, value)
 
 
 def _is_number(value: object) -> bool:
