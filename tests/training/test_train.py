@@ -8,7 +8,9 @@ import os
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -371,6 +373,33 @@ def test_resume_names_what_differs(model: Any, tokenizer: Any, tmp_path: Path) -
         train(model, tokenizer, begun, ROWS, **common)
     with pytest.raises(InputError, match="template differs"):
         train(model, tokenizer, Prompt("[P*5] {country} [MASK]", answer="capital"), ROWS, **common)
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [({}, True), ({"encoder": "none"}, False), ({"encoder_hidden_size": 16}, False)],
+)
+def test_a_run_whose_network_was_as_wide_as_a_wide_model_cannot_go_on(
+    model: Any,
+    tokenizer: Any,
+    changes: dict[str, Any],
+    refused: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As those of older releases: by default a network has a limit now."""
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 3:
+            raise Stopped
+
+    run = partial(train, model, tokenizer, rows=ROWS, output=tmp_path, epochs=2, batch_size=2)
+    with pytest.raises(Stopped):
+        run(prompt_for(**changes), checkpoint_seconds=0, listener=stop)
+    monkeypatch.setattr("ptuning.training.checkpoint.WIDEST", 8)
+    expected = pytest.raises(InputError, match="the width of encoders differs")
+    with expected if refused else nullcontext():
+        run(prompt_for(**changes), resume=True)
 
 
 def test_a_checkpoint_that_is_not_whole_is_skipped(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from ..errors import InputError, PromptFileError, PtuningError
 from . import peft_files, prompt_files
 from .consistency import check_alike, check_vectors
 from .encoder_config import CONFIG_NAME, PromptEncoderConfig, PromptEncoderReparameterizationType
+from .encoder_width import hidden_size
 from .from_table import ENCODER, from_table
 from .label_names import as_verbalizer
 from .prompt_settings import PromptSettings
@@ -167,15 +168,14 @@ class Prompt(PromptSettings):
     def encoder_config(self, token_dim: int) -> PromptEncoderConfig:
         """The configuration of this prompt's encoder for an embedding of width `token_dim`."""
         kind = PromptEncoderReparameterizationType(self.encoder.upper())
-        count = self.num_virtual_tokens or 1
-        usual = {"LSTM": token_dim // 2, "RESIDUAL": token_dim // 2, "MIXTURE": max(128, count)}
+        usual = hidden_size(kind, token_dim, self.num_virtual_tokens, self.encoder_weights)
         return PromptEncoderConfig(
             num_virtual_tokens=self.num_virtual_tokens,
             token_dim=token_dim,
             num_transformer_submodules=1,
             base_model_name_or_path=self.base_model.get("name"),
             encoder_reparameterization_type=kind,
-            encoder_hidden_size=self.encoder_hidden_size or max(1, usual.get(kind, token_dim)),
+            encoder_hidden_size=self.encoder_hidden_size or usual,
             encoder_num_layers=self.encoder_num_layers,
             encoder_dropout=self.encoder_dropout,
         )

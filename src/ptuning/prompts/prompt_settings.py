@@ -36,9 +36,9 @@ class PromptSettings(Task):
             themselves), ``residual`` (themselves plus a small network of them), or ``mixture``
             (learned mixtures of the vocabulary's vectors). A template that is made for a table has
             ``none``.
-        encoder_hidden_size: width of the encoder; by default the embedding's (half of it for LSTM,
-            so that both directions together are as wide, and for residual); of a mixture the number
-            of words, by default 128.
+        encoder_hidden_size: width of the encoder; by default the embedding's, but at most 1,024
+            (half of it for LSTM, so that both directions together are as wide, and for residual);
+            of a mixture the number of words, by default 128.
         encoder_num_layers: LSTM layers.
         encoder_dropout: dropout between LSTM layers.
 

@@ -24,7 +24,9 @@ from .. import distributed, formats, storage
 from ..backbone.base_model import BaseModel
 from ..backbone.eight_bits import frozen_format
 from ..backbone.identity import sample_of
+from ..backbone.lookups import input_embedding
 from ..errors import InputError, PromptFileError
+from ..prompts.encoder_width import WIDEST
 from .grid import Variant
 from .settings import CHANGE_NO_RESULT, LATER
 
@@ -165,6 +167,10 @@ def identity_of(
     units = [variant.unit for variant in variants]
     if set(units) != {1.0}:  # older releases know none
         chosen["the size of words' vectors"] = units
+    if input_embedding(base.model).embedding_dim > WIDEST:  # older releases know no limit
+        by_default = [v.prompt for v in variants if v.prompt.encoder_hidden_size is None]
+        if any(prompt.encoder in ("mlp", "lstm", "residual") for prompt in by_default):
+            chosen["the width of encoders"] = WIDEST
     others = {variant.prompt.template: variant for variant in variants}
     del others[first.prompt.template]
     if others:  # which may name other columns
