@@ -12,7 +12,7 @@ from ptuning.cli import run_files
 
 def read(path: Path, text: str | bytes) -> dict[str, Any]:
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    names = ("model", "template", "labels", "chat", "epochs")
+    names = ("model", "template", "labels", "chat", "epochs", "max_length")
     params = [SimpleNamespace(name=name, is_flag=name == "chat") for name in names]
     command = SimpleNamespace(params=params)
     context: Any = SimpleNamespace(command=command, default_map=None)
@@ -42,6 +42,25 @@ def test_a_byte_order_mark_is_no_part_of_the_first_option(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "true_label",
+        "False or not? {x} [MASK]",
+        "wait\x85{x}",
+        "a\u2028b",
+        "yes",
+        "010",
+        " a\n b ",
+        "~",
+    ],
+)
+def test_text_is_read_as_it_was_written(text: str, tmp_path: Path) -> None:
+    settings = {"template": text, "labels": {text: [text], "no": ["No"]}, "epochs": 3}
+    (tmp_path / "run.yaml").write_bytes(run_files.as_yaml(settings))
+    assert run_files.read(tmp_path / "run.yaml") == settings
+
+
+@pytest.mark.parametrize(
     ("text", "fault"),
     [
         ("model: &a x\ntemplate: *a", "an alias"),
@@ -49,6 +68,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_option(tmp_path: Path) -> Non
         ("model: [" + "a," * 110_000 + "]", "100,000 values"),
         ("model: a\nmodel: b", "'model' stands there twice"),
         ("labels: {a: b, a: c}", "'a' stands there twice"),
+        ("max-length: 1\nmax_length: 2", "'max_length' stands there twice"),
         ("? [a]\n: b", "a key that is a list"),
         ("- a", "must be a list of 'option: value' lines"),
         ("", "must be a list of 'option: value' lines"),

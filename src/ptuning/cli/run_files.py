@@ -38,6 +38,8 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
         if name not in names:
             known = ", ".join(sorted(n for n in names if n))
             raise InputError(f"run file {path}: unknown option {key!r}; there are {known}")
+        if name in defaults:  # `dev-share` beside `dev_share`
+            raise InputError(f"run file {path}: {key!r} stands there twice; keep one of them")
         if value is not None:
             flag = isinstance(value, bool) and getattr(names[name], "is_flag", False)
             defaults[name] = value if flag else _as_option(name, value)
@@ -58,7 +60,7 @@ class _Scalars(yaml.SafeLoader):
 
 
 _Scalars.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF")
+    "tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)\Z"), list("tTfF")
 )
 
 
@@ -143,7 +145,19 @@ def settings_of(context: typer.Context) -> dict[str, Any]:
 
 def as_yaml(settings: dict[str, Any]) -> bytes:
     """A run file's text."""
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode()
+    return yaml.dump(settings, Dumper=_Writer, sort_keys=False, allow_unicode=True).encode()
+
+
+class _Writer(yaml.SafeDumper):
+    """Writes U+0085 as an escape: PyYAML reads it as a line's end, also inside of quotes."""
+
+
+def _write_text(writer: _Writer, text: str) -> yaml.Node:
+    style = '"' if "\x85" in text else None
+    return writer.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Writer.add_representer(str, _write_text)
 
 
 def parse_labels(text: str | None) -> dict[str, list[str]] | None:
