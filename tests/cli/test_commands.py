@@ -178,6 +178,29 @@ def test_training_goes_on_from_a_saved_prompt(train: Run, here: Path) -> None:
     assert json.loads(Path("longer/prompt.json").read_text())["num_virtual_tokens"] == 9
 
 
+@pytest.mark.usefixtures("on_cpu")
+def test_a_training_from_a_saved_prompt_is_resumed_and_repeated_with_what_that_prompt_has(
+    train: Run, run: Run, ctrl_c_after: Callable[[int | None], None]
+) -> None:
+    train("--no-answer-end", output="first", encoder="lstm", max_length=30)
+    begun = {"init_from": "first", "template": None, "answer": None}
+    code, _, err = train(**begun, output="whole")
+    assert code == 0, err
+    ctrl_c_after(1)
+    assert train(**begun)[0] == 130
+    ctrl_c_after(None)
+    for command in (("--resume",), ("--config", "whole/run.yaml")):
+        code, _, err = run("train", "--output", "out", *command)
+        assert code == 0, err
+        whole, again = Prompt.load("whole"), Prompt.load("out")
+        assert again.settings() == whole.settings() == Prompt.load("first").settings()
+        assert torch.equal(whole.trained_vectors(), again.trained_vectors())
+        shutil.rmtree("out")
+    options = ("--output", "longer", "--template", "[P*9] {country} [MASK]")
+    code, _, err = run("train", "--config", "whole/run.yaml", *options)
+    assert code == 0, err
+
+
 def test_json_goes_to_stdout_alone(train: Run) -> None:
     code, out, _ = train("--json")
     assert code == 0 and json.loads(out)["best"]["epoch"] == 2

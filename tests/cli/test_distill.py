@@ -87,6 +87,21 @@ def test_a_run_that_was_stopped_goes_on(
     assert not (folder / "out/checkpoints").exists()
 
 
+def test_a_distillation_from_a_saved_prompt_is_repeated_with_what_that_prompt_has(
+    run: Run, folder: Path, model_folder: Path, on_cpu: None
+) -> None:
+    first = options(folder, model_folder, encoder="lstm", output=folder / "first")
+    begun = options(folder, model_folder, template=None, labels=None, init_from=folder / "first")
+    begun = [part for part in begun if part not in ("--template", "--labels")]
+    again = ["--config", folder / "out/run.yaml", "--output", folder / "again"]
+    for chosen in (first, begun, again):
+        code, _, err = run("distill", *chosen)
+        assert code == 0, err
+    out, again_out = (ptuning.Prompt.load(folder / name) for name in ("out", "again"))
+    assert out.settings() == again_out.settings() and out.encoder == "lstm"
+    assert out.trained_vectors().equal(again_out.trained_vectors())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

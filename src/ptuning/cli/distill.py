@@ -29,7 +29,7 @@ from .options import (
     Separator,
 )
 from .recorded import recorded
-from .train import grid_of, is_open, prompt_of
+from .train import found, grid_of, is_open, prompt_of
 
 if TYPE_CHECKING:
     from ..inference.agreement import Agreement
@@ -152,7 +152,8 @@ def distill(
         base, tokenizer = load_model(model, dtype=dtype, frozen=frozen)
         count = len(tokenizer(text, verbose=False)["input_ids"])
         console.say(f"the teacher ({count:,} tokens) reads {len(rows) + len(dev_rows)} texts")
-        run_file = run_files.as_yaml({**run_files.settings_of(context), "dtype": dtype})
+        begun = found(learner, prompt, init_from)
+        run_file = run_files.as_yaml({**run_files.settings_of(context), **begun, "dtype": dtype})
         with recorded(output, run_file, overwrite, "distill") as listener:
             result = distill_prompt(
                 base,

@@ -147,7 +147,7 @@ def train(
         chosen = {
             **{"dev_share": dev_share, "dtype": dtype},
             **{"word_noise": settled_noise(how, members)},
-            **_found(trained, prompt, init_from),
+            **found(trained, prompt, init_from),
         }
         run_file = run_files.as_yaml({**run_files.settings_of(context), **chosen})
         with recorded(output, run_file, overwrite) as listener:
@@ -250,11 +250,14 @@ def prompt_of(
     return prompt
 
 
-def _found(trained: Prompt, chosen: dict[str, Any], start_folder: Path | None) -> dict[str, Any]:
-    """What was found for the user, as a run file's options."""
-    if start_folder is not None:
-        return {}
+def found(trained: Prompt, chosen: dict[str, Any], start_folder: Path | None) -> dict[str, Any]:
+    """What was found for the user, or is a saved prompt's, as a run file's options: what stands
+    there is given, also where it is a default."""
     labels = {label: list(words) for label, words in trained.labels.items()} or None
+    if start_folder is not None:
+        begun = {name: getattr(trained, field) for name, field in OF_PROMPT.options().items()}
+        # A count would contradict another template.
+        return {**begun, "labels": labels, "num_virtual_tokens": chosen["num_virtual_tokens"]}
     given = labels if chosen["verbalizer"] in (None, AUTO) else chosen["verbalizer"]
     made = {"template": trained.template, "answer": trained.answer, "labels": given}
     return {**made, "encoder": trained.encoder}
