@@ -197,3 +197,9 @@ def test_a_file_and_a_share_that_choose_exclude_each_other(train: Run) -> None:
     code, _, err = train(*more)  # what a run file says gives way
     assert code == 0, err
     assert yaml.safe_load(Path("out/run.yaml").read_text())["dev_share"] == 0
+    more = ("--config", "out/run.yaml", "--dev-share", "0.3", "--overwrite")
+    code, _, err = train(*more)
+    assert code == 0, err
+    settings = yaml.safe_load(Path("out/run.yaml").read_text())
+    assert settings["dev"] is None and settings["dev_share"] == 0.3
+    assert Prompt.load("out").training["dev_examples"] == 9

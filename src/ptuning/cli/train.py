@@ -117,14 +117,13 @@ def train(
             console.say(f"{output} holds a finished run; there is nothing to resume")
             return
         grid = grid_of(population_grid, context.args)
+        if dev and dev_share:
+            dev, dev_share = _that_chooses(context, dev, dev_share)
         rows = read_examples(data, separator)
         dev_rows = read_examples(dev, separator) if dev else []
         made = init_from is None and prompt["template"] in (None, AUTO)
         trained = prompt_of(context, prompt, init_from, rows, dev_rows)
         columns = columns_of(rows, trained.answer, dev=dev_rows) if made else None
-        if dev and dev_share:
-            _check_not_both_typed(context)
-            dev_share = 0.0
         if dev_share is None:
             dev_share = usual_share(len(rows)) if made and not (dev or how.folds) else 0.0
         if dev_share:
@@ -145,7 +144,7 @@ def train(
                 console.say(line)
         # The chosen format is the run's, on whatever machine it goes on.
         chosen = {
-            **{"dev_share": dev_share, "dtype": dtype},
+            **{"dev": dev, "dev_share": dev_share, "dtype": dtype},
             **{"word_noise": settled_noise(how, members)},
             **found(trained, prompt, init_from),
         }
@@ -178,13 +177,19 @@ def train(
         distributed.from_main(end)
 
 
-def _check_not_both_typed(context: typer.Context) -> None:
-    """A run file's --dev-share gives way to --dev; typed beside it, it is a mistake."""
+def _that_chooses(context: typer.Context, dev: str, share: float) -> tuple[str | None, float]:
+    """Of --dev and --dev-share the one that is typed; of a run file's two --dev.
+
+    Raises:
+        InputError: both are typed.
+    """
     sources = [context.get_parameter_source(name) for name in ("dev", "dev_share")]
-    if all(getattr(source, "name", None) == "COMMANDLINE" for source in sources):
+    typed = [getattr(source, "name", None) == "COMMANDLINE" for source in sources]
+    if all(typed):
         raise InputError(
             "--dev and --dev-share exclude each other: either a file chooses, or a share of --data"
         )
+    return (None, share) if typed[1] else (dev, 0.0)
 
 
 def _format_of(how: TrainSettings) -> tuple[str, str] | None:
