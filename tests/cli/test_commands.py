@@ -338,6 +338,15 @@ def test_a_folder_with_other_files_is_not_used_unasked(train: Run, here: Path) -
     assert (here / "out/notes.txt").read_text() == "precious"
 
 
+@pytest.mark.parametrize("damaged", ["{", "[]", '{"base_model": null}'])
+def test_a_damaged_prompt_can_be_replaced(train: Run, here: Path, damaged: str) -> None:
+    (here / "out").mkdir()
+    (here / "out/prompt.json").write_text(damaged)
+    code, _, err = train("--overwrite")
+    assert code == 0, err
+    assert Prompt.load("out").template == TEMPLATE
+
+
 TEMPLATES = [
     ("[P*3] {contry} [MASK]", ["'contry'", "'country'"]),
     ("[P*3] {country} [MASK] [MASK]", ["column 24", "second [MASK]"]),

@@ -114,3 +114,9 @@ def test_the_command_line_saves_prompt_and_model(
     assert code == 0 and '"accuracy": 1.0' in said, err
     code, said, err = run("evaluate", out, "--data", rows, "--model", model_folder, "--json")
     assert code == 0 and '"accuracy": 1.0' not in said, err
+    code, _, err = run(
+        "train", "--model", out / "model", "--data", rows, "--output", out, "--overwrite",
+        "--template", "[P*2] {country} [P] [MASK]", "--answer", "capital", "--epochs", 1,
+    )  # fmt: skip
+    assert code == 2 and "this run would replace it; choose another --output" in err
+    assert (out / "model/config.json").is_file()

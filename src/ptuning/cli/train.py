@@ -113,7 +113,9 @@ def train(
     with distributed.together(), distributed.locked(output):
         console.speak_if(distributed.state().is_main_process)
         how = TrainSettings(**settings)
-        if not distributed.from_main(lambda: is_open(output, resume, overwrite, how.tune_model)):
+        if not distributed.from_main(
+            lambda: is_open(output, resume, overwrite, model, how.tune_model)
+        ):
             console.say(f"{output} holds a finished run; there is nothing to resume")
             return
         grid = grid_of(population_grid, context.args)
@@ -201,8 +203,12 @@ def _format_of(how: TrainSettings) -> tuple[str, str] | None:
     return None
 
 
-def is_open(output: Path, resume: bool, overwrite: bool, tune_model: bool = False) -> bool:
-    """There is a run to begin or to go on with; raises where --output is not for this one."""
+def is_open(
+    output: Path, resume: bool, overwrite: bool, name: str, tune_model: bool = False
+) -> bool:
+    """There is a run to begin or to go on with; raises where --output is not for this one, of the
+    model `name`."""
+    from ..places import real
     from ..storage import settle
     from ..training import checkpoint
 
@@ -214,8 +220,13 @@ def is_open(output: Path, resume: bool, overwrite: bool, tune_model: bool = Fals
         return False
     if not overwrite and not resume:
         run_folder.check_free(output)
-    model = output / training_report.MODEL
-    if tune_model and model.exists() and not training_report.made_model(output):
+    model, made = output / training_report.MODEL, training_report.made_model(output)
+    if made and not tune_model and real(name) == real(model):
+        raise InputError(
+            f"--model {name} is an earlier run's, and this run would replace it; choose another "
+            "--output"
+        )
+    if tune_model and model.exists() and not made:
         raise InputError(
             f"{model} was made by no run, and --tune-model saves the model there; choose another "
             "--output"

@@ -71,8 +71,10 @@ def made_model(output: Path) -> bool:
     from ..formats import read_json
 
     try:
-        about = read_json(output / "prompt.json").get("base_model", {})
+        about = read_json(output / "prompt.json").get("base_model")
     except PromptFileError:
+        return False
+    if not isinstance(about, dict):
         return False
     # Older releases name the whole path.
     return about.get("folder") == MODEL or about.get("name") == str((output / MODEL).resolve())
