@@ -172,6 +172,15 @@ def test_half_a_surrogate_pair_in_another_column_costs_nothing(predict: Predict)
         assert (row["note"], row["x"]) == ("\ud800", None) and "prediction" in row
 
 
+def test_what_is_printed_is_what_a_file_has(predict: Predict) -> None:
+    values = {"b": [b"a\xff"], "l": [[1.0, float("nan")]], "country": ["\u202eFrance"]}
+    pyarrow.parquet.write_table(pyarrow.table(values), "in.parquet")
+    printed = predict(None, data="in.parquet")[1]
+    assert predict("out.jsonl", data="in.parquet")[0] == 0
+    row = json.loads(printed)
+    assert row == json.loads(Path("out.jsonl").read_text()) and row["b"] == "a\\xff"
+
+
 def test_rows_are_printed_and_written_to_pipes(predict: Predict) -> None:
     code, out, err = predict(None)
     assert code == 0, err

@@ -203,6 +203,7 @@ def test_malformed_json_lines_name_the_line(
     ("text", "place"),
     [
         ('[{"a": 1},\n {"a": 2},\n {"a": }]', "line 3: malformed JSON"),
+        ('[{"a": 1},\n {"a": 2},\n {"a": }]\n\n\n', "line 3: malformed JSON"),
         ('[{"a": 1}', "line 1: malformed JSON"),
         ('[\n{"a": 1},\n{"a":\nx}' + ', {"b": "c"}' * 9 + "]", "line 4: malformed JSON"),
         ('[{"a": 1}, 2]', "element 2: int where an object"),

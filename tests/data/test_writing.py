@@ -45,6 +45,14 @@ def test_separated_values_have_every_column_and_json_where_there_is_no_text(
     ]  # fmt: skip
 
 
+def test_json_in_a_cell_has_null_for_numbers_that_json_does_not_have(tmp_path: Path) -> None:
+    rows: list[Row] = [{"l": [1, float("nan"), {"x": float("inf")}]}, {"l": "text"}]
+    write_separated(tmp_path / "out.csv", rows, ["l"], ",")
+    write_parquet(tmp_path / "out.parquet", lambda: iter(rows), ["l"])
+    for name in ("out.csv", "out.parquet"):
+        assert read_examples(tmp_path / name)[0]["l"] == '[1, null, {"x": null}]'
+
+
 @pytest.mark.parametrize("kind", [".csv", ".tsv"])
 def test_separated_values_are_read_back_whatever_their_texts_hold(
     tmp_path: Path, kind: str

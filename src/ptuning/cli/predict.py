@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
 from collections import deque
@@ -182,7 +183,7 @@ def _columns(made: Prediction) -> dict[str, Any]:
 def _print(device: Path | None, blocks: Iterator[list[dict[str, Any]]]) -> None:
     """Rows as JSON lines on stdout, or into a device or pipe."""
     from ..data.partial import refused
-    from ..data.writing import finite, json_line
+    from ..data.writing import json_line
 
     if device is not None:
         with refused(device), open(device, "wb") as file:
@@ -193,7 +194,7 @@ def _print(device: Path | None, blocks: Iterator[list[dict[str, Any]]]) -> None:
     try:
         for block in blocks:
             for row in block:
-                console.print_json(finite(row), indent=None)
+                console.print_json(json.loads(json_line(row)), indent=None)
             sys.stdout.flush()
     except BrokenPipeError:  # such as head, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -93,10 +93,9 @@ class _Pieces:
                 return value, length
             except (ValueError, RecursionError) as error:
                 pending = len(self._text) - self._at
+                behind = getattr(error, "pos", self._at) - self._at  # before the text is cut
                 if not self._cut_off(error) or not self._more(max(_CHUNK, pending)):
-                    line = self._line + self._text.count("\n", 0, self._at)
-                    behind = getattr(error, "pos", self._at)
-                    line += self._text.count("\n", self._at, behind)
+                    line = self._line + self._text.count("\n", 0, self._at + behind)
                     raise _malformed(self._path, line, error) from error
                 if pending > LONGEST_ROW:
                     raise self.fault(

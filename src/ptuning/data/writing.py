@@ -22,16 +22,7 @@ Rereadable = Callable[[], Iterator[Row]]
 
 def json_line(row: Row) -> bytes:
     """A row as a line of JSON; half a surrogate pair as its escape, which JSON has for it."""
-    try:
-        text = json.dumps(row, ensure_ascii=False, allow_nan=False, default=_as_json)
-    except ValueError:  # a number that JSON does not have
-        text = json.dumps(
-            finite(row),
-            ensure_ascii=False,
-            allow_nan=False,
-            default=lambda value: finite(_as_json(value)),
-        )
-    return text.encode("utf-8", "backslashreplace") + b"\n"
+    return _json(row).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def convert(
@@ -202,6 +193,18 @@ def _clean(value: Any) -> Any:
     return plain(value)
 
 
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_as_json)
+    except ValueError:  # a number that JSON does not have
+        return json.dumps(
+            finite(value),
+            ensure_ascii=False,
+            allow_nan=False,
+            default=lambda inner: finite(_as_json(inner)),
+        )
+
+
 def finite(value: Any) -> Any:
     """A value with null for NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
@@ -218,7 +221,7 @@ def _cell(value: Any) -> str:
     if is_missing(value):
         return ""
     if isinstance(value, bool | dict | list | tuple):
-        return _clean(json.dumps(value, ensure_ascii=False, default=_as_json))
+        return _clean(_json(value))
     return str(_as_json(value))
 
 
