@@ -273,6 +273,24 @@ def test_resume_begins_a_run_that_was_stopped_before_its_first_checkpoint(
     assert torch.equal(whole.trained_vectors(), resumed.trained_vectors())
 
 
+@pytest.mark.parametrize("at_first", [True, False])
+def test_a_run_that_was_stopped_at_once_is_not_taken_for_the_one_that_it_replaces(
+    train: Run,
+    ctrl_c_after: Callable[[int | None], None],
+    monkeypatch: pytest.MonkeyPatch,
+    at_first: bool,
+) -> None:
+    ctrl_c_after(1)
+    assert train(seed=1)[0] == 130
+    ctrl_c_after(1)
+    if at_first:
+        monkeypatch.setattr("ptuning.cli.run_folder.begin", Mock(side_effect=KeyboardInterrupt))
+    code, _, err = train("--overwrite", seed=2)
+    assert code == 130
+    last = err.splitlines()[-1]
+    assert ("begin again" in last, "--resume" in last) == (at_first, not at_first)
+
+
 @pytest.mark.usefixtures("on_cpu")
 def test_a_run_of_an_older_release_goes_on_without_noise_on_words(
     run: Run, here: Path, ctrl_c_after: Callable[[int | None], None], model_folder: Path

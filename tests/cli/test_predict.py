@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pandas
 import pyarrow
@@ -118,6 +119,16 @@ def test_a_run_with_another_prompt_or_option_does_not_go_on_with_it(
     assert_one_line(err, "has changed since")
     assert predict("out.jsonl", "--overwrite")[0] == 0
     assert len(read_examples("out.jsonl")) == 100 and not list(Path().glob("*.partial"))
+
+
+def test_a_run_that_was_stopped_before_its_first_answer_has_nothing_to_go_on_with(
+    predict: Predict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("ptuning.data.partial.Partial.take_up", Mock(side_effect=KeyboardInterrupt))
+        code, _, err = predict("out.csv")
+    assert code == 130 and "begin again" in err.splitlines()[-1] and "--resume" not in err
+    assert predict("out.csv")[0] == 0
 
 
 def test_there_is_nothing_to_resume_where_nothing_was_interrupted(predict: Predict) -> None:

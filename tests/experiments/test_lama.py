@@ -391,6 +391,8 @@ def test_ctrl_c_is_one_line(lama: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ptuning.cli.lama._probe_all", interrupted)
     code, _, err = lama("--relations", "P36")
     assert code == 130 and "stopped; the same command goes on" in err.splitlines()[-1]
+    code, _, err = lama("--relations", "P36", "--overwrite")
+    assert code == 130 and "the same command without --overwrite" in err.splitlines()[-1]
 
 
 def test_a_number_is_a_subject_and_a_file_without_facts_leaves_its_relation_out(

@@ -154,7 +154,7 @@ def distill(
         console.say(f"the teacher ({count:,} tokens) reads {len(rows) + len(dev_rows)} texts")
         begun = found(learner, prompt, init_from)
         run_file = run_files.as_yaml({**run_files.settings_of(context), **begun, "dtype": dtype})
-        with recorded(output, run_file, overwrite, "distill") as listener:
+        with recorded(output, run_file, overwrite, resume, "distill") as listener:
             result = distill_prompt(
                 base,
                 tokenizer,

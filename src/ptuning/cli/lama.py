@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import DataError, InputError
-from . import console, loading, run_files, saved_prompt
+from . import console, loading, run_files, run_folder, saved_prompt
 from .fields import filled
 from .options import (
     OF_LAMA,
@@ -110,7 +110,7 @@ def lama(
         if not facts:
             raise DataError(f"no relation of {data} can be asked of {model}")
         asked = [relation for relation in chosen if relation.name in facts]
-        console.on_stop(lambda: "stopped; the same command goes on where it stopped")
+        console.on_stop(lambda: run_folder.how_an_experiment_goes_on(overwrite))
         found = _probe_all(base, tokenizer, asked, facts, options, words, ledger)
         report = {
             "relations": found,

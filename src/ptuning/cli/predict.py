@@ -70,8 +70,7 @@ def predict(
         raise InputError("--resume and --overwrite exclude each other; give one")
     place = None if str(output) == "-" else Output(output)
     if place is not None and not place.special:
-        kept = "stopped; what was answered is kept: the same command with --resume goes on"
-        console.on_stop(lambda: kept)
+        console.on_stop(lambda: _how_to_go_on(place))
     if json_output and (place is None or place.special):
         raise InputError(
             "--json tells of a file that was written; without --output predictions are JSON lines "
@@ -112,6 +111,13 @@ def predict(
         console.print_json({"examples": count, "output": str(output)})
     else:
         console.say(f"{count} predictions in {output}")
+
+
+def _how_to_go_on(place: Output) -> str:
+    """What to say of a run that was stopped."""
+    if any(partial.stat().st_size for partial in place.partials()):
+        return "stopped; what was answered is kept: the same command with --resume goes on"
+    return "stopped before the first answer; begin again"
 
 
 def _format_of(place: Output, depends_on: dict[str, Any]) -> tuple[str, str] | None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def recorded(
-    output: Path, run_file: bytes, anew: bool, command: str = "train"
+    output: Path, run_file: bytes, anew: bool, resumed: bool, command: str = "train"
 ) -> Iterator[Callable[[Progress], None]]:
     """Gives the listener that a training wants.
 
@@ -24,6 +24,7 @@ def recorded(
         output: its folder.
         run_file: its settings.
         anew: what the folder holds is another run's.
+        resumed: it is this run's.
         command: that goes on with it.
     """
     from .. import distributed
@@ -34,10 +35,15 @@ def recorded(
         """The first step is done: all that could be refused was accepted."""
         nonlocal begun
         if not begun:
-            begun = True
             run_folder.begin(output, run_file, anew=anew)
+            begun = True
 
-    console.on_stop(lambda: run_folder.how_to_go_on(output, command))
+    def how_to_go_on() -> str:
+        if begun or resumed:
+            return run_folder.how_to_go_on(output, command)
+        return run_folder.BEGIN_AGAIN  # what the folder holds is another run's
+
+    console.on_stop(how_to_go_on)
     with console.training_bar() as show:
 
         def listener(heard: Progress) -> None:

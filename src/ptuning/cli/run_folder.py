@@ -13,6 +13,7 @@ from . import console, run_files
 SETTINGS, RESULT = "run.yaml", "result.json"
 _BEGINNING = {SETTINGS, "checkpoints"}
 """What a run leaves that is stopped before its first checkpoint."""
+BEGIN_AGAIN = "stopped before the first step; begin again"
 
 
 def find_settings(context: typer.Context, param: typer.CallbackParam, value: Any) -> Any:
@@ -155,4 +156,10 @@ def how_to_go_on(output: Path, command: str) -> str:
     if is_interrupted(output) or is_begun(output):
         told = console.command(command, "--output", output, "--resume")
         return f"stopped; go on with: {told}"
-    return "stopped before the first step; begin again"
+    return BEGIN_AGAIN
+
+
+def how_an_experiment_goes_on(overwrite: bool) -> str:
+    """The same of an experiment; `overwrite` would forget its finished parts."""
+    same = "the same command without --overwrite" if overwrite else "the same command"
+    return f"stopped; {same} goes on where it stopped"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
-from . import console, loading, run_files
+from . import console, loading, run_files, run_folder
 from .fields import filled
 from .options import (
     OF_SUPERGLUE,
@@ -110,7 +110,7 @@ def superglue(
         decisive["dtype"] = given["dtype"] = dtype
         ledger = Ledger(output, decisive, overwrite)
         base, tokenizer = load_model(model, dtype=dtype, frozen=frozen)
-        console.on_stop(lambda: "stopped; the same command goes on where it stopped")
+        console.on_stop(lambda: run_folder.how_an_experiment_goes_on(overwrite))
         found: dict[str, Any] = {}
         with console.PartsBar(len(tasks) * (2 + seeds)) as bar:
             for chosen in tasks:

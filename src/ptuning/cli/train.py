@@ -151,7 +151,7 @@ def train(
             **found(trained, prompt, init_from),
         }
         run_file = run_files.as_yaml({**run_files.settings_of(context), **chosen})
-        with recorded(output, run_file, overwrite) as listener:
+        with recorded(output, run_file, overwrite, resume) as listener:
             result = train_prompt(
                 base,
                 tokenizer,
