@@ -37,7 +37,7 @@ def test_labels_are_text_as_it_stands_there(
 
 def test_a_byte_order_mark_is_no_part_of_the_first_option(tmp_path: Path) -> None:
     text = b"\xef\xbb\xbfmodel: 2020-01-01\nchat: true\nepochs: 3"
-    expected = {"model": "2020-01-01", "chat": True, "epochs": 3}
+    expected = {"model": "2020-01-01", "chat": True, "epochs": "3"}
     assert read(tmp_path / "run.yaml", text) == expected
 
 
@@ -55,7 +55,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_option(tmp_path: Path) -> Non
     ],
 )
 def test_text_is_read_as_it_was_written(text: str, tmp_path: Path) -> None:
-    settings = {"template": text, "labels": {text: [text], "no": ["No"]}, "epochs": 3}
+    settings = {"template": text, "labels": {text: [text], "no": ["No"]}, "chat": True}
     (tmp_path / "run.yaml").write_bytes(run_files.as_yaml(settings))
     assert run_files.read(tmp_path / "run.yaml") == settings
 
@@ -89,6 +89,13 @@ def test_a_run_file_that_is_none_is_one_error(
 def test_a_label_given_twice_is_an_error() -> None:
     with pytest.raises(InputError, match=r"'yes' stands there twice; .* separated by"):
         run_files.parse_labels("yes=Yes,yes=Sure")
+
+
+@pytest.mark.parametrize("text", ["010", "1_0", "0x10", "1:30", "1.10", "1e-3", ".inf", "yes"])
+def test_what_looks_like_a_number_is_what_it_would_be_on_the_command_line(
+    text: str, tmp_path: Path
+) -> None:
+    assert read(tmp_path / "run.yaml", f"model: {text}")["model"] == text
 
 
 def test_true_is_no_number(run: Any, tmp_path: Path) -> None:

@@ -47,14 +47,15 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-_PLAIN_TAGS = [f"tag:yaml.org,2002:{kind}" for kind in ("null", "int", "float")]
+_NULL = "tag:yaml.org,2002:null"
 
 
 class _Scalars(yaml.SafeLoader):
-    """YAML 1.2's true and false; no dates, and ``yes`` is a word."""
+    """YAML 1.2's true and false, and null; all else is text, as on the command line: PyYAML would
+    read ``010`` as 8, ``1:30`` as 90, and ``yes`` as true."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, form) for tag, form in kinds if tag in _PLAIN_TAGS]
+        first: [(tag, form) for tag, form in kinds if tag == _NULL]
         for first, kinds in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -65,7 +66,7 @@ _Scalars.add_implicit_resolver(
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Option -> value; labels are text as it stands there.
+    """Option -> value: text as it stands there, true, false, a list or mapping; labels are text.
 
     Raises:
         InputError: missing, no mapping, a key twice, or larger than any run file.
