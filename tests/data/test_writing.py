@@ -136,6 +136,8 @@ def test_what_no_encoding_has_is_escaped(tmp_path: Path) -> None:
     odd = [{"text": "half \ud800 é"}, {"text": "", "l": ["\udfff"]}]
     for kind in (".csv", ".parquet"):
         assert read_examples(converted(tmp_path, kind, odd))[0]["text"] == "half \\ud800 é"
+    write_parquet(tmp_path / "names.parquet", lambda: iter([{"\ud800": 1}]), ["\ud800"])
+    assert read_examples(tmp_path / "names.parquet") == [{"\\ud800": 1}]
 
 
 @pytest.mark.parametrize("name", ["out", "out.txt", "out.jsonl.gz", "folder", "folder.csv"])

@@ -108,7 +108,7 @@ def write_parquet(path: Path, rows: Rereadable, columns: Sequence[str]) -> None:
         for name, kind in kinds.items()
     }
     texts = pa.string()
-    schema = pa.schema([(n, texts if kind is None else kind) for n, kind in kinds.items()])
+    schema = pa.schema([(_clean(n), texts if kind is None else kind) for n, kind in kinds.items()])
     tables = (
         pa.table(
             [
