@@ -106,6 +106,41 @@ def test_a_run_file_repeats_the_run_and_given_options_come_first(
     assert not torch.equal(Prompt.load("other").trained_vectors(), first.trained_vectors())
 
 
+def test_a_repeated_run_replaces_nothing_unasked_and_has_the_whole_grid(
+    train: Run, run: Run
+) -> None:
+    grid = ("--population-grid", "encoder=mlp,none", "learning_rate=1e-3,1e-2")
+    code, _, err = train("--overwrite", *grid)
+    assert code == 0, err
+    code, _, err = run("train", "--config", "out/run.yaml")
+    assert code == 2
+    assert_one_line(err, "out holds a saved prompt")
+    code, _, err = run("train", "--config", "out/run.yaml", "--output", "again")
+    assert code == 0, err
+    names = [
+        [
+            member["name"]
+            for member in json.loads(Path(f"{folder}/result.json").read_text())["members"]
+        ]
+        for folder in ("out", "again")
+    ]
+    assert names[0] == names[1] and len(names[0]) == 4
+
+
+@pytest.mark.parametrize("config_first", [True, False])
+def test_a_run_file_comes_before_the_settings_of_the_run_that_goes_on(
+    train: Run, run: Run, ctrl_c_after: Callable[[int | None], None], config_first: bool
+) -> None:
+    ctrl_c_after(1)
+    assert train(checkpoint_seconds=50)[0] == 130
+    ctrl_c_after(None)
+    Path("more.yaml").write_text("checkpoint_seconds: 77\n")
+    config, resume = ["--config", "more.yaml"], ["--output", "out", "--resume"]
+    code, _, err = run("train", *(config + resume if config_first else resume + config))
+    assert code == 0, err
+    assert yaml.safe_load(Path("out/run.yaml").read_text())["checkpoint_seconds"] == 77
+
+
 def test_a_run_file_may_hold_labels_as_a_mapping(run: Run, here: Path, model_folder: Path) -> None:
     values = {
         "model": str(model_folder),
@@ -276,19 +311,25 @@ def test_resume_begins_a_run_that_was_stopped_before_its_first_checkpoint(
 @pytest.mark.parametrize("at_first", [True, False])
 def test_a_run_that_was_stopped_at_once_is_not_taken_for_the_one_that_it_replaces(
     train: Run,
+    run: Run,
     ctrl_c_after: Callable[[int | None], None],
     monkeypatch: pytest.MonkeyPatch,
     at_first: bool,
 ) -> None:
-    ctrl_c_after(1)
+    ctrl_c_after(2)
     assert train(seed=1)[0] == 130
     ctrl_c_after(1)
-    if at_first:
-        monkeypatch.setattr("ptuning.cli.run_folder.begin", Mock(side_effect=KeyboardInterrupt))
-    code, _, err = train("--overwrite", seed=2)
+    with monkeypatch.context() as patched:
+        if at_first:
+            patched.setattr("ptuning.cli.run_folder.begin", Mock(side_effect=KeyboardInterrupt))
+        code, _, err = train("--overwrite", seed=2)
     assert code == 130
     last = err.splitlines()[-1]
     assert ("begin again" in last, "--resume" in last) == (at_first, not at_first)
+    ctrl_c_after(None)
+    code, _, err = run("train", "--output", "out", "--resume")
+    assert code == 0, err
+    assert Prompt.load("out").training["seed"] == (1 if at_first else 2)
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -12,7 +12,7 @@ from ptuning.cli import run_files
 
 def read(path: Path, text: str | bytes) -> dict[str, Any]:
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    names = ("model", "template", "labels", "chat", "epochs", "max_length")
+    names = ("model", "template", "labels", "chat", "epochs", "max_length", "population_grid")
     params = [SimpleNamespace(name=name, is_flag=name == "chat") for name in names]
     command = SimpleNamespace(params=params)
     context: Any = SimpleNamespace(command=command, default_map=None)
@@ -27,6 +27,7 @@ def read(path: Path, text: str | bytes) -> dict[str, Any]:
         ("labels:\n  true: True\n  false: False", {"true": ["True"], "false": ["False"]}),
         ("labels: {1: good, 0: [bad, poor]}", {"1": ["good"], "0": ["bad", "poor"]}),
         ("labels: yes=Yes,no=No|Nope", {"yes": ["Yes"], "no": ["No", "Nope"]}),
+        ("labels: yes = Yes , no= No | Nope ", {"yes": ["Yes"], "no": ["No", "Nope"]}),
     ],
 )
 def test_labels_are_text_as_it_stands_there(
@@ -84,6 +85,24 @@ def test_a_run_file_that_is_none_is_one_error(
 ) -> None:
     with pytest.raises(InputError, match=fault):
         read(tmp_path / "run.yaml", text)
+
+
+def test_lists_are_what_would_be_typed(tmp_path: Path) -> None:
+    text = "template: [a, b]\npopulation_grid: [seed=1, encoder=mlp]\nmodel: [m, 1e-3]"
+    expected = {"template": "a|b", "population_grid": "seed=1 encoder=mlp", "model": "m,1e-3"}
+    assert read(tmp_path / "run.yaml", text) == expected
+
+
+def test_many_labels_are_not_many_levels(tmp_path: Path) -> None:
+    settings = {"labels": {f"label {n}": ["a", "b"] for n in range(100)}}
+    (tmp_path / "run.yaml").write_bytes(run_files.as_yaml(settings))
+    assert run_files.read(tmp_path / "run.yaml") == settings
+
+
+@pytest.mark.parametrize("text", ["=Yes,no=No", "yes,no=No", ""])
+def test_a_part_without_a_label_or_words_is_an_error(text: str) -> None:
+    with pytest.raises(InputError, match="is not LABEL=WORD"):
+        run_files.parse_labels(text)
 
 
 def test_a_label_given_twice_is_an_error() -> None:
