@@ -136,8 +136,34 @@ def test_what_no_encoding_has_is_escaped(tmp_path: Path) -> None:
     odd = [{"text": "half \ud800 é"}, {"text": "", "l": ["\udfff"]}]
     for kind in (".csv", ".parquet"):
         assert read_examples(converted(tmp_path, kind, odd))[0]["text"] == "half \\ud800 é"
-    write_parquet(tmp_path / "names.parquet", lambda: iter([{"\ud800": 1}]), ["\ud800"])
-    assert read_examples(tmp_path / "names.parquet") == [{"\\ud800": 1}]
+    named: list[Row] = [{"\ud800": {"\udfff": 1}}]
+    write_parquet(tmp_path / "names.parquet", lambda: iter(named), ["\ud800"])
+    assert read_examples(tmp_path / "names.parquet") == [{"\\ud800": {"\\udfff": 1}}]
+    write_separated(tmp_path / "names.csv", named, ["\ud800"], ",")
+    assert read_examples(tmp_path / "names.csv") == [{"\\ud800": '{"\\udfff": 1}'}]
+
+
+def test_what_is_missing_is_nothing_in_every_kind(tmp_path: Path) -> None:
+    rows: list[Row] = [{"a": [1], "b": 1.5}, {"a": "x", "b": float("nan")}, {"a": None, "b": None}]
+    write_parquet(tmp_path / "out.parquet", lambda: iter(rows), ["a", "b"])
+    read = read_examples(tmp_path / "out.parquet")
+    assert [row["a"] for row in read] == ["[1]", "x", None]
+    write_separated(tmp_path / "out.csv", rows, ["a", "b"], ",")
+    assert [list(row.values()) for row in read_examples(tmp_path / "out.csv")] == [
+        ["[1]", "1.5"], ["x", ""], ["", ""],
+    ]  # fmt: skip
+
+
+def test_parquet_from_parquet_has_the_same_columns_where_no_probability_is_known_at_first(
+    tmp_path: Path,
+) -> None:
+    added: list[Row] = [{"prediction": "yes", "p": None if n < 90 else 0.5} for n in range(100)]
+    (tmp_path / "added").write_bytes(b"".join(map(json_line, added)))
+    pyarrow.parquet.write_table(pyarrow.table({"n": range(100)}), tmp_path / "in.parquet")
+    args = str(tmp_path / "in.parquet"), None, tmp_path / "added", ["prediction", "p"]
+    convert(tmp_path / "out.parquet", ".parquet", *args, ["n", "prediction", "p"])
+    written = read_examples(tmp_path / "out.parquet")
+    assert written == [{"n": n, **row} for n, row in enumerate(added)]
 
 
 @pytest.mark.parametrize("name", ["out", "out.txt", "out.jsonl.gz", "folder", "folder.csv"])
@@ -188,6 +214,15 @@ def test_only_the_same_run_goes_on_and_nothing_is_replaced_unasked(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
     with pytest.raises(InputError, match="exists"), begun(output, {}, False, False):
         pass
+
+
+def test_a_run_that_was_killed_before_its_first_row_is_begun_anew_unasked(tmp_path: Path) -> None:
+    output = Output(tmp_path / "out.jsonl")
+    output.partial({"prompt": 1}).touch()
+    with begun(output, {"prompt": 2}, False, False) as partial:
+        partial.add(ROWS)
+        partial.finish(lambda path: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
 
 
 @pytest.mark.parametrize("cut", [1, 2, 20])
@@ -248,6 +283,7 @@ def test_a_place_where_nothing_can_be_written_is_one_error(tmp_path: Path) -> No
         [{"k": 2**60 + 1}] * 10_000 + [{"k": 0.5}],
         [{"k": 0.5}] * 10_000 + [{"k": 2**60 + 1}],
         [{"k": [2**60 + 1]}, {"k": [0.5]}],
+        [{"k": [2**60 + 1]}] * 10_000 + [{"k": [0.5]}],
     ],
 )
 def test_what_parquet_has_no_type_for_becomes_text(
