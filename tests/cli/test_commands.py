@@ -236,6 +236,18 @@ def test_a_training_from_a_saved_prompt_is_resumed_and_repeated_with_what_that_p
     assert code == 0, err
 
 
+def test_a_run_keeps_the_prompt_that_it_begins_with_until_it_is_finished(train: Run) -> None:
+    train()
+    before = Path("out/prompt.safetensors").read_bytes()
+    begun = {"init_from": "out", "template": None}
+    code, _, err = train("--overwrite", **begun, max_minutes=1)
+    assert code == 2
+    assert_one_line(err, "--max-minutes would replace the prompt", "another --output")
+    assert Path("out/prompt.safetensors").read_bytes() == before
+    assert train(**begun, max_minutes=1, output="other")[0] == 0
+    assert train("--overwrite", **begun)[0] == 0
+
+
 def test_json_goes_to_stdout_alone(train: Run) -> None:
     code, out, _ = train("--json")
     assert code == 0 and json.loads(out)["best"]["epoch"] == 2

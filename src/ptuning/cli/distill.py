@@ -119,7 +119,7 @@ def distill(
     with distributed.together(), distributed.locked(output):
         console.speak_if(distributed.state().is_main_process)
         how = TrainSettings(**settings)
-        if not distributed.from_main(lambda: is_open(output, resume, overwrite, model)):
+        if not distributed.from_main(lambda: is_open(**context.params)):
             console.say(f"{output} holds a finished run; there is nothing to resume")
             return
         if AUTO in (prompt["template"], prompt["verbalizer"]):

@@ -113,9 +113,7 @@ def train(
     with distributed.together(), distributed.locked(output):
         console.speak_if(distributed.state().is_main_process)
         how = TrainSettings(**settings)
-        if not distributed.from_main(
-            lambda: is_open(output, resume, overwrite, model, how.tune_model)
-        ):
+        if not distributed.from_main(lambda: is_open(**context.params)):
             console.say(f"{output} holds a finished run; there is nothing to resume")
             return
         grid = grid_of(population_grid, context.args)
@@ -204,10 +202,16 @@ def _format_of(how: TrainSettings) -> tuple[str, str] | None:
 
 
 def is_open(
-    output: Path, resume: bool, overwrite: bool, name: str, tune_model: bool = False
+    output: Path,
+    resume: bool,
+    overwrite: bool,
+    model: str,
+    init_from: Path | None,
+    max_minutes: float | None,
+    tune_model: bool = False,
+    **others: Any,
 ) -> bool:
-    """There is a run to begin or to go on with; raises where --output is not for this one, of the
-    model `name`."""
+    """There is a run to begin or to go on with; raises where --output is not for this one."""
     from ..places import real
     from ..storage import settle
     from ..training import checkpoint
@@ -220,15 +224,20 @@ def is_open(
         return False
     if not overwrite and not resume:
         run_folder.check_free(output)
-    model, made = output / training_report.MODEL, training_report.made_model(output)
-    if made and not tune_model and real(name) == real(model):
+    if init_from is not None and max_minutes is not None and real(init_from) == real(output):
         raise InputError(
-            f"--model {name} is an earlier run's, and this run would replace it; choose another "
+            f"--max-minutes would replace the prompt that --init-from {init_from} begins with, and "
+            "the run could not go on; choose another --output, or leave one of the two out"
+        )
+    tuned, made = output / training_report.MODEL, training_report.made_model(output)
+    if made and not tune_model and real(model) == real(tuned):
+        raise InputError(
+            f"--model {model} is an earlier run's, and this run would replace it; choose another "
             "--output"
         )
-    if tune_model and model.exists() and not made:
+    if tune_model and tuned.exists() and not made:
         raise InputError(
-            f"{model} was made by no run, and --tune-model saves the model there; choose another "
+            f"{tuned} was made by no run, and --tune-model saves the model there; choose another "
             "--output"
         )
     return True
