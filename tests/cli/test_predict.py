@@ -121,6 +121,33 @@ def test_a_run_with_another_prompt_or_option_does_not_go_on_with_it(
     assert len(read_examples("out.jsonl")) == 100 and not list(Path().glob("*.partial"))
 
 
+@pytest.mark.parametrize("changed", ["bias", "another member", "its vectors", "batch size"])
+def test_a_run_goes_on_with_the_same_prompt_alone_in_batches_of_any_size(
+    predict: Predict, stopped_behind: Callable[[int | None], None], changed: str
+) -> None:
+    one, other = Prompt.load("prompt"), Prompt.load("prompt")
+    other.vectors = one.trained_vectors() + 1
+    one.others = (other,)
+    one.save("prompt")
+    stopped_behind(40)
+    predict("out.jsonl")
+    stopped_behind(None)
+    if changed == "batch size":
+        assert predict("out.jsonl", "--resume", "--batch-size", 7)[0] == 0
+        assert len(read_examples("out.jsonl")) == 100
+        return
+    if changed == "bias":
+        one.label_bias = {"yes": 1.0, "no": 0.0}
+    elif changed == "another member":
+        other.vectors = other.vectors + 1
+    else:
+        one.vectors = one.trained_vectors() + 1
+    one.save("prompt")
+    code, _, err = predict("out.jsonl", "--resume")
+    assert code == 2
+    assert_one_line(err, "another prompt, model or option")
+
+
 def test_a_run_that_was_stopped_before_its_first_answer_has_nothing_to_go_on_with(
     predict: Predict, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,13 +5,14 @@ import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from ptuning.data import read_examples, writing
-from ptuning.data.partial import Output, begun
+from ptuning.data.partial import Output, Partial, begun
 from ptuning.data.rows import Row
 from ptuning.data.writing import SEPARATORS, convert, json_line, write_parquet, write_separated
 from ptuning.errors import DataError, InputError, PtuningError
@@ -223,6 +224,43 @@ def test_a_run_that_was_killed_before_its_first_row_is_begun_anew_unasked(tmp_pa
         partial.add(ROWS)
         partial.finish(lambda path: None)
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_beginning_again_leaves_the_rows_of_a_run_that_is_still_writing(tmp_path: Path) -> None:
+    output = Output(tmp_path / "out.jsonl")
+    with begun(output, {"prompt": 1}, False, False) as partial:
+        partial.add(ROWS)
+        with pytest.raises(InputError, match="another run is writing"):  # noqa: SIM117
+            with begun(output, {"prompt": 2}, False, True):
+                pass
+        partial.finish(lambda path: None)
+    assert read_examples(tmp_path / "out.jsonl") == ROWS
+
+
+def test_rows_stay_where_the_output_cannot_be_made_of_them(tmp_path: Path) -> None:
+    output = Output(tmp_path / "OUT.CSV")
+
+    def fails(path: Path) -> None:
+        path.write_text("half")
+        raise DataError("no")
+
+    with begun(output, {}, False, False) as partial:
+        partial.add(ROWS)
+        with pytest.raises(DataError):
+            partial.finish(fails)
+    assert list(tmp_path.iterdir()) == [output.partial({})]
+    assert partial.path.read_bytes() == b"".join(map(json_line, ROWS))
+
+
+def test_what_the_system_takes_in_pieces_is_written_whole(tmp_path: Path) -> None:
+    taken: list[bytes] = []
+
+    def write(some: memoryview) -> int:
+        taken.append(bytes(some[:7]))
+        return len(taken[-1])
+
+    Partial(Output(tmp_path / "out.jsonl"), tmp_path / "x", Mock(write=write)).add(ROWS)
+    assert b"".join(taken) == b"".join(map(json_line, ROWS))
 
 
 @pytest.mark.parametrize("cut", [1, 2, 20])
