@@ -248,9 +248,11 @@ def test_a_run_keeps_the_prompt_that_it_begins_with_until_it_is_finished(train: 
     assert train("--overwrite", **begun)[0] == 0
 
 
-def test_json_goes_to_stdout_alone(train: Run) -> None:
+def test_json_goes_to_stdout_alone(train: Run, run: Run) -> None:
     code, out, _ = train("--json")
     assert code == 0 and json.loads(out)["best"]["epoch"] == 2
+    code, again, _ = run("train", "--output", "out", "--resume", "--json")
+    assert code == 0 and json.loads(again) == json.loads(out)
 
 
 def test_the_last_line_says_what_chose(train: Run) -> None:

@@ -34,12 +34,13 @@ def test_overwriting_removes_what_the_run_made_and_nothing_else(tmp_path: Path) 
     for place in ("prompts", "running", "done"):
         (tmp_path / place / "mine").mkdir()
         (tmp_path / place / "mine" / "x").touch()
+    (tmp_path / "done/mine.json").write_text('{"tasks": []}')
     with pytest.raises(InputError, match="holds a run with a=1, and now it is 2"):
         Ledger(tmp_path, {"a": 2})
     again = Ledger(tmp_path, {"a": 2}, overwrite=True)
     assert again.get("P1", "data") is None
     mine = {f"{place}/mine/x" for place in ("prompts", "running", "done")}
-    assert entries(tmp_path) == {"run.json", *mine}
+    assert entries(tmp_path) == {"run.json", "done/mine.json", *mine}
 
 
 @pytest.mark.parametrize("part", ["../../precious", "/tmp/x", "..", ""])

@@ -114,7 +114,7 @@ def train(
         console.speak_if(distributed.state().is_main_process)
         how = TrainSettings(**settings)
         if not distributed.from_main(lambda: is_open(**context.params)):
-            console.say(f"{output} holds a finished run; there is nothing to resume")
+            distributed.from_main(lambda: training_report.tell_finished(output, json_output))
             return
         grid = grid_of(population_grid, context.args)
         if dev and dev_share:

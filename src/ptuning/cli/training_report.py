@@ -80,6 +80,15 @@ def made_model(output: Path) -> bool:
     return about.get("folder") == MODEL or about.get("name") == str((output / MODEL).resolve())
 
 
+def tell_finished(output: Path, as_json: bool) -> None:
+    """Say that there is nothing to resume; what ``--json`` says is what the run has said."""
+    from ..formats import read_json
+
+    console.say(f"{output} holds a finished run; there is nothing to resume")
+    if as_json:
+        console.print_json(read_json(output / "result.json"))
+
+
 def tell(
     output: Path, prompt: Prompt, result: TrainResult, data: str, command: str = "train"
 ) -> None:

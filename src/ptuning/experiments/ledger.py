@@ -100,7 +100,7 @@ class Ledger:
 
     def _forget(self) -> None:
         """Remove the parts of an earlier run, and nothing that no run has made."""
-        parts = {path.stem for path in self._done.glob("*.json")}
+        parts = {path.stem for path in self._done.glob("*.json") if "result" in (_read(path) or ())}
         parts |= {path.parent.name for path in self._begun()}
         for part in parts:
             remove_own(self.prompt(part), (*prompt_files.NAMES, *peft_files.NAMES))
