@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,9 +122,12 @@ def test_a_run_with_another_prompt_or_option_does_not_go_on_with_it(
     assert len(read_examples("out.jsonl")) == 100 and not list(Path().glob("*.partial"))
 
 
-@pytest.mark.parametrize("changed", ["bias", "another member", "its vectors", "batch size"])
+@pytest.mark.parametrize("changed", ["bias", "another member", "vectors", "model", "batch size"])
 def test_a_run_goes_on_with_the_same_prompt_alone_in_batches_of_any_size(
-    predict: Predict, stopped_behind: Callable[[int | None], None], changed: str
+    predict: Predict,
+    stopped_behind: Callable[[int | None], None],
+    model_folder: Path,
+    changed: str,
 ) -> None:
     one, other = Prompt.load("prompt"), Prompt.load("prompt")
     other.vectors = one.trained_vectors() + 1
@@ -140,10 +144,11 @@ def test_a_run_goes_on_with_the_same_prompt_alone_in_batches_of_any_size(
         one.label_bias = {"yes": 1.0, "no": 0.0}
     elif changed == "another member":
         other.vectors = other.vectors + 1
-    else:
+    elif changed == "vectors":
         one.vectors = one.trained_vectors() + 1
     one.save("prompt")
-    code, _, err = predict("out.jsonl", "--resume")
+    model = ("--model", shutil.copytree(model_folder, "other")) if changed == "model" else ()
+    code, _, err = predict("out.jsonl", "--resume", *model)
     assert code == 2
     assert_one_line(err, "another prompt, model or option")
 
@@ -198,6 +203,20 @@ def test_mistakes_are_found_before_the_model_is_loaded(
     assert code in (1, 2) and not out
     assert_one_line(err, *parts)
     assert not list(Path().glob("out*"))
+
+
+def test_free_answers_have_no_column_of_probabilities_and_leave_the_datas_own(
+    predict: Predict,
+) -> None:
+    prompt = Prompt("[P*2] {country}? [MASK]", answer_tokens=2)
+    prompt.vectors = torch.zeros(2, 32)
+    prompt.save("prompt")
+    Path("odd.csv").write_text("country,probabilities\nFrance,high\n")
+    code, _, err = predict("out.csv", data="odd.csv")
+    assert code == 0, err
+    (row,) = read_examples("out.csv")
+    assert list(row) == ["country", "probabilities", "prediction", "probability"]
+    assert row["probabilities"] == "high"
 
 
 def test_half_a_surrogate_pair_in_another_column_costs_nothing(predict: Predict) -> None:

@@ -88,6 +88,17 @@ def test_json_array_is_read_wherever_the_file_is_cut(
     assert read_examples(put(tmp_path, "a.json", json.dumps(rows))) == rows
 
 
+def test_a_row_of_an_array_that_is_longer_than_any_row_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ptuning.data.json_rows._CHUNK", 50)
+    monkeypatch.setattr("ptuning.data.json_rows.LONGEST_ROW", 100)
+    rows = [{"a": ["word"] * 12}]
+    assert read_examples(put(tmp_path, "a.json", json.dumps(rows * 9))) == rows * 9
+    said = message(put(tmp_path, "b.json", json.dumps([*rows, {"a": ["word"] * 1000}], indent=0)))
+    assert "b.json line 18: malformed JSON (a row of more than" in said
+
+
 def test_json_values_keep_their_types_and_rows_their_own_columns(tmp_path: Path) -> None:
     rows = [{"n": 1, "x": 1.5, "b": True, "l": ["a"], "o": {"k": None}}, {"other": "01"}, {"n": ""}]
     read = read_examples(put(tmp_path, "a.jsonl", json_lines(rows)))
