@@ -99,6 +99,16 @@ def test_a_row_of_an_array_that_is_longer_than_any_row_is_refused_before_it_is_r
     assert "b.json line 18: malformed JSON (a row of more than" in said
 
 
+@pytest.mark.parametrize("text", ['{"long": "%s"}', '[{"long": "%s"}]'])
+def test_a_cell_of_json_that_no_model_reads_is_refused_by_its_columns_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr("ptuning.data.json_rows.LONGEST_CELL", 100)
+    assert len(read_examples(put(tmp_path, "a.json", text % ("x" * 100)))) == 1
+    said = message(put(tmp_path, "a.json", text % ("x" * 101)))
+    assert "the column 'long' holds more than 100 characters" in said
+
+
 def test_json_values_keep_their_types_and_rows_their_own_columns(tmp_path: Path) -> None:
     rows = [{"n": 1, "x": 1.5, "b": True, "l": ["a"], "o": {"k": None}}, {"other": "01"}, {"n": ""}]
     read = read_examples(put(tmp_path, "a.jsonl", json_lines(rows)))
