@@ -322,28 +322,34 @@ def test_resume_begins_a_run_that_was_stopped_before_its_first_checkpoint(
     assert torch.equal(whole.trained_vectors(), resumed.trained_vectors())
 
 
-@pytest.mark.parametrize("at_first", [True, False])
-def test_a_run_that_was_stopped_at_once_is_not_taken_for_the_one_that_it_replaces(
+@pytest.mark.parametrize(
+    ("interrupted", "seed"),
+    [
+        ("ptuning.cli.run_folder.begin", 1),
+        ("ptuning.training.checkpoint.save", 2),
+        ("ptuning.cli.training_report.save", 2),
+    ],
+)
+def test_a_run_that_was_stopped_is_not_taken_for_the_one_that_it_replaces(
     train: Run,
     run: Run,
     ctrl_c_after: Callable[[int | None], None],
     monkeypatch: pytest.MonkeyPatch,
-    at_first: bool,
+    interrupted: str,
+    seed: int,
 ) -> None:
     ctrl_c_after(2)
     assert train(seed=1)[0] == 130
-    ctrl_c_after(1)
+    ctrl_c_after(None)
     with monkeypatch.context() as patched:
-        if at_first:
-            patched.setattr("ptuning.cli.run_folder.begin", Mock(side_effect=KeyboardInterrupt))
+        patched.setattr(interrupted, Mock(side_effect=KeyboardInterrupt))
         code, _, err = train("--overwrite", seed=2)
     assert code == 130
     last = err.splitlines()[-1]
-    assert ("begin again" in last, "--resume" in last) == (at_first, not at_first)
-    ctrl_c_after(None)
+    assert ("begin again" in last, "--resume" in last) == (seed == 1, seed == 2)
     code, _, err = run("train", "--output", "out", "--resume")
     assert code == 0, err
-    assert Prompt.load("out").training["seed"] == (1 if at_first else 2)
+    assert Prompt.load("out").training["seed"] == seed
 
 
 @pytest.mark.usefixtures("on_cpu")

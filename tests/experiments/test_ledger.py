@@ -55,6 +55,8 @@ def test_a_finished_parts_checkpoints_go(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, {})
     checkpoint.save(ledger.running("P1"), 1, {"step": 1})
     ledger.put("P1", "data", {"figure": 1})
+    assert not (tmp_path / "running").exists()
+    checkpoint.save(ledger.running("P1"), 1, {"step": 1})  # as a kill behind the result leaves it
     assert ledger.get("P1", "data") == {"figure": 1}
     assert not (tmp_path / "running").exists()
 
