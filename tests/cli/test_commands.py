@@ -236,6 +236,16 @@ def test_a_training_from_a_saved_prompt_is_resumed_and_repeated_with_what_that_p
     assert code == 0, err
 
 
+def test_a_label_bias_is_not_that_of_the_prompt_that_a_training_begins_with(train: Run) -> None:
+    labels = {"template": "[P*3] {country}? [MASK]", "answer": "label"}
+    code, _, err = train(**labels, labels="true=yes,false=no", calibrate="batch", output="first")
+    assert code == 0, err
+    assert Prompt.load("first").label_bias
+    code, _, err = train(init_from="first", template=None, answer=None)
+    assert code == 0, err
+    assert Prompt.load("out").labels and Prompt.load("out").label_bias is None
+
+
 def test_a_run_keeps_the_prompt_that_it_begins_with_until_it_is_finished(train: Run) -> None:
     train()
     before = Path("out/prompt.safetensors").read_bytes()

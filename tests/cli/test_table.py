@@ -95,6 +95,13 @@ def test_an_interrupted_run_goes_on_with_what_was_found(
     assert Prompt.load("out").trained_vectors().equal(undisturbed)
 
 
+def test_where_folds_choose_nothing_is_set_aside(train: Run) -> None:
+    code, _, err = train("--folds", "2", "--epochs", "1")
+    assert code == 0, err
+    assert "set aside" not in err
+    assert Prompt.load("out").training["examples"] == 30
+
+
 def test_what_is_given_comes_before_what_is_found(train: Run) -> None:
     labels = "billing=a,tech_support=b,account-access=c"
     code, _, err = train("--template", "auto", "--labels", labels, "--dev-share", "0.5")

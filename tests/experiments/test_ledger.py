@@ -43,6 +43,17 @@ def test_overwriting_removes_what_the_run_made_and_nothing_else(tmp_path: Path) 
     assert entries(tmp_path) == {"run.json", "done/mine.json", *mine}
 
 
+def test_a_run_goes_on_writing_where_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ledger = Ledger(Path("out"), {})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    ledger.put("P1", "data", {"figure": 1})
+    assert entries(tmp_path) == {"out/run.json", "out/done/P1.json"}
+
+
 @pytest.mark.parametrize("part", ["../../precious", "/tmp/x", "..", ""])
 def test_a_parts_name_never_leads_out_of_the_folder(part: str, tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "out", {})
