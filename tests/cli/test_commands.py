@@ -244,6 +244,10 @@ def test_a_label_bias_is_not_that_of_the_prompt_that_a_training_begins_with(trai
     code, _, err = train(init_from="first", template=None, answer=None)
     assert code == 0, err
     assert Prompt.load("out").labels and Prompt.load("out").label_bias is None
+    others = "Paris=Paris,Rome=Rome,Madrid=Madrid,Vienna=Vienna"
+    more = {"template": None, "answer": "capital", "labels": others, "output": "others"}
+    code, _, err = train(init_from="first", **more)
+    assert code == 0, err
 
 
 def test_a_run_keeps_the_prompt_that_it_begins_with_until_it_is_finished(train: Run) -> None:
