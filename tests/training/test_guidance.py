@@ -206,5 +206,5 @@ def test_a_number_beyond_all_use_is_refused(value: float) -> None:
 
 def test_a_seed_beyond_what_orders_are_drawn_with_is_refused() -> None:
     assert TrainSettings(seed=10**12).seed == 10**12
-    with pytest.raises(ptuning.InputError, match="give at most 1,000,000,000,000"):
+    with pytest.raises(ptuning.InputError, match="give a whole number, at most 1,000,000,000,000"):
         TrainSettings(seed=10**12 + 1)
