@@ -119,7 +119,8 @@ def distill(
     with distributed.together(), distributed.locked(output):
         console.speak_if(distributed.state().is_main_process)
         how = TrainSettings(**settings)
-        if not distributed.from_main(lambda: is_open(**context.params)):
+        begins = output, resume, overwrite, model, init_from, how
+        if not distributed.from_main(lambda: is_open(*begins)):
             distributed.from_main(lambda: training_report.tell_finished(output, json_output))
             return
         if AUTO in (prompt["template"], prompt["verbalizer"]):

@@ -113,7 +113,8 @@ def train(
     with distributed.together(), distributed.locked(output):
         console.speak_if(distributed.state().is_main_process)
         how = TrainSettings(**settings)
-        if not distributed.from_main(lambda: is_open(**context.params)):
+        begins = output, resume, overwrite, model, init_from, how
+        if not distributed.from_main(lambda: is_open(*begins)):
             distributed.from_main(lambda: training_report.tell_finished(output, json_output))
             return
         grid = grid_of(population_grid, context.args)
@@ -207,9 +208,7 @@ def is_open(
     overwrite: bool,
     model: str,
     init_from: Path | None,
-    max_minutes: float | None,
-    tune_model: bool = False,
-    **others: Any,
+    how: TrainSettings,
 ) -> bool:
     """There is a run to begin or to go on with; raises where --output is not for this one."""
     from ..places import real
@@ -224,18 +223,18 @@ def is_open(
         return False
     if not overwrite and not resume:
         run_folder.check_free(output)
-    if init_from is not None and max_minutes is not None and real(init_from) == real(output):
+    if init_from is not None and how.max_minutes is not None and real(init_from) == real(output):
         raise InputError(
             f"--max-minutes would replace the prompt that --init-from {init_from} begins with, and "
             "the run could not go on; choose another --output, or leave one of the two out"
         )
     tuned, made = output / training_report.MODEL, training_report.made_model(output)
-    if made and not tune_model and real(model) == real(tuned):
+    if made and not how.tune_model and real(model) == real(tuned):
         raise InputError(
             f"--model {model} is an earlier run's, and this run would replace it; choose another "
             "--output"
         )
-    if tune_model and tuned.exists() and not made:
+    if how.tune_model and tuned.exists() and not made:
         raise InputError(
             f"{tuned} was made by no run, and --tune-model saves the model there; choose another "
             "--output"

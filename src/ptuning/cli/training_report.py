@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import console
+from . import console, run_folder
 
 MODEL = "model"
 """The folder of a model that was trained with the prompt."""
@@ -61,7 +61,7 @@ def save(
             prompt.base_model = {**prompt.base_model, "name": path, "tuned_from": name}
         files = prompt.files(output, keep_encoder=keep_encoder)
         files["curve.png"] = training_curve(result.history)
-        write_all(staged, {**files, "result.json": pack_json(report)})
+        write_all(staged, {**files, run_folder.RESULT: pack_json(report)})
     return report
 
 
@@ -86,7 +86,7 @@ def tell_finished(output: Path, as_json: bool) -> None:
 
     console.say(f"{output} holds a finished run; there is nothing to resume")
     if as_json:
-        console.print_json(read_json(output / "result.json"))
+        console.print_json(read_json(output / run_folder.RESULT))
 
 
 def tell(
