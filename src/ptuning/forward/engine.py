@@ -14,37 +14,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import copy
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache
 
 from ..backbone.base_model import BaseModel
 from ..backbone.kinds import ModelKind
-from ..backbone.traits import first_position, packs_rows
-from ..backbone.upstream import CACHE, uncompiled
+from ..backbone.traits import packs_rows
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
 from ..rendering.collate import Batch
 from ..rendering.render import Rendered, Renderer
-from . import chunked, plain
-from .attention import own_attention
+from . import chunked
 from .batching import Row, batch_for, by_length, chunks_by_length, computed_tokens
 from .compiled import CompiledLayers as CompiledLayers
 from .compiled import Work as Work
 from .compiled import layers_worth_it
 from .compiled_on_cpu import LayersOnCpu as LayersOnCpu
 from .graphed_scores import graphed_scores
+from .greedy import continue_greedily
 from .kv_cache import pooled_cache
 from .label_words import label_word_scores
 from .packing import pack
 from .plain import Shortened, Shortener
 from .prefix_store import Common, PrefixStore, for_prediction, in_common
 from .shared_prefix import SharedPrefix, share_openings
-from .together import Together, first_rows
 from .vocabulary import vocabulary_logits
 
 
@@ -243,91 +240,7 @@ class Engine:
         watch: Callable[[Tensor], Tensor] | None = None,
         sizes: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The most likely tokens behind each row of a causal or encoder-decoder model.
-
-        Args:
-            batch: without answers.
-            limit: tokens at most.
-            ends: tokens that end an answer.
-            watch: is shown each new token ``(R,)`` of the rows, and says which rows ``(R,)`` have
-                enough; what a row is given after that means nothing.
-            sizes: rows that answer together (`together`); by default each answers alone. Then
-                there are as many of each as groups: R is their number here.
-
-        Returns:
-            ids ``(R, S)`` and their log-probabilities ``(R, S)``, 0 behind the end and behind what
-            was enough.
-        """
-        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-
-        model, pad = self.base.model, self.base.tokenizer.pad_token_id
+        """The most likely tokens behind each row, and how likely they are (`greedy`)."""
         batch = batch.to(self.base.device)
-        sizes = sizes or [1] * len(batch.input_ids)
-        alone = len(sizes) == len(batch.input_ids)
-        first = torch.tensor(first_rows(sizes), device=batch.input_ids.device)
-        counts = torch.tensor(sizes, device=first.device)
-        config = GenerationConfig(
-            max_new_tokens=limit,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            eos_token_id=ends or None,
-            pad_token_id=pad if pad is not None else next(iter(ends), None),
-            return_dict_in_generate=True,
-            output_logits=alone,
-            output_scores=not alone,
-        )
         cache = self.store.cache(batch) if self.store is not None else None
-        more: dict[str, Any] = {} if cache is None else {CACHE: cache}
-        if begins := first_position(model):  # transformers would count from 0
-            more["position_ids"] = plain.position_ids(batch.attention_mask) + begins
-        if not alone:
-            more["logits_processor"] = LogitsProcessorList([Together(sizes)])
-        over: list[Tensor] = []
-        if watch is not None:
-
-            def enough(ids: Tensor, _: Any) -> Tensor:
-                over.append(watch(ids[first, -1]).clone())
-                return over[-1].repeat_interleave(counts)
-
-            more["stopping_criteria"] = StoppingCriteriaList([enough])
-        with own_attention(model):
-            output = _without_own_settings(model).generate(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                generation_config=config,
-                **more,
-            )
-        by_step = output.logits if alone else output.scores
-        chosen = output.sequences[first, -len(by_step) :]
-        steps = zip(by_step, chosen.split(1, dim=1), strict=True)
-        scores = torch.cat([_log_probability(logits[first], ids) for logits, ids in steps], dim=1)
-        # What is filled in after the end has no probability of its own.
-        ended = torch.isin(chosen, torch.tensor(ends, device=chosen.device, dtype=chosen.dtype))
-        if over:
-            ended |= torch.stack(over, dim=1)
-        return chosen, scores.masked_fill(ended.long().cumsum(1) - ended.long() > 0, 0.0)
-
-
-def _log_probability(logits: Tensor, ids: Tensor) -> Tensor:
-    """Of ids ``(R, 1)`` by logits ``(R, vocabulary)``."""
-    logits = logits.float()
-    return logits.gather(1, ids) - logits.logsumexp(1, keepdim=True)
-
-
-def _without_own_settings(model: nn.Module) -> Any:
-    """The same model without generation settings of its own, which would fill what is not named.
-
-    Such as penalties, suppressed tokens or a kind of cache; with which token decoding starts stays.
-    """
-    from transformers import GenerationConfig
-
-    twin: Any = copy(uncompiled(model))
-    before = twin.generation_config
-    twin.generation_config = GenerationConfig(
-        bos_token_id=before.bos_token_id,
-        decoder_start_token_id=before.decoder_start_token_id,
-        forced_bos_token_id=before.forced_bos_token_id,
-        forced_eos_token_id=before.forced_eos_token_id,
-    )
-    return twin
+        return continue_greedily(self.base, batch, limit, ends, watch, sizes, cache)
