@@ -209,6 +209,34 @@ def test_several_spans_serve_their_own_rows() -> None:
     assert injector.add(tables[0]).first == 406
 
 
+def test_of_many_spans_only_the_rows_that_a_batch_names_are_put_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny.model()
+    injector, module = Injector.on(model), input_embedding(model)
+    tables = [rows_for(model, seed=seed, count=1 + seed % 4) for seed in range(40)]
+    spans = [injector.add(table) for table in tables]
+    for gone in (3, 17):
+        injector.remove(spans[gone])
+    joined: list[int] = []
+    cat = torch.cat
+
+    def watched(parts: list[Tensor], *args: Any) -> Tensor:
+        joined.append(len(parts))
+        return cat(parts, *args)
+
+    monkeypatch.setattr(torch, "cat", watched)
+    named = (2, 9, 18, 39)
+    ids = cat([torch.arange(spans[n].first, spans[n].end) for n in named] + [torch.tensor([7, 8])])
+    vectors = module(ids)
+    assert joined == [len(named)]
+    expected = cat([*(tables[n] for n in named), module.weight[[7, 8]]])
+    assert torch.equal(vectors, expected)
+    vectors.sum().backward()
+    for number, table in enumerate(tables):
+        assert (table.grad is not None) == (number in named)
+
+
 def test_written_rows_are_used_from_the_next_forward_on_and_carry_gradient() -> None:
     model = tiny.model()
     injector = Injector(model)

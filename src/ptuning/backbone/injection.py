@@ -17,6 +17,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate, compress
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ class Span:
     @property
     def end(self) -> int:
         """One past the last id."""
-        return self.first + len(self.rows)
+        return self.first + self.rows.shape[0]
 
 
 class _Lookup(NamedTuple):
@@ -137,8 +138,8 @@ class Injector:
         check_width(rows, self.width)
         check_fits(rows, self.modules[0].weight.dtype)
         with CHANGING:
-            first = max([self.threshold, at_least, *(span.end for span in self.spans)])
-            span = Span(first, rows)
+            last = self.spans[-1].end if self.spans else self.threshold
+            span = Span(max(last, at_least), rows)
             self.spans = [*self.spans, span]
             self._refresh()
             if len(self.spans) == 1:
@@ -177,7 +178,7 @@ class Injector:
             same = rows.shape == span.rows.shape and self._lookup.owner.device == self._device
             span.rows = rows
             if same:
-                self._lookup = self._lookup.having({span: self._near(rows)})
+                self._lookup = self._lookup.having({span: _near(rows, self._device)})
             else:
                 self._refresh()
 
@@ -226,22 +227,18 @@ class Injector:
             self._local = threading.local()  # a thread may be in the embedding, and leave nothing
 
     def _refresh(self) -> None:
-        rows = tuple(self._near(span.rows) for span in self.spans)
-        last = max(span.end for span in self.spans)
-        owner = torch.ones(last + 2 - self.threshold, dtype=torch.long)
-        owner[0], row, offset = 0, torch.zeros_like(owner), 0
-        for number, span in enumerate(self.spans):
-            at = slice(span.first - self.threshold + 1, span.end - self.threshold + 1)
-            owner[at] = 2 + number
-            row[at] = torch.arange(offset, offset + len(span.rows))
-            offset += len(span.rows)
-        # One assignment: forwards may run meanwhile.
         device = self._device
+        rows = tuple(_near(span.rows, device) for span in self.spans)
+        counts = torch.tensor([of_span.shape[0] for of_span in rows])
+        behind = torch.tensor([span.end for span in self.spans]) - counts.cumsum(0)
+        number = torch.arange(len(rows)).repeat_interleave(counts)
+        place = torch.arange(len(number))
+        at = behind[number] + place - self.threshold + 1
+        owner = torch.ones(self.spans[-1].end - self.threshold + 2).long()
+        owner[0], row = 0, torch.zeros_like(owner)
+        owner[at], row[at] = 2 + number, place
+        # One assignment: forwards may run meanwhile.
         self._lookup = _Lookup(tuple(self.spans), rows, owner.to(device), row.to(device))
-
-    def _near(self, rows: Tensor) -> Tensor:
-        """On the embedding's device; a gradient's path is made in the forward that follows it."""
-        return rows if rows.requires_grad else rows.to(self._device)
 
     @property
     def _served(self) -> tuple[Mapping[Span, Tensor], bool, Words | None]:
@@ -282,22 +279,26 @@ class Injector:
     def _rows_of(self, ids: Tensor, lookup: _Lookup) -> tuple[Tensor, Tensor] | None:
         """For each id its row in a table, and the table; None where all are words."""
         at = (ids - (self.threshold - 1)).clamp(0, len(lookup.owner) - 1)
-        named = list(range(len(lookup.spans)))
+        owner, row = lookup.owner[at], lookup.row[at]
+        named = [True] * len(lookup.rows)
         if may_look_at_values(ids):
-            owner = lookup.owner[at]
             seen = owner.new_zeros(2 + len(named), dtype=torch.bool)
-            _, lost, *of_spans = seen.index_fill(0, owner.flatten(), True).tolist()
+            _, lost, *named = seen.index_fill(0, owner.flatten(), True).tolist()
             if lost:
                 raise self._unowned(int(ids[owner == 1][0]), lookup.spans)
-            named = [number for number in named if of_spans[number]]
-            if not named:
-                return None
-        if len(named) == 1:
-            (number,) = named
-            table = lookup.rows[number]
-            return (ids - lookup.spans[number].first).clamp(0, len(table) - 1), table
-        tables = [r if n in named else r.detach() for n, r in enumerate(lookup.rows)]
-        return lookup.row[at], torch.cat([table.to(at.device) for table in tables])
+        tables = list(compress(lookup.rows, named))
+        if not tables:
+            return None
+        if len(tables) == 1:
+            (table,), first = tables, lookup.spans[named.index(True)].first
+            return (ids - first).clamp(0, len(table) - 1), table
+        if not all(named):  # of hundreds of prompts a batch names a few: only theirs are gathered
+            counts = (
+                0 if here else len(rows) for rows, here in zip(lookup.rows, named, strict=True)
+            )
+            left_out = torch.tensor([0, 0, *accumulate(counts)], device=at.device)
+            row = row - left_out[owner]
+        return row, torch.cat([table.to(at.device) for table in tables])
 
     def _unowned(self, id: int, spans: tuple[Span, ...]) -> InputError:
         return InputError(
@@ -328,6 +329,11 @@ class Injector:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._local = threading.local()
+
+
+def _near(rows: Tensor, device: torch.device) -> Tensor:
+    """On the embedding's device; a gradient's path is made in the forward that follows it."""
+    return rows if rows.requires_grad else rows.to(device)
 
 
 def _ids(value: Any) -> bool:
