@@ -191,6 +191,29 @@ def test_labels_give_confusion_and_probabilities(train: Run, run: Run, here: Pat
     assert sum(probabilities.values()) == pytest.approx(1)
 
 
+def test_many_labels_are_shown_by_their_mistakes(run: Run, model_folder: Path) -> None:
+    """A matrix of 40 columns is no wider than a terminal: it was shown without a letter."""
+    labels = [f"kind{number}" for number in range(40)]
+    rows = [{"text": "Paris", "label": label} for label in labels for _ in range(2)]
+    Path("many.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prompt = Prompt(
+        "[P*2] {text} [MASK]", answer="label", verbalizer={label: label for label in labels}
+    )
+    prompt.vectors = torch.zeros(2, 32)
+    prompt.save("many")
+    asked = ("evaluate", "many", "--model", model_folder, "--data", "many.jsonl")
+    code, out, err = run(*asked)
+    assert code == 0, err
+    said = json.loads(run(*asked, "--json")[1])
+    (answer,) = {prediction["answer"] for prediction in said["predictions"]}
+    assert "20 of 40 labels" in out and "taken for" in out and f"{answer} (2)" in out
+    wrong = next(label for label in labels if label != answer)
+    (line,) = [
+        line for line in out.splitlines() if f" {wrong} " in line and f"{answer} (2)" in line
+    ]
+    assert [cell.strip() for cell in line.strip("│").split("│")][1:3] == ["2", "0"]
+
+
 def test_predict_among_candidates(train: Run, run: Run, here: Path) -> None:
     train()
     Path("candidates.txt").write_text("Paris\nRome\n\nMadrid\n")

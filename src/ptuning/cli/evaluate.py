@@ -40,7 +40,8 @@ def evaluate(
     """Measure a prompt on examples with answers.
 
     Shows accuracy beside a manual template and the majority answer, and the most confident
-    mistakes; for labels also macro F1, the confusion matrix and the mean probability of each label.
+    mistakes; for labels also macro F1, the mean probability of each, and the confusion matrix or,
+    where that is too wide, the labels that are mistaken most.
     """
     from ..inference.evaluation import evaluate as measure
 
@@ -66,6 +67,12 @@ def evaluate(
         _show(result)
         _show_mistakes(result, rows, prompt)
         console.tell(f"next: {console.command('predict', prompt_folder, '--data', data)}")
+
+
+_COLUMN = 8
+"""Letters that a column of the confusion matrix takes, rules and blanks included."""
+_LABELS = 20
+"""Labels that are shown where the matrix has no room."""
 
 
 def _show_mistakes(result: Evaluation, rows: list[Row], prompt: Prompt) -> None:
@@ -99,15 +106,45 @@ def _show(result: Evaluation) -> None:
         line += f", macro F1 {console.percent(result.macro_f1)}"
     console.tell(line)
     if result.confusion:
-        mean = {
-            label: sum(p.probabilities[label] for p in result.predictions) / result.examples
-            for label in result.labels
-        }
+        _show_confusion(result)
+
+
+def _show_confusion(result: Evaluation) -> None:
+    """The matrix where the terminal has room for it, else the labels that are mistaken most."""
+    labels = result.labels
+    mean = [
+        f"{sum(p.probabilities[label] for p in result.predictions) / result.examples:.3f}"
+        for label in labels
+    ]
+    if _COLUMN * (len(labels) + 3) <= console.out.width:
         console.table(
             "Confusion (rows: right label, columns: predicted)",
-            ["", *result.labels, "mean probability"],
+            ["", *labels, "mean probability"],
             [
-                [label, *map(str, counts), f"{mean[label]:.3f}"]
-                for label, counts in zip(result.labels, result.confusion, strict=True)
+                [label, *map(str, counts), share]
+                for label, counts, share in zip(labels, result.confusion, mean, strict=True)
             ],
         )
+        return
+    wrong = [sum(counts) - counts[own] for own, counts in enumerate(result.confusion)]
+    shown = sorted(range(len(labels)), key=lambda own: -wrong[own])[:_LABELS]
+    console.table(
+        f"Confusion: {len(shown)} of {len(labels)} labels, the most mistakes first (--json: all)",
+        ["", "rows", "right", "most often taken for", "mean probability"],
+        [
+            [
+                labels[own],
+                str(sum(result.confusion[own])),
+                str(result.confusion[own][own]),
+                _taken_for(own, result),
+                mean[own],
+            ]
+            for own in shown
+        ],
+    )
+
+
+def _taken_for(own: int, result: Evaluation) -> str:
+    others = [0 if n == own else count for n, count in enumerate(result.confusion[own])]
+    most = max(others)
+    return f"{result.labels[others.index(most)]} ({most})" if most else ""
