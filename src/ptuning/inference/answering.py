@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ class Prediction:
     probabilities: dict[str, float] = field(default_factory=dict)
 
 
+_T = TypeVar("_T")
 Later = Callable[[], list[Prediction]]
 """Waits for the answers, if the device still computes them."""
 
@@ -107,7 +108,6 @@ def answers(
         InputError: a free answer without a limit.
     """
     groups: dict[Any, list[int]] = {}
-    waiting: list[tuple[list[int], Later]] = []
     for number, question in enumerate(questions):
         words = len(question.renderer.owner) if question.renderer.compares else 0
         masks = question.most if not words and engine.base.kind is ModelKind.MASKED else None
@@ -116,18 +116,22 @@ def answers(
     for key in sorted(groups):
         numbers = groups[key]
         members = max(len(questions[n].readings) for n in numbers)
-        for chunk in engine.chunks([questions[n].example for n in numbers], batch_size, members):
-            asked = [numbers[i] for i in chunk]
-            waiting.append((asked, in_one_batch(engine, [questions[n] for n in asked])))
-            if len(waiting) > 1:  # a batch is read when the device has the next one
-                yield from _read(*waiting.pop(0))
-        for one in waiting:
-            yield from _read(*one)
-        waiting.clear()
+        chunks = engine.chunks([questions[n].example for n in numbers], batch_size, members)
+        asked = ([numbers[i] for i in chunk] for chunk in chunks)
+        batches = ((some, in_one_batch(engine, [questions[n] for n in some])) for some in asked)
+        for some, later in one_ahead(batches):
+            yield from zip(some, later(), strict=True)
 
 
-def _read(numbers: list[int], later: Later) -> Iterator[tuple[int, Prediction]]:
-    return zip(numbers, later(), strict=True)
+def one_ahead(begun: Iterable[_T]) -> Iterator[_T]:
+    """What was begun, each when the next one is begun too: the device need not wait while somebody
+    reads."""
+    waiting: list[_T] = []
+    for one in begun:
+        waiting.append(one)
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
 
 
 def in_one_batch(engine: Engine, questions: list[Question]) -> Later:
@@ -158,24 +162,23 @@ def _checked(engine: Engine, predictions: list[Prediction]) -> list[Prediction]:
     return predictions
 
 
-def _watching(questions: list[Question]) -> Callable[[Tensor], Tensor] | None:
+def _watching(
+    watches: list[Callable[[int], bool] | None], limits: list[int]
+) -> Callable[[Tensor], Tensor] | None:
     """For `continue_greedily`: each row ends at its own limit, or where its watch says so."""
-    if len({question.most for question in questions}) == 1 and not any(
-        question.watch for question in questions
-    ):
+    if len(set(limits)) == 1 and not any(watches):
         return None
-    counts = [0] * len(questions)
+    left, done = [*limits], torch.zeros(len(limits), dtype=torch.bool)
 
     def watch(ids: Tensor) -> Tensor:
         for row, token in enumerate(ids.tolist()):
-            question, counts[row] = questions[row], counts[row] + 1
-            if done[row] or question.most is None:
-                continue
-            enough = question.watch is not None and question.watch(token)
-            done[row] = enough or counts[row] >= question.most
+            if not done[row]:
+                left[row] -= 1
+                watch_of_row = watches[row]
+                enough = watch_of_row is not None and watch_of_row(token)
+                done[row] = enough or not left[row]
         return done.to(ids.device)
 
-    done = torch.zeros(len(questions), dtype=torch.bool)
     return watch
 
 
@@ -219,7 +222,7 @@ def _decode(engine: Engine, questions: list[Question], batch: Batch) -> list[Pre
             "how long may a free answer be? Give answer_tokens (--answer-tokens N), or candidates"
         )
     ends = engine.ends(questions[0].renderer.task)
-    watching = _watching(questions)
+    watching = _watching([question.watch for question in questions], known)
     ids, scores = engine.continue_greedily(batch, max(known), ends, watching, sizes)
     cut = [
         list(takewhile(lambda token: token not in ends, row[:limit]))

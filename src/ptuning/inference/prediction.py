@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -21,7 +21,7 @@ from ..prompts.consistency import check_kind
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task, at_least_one
 from ..rendering.render import Rendered, Renderer, tell_shortened
-from .answering import Later, Prediction, Question, Reading, in_one_batch
+from .answering import Later, Prediction, Question, Reading, in_one_batch, one_ahead
 from .attachment import all_placed
 
 _KEPT = 64 * 2**20
@@ -187,21 +187,20 @@ def _ahead(
     threaded: bool,
 ) -> Iterator[list[list[Rendered]]]:
     """Each block rendered; in a thread, while the device computes the one before."""
-    if not threaded:
+
+    def numbered() -> Iterator[tuple[Sequence[Row], int]]:
+        number = first
         for rows in blocks:
-            yield render(rows, first)
-            first += len(rows)
+            yield rows, number
+            number += len(rows)
+
+    if not threaded:
+        for rows, number in numbered():
+            yield render(rows, number)
         return
     with ThreadPoolExecutor(1, "rendering") as thread:
-        waiting: Future[list[list[Rendered]]] | None = None
-        for rows in blocks:
-            coming = thread.submit(render, rows, first)
-            first += len(rows)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = coming
-        if waiting is not None:
-            yield waiting.result()
+        for coming in one_ahead(thread.submit(render, *block) for block in numbered()):
+            yield coming.result()
 
 
 def as_tasks(prompt: Task | Sequence[Task]) -> list[Task]:
@@ -261,23 +260,19 @@ def _of_block(
     """Each task's answers to a block of rows, in batches of rows of like length; a row's tasks,
     and their members, stand together."""
     results = [[Prediction("", 0.0)] * count for _ in asked]
-    waiting: list[tuple[list[tuple[int, int]], Later]] = []
 
-    def settle(leave: int) -> None:
-        while len(waiting) > leave:
-            cells, later = waiting.pop(0)
-            for (index, number), prediction in zip(cells, later(), strict=True):
-                results[number][index] = prediction
-
-    with engine.one_document([reader.examples for reader in chain.from_iterable(asked)]):
+    def batches() -> Iterator[tuple[list[tuple[int, int]], Later]]:
         for numbers in _sharing_batches([readers[0].renderer for readers in asked]):
             members = sum(len(asked[number]) for number in numbers)
             for chunk in engine.chunks(asked[numbers[0]][0].examples, batch_size, members):
                 cells = [(index, number) for index in chunk for number in numbers]
                 group = [Question.of(r.reading(index) for r in asked[n]) for index, n in cells]
-                waiting.append((cells, in_one_batch(engine, group)))
-                settle(leave=1)  # a batch is read when the device has the next one
-        settle(leave=0)
+                yield cells, in_one_batch(engine, group)
+
+    with engine.one_document([reader.examples for reader in chain.from_iterable(asked)]):
+        for cells, later in one_ahead(batches()):
+            for (index, number), prediction in zip(cells, later(), strict=True):
+                results[number][index] = prediction
     return results
 
 
