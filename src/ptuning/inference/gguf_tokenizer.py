@@ -13,14 +13,11 @@ from typing import Any
 import gguf
 
 from ..errors import InputError
+from ..rendering.spaces import WORDS
 
 _BYTES = {
     "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True,
 }  # fmt: skip
-_WORDS = (
-    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|%s| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|"
-    "\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
-)
 
 
 def describe_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> None:
@@ -96,8 +93,8 @@ def _cut_by(pattern: str) -> list[dict[str, Any]]:
 _WAYS: dict[str, tuple[list[dict[str, Any]], bool]] = {
     "gpt-2": ([_BYTES], False),
     "smollm": ([{"type": "Digits", "individual_digits": True}, _BYTES], False),
-    "qwen2": (_cut_by(_WORDS % "\\p{N}"), False),
-    "llama-bpe": (_cut_by(_WORDS % "\\p{N}{1,3}"), True),
+    "qwen2": (_cut_by(WORDS % ""), False),
+    "llama-bpe": (_cut_by(WORDS % "{1,3}"), True),
 }
 """llama.cpp's name -> the steps of transformers' tokenizer; whether a word that is a token is never
 cut."""

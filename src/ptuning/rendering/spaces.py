@@ -17,11 +17,12 @@ _LOCAL = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "BertNormal
 _FINER = {"Digits", "Punctuation"}
 """They cut elsewhere, and look no farther."""
 _CUTTING = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit"}
-_WORDS = (
+WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""Words of Llama 3 and Qwen: such a space begins a word or is one."""
+"""Words of Llama 3 and Qwen, by how many digits stand together: such a space begins a word or is
+one."""
 
 
 def last_word(text: str, start: int) -> int:
@@ -76,7 +77,7 @@ def _cuts(part: dict[str, Any]) -> bool:
     kind = part["type"]
     if kind == "Split":
         isolated = part["behavior"] == "Isolated" and not part["invert"]
-        return isolated and part["pattern"].get("Regex") in (_WORDS % "", _WORDS % "{1,3}")
+        return isolated and part["pattern"].get("Regex") in (WORDS % "", WORDS % "{1,3}")
     return kind in _CUTTING or bool(
         (kind == "ByteLevel" and part.get("use_regex"))
         or (kind == "Metaspace" and part.get("split"))
