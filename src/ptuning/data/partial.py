@@ -21,17 +21,15 @@ from typing import IO, Any
 from ..errors import DataError, InputError, PtuningError
 from ..places import held, real
 from .rows import Row
-from .sources import JSON_LINES, SEPARATORS
+from .sources import JSON_LINES, KINDS
 from .writing import json_line
-
-KINDS = (*JSON_LINES, *SEPARATORS, ".parquet")
 
 
 class Output:
     """A file to which rows are written.
 
     Args:
-        path: ends in one of `KINDS`; a device or pipe gets JSON lines under any name.
+        path: ends in one of `sources.KINDS`; a device or pipe gets JSON lines under any name.
 
     Attributes:
         path: where the file truly is, links followed.

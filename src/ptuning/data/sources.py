@@ -21,6 +21,7 @@ from .text import PACKED
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".json", ".ndjson")
+KINDS = (*JSON_LINES, *SEPARATORS, ".parquet")
 
 
 def read_examples(source: str | Path, separator: str | None = None) -> list[Row]:
@@ -71,8 +72,7 @@ def _rows(source: str | Path, separator: str | None) -> Iterator[Row]:
         raise DataError(
             f"data file {excerpt(str(source))} cannot be read: {error.strerror}"
         ) from None
-    known = (*JSON_LINES, *SEPARATORS, ".parquet")
-    if kind not in known and not exists:
+    if kind not in KINDS and not exists:
         return hub_rows(str(source))
     if not is_file:
         problem = "is a folder" if is_folder else "does not exist"
@@ -81,7 +81,7 @@ def _rows(source: str | Path, separator: str | None) -> Iterator[Row]:
         raise DataError(
             f"data file {excerpt(str(source))} {problem}; give a JSONL, CSV or Parquet file"
         )
-    if kind == ".parquet" and path.suffix.lower() == kind:
+    if is_parquet(path):
         return parquet_rows(path)
     if kind in SEPARATORS:
         return separated_rows(path, SEPARATORS[kind], separator)
