@@ -283,7 +283,6 @@ class Prompt(PromptSettings):
             tensors[prompt_files.of_member(number)] = own
         base = self.base_model
         description = {
-            "num_virtual_tokens": len(vectors),
             **_described(self),
             "base_model": base if folder is None else prompt_files.seen_from(Path(folder), base),
             "training": self.training,
@@ -292,12 +291,7 @@ class Prompt(PromptSettings):
             description["peft_config"] = self.peft_config
         if self.others:
             description[prompt_files.ENSEMBLE] = [
-                {
-                    "num_virtual_tokens": len(other.trained_vectors()),
-                    **_described(other),
-                    "training": other.training,
-                }
-                for other in self.others
+                {**_described(other), "training": other.training} for other in self.others
             ]
         return prompt_files.pack(description, tensors)
 
@@ -391,10 +385,8 @@ class Prompt(PromptSettings):
 
 
 def _described(prompt: Prompt) -> dict[str, Any]:
-    """Settings as ``prompt.json`` has them; older readers know no label bias."""
-    settings = prompt.settings()
-    return (
-        settings
-        if prompt.label_bias
-        else {k: settings[k] for k in settings if k != prompt_files.BIAS}
-    )
+    """Count and settings as ``prompt.json`` has them; older readers know no label bias."""
+    settings = {"num_virtual_tokens": len(prompt.trained_vectors()), **prompt.settings()}
+    if not prompt.label_bias:
+        del settings[prompt_files.BIAS]
+    return settings
