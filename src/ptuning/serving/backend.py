@@ -18,12 +18,12 @@ from ..rendering.layout import Sequence as Tokens
 from ..rendering.render import Rendered, Renderer
 from .batcher import TooLate
 
-PLAIN = Task("{text}", answer_tokens=64)
-"""Text that the base model goes on with, without any prompt."""
-PLAIN_CHAT = Task("{text}", chat=True, answer_tokens=64)
-"""A chat that the base model answers."""
 LONGEST = 64
 """Tokens of a free answer where neither the prompt nor the request says how many."""
+PLAIN = Task("{text}", answer_tokens=LONGEST)
+"""Text that the base model goes on with, without any prompt."""
+PLAIN_CHAT = Task("{text}", chat=True, answer_tokens=LONGEST)
+"""A chat that the base model answers."""
 
 Row = Mapping[str, Any]
 _T = TypeVar("_T")

@@ -55,9 +55,6 @@ class Item:
         return self.abandoned or self.answer.cancelled() or time.monotonic() > self.deadline
 
 
-Answer = Callable[[Sequence[Item]], Iterator[tuple[Item, Any]]]
-
-
 class Batcher:
     """Answers questions in batches, in a thread of its own.
 
@@ -68,7 +65,12 @@ class Batcher:
         waiting: questions that may wait.
     """
 
-    def __init__(self, answer: Answer, most: int = 32, waiting: int = 1024):
+    def __init__(
+        self,
+        answer: Callable[[Sequence[Item]], Iterator[tuple[Item, Any]]],
+        most: int = 32,
+        waiting: int = 1024,
+    ):
         self._answer, self._most, self._waiting = answer, most, waiting
         self._queue: deque[Item | Callable[[], None]] = deque()
         self._changed = threading.Condition()
