@@ -274,24 +274,23 @@ class Local:
             found = answers(self._engine, [question for *_, question in asked], self._most)
             for number, prediction in found:
                 item, listener, question = asked[number]
-                example = question.example
-                compares = question.renderer.compares
-                text = prediction.answer if compares or masked else listener.whole
-                if masked and not compares:
-                    text = cut_at(text, item.question.wish.stop).strip()
-                at_once = masked or compares
-                yield (
-                    item,
-                    Answer(
-                        text,
-                        prediction.probability,
-                        prediction.probabilities,
-                        example.shortened,
-                        len(example.sequences[0].ids),
-                        1 if at_once else len(listener.tokens),
-                        at_once or listener.complete,
-                    ),
+                text, written, complete = prediction.answer, 1, True
+                if not question.renderer.compares:
+                    if masked:
+                        text = cut_at(text, item.question.wish.stop).strip()
+                    else:
+                        text, complete = listener.whole, listener.complete
+                        written = len(listener.tokens)
+                answer = Answer(
+                    text,
+                    prediction.probability,
+                    prediction.probabilities,
+                    question.example.shortened,
+                    len(question.example.sequences[0].ids),
+                    written,
+                    complete,
                 )
+                yield item, answer
 
     def _wanted(self, asked: _Asked) -> Handle:
         handle = asked.handle
