@@ -439,6 +439,8 @@ def test_masked_and_encoder_decoder_models_answer_as_in_predict(family: str) -> 
                 assert answer.text == right.answer
                 assert answer.probability == pytest.approx(right.probability, abs=1e-5)
                 assert answer.probabilities == pytest.approx(right.probabilities, abs=1e-5)
+                if masked or options:
+                    assert answer.written == (1 if options else length)
                 asked = _streamed(local, handle, row, virtual=virtual, limit=limit)
                 *parts, last = asyncio.run(asked)
                 assert "".join(parts) == last.text == answer.text

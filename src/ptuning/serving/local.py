@@ -278,6 +278,7 @@ class Local:
                 if not question.renderer.compares:
                     if masked:
                         text = cut_at(text, item.question.wish.stop).strip()
+                        written = question.most or 1  # a token for each mask
                     else:
                         text, complete = listener.whole, listener.complete
                         written = len(listener.tokens)
