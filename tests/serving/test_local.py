@@ -235,7 +235,7 @@ def test_what_takes_too_long_is_given_up_while_the_model_still_works(
         elif way == "stream":
             _ = [part async for part in local.stream(handle, row, wish)]
         else:
-            await local.nearest(handle, 5, wish.deadline)
+            await local.nearest(handle, wish.deadline)
 
     with pytest.raises(TooLate):
         asyncio.run(ask())
@@ -260,7 +260,7 @@ def test_nearest_words_are_looked_for_once_however_many_ask(
 
     async def ask(count: int) -> list[Any]:
         deadline = time.monotonic() + 60
-        asked = [local.nearest(handle, 5, deadline) for _ in range(count)]
+        asked = [local.nearest(handle, deadline) for _ in range(count)]
         return await asyncio.gather(*asked, return_exceptions=True)
 
     assert {type(found) for found in asyncio.run(ask(4))} == {MemoryError}

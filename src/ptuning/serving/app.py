@@ -127,7 +127,7 @@ def _prompts(app: FastAPI, desk: Desk, key: str | None) -> None:
     async def about(name: str) -> dict[str, Any]:
         """What a prompt is: template, fields, labels, nearest words, the curve of its training."""
         served = desk.served(name)
-        nearest = await desk.nearest(served, 5)
+        nearest = await desk.nearest(served)
         history = await asyncio.to_thread(_history, served)
         return {**_summary(served), "virtual_tokens": nearest, "history": history}
 

@@ -110,7 +110,7 @@ class Desk:
         except Gone:  # another thread has renewed it since it was looked up, or taken it off
             return await self.backend.answer(self.served(name).handle, rows, wish)
 
-    async def nearest(self, served: Served, count: int) -> list[dict[str, Any]] | None:
+    async def nearest(self, served: Served) -> list[dict[str, Any]] | None:
         """Nearest words of a prompt's virtual tokens; None where nobody here has the model.
 
         Raises:
@@ -118,7 +118,7 @@ class Desk:
         """
         try:
             deadline = time.monotonic() + self.limits.seconds
-            return await self.backend.nearest(served.handle, count, deadline)
+            return await self.backend.nearest(served.handle, deadline)
         except Exception as error:
             raise _told(error) from error
 

@@ -111,9 +111,7 @@ class Backend(Protocol):
     def stream(self, handle: Any, row: Row, wish: Wish) -> AsyncIterator[str | Answer]:
         """Parts of a free answer as they come, and at last the whole."""
 
-    async def nearest(
-        self, handle: Any, count: int, deadline: float
-    ) -> list[dict[str, Any]] | None:
+    async def nearest(self, handle: Any, deadline: float) -> list[dict[str, Any]] | None:
         """Nearest words of a prompt's virtual tokens; None where nobody here has the model."""
 
     @property

@@ -191,14 +191,14 @@ class Local:
         finally:
             item.abandoned = True
 
-    async def nearest(self, handle: Handle, count: int, deadline: float) -> list[dict[str, Any]]:
+    async def nearest(self, handle: Handle, deadline: float) -> list[dict[str, Any]]:
         """Nearest words of a prompt's virtual tokens; looked for once, however many ask."""
 
         def look() -> list[dict[str, Any]]:
             prompt = handle.task
             if not isinstance(prompt, Prompt):
                 return []
-            found, mean = nearest_words(self.base.model, self.base.tokenizer, prompt, count)
+            found, mean = nearest_words(self.base.model, self.base.tokenizer, prompt)
             return [
                 {"norm": n.norm, "mean_norm": mean, "nearest": [list(w) for w in n.words]}
                 for n in found

@@ -172,7 +172,7 @@ class Remote:
         likelihood, shortened = math.exp(likelihood), example.shortened
         yield Answer(said, likelihood, {}, shortened, len(ids), tokens, complete)
 
-    async def nearest(self, handle: Handle, count: int, deadline: float) -> None:
+    async def nearest(self, handle: Handle, deadline: float) -> None:
         """Nobody here has the vocabulary's vectors."""
 
     @property
