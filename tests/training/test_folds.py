@@ -126,11 +126,10 @@ def test_settings_are_compared_by_epochs_that_are_finite_in_every_fold(
             ]
 
     monkeypatch.setattr(folds, "Loop", Trained)
+    monkeypatch.setattr(folds, "with_examples", lambda *_: [])
     members: Any = [({"learning_rate": r}, None, ptuning.TrainSettings()) for r in (1.0, 2.0)]
     nothing: Any = None
-    found = folds.choose(
-        nothing, members, [((), ())] * 2, lambda *_: [], None, False, lambda heard: None
-    )
+    found = folds.choose(nothing, members, [((), ())] * 2, None, False, lambda heard: None)
     assert found.epochs == 2 and found.chosen == members[:1]
     first, second = found.table
     assert first == {

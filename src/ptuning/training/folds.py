@@ -23,8 +23,9 @@ from ..data.setting_aside import alike
 from ..errors import InputError, TrainingError
 from ..rendering.example import Example
 from . import checkpoint
-from .grid import Named, Variant
+from .grid import Named
 from .loop import Loop
+from .members import with_examples
 from .progress import Progress, telling_once
 from .settings import TrainSettings
 
@@ -102,7 +103,6 @@ def choose(
     base: BaseModel,
     chosen: Sequence[Named],
     parts: Sequence[tuple[Sequence[Example], Sequence[Example]]],
-    render: Callable[[Sequence[Named], Sequence[Example], Sequence[Example]], list[Variant]],
     output: Path | None,
     resume: bool,
     listener: Callable[[Progress], None],
@@ -113,7 +113,6 @@ def choose(
         base: the frozen model.
         chosen: the members.
         parts: of `splits`.
-        render: members with their examples.
         output: of the run; each fold has its checkpoints in it.
         resume: go on from them.
         listener: of the training.
@@ -126,7 +125,7 @@ def choose(
     ]
     histories: list[list[list[dict[str, float]]]] = [[] for _ in members]
     for number, (train, held_out) in enumerate(parts, 1):
-        variants = render(members, train, held_out)
+        variants = with_examples(base, members, train, held_out)
         folder = output and output / checkpoint.FOLDER / f"{checkpoint.FOLD}{number}"
         heard = telling_once(listener, f"fold {number} of {len(parts)}")
         loop = Loop(base, variants, folder, heard)

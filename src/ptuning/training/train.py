@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +163,7 @@ def _outcome(
     if settings.folds:
         read = columns_read(plan.chosen)
         parts = splits(plan.rows, read, plan.answers, settings.folds, settings.seed)
-        render = partial(with_examples, base)
-        folds = choose(base, plan.chosen, parts, render, place, resume, listener)
+        folds = choose(base, plan.chosen, parts, place, resume, listener)
         variants = with_examples(base, folds.chosen[: settings.ensemble], plan.rows, ())
     left = _minutes_left(settings.max_minutes, started)
     variants = [replace(v, settings=replace(v.settings, max_minutes=left)) for v in variants]
