@@ -128,9 +128,10 @@ def _of_different_answers(answers: Sequence[str], count: int, seed: int) -> list
 
 def _text(renderer: Renderer, row: Example, answer: str) -> str:
     fields = [text_of(name, row[name]) for name in renderer.task.parsed.fields]
-    word = renderer.labels[answer][0] if answer in renderer.labels else answer
-    columns = column_texts(row, named_fields(word), "verbalizer") if renderer.labels else {}
-    return " ".join([*fields, fill(word, columns) if renderer.labels else word])
+    if renderer.labels:
+        word = renderer.labels[answer][0]
+        answer = fill(word, column_texts(row, named_fields(word), "verbalizer"))
+    return " ".join([*fields, answer])
 
 
 def _ids(renderer: Renderer, text: str) -> list[int]:
