@@ -104,6 +104,15 @@ def test_a_report_has_all_figures_and_runs_nothing(labels: bool) -> None:
     assert (made.f1_interval is not None) == labels
 
 
+def test_a_report_has_what_evaluate_compares_with() -> None:
+    model, tokenizer, prompt, rows = _setting()
+    prompt.label_bias = dict.fromkeys(prompt.labels, 0.5)
+    result = ptuning.evaluate(model, tokenizer, prompt, rows)
+    made = report_on("mine", "test", prompt, rows, result, nearest_words(model, tokenizer, prompt))
+    assert [name for name, *_ in made.shares()] == [name for name, _ in result.rows()]
+    assert "the same, calibrated" in page(made)
+
+
 def test_calibration_counts_every_row_once() -> None:
     model, tokenizer, prompt, rows = _setting()
     result = ptuning.evaluate(model, tokenizer, prompt, rows)

@@ -82,18 +82,19 @@ class Evaluation:
         ]
         return sorted(wrong, key=lambda n: -self.predictions[n].probability)[:count]
 
-    def rows(self) -> list[list[str]]:
-        """Name and share right, in percent: of the prompt and of what it is compared with."""
-        return [
-            ["P-tuned prompt", percent(self.accuracy)],
-            [f"manual: {self.manual_template}", percent(self.manual_accuracy)],
-            *(
-                [["the same, calibrated", percent(self.manual_calibrated)]]
-                if self.manual_calibrated is not None
-                else []
-            ),
-            [f"majority: {self.majority_answer}", percent(self.majority_accuracy)],
+    def compared(self) -> list[tuple[str, float]]:
+        """Name and share right: of the prompt and of what it is compared with."""
+        found = [
+            ("P-tuned prompt", self.accuracy),
+            (f"manual: {self.manual_template}", self.manual_accuracy),
         ]
+        if self.manual_calibrated is not None:
+            found.append(("the same, calibrated", self.manual_calibrated))
+        return [*found, (f"majority: {self.majority_answer}", self.majority_accuracy)]
+
+    def rows(self) -> list[list[str]]:
+        """The same in percent, as the rows of a table."""
+        return [[name, percent(share)] for name, share in self.compared()]
 
     def _repr_html_(self) -> str:
         """For notebooks: the prompt beside the baselines, the confusion matrix, and a picture."""

@@ -64,14 +64,9 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
 
     def shares(self) -> list[tuple[str, float, tuple[float, float]]]:
-        """Prompt, manual template and majority: share answered right, with its interval."""
-        result = self.result
-        named = [
-            ("P-tuned prompt", result.accuracy),
-            (f"manual: {result.manual_template}", result.manual_accuracy),
-            (f"majority: {result.majority_answer}", result.majority_accuracy),
-        ]
-        return [(name, share, wilson(share, result.examples)) for name, share in named]
+        """The prompt and what it is compared with: share answered right, with its interval."""
+        count = self.result.examples
+        return [(name, share, wilson(share, count)) for name, share in self.result.compared()]
 
 
 def report_on(
