@@ -108,10 +108,9 @@ def _prompts(app: FastAPI, desk: Desk, key: str | None) -> None:
         last the whole answer.
         """
         served = desk.served(name)
-        if (request.fields is None) == (request.rows is None):
+        rows = request.rows if request.fields is None else [request.fields]
+        if rows is None or None not in (request.fields, request.rows):
             raise Refused(422, "send 'fields' for one row, or 'rows' for many")
-        rows = [request.fields] if request.rows is None else request.rows
-        rows = [row for row in rows if row is not None]
         desk.check_rows(served, rows, named=request.rows is not None)
         wish = desk.wish(request.virtual_tokens, request.max_tokens, request.stop)
         if request.stream:

@@ -132,11 +132,10 @@ class Gate:
             self._ended(path, status, time.monotonic() - started)
 
     async def _let_in(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["path"] in OPEN:  # always: a probe that is refused would end a busy server
-            await self._app(scope, _handed_on(b"", receive), send)  # and they wait for no body
-            return
-        self._check_key(scope)
-        if scope["path"] == METRICS:  # they tell why a server is full
+        if scope["path"] not in OPEN:
+            self._check_key(scope)
+        # Always: a probe that is refused would end a busy server, and metrics tell why it is full.
+        if scope["path"] in (*OPEN, METRICS):  # and they wait for no body
             await self._app(scope, _handed_on(b"", receive), send)
             return
         if self._inside >= self._limits.requests:
