@@ -32,6 +32,7 @@ class Output:
         path: ends in one of `sources.KINDS`; a device or pipe gets JSON lines under any name.
 
     Attributes:
+        asked: the path as it was given, for messages.
         path: where the file truly is, links followed.
         special: no regular file, so it is written as it is and never replaced.
         kind: its ending.
