@@ -15,7 +15,7 @@ import torch
 
 import ptuning
 from ptuning import Prompt
-from ptuning.cli import main
+from ptuning.cli import evaluate, main
 from ptuning.inference.answering import Prediction
 from ptuning.inference.nearest_words import nearest_words
 from ptuning.inference.report import Bin, _f1_interval, calibration, report_on, wilson
@@ -111,6 +111,28 @@ def test_a_report_has_what_evaluate_compares_with() -> None:
     made = report_on("mine", "test", prompt, rows, result, nearest_words(model, tokenizer, prompt))
     assert [name for name, *_ in made.shares()] == [name for name, _ in result.rows()]
     assert "the same, calibrated" in page(made)
+
+
+def test_mistakes_show_the_columns_that_label_words_name_too(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, tokenizer, prompt, _ = _setting()
+    prompt = ptuning.Prompt(
+        "[P*2] {text} [P] so [MASK]",
+        answer="right",
+        verbalizer={"0": "{first}", "1": "{second}"},
+        vectors=prompt.vectors,
+    )
+    rows = [
+        {"text": "it rains", "first": "Paris", "second": "Rome", "right": str(n % 2)}
+        for n in range(4)
+    ]
+    result = ptuning.evaluate(model, tokenizer, prompt, rows)
+    made = report_on("mine", "test", prompt, rows, result, nearest_words(model, tokenizer, prompt))
+    assert made.mistakes
+    assert all([*row] == ["text", "first", "second"] for row, *_ in made.mistakes)
+    evaluate._show_mistakes(result, rows, prompt)
+    assert "it rains, Paris, Rome" in capsys.readouterr().out
 
 
 def test_calibration_counts_every_row_once() -> None:

@@ -531,6 +531,14 @@ def test_the_model_card_tells_template_labels_and_use(tmp_path: Path) -> None:
     assert 'load_model("makers/tiny")' in card and "'text'" in card
 
 
+def test_the_model_cards_example_has_all_columns_that_are_read(tmp_path: Path) -> None:
+    words = {"verbalizer": {"0": "{first}", "1": "{second}"}, "answer": "right"}
+    other = trained("[P*5] {text} {more} [MASK]", **words)
+    dataclasses.replace(trained(**words), others=[other]).save(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "[{'text': '…', 'more': '…', 'first': '…', 'second': '…'}]" in card
+
+
 # --- damage -----------------------------------------------------------------------------------
 
 

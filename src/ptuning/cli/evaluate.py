@@ -77,13 +77,16 @@ _LABELS = 20
 
 def _show_mistakes(result: Evaluation, rows: list[Row], prompt: Prompt) -> None:
     """The wrong answers that the prompt is surest of: often a label is wrong, or the data odd."""
+    from ..rendering.example import all_columns
+
     mistakes = result.confident_mistakes()
     if not mistakes:
         return
+    read = all_columns(prompt)
     shown = [
         [
             str(number + 1),
-            _short(", ".join(str(rows[number][name]) for name in prompt.parsed.fields)),
+            _short(", ".join(str(rows[number][name]) for name in read)),
             _short(result.right_answers[number]),
             _short(result.predictions[number].answer),
             f"{result.predictions[number].probability:.3f}",

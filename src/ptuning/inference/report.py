@@ -15,7 +15,7 @@ from typing import Any
 from .. import formats
 from ..errors import PromptFileError
 from ..prompts.prompt import Prompt
-from ..rendering.example import Example
+from ..rendering.example import Example, all_columns
 from .evaluation import Evaluation
 from .nearest_words import Neighbours
 
@@ -92,10 +92,10 @@ def report_on(
         history: of the training.
         versions: of `reporting.versions`.
     """
-    fields = prompt.parsed.fields
+    read = all_columns(prompt)
     shown = [
         (
-            {column: rows[number].get(column) for column in fields},
+            {column: rows[number].get(column) for column in read},
             result.right_answers[number],
             result.predictions[number].answer,
             result.predictions[number].probability,

@@ -6,10 +6,13 @@ Names and texts come from anywhere, so none stands in the card but as a value, a
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import PurePath, PureWindowsPath
 from typing import Any
 
 from ..backbone.fetched import SOURCES
+from .task import named_fields
 from .template import parse
 
 TAGS = ["p-tuning", "prompt"]
@@ -55,12 +58,20 @@ def model_card(description: dict[str, Any]) -> str:
         lines += ["", "| training | |", "|---|---|"]
         lines += [f"| {_cell(k.replace('_', ' '))} | {v:.6g} |" for k, v in scores.items()]
     if template is not None:
-        lines += ["", *_block("python", _use(about, base, template))]
+        lines += ["", *_block("python", _use(about, base, _columns(description)))]
     return "\n".join(lines) + "\n"
 
 
-def _use(about: dict[str, Any], base: str, template: str) -> str:
-    example = {name: "…" for name in parse(template).fields}
+def _columns(description: dict[str, Any]) -> dict[str, None]:
+    """What a row has for all members: the columns of templates and label words, in order."""
+    members = [description, *description.get("ensemble", [])]
+    words = [w for one in members for w in chain(*(one["verbalizer"] or {}).values())]
+    fields = [parse(one["template"]).fields for one in members]
+    return dict.fromkeys(chain(*fields, *map(named_fields, words)))
+
+
+def _use(about: dict[str, Any], base: str, columns: Iterable[str]) -> str:
+    example = dict.fromkeys(columns, "…")
     model = repr(_shown(base) or "base model")
     if "folder" in about:
         model = "prompt.base_model['name']"
