@@ -108,15 +108,14 @@ def serve(
     )  # fmt: skip
     at = listening(host, port)
     with at:
-        served: list[Any] = []
-        registry = Registry(
+        registry = Registry(  # it says which model the backend, made below, is to have
             prompt_folders,
-            lambda name, prompt: served[0].take_on(name, prompt),
-            lambda handle: served[0].let_go(handle),
+            lambda name, prompt: answering.take_on(name, prompt),
+            lambda handle: answering.let_go(handle),
             console.say,
         )
         name = model or registry.base_model()
-        served.append(_backend(name, url, dtype, frozen, limits))
+        answering = _backend(name, url, dtype, frozen, limits)
         registry.rescan()
         registry.check_named()
         if not registry.served:
@@ -126,7 +125,7 @@ def serve(
         if api_key is None and host not in _LOOPBACK:
             console.warn(f"all who reach {host} may ask; give --api-key")
         try:
-            run(served[0], registry, limits, api_key, at, console.say)
+            run(answering, registry, limits, api_key, at, console.say)
         except KeyboardInterrupt:  # under a forward of the model's thread Python's own end aborts
             console.say(console.stopped())
             sys.stdout.flush()
