@@ -29,7 +29,7 @@ from ..errors import InputError
 from ..prompts import peft_files
 from ..prompts.prompt import Prompt
 from ..rendering.chat import in_jinja
-from ..rendering.merged_text import merged_text, names_of
+from ..rendering.merged_text import merged_text, names_of, special_tokens_around
 from .merged_tokenizer import with_names
 
 _JOINED = """\
@@ -81,10 +81,7 @@ def check_format(to: str) -> None:
 
 def _peft(prompt: Prompt, base: BaseModel) -> dict[str, bytes]:
     in_front = prompt.template is None or prompt.prompt_leads
-    adds = (
-        base.tokenizer("a")["input_ids"]
-        != base.tokenizer("a", add_special_tokens=False)["input_ids"]
-    )
+    adds = any(special_tokens_around(base.tokenizer))
     if not in_front or prompt.chat or (adds and prompt.special_tokens != "after"):
         raise InputError(
             "PEFT puts virtual tokens in front of everything, special tokens too, and this prompt "

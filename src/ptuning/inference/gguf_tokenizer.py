@@ -13,6 +13,7 @@ from typing import Any
 import gguf
 
 from ..errors import InputError
+from ..rendering.merged_text import special_tokens_around
 from ..rendering.spaces import WORDS
 
 _BYTES = {
@@ -101,12 +102,10 @@ cut."""
 
 
 def _special_tokens(writer: gguf.GGUFWriter, tokenizer: Any) -> None:
-    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
-    around = tokenizer("a")["input_ids"]
-    begins = around[:1] == [tokenizer.bos_token_id] and inner[:1] != around[:1]
-    ends = around[-1:] == [tokenizer.eos_token_id] and inner[-1:] != around[-1:]
-    if around != around[:1] * begins + inner + around[-1:] * ends:
-        known: Sequence[str] = tokenizer.convert_ids_to_tokens(around)
+    start, end = special_tokens_around(tokenizer)
+    begins, ends = start == tokenizer.bos_token, end == tokenizer.eos_token
+    if (start and not begins) or (end and not ends):
+        known: Sequence[str] = tokenizer.convert_ids_to_tokens(tokenizer("a")["input_ids"])
         raise InputError(f"its tokenizer puts special tokens around a text: {' '.join(known)}")
     writer.add_add_bos_token(begins)
     writer.add_add_eos_token(ends)

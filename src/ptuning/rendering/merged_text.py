@@ -138,19 +138,19 @@ def _candidates(
     string: str, task: Task, kind: str, names: list[str], tokenizer: Any
 ) -> Iterator[tuple[str, bool]]:
     """Ways to write the string, with whether the tokenizer is to add its special tokens."""
-    start, end = _special_tokens(tokenizer)
+    start, end = special_tokens_around(tokenizer)
     end = "" if kind == "causal" else end  # what a causal model reads ends before the answer
     front = "".join(names) if task.special_tokens == "after" else ""
     if task.chat:  # the chat has its own beginning and end
         start = end = ""
-        yield string.removeprefix(_special_tokens(tokenizer)[0]), True
+        yield string.removeprefix(special_tokens_around(tokenizer)[0]), True
     for space in ("", " "):  # some tokenizers put one in front of a text's first word alone
         yield front + space + string, True
         yield front + start + space + string + end, False
 
 
-def _special_tokens(tokenizer: Any) -> tuple[str, str]:
-    """What the tokenizer puts in front of a text and behind it."""
+def special_tokens_around(tokenizer: Any) -> tuple[str, str]:
+    """What a tokenizer puts in front of a text and behind it."""
     inner = tokenizer("a", add_special_tokens=False)["input_ids"]
     around = tokenizer("a")["input_ids"]
     extra = len(around) - len(inner)
