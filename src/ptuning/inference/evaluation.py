@@ -243,14 +243,12 @@ def log_shares(
 ) -> torch.Tensor:
     """Log-probabilities ``(N, labels)`` of a task's labels among themselves."""
     with _asked(model, tokenizer, task) as (engine, renderers, first):
-        for renderer in renderers:
-            renderer.asking()
-        examples = [renderer.each(rows, "evaluation", answered=False) for renderer in renderers]
+        examples = [r.asking().each(rows, "evaluation", answered=False) for r in renderers]
         return label_log_probabilities(engine, renderers, examples, first, batch_size)
 
 
 def _best_manual(
-    score: Callable[[Task, Sequence[Example]], float],
+    accuracy: Callable[[Task, Sequence[Example]], float],
     prompt: Prompt,
     masked: bool,
     rows: Sequence[Example],
@@ -258,10 +256,10 @@ def _best_manual(
     """The automatic template that is best on the first rows."""
     column = answer_column(prompt, rows[0])
     own, *others = automatic_templates(prompt, column, masked)
-    scores = {own: score(prompt.manual(own), rows[:_CHOOSING])}
+    scores = {own: accuracy(prompt.manual(own), rows[:_CHOOSING])}
     for template in others:
         with suppress(DataError):  # words of ours that the prompt's length limit has no room for
-            scores[template] = score(prompt.manual(template), rows[:_CHOOSING])
+            scores[template] = accuracy(prompt.manual(template), rows[:_CHOOSING])
     return max(scores, key=scores.__getitem__)
 
 
