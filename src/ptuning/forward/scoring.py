@@ -101,15 +101,15 @@ def score_together(
         right = torch.tensor([example.label for example in examples[0]])
         losses, hits = losses_of_labels(found, right, torch.arange(found.shape[1]))
         return float(hits.double().mean()), float(losses.double().mean())
-    sums = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(2, dtype=torch.float64)
     for batch, sizes, _ in batches_together(engine, examples, first_ids, batch_size):
         means = mean_log_probabilities(engine.logits(batch), sizes)
         answers = batch.answers[first_rows(sizes)].to(means.device)
         hits = ((means.argmax(-1) == answers) | (answers == IGNORED)).all(1)
         losses = answer_nll(means, answers).sum(1)
-        sums += torch.stack([hits.sum(), losses.sum()]).cpu()  # MPS has no float64
+        total += torch.stack([hits.sum(), losses.sum()]).cpu()  # MPS has no float64
     weight = sum(example.weight for example in examples[0])
-    return float(sums[0]) / len(examples[0]), float(sums[1]) / weight
+    return float(total[0]) / len(examples[0]), float(total[1]) / weight
 
 
 @torch.no_grad()

@@ -159,8 +159,7 @@ def _predicted(
         return _Asked(engine.renderer(task.checked(**changes), answers).asking())
 
     asked = [[reader(task) for task in of_task] for of_task in members]
-    number = first
-    readers = list(chain.from_iterable(asked))
+    readers, count = list(chain.from_iterable(asked)), 0
 
     def render(rows: Sequence[Row], number: int) -> list[list[Rendered]]:
         return [
@@ -175,9 +174,9 @@ def _predicted(
                 one.examples = of_one
                 one.shortened += sum(example.shortened for example in of_one)
             yield _of_block(engine, asked, len(examples[0]), batch_size)
-            number += len(examples[0])
+            count += len(examples[0])
     for one, *_ in asked:
-        tell_shortened(one.renderer, one.shortened, number - first, "prediction")
+        tell_shortened(one.renderer, one.shortened, count, "prediction")
 
 
 def _ahead(
