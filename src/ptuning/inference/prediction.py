@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -151,32 +150,31 @@ def _predicted(
     """Block by block each task's predictions."""
     members = [members_of(task) for task in tasks]
     answers = as_candidates(candidates)
-    several = sum(map(len, members)) > 1
-    engine = Engine(base, None if several else _KEPT, repeats=True)
-
-    def reader(task: Task) -> _Asked:
-        changes = {} if answer_tokens is None else {"answer_tokens": answer_tokens}
-        return _Asked(engine.renderer(task.checked(**changes), answers).asking())
-
-    asked = [[reader(task) for task in of_task] for of_task in members]
-    readers, count = list(chain.from_iterable(asked)), 0
+    changes = {} if answer_tokens is None else {"answer_tokens": answer_tokens}
+    engine = Engine(base, None if sum(map(len, members)) > 1 else _KEPT, repeats=True)
+    renderers = [
+        engine.renderer(one.checked(**changes), answers).asking()
+        for one in chain.from_iterable(members)
+    ]
+    starts = [0, *accumulate(map(len, members))]
+    of_tasks = [slice(*ends) for ends in pairwise(starts)]
 
     def render(rows: Sequence[Row], number: int) -> list[list[Rendered]]:
-        return [
-            one.renderer.each(rows, "prediction", answered=False, first=number) for one in readers
-        ]
+        return [r.each(rows, "prediction", answered=False, first=number) for r in renderers]
 
-    with all_placed(base.model, base.tokenizer, [r.renderer.task for r in readers]) as first_ids:
-        for one, first_id in zip(readers, first_ids, strict=True):
-            one.first_id = first_id
+    cut, count = [0] * len(renderers), 0
+    with all_placed(base.model, base.tokenizer, [r.task for r in renderers]) as first_ids:
         for examples in _ahead(render, blocks, first, engine.base.device.type != "cpu"):
-            for one, of_one in zip(readers, examples, strict=True):
-                one.examples = of_one
-                one.shortened += sum(example.shortened for example in of_one)
-            yield _of_block(engine, asked, len(examples[0]), batch_size)
+            readings = [
+                [Reading(renderer, example, first_id) for example in of_one]
+                for renderer, of_one, first_id in zip(renderers, examples, first_ids, strict=True)
+            ]
+            yield _of_block(engine, [readings[own] for own in of_tasks], batch_size)
+            for number, of_one in enumerate(examples):
+                cut[number] += sum(example.shortened for example in of_one)
             count += len(examples[0])
-    for one, *_ in asked:
-        tell_shortened(one.renderer, one.shortened, count, "prediction")
+    for first_member in starts[:-1]:
+        tell_shortened(renderers[first_member], cut[first_member], count, "prediction")
 
 
 def _ahead(
@@ -239,36 +237,32 @@ def members_of(task: Task) -> list[Task]:
     return [*task.members] if isinstance(task, Prompt) else [task]
 
 
-@dataclass
-class _Asked:
-    """One member on a block of rows, and the id of its first virtual token."""
-
-    renderer: Renderer
-    examples: list[Rendered] = field(default_factory=list)
-    first_id: int = 0
-    shortened: int = 0
-
-    def reading(self, index: int) -> Reading:
-        """A row as the member has it."""
-        return Reading(self.renderer, self.examples[index], self.first_id)
-
-
 def _of_block(
-    engine: Engine, asked: list[list[_Asked]], count: int, batch_size: int | None
+    engine: Engine, tasks: list[list[list[Reading]]], batch_size: int | None
 ) -> list[list[Prediction]]:
     """Each task's answers to a block of rows, in batches of rows of like length; a row's tasks,
-    and their members, stand together."""
-    results = [[Prediction("", 0.0)] * count for _ in asked]
+    and their members, stand together.
+
+    Args:
+        engine: has the prompts attached.
+        tasks: for each its members, and how each of these reads the rows.
+        batch_size: rows per forward.
+    """
+    members = list(chain.from_iterable(tasks))
+    results = [[Prediction("", 0.0)] * len(members[0]) for _ in tasks]
+    if not members[0]:
+        return results
 
     def batches() -> Iterator[tuple[list[tuple[int, int]], Later]]:
-        for numbers in _sharing_batches([readers[0].renderer for readers in asked]):
-            members = sum(len(asked[number]) for number in numbers)
-            for chunk in engine.chunks(asked[numbers[0]][0].examples, batch_size, members):
+        for numbers in _sharing_batches([of_task[0][0].renderer for of_task in tasks]):
+            examples = [reading.example for reading in tasks[numbers[0]][0]]
+            of_row = sum(len(tasks[number]) for number in numbers)
+            for chunk in engine.chunks(examples, batch_size, of_row):
                 cells = [(index, number) for index in chunk for number in numbers]
-                group = [Question.of(r.reading(index) for r in asked[n]) for index, n in cells]
+                group = [Question.of(of_one[index] for of_one in tasks[n]) for index, n in cells]
                 yield cells, in_one_batch(engine, group)
 
-    with engine.one_document([reader.examples for reader in chain.from_iterable(asked)]):
+    with engine.one_document([[reading.example for reading in of_one] for of_one in members]):
         for cells, later in one_ahead(batches()):
             for (index, number), prediction in zip(cells, later(), strict=True):
                 results[number][index] = prediction
