@@ -27,7 +27,7 @@ from .update import Update
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepOutcome:
     """What became of a step.
 
     Attributes:
@@ -41,7 +41,7 @@ class Outcome:
 
 MicroBatches = Sequence[Sequence[Batch]]
 """Of each micro-batch its parts, on the CPU."""
-Later = Callable[[], Outcome]
+Later = Callable[[], StepOutcome]
 """Waits for the step if it is still running."""
 
 
@@ -108,7 +108,7 @@ class PlainSteps:
         trained = [p for learner in self.learners if learner.active for p in learner.parameters()]
         total = distributed.add_up_gradients(trained, total)
         stepped = _update_each(self.learners, total, self.accelerator)
-        outcome = Outcome(total.cpu(), stepped)
+        outcome = StepOutcome(total.cpu(), stepped)
         return lambda: outcome
 
 
@@ -224,7 +224,7 @@ class ReplayedSteps:
                 part(one, divisor)
             tables.backward(part.gradient)
             total += part.losses
-        outcome = Outcome(total.cpu(), _update_each(self.learners, total, self.accelerator))
+        outcome = StepOutcome(total.cpu(), _update_each(self.learners, total, self.accelerator))
         return lambda: outcome
 
 
@@ -252,11 +252,11 @@ class _Reader:
         if done is not None:
             done.record()
 
-        def outcome() -> Outcome:
+        def outcome() -> StepOutcome:
             if done is not None:
                 done.synchronize()
             losses, failed = place.numpy().copy()
-            return Outcome(torch.from_numpy(losses), [not one for one in failed.tolist()])
+            return StepOutcome(torch.from_numpy(losses), [not one for one in failed.tolist()])
 
         return outcome
 
