@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from ..errors import DataError, excerpt
-from .rows import named
+from .rows import listed
 from .values import text_of
 
 _FIRST = ("answer", "label")
@@ -137,7 +137,7 @@ def _answer(table: Mapping[str, list[str] | None], given: str | None) -> str:
     if given is not None:
         if not isinstance(given, str) or given not in table:
             raise DataError(
-                f"the data has no answer column {given!r}; it has {named(map(repr, table))}; "
+                f"the data has no answer column {given!r}; it has {listed(map(repr, table))}; "
                 "correct the name (answer=, --answer)"
             )
         return given
@@ -154,7 +154,7 @@ def _answer(table: Mapping[str, list[str] | None], given: str | None) -> str:
     seen = "several columns have few values" if found else "no column has few values"
     raise DataError(
         f"it is not clear which column is the answer ({seen}): the data has "
-        f"{named(map(repr, found or table))}; name it (answer=, --answer COLUMN)"
+        f"{listed(map(repr, found or table))}; name it (answer=, --answer COLUMN)"
     )
 
 

@@ -46,8 +46,8 @@ def unique_names(names: Sequence[str], where: str) -> None:
         raise DataError(f"{where} has the column {repeated(names)!r} twice; rename one of the two")
 
 
-def named(names: Iterable[Any]) -> str:
-    """Column names for a message, of very many the first."""
+def listed(names: Iterable[Any]) -> str:
+    """Names of columns or labels for a message, of very many the first."""
     texts = [excerpt(str(name), most=60) for name in names]
     more = f", and {len(texts) - 20} more" if len(texts) > 20 else ""
     return ", ".join(texts[:20]) + more

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..errors import DataError, excerpt
-from .rows import Row, named
+from .rows import Row, listed
 from .text import LONGEST_CELL, lines
 
 _OTHERS = (";", "\t", "|")
@@ -47,13 +47,13 @@ def separated_rows(path: Path, usual: str, separator: str | None = None) -> Iter
         wrong = f"{twice[0]!r} stands twice" if twice else f"column {unnamed[-1]} has none"
         raise DataError(
             f"{path} line {number}: column names must be there and differ, and {wrong} "
-            f"({named(header)}); correct the header"
+            f"({listed(header)}); correct the header"
         )
     for number, cells in cut:
         if len(cells) != len(header):
             raise DataError(
                 f"{path} line {number}: {len(cells)} cells, and the header has "
-                f"{len(header)} ({named(header)}); quote cells that hold a {separator!r}, or "
+                f"{len(header)} ({listed(header)}); quote cells that hold a {separator!r}, or "
                 "name the separator"
             )
         yield dict(zip(header, cells, strict=True))

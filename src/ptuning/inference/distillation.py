@@ -17,7 +17,7 @@ from torch import nn
 from .. import distributed
 from ..backbone.base_model import BaseModel
 from ..data import Row, Rows, as_rows
-from ..data.rows import named
+from ..data.rows import listed
 from ..data.setting_aside import set_aside, usual_share
 from ..data.values import plain
 from ..devices import on_cpu_by_default
@@ -277,7 +277,7 @@ def check_distillation(
     for unknown in [name for name in teacher.parsed.fields if name not in rows[0]]:
         raise DataError(
             f"the teacher names the column {unknown!r}, and the texts have "
-            f"{named(map(repr, rows[0])) or 'none'}; name one of these, or write {{{{ and }}}} "
+            f"{listed(map(repr, rows[0])) or 'none'}; name one of these, or write {{{{ and }}}} "
             "where braces are text"
         )
     for some, what in ((rows, "training"), (dev, "dev"), (held_out, "test")):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..data.columns import Columns, columns_of
-from ..data.rows import named
+from ..data.rows import listed
 from .label_names import label_words, readable, telling_words
 from .task import Task, at_least_one
 from .template import escape
@@ -109,13 +109,13 @@ def in_two_lines(
     """
     labels = prompt.labels
     kind = f"{len(labels)} labels" if labels else "free text"
-    first = f"answers: {columns.answer!r} ({kind}); reads: {named(map(repr, columns.read))}"
+    first = f"answers: {columns.answer!r} ({kind}); reads: {listed(map(repr, columns.read))}"
     if columns.left_out:
-        first += f"; left out: {named(f'{n!r} ({why})' for n, why in columns.left_out.items())}"
+        first += f"; left out: {listed(f'{n!r} ({why})' for n, why in columns.left_out.items())}"
     second = f"template: {prompt.template!r}"
     if labels:
         words = (f"{label}={'|'.join(of_label)}" for label, of_label in labels.items())
-        second += f"; words: {named(words)}"
+        second += f"; words: {listed(words)}"
     if aside:
         second += f"; {aside} of {of} examples are set aside to choose with"
         if refit:

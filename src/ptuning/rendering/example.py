@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from ..data.rows import named
+from ..data.rows import listed
 from ..data.values import text_of
 from ..errors import DataError, excerpt
 from ..prompts.task import Task, as_label, named_fields
@@ -72,7 +72,7 @@ def column_texts(example: Example, names: Iterable[str], what: str) -> dict[str,
         if name not in example:
             raise DataError(
                 f"the {what} names the column {name!r}, and the example has "
-                f"{named(map(repr, example)) or 'none'}; rename one of the two"
+                f"{listed(map(repr, example)) or 'none'}; rename one of the two"
             )
     return {name: text_of(name, example[name]) for name in names}
 
@@ -94,7 +94,7 @@ def answer_column(task: Task, example: Example) -> str:
     )
     raise DataError(
         f"the example has no answer column {' or '.join(map(repr, choices))}; it has "
-        f"{named(map(repr, example)) or 'none'}; {remedy}"
+        f"{listed(map(repr, example)) or 'none'}; {remedy}"
     )
 
 
@@ -118,6 +118,6 @@ def right_answer(task: Task, example: Example, labels: Collection[str]) -> str:
     if labels and text not in labels:
         raise DataError(
             f"the label {excerpt(repr(text))} is not in the verbalizer; it knows "
-            f"{named(map(repr, labels))}"
+            f"{listed(map(repr, labels))}"
         )
     return text
