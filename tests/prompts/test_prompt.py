@@ -280,7 +280,7 @@ def test_save_load_save_keeps_every_field_and_each_bit(
     prompt.base_model = {**describe(tiny.model(), tiny.tokenizer()), "name": "makers/tiny"}
     prompt.training = {"examples": 12, "majority_answer": "ja", "dev_accuracy": 0.5}
     prompt.save(tmp_path / "one", keep_encoder=keep)
-    if not keep:
+    if not keep or encoder == "none":  # whose weights are the vectors
         prompt = copy.copy(prompt)
         prompt.encoder_weights = None
     loaded = ptuning.Prompt.load(tmp_path / "one")
@@ -294,13 +294,22 @@ def test_save_load_save_keeps_every_field_and_each_bit(
 
 
 def test_loaded_encoder_weights_give_the_vectors_again(tmp_path: Path) -> None:
-    for encoder in ("mlp", "lstm", "none"):
+    for encoder in ("mlp", "lstm", "residual"):
         prompt = with_encoder(ptuning.Prompt(TEMPLATE, encoder=encoder))
         prompt.save(tmp_path / encoder)
         loaded = ptuning.Prompt.load(tmp_path / encoder)
         again = PromptEncoder(loaded.encoder_config(8)).eval()
         again.load_state_dict(loaded.encoder_weights or {})
         torch.testing.assert_close(again.table(), prompt.vectors)
+
+
+def test_without_a_network_the_vectors_are_saved_once(tmp_path: Path) -> None:
+    prompt = with_encoder(ptuning.Prompt(TEMPLATE, encoder="none"))
+    prompt.save(tmp_path / "one")
+    assert set(formats.read_tensors(tmp_path / "one/prompt.safetensors")[0]) == {"vectors"}
+    prompt.vectors = prompt.trained_vectors() + 1  # weights of something else are kept
+    prompt.save(tmp_path / "other")
+    same(prompt, ptuning.Prompt.load(tmp_path / "other"))
 
 
 @given(

@@ -274,8 +274,8 @@ class Prompt(PromptSettings):
         self.checked()
         formats.check_numbers(vectors, "the prompt: vectors")
         tensors = {"vectors": vectors.float()}
-        if keep_encoder and self.encoder_weights is not None:
-            tensors |= {f"encoder.{name}": w for name, w in self.encoder_weights.items()}
+        kept = prompt_files.beside(vectors, self.encoder_weights) if keep_encoder else {}
+        tensors |= {f"encoder.{name}": w for name, w in kept.items()}
         tensors |= {f"module.{name}": w for name, w in self.modules.items()}
         for number, other in enumerate(self.others, 1):
             formats.check_numbers(other.trained_vectors(), f"member {number}: vectors")

@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import formats, places
@@ -104,6 +105,13 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
         key: (json.dumps(value), json.dumps(description.get(key))) for key, value in copy.items()
     }
     return description, tensors, [key for key, (one, other) in texts.items() if one != other]
+
+
+def beside(vectors: Tensor, weights: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """An encoder's weights that say more than the vectors: without a network they are the same."""
+    weights = weights or {}
+    same = [torch.equal(one.float().cpu(), vectors.float().cpu()) for one in weights.values()]
+    return {} if same == [True] else weights
 
 
 def of_member(number: int) -> str:
