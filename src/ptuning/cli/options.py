@@ -148,6 +148,12 @@ OF_PROMPT = Fields(
             "Where columns, virtual tokens and answer stand: `[P*3] {country} [P*3] [MASK]`. "
             "[default: auto, made of the columns' names]",
         ),
+        "answer": (
+            str | None,
+            None,
+            "Column of the right answer. [default: answer, else label; where template or labels "
+            "are found, else the one with few values]",
+        ),
         "verbalizer": (
             str | None,
             None,

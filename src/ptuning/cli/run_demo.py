@@ -20,7 +20,7 @@ def demo(
     frozen: Frozen = "own",
     json_output: Json = False,
 ) -> None:
-    """See a frozen model learn a task: two to three minutes on two free CPU cores.
+    """See a frozen model learn a task: one to three minutes on two free CPU cores.
 
     Compares the best of several hand-written templates, the majority answer, and a P-tuned prompt
     on facts that ship with the package. All choices are made on dev, all figures are from test.

@@ -49,7 +49,11 @@ def train(
     ],
     output: Output,
     dev: Annotated[
-        str | None, typer.Option(help="Examples that choose the best epoch; strongly advised.")
+        str | None,
+        typer.Option(
+            help="Examples that choose the best epoch. Without any a share of --data chooses "
+            "(--dev-share), or nothing."
+        ),
     ] = None,
     dev_share: Annotated[
         float | None,
@@ -77,8 +81,9 @@ def train(
 ) -> None:
     """Train a prompt for a frozen model.
 
-    The model's weights never change. --output gets the prompt (prompt.json, prompt.safetensors),
-    run.yaml with every setting (repeat it with --config), result.json and curve.png.
+    The model's weights never change (but with --tune-model). --output gets the prompt (prompt.json,
+    prompt.safetensors), run.yaml with every setting (repeat it with --config), result.json and
+    curve.png.
 
     A table is enough: its answer column, template, label words and dev examples are found.
 
