@@ -65,8 +65,9 @@ class TrainSettings:
         epochs: passes over the training examples; by default 10, or of few examples as many as 200
             steps take, 50 at most.
         learning_rate: AdamW's; by default 1e-3 for mlp, 2e-3 for lstm and residual, 1e-2 for
-            mixture and for none. A network of more than 576 inputs has as much less, and vectors
-            alone (none) have it times the size of words' vectors as a multiple of SmolLM2's.
+            mixture and for none. The default falls in inverse proportion to a network's inputs
+            where they are more than 576, and for none it is in units of the size of the model's
+            word vectors (SmolLM2's are 1).
         batch_size: examples per micro-batch.
         gradient_accumulation: micro-batches per optimizer step.
         seed: of initialisation, order and dropout; the first one of a population.
