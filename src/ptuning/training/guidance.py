@@ -23,7 +23,7 @@ def without_dev(members: int, patience: int | None) -> str:
         what = f"patience {patience} has nothing to measure, and the last epoch is kept"
     else:
         what = "the last epoch is kept, whether or not it is the best"
-    return f"no dev examples: {what}; give some that are not trained on (dev=, --dev)"
+    return f"no dev examples: {what}; give some, or a share of these (dev=, --dev, --dev-share)"
 
 
 def nothing_learnt(
