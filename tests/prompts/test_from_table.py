@@ -273,6 +273,8 @@ def chosen(*names: str, known: str) -> dict[str, tuple[str, ...]] | None:
         (["lost luggage", "luggage"], "lost luggage", ["lost", "luggage"]),
         (["red blue grey teal"], "red blue grey teal", ["blue|grey|teal"]),
         (["東京", "京都"], "good", ["A", "B"]),
+        # Letters are for labels that can have no word, not for those of which another must move.
+        (["status flight", "status 京", "都"], "status flight", ["flight", "status", "A"]),
     ],
 )
 def test_each_label_gets_words_of_one_token(names: list[str], known: str, words: list[str]) -> None:

@@ -88,10 +88,12 @@ def one_token_words(
     whole_first = sorted(names, key=lambda label: len(tokens(names[label])) != 1)
     found = {label: options(label) for label in whole_first}
     words = _matched(found)
-    if words is None:
-        letters = _single(_letters(), tokens, len(names))
-        words = _matched({label: {**of_label, **letters} for label, of_label in found.items()})
-    if words is None:
+    taken = {tokens(word) for word in words.values()}
+    letters = (
+        w for w in _single(_letters(), tokens, len(names)).values() if tokens(w) not in taken
+    )
+    words |= zip((label for label in names if label not in words), letters, strict=False)
+    if len(words) < len(names):
         return None
     longer = [label for label in names if len(tokens(names[label])) != 1]
     made = {label: [words[label]] for label in names}
@@ -126,8 +128,9 @@ def _letters() -> Iterator[str]:
         yield from map("".join, itertools.product(string.ascii_uppercase, repeat=length))
 
 
-def _matched(options: Mapping[str, Mapping[int, str]]) -> dict[str, str] | None:
-    """Each label with a word of its own (bipartite matching by augmenting paths, Kuhn 1955)."""
+def _matched(options: Mapping[str, Mapping[int, str]]) -> dict[str, str]:
+    """Words of their own for as many labels as can have one, the earlier ones first (bipartite
+    matching by augmenting paths, Kuhn 1955)."""
     owner: dict[int, str] = {}
 
     def seat(label: str, tried: set[int]) -> bool:
@@ -143,6 +146,6 @@ def _matched(options: Mapping[str, Mapping[int, str]]) -> dict[str, str] | None:
                     return True
         return False
 
-    if not all(seat(label, set()) for label in options):
-        return None
+    for label in options:
+        seat(label, set())
     return {label: options[label][token] for token, label in owner.items()}
