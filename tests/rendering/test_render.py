@@ -429,6 +429,20 @@ def test_seq2seq_answer_has_the_decoder_s_special_tokens() -> None:
     assert short.answer == (1, *ids_of("Paris"))
 
 
+@pytest.mark.parametrize("special", ["", "around"])
+def test_seq2seq_words_keep_special_tokens_of_their_own(special: str) -> None:
+    """T5's ``<extra_id_0>``, and what its vocabulary lacks: words are told apart by them."""
+    tokenizer = plain("metaspace_always", special)
+    words = ["RomC", "Rom", "<mask>"]
+    task = Task("{x} [MASK]", verbalizer={"1": "RomC", "2": "Rom", "3": "<mask>"})
+    sequences = Renderer(tokenizer, task, "seq2seq")({"x": "a", "answer": "1"}).sequences
+    begin = (1,) if special else ()
+    for word, sequence in zip(words, sequences, strict=True):
+        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+        assert sequence.answer == (*begin, *ids)
+    assert sequences[0].answer[-1] == tokenizer.unk_token_id
+
+
 def test_unanswered_example_has_no_answer() -> None:
     assert render("[P] {x} [MASK]", {"x": "Oslo"}).answer == ()
     rendered = Renderer(plain(), Task("{x} [MASK]"), "causal")({"x": "a"}, answered=False)

@@ -302,9 +302,10 @@ class Layout:
         return [self._decoder_answer(word) for word in words]
 
     def _decoder_answer(self, word: str) -> list[int]:
-        ids = list(self.tokenizer(text_target=word)["input_ids"])
-        if not self.task.ends_answer:
-            while ids and ids[-1] in self.tokenizer.all_special_ids:
+        found = self.tokenizer(text_target=word, return_special_tokens_mask=True)
+        ids, added = list(found["input_ids"]), list(found["special_tokens_mask"])
+        if not self.task.ends_answer:  # what is put behind; the word itself may end in <unk>
+            while added and added.pop():
                 ids.pop()
         return ids
 
