@@ -509,6 +509,23 @@ def test_members_that_answer_together_are_beside_their_teacher() -> None:
     assert result.agreement.teacher_tokens == alone.teacher_tokens
 
 
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+@pytest.mark.parametrize("free", [False, True])
+def test_members_together_have_the_loss_against_the_teacher_that_each_has(
+    family: str, free: bool
+) -> None:
+    """Two members of one seed answer as one does, and their loss is that one's."""
+    if free and family == "bert":
+        pytest.skip("a masked model teaches labels")
+    changes: dict[str, Any] = {"verbalizer": None, "answer_tokens": 3} if free else {}
+    together = {"grid": {"learning_rate": [1e-3, 1e-3 + 1e-12]}, "ensemble": 2}
+    model = sharp(family, tiny.tokenizer())
+    _, _, result = distilled(family, prompt_of(**changes), model=model, epochs=1, **together)
+    of_each = [member["best"]["dev_loss"] for member in result.training.members]
+    assert of_each[0] == pytest.approx(of_each[1], abs=1e-3)
+    assert result.training.ensemble["dev_loss"] == pytest.approx(of_each[0], abs=1e-3)
+
+
 def test_texts_may_have_a_label_of_something_else() -> None:
     rows = [{**row, "label": f"topic{n}"} for n, row in enumerate(TEXTS)]
     _, _, result = distilled("llama", prompt_of(), rows=rows, epochs=1)

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
 from ..rendering.collate import IGNORED, Batch
 from ..rendering.render import Rendered, Renderer
+from . import divergence
 from .engine import Engine
 from .plain import answer_nll, by_label, losses_of_labels
 from .together import biased, first_rows, mean_log_probabilities
@@ -89,6 +91,8 @@ def score_together(
 ) -> tuple[float, float]:
     """As `score`, of the members of an ensemble, which answer together (`together`).
 
+    Where a teacher was asked the loss is against what it says, as each member's is.
+
     Args:
         engine: its model has all members attached and is in eval mode.
         renderers: of the members.
@@ -99,14 +103,21 @@ def score_together(
     if renderers[0].compares:
         found = label_log_probabilities(engine, renderers, examples, first_ids, batch_size)
         right = torch.tensor([example.label for example in examples[0]])
-        losses, hits = losses_of_labels(found, right, torch.arange(found.shape[1]))
+        shares = [example.lesson.shares for example in examples[0] if example.lesson is not None]
+        taught = torch.from_numpy(numpy.stack(shares)) if shares else None
+        losses, hits = losses_of_labels(found, right, torch.arange(found.shape[1]), taught)
         return float(hits.double().mean()), float(losses.double().mean())
     total = torch.zeros(2, dtype=torch.float64)
     for batch, sizes, _ in batches_together(engine, examples, first_ids, batch_size):
         means = mean_log_probabilities(engine.logits(batch), sizes)
-        answers = batch.answers[first_rows(sizes)].to(means.device)
+        first = first_rows(sizes)
+        answers = batch.answers[first].to(means.device)
         hits = ((means.argmax(-1) == answers) | (answers == IGNORED)).all(1)
-        losses = answer_nll(means, answers).sum(1)
+        if batch.taught is not None and batch.likely is not None:
+            lesson = (told[first].to(means.device) for told in (batch.taught, batch.likely))
+            losses = divergence.of_tokens(means, *lesson).sum(1)
+        else:
+            losses = answer_nll(means, answers).sum(1)
         total += torch.stack([hits.sum(), losses.sum()]).cpu()  # MPS has no float64
     weight = sum(example.weight for example in examples[0])
     return float(total[0]) / len(examples[0]), float(total[1]) / weight
