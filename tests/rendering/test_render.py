@@ -23,6 +23,7 @@ from ptuning.prompts.task import Task
 from ptuning.rendering import virtual_ids
 from ptuning.rendering.layout import Sequence
 from ptuning.rendering.render import Rendered, Renderer
+from ptuning.rendering.short_words import settle_words
 
 from .. import tiny
 
@@ -789,6 +790,27 @@ def test_chat_shortens_the_field_and_keeps_the_turns(smollm2_tokenizer: Any) -> 
     assert sequence.shortened and len(sequence.ids) + len(sequence.answer) - 1 <= 60
     assert sequence.ids[-5:] == whole.ids[-5:]
     assert sequence.ids[: whole.ids.index(-2) + 1] == whole.ids[: whole.ids.index(-2) + 1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "template", "chat", "message"),
+    [
+        ("causal", None, True, "chat=True needs a causal model"),
+        ("masked", None, True, "chat=True needs a causal model"),
+        ("masked", "[P*2] {x}", False, "a masked LM answers at"),
+        ("causal", "{x} [MASK] [P*2]", False, "never sees what follows"),
+    ],
+)
+def test_a_prompt_made_of_a_table_is_refused_as_any_other(
+    kind: str, template: str | None, chat: bool, message: str
+) -> None:
+    """Its label words are settled by the tokenizer before it is rendered."""
+    rows = [{"x": f"text {n}", "label": "good" if n % 2 else "bad"} for n in range(8)]
+    prompt = Prompt.for_rows(rows, template=template, chat=chat)
+    with pytest.raises(InputError, match=message):
+        settle_words(prompt, plain(), kind)
+    with pytest.raises(InputError, match=message):
+        Renderer(plain(), Prompt.for_rows(rows, template=template, chat=chat), kind)
 
 
 def test_chat_needs_a_causal_model_with_a_chat_template(smollm2_tokenizer: Any) -> None:

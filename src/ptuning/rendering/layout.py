@@ -110,9 +110,13 @@ class Layout:
         task: gives template and policies.
         kind: of the model, as `kinds.kind_of` says.
         sizes: virtual tokens of each group in the template.
+
+    Raises:
+        InputError: no model of this kind, or none with this tokenizer, can be asked so.
     """
 
     def __init__(self, tokenizer: Any, task: Task, kind: str, sizes: list[int]):
+        _check_fits(task, tokenizer, kind)
         self.tokenizer, self.task, self.kind = tokenizer, task, kind
         self.count = sum(sizes)
         ends = accumulate(sizes)
@@ -308,6 +312,21 @@ class Layout:
             while added and added.pop():
                 ids.pop()
         return ids
+
+
+def _check_fits(task: Task, tokenizer: Any, kind: str) -> None:
+    template = task.parsed
+    if kind == "masked" and template.slot is None:
+        raise InputError(f"a masked LM answers at [MASK]; the template has none: {template.text}")
+    if kind == "masked" and tokenizer.mask_token_id is None:
+        raise InputError("this tokenizer has no mask token, so [MASK] has no meaning with it")
+    if kind == "causal" and any(isinstance(piece, Virtual) for piece in template.after_slot):
+        raise InputError(
+            "a causal model never sees what follows [MASK], and virtual tokens stand there: "
+            f"{template.text}; put them before it"
+        )
+    if task.chat and (kind != "causal" or not tokenizer.chat_template):
+        raise InputError("chat=True needs a causal model whose tokenizer has a chat template")
 
 
 def _group_before_field(task: Task) -> int | None:

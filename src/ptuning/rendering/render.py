@@ -18,7 +18,6 @@ from ..data.rows import in_blocks
 from ..errors import DataError, InputError
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task, fill
-from ..prompts.template import Virtual
 from .example import Example, column_texts, columns_in_words, right_answer
 from .known import Known
 from .layout import Draft, Layout, Sequence
@@ -149,24 +148,11 @@ class Renderer:
                 f"answer_tokens is {task.answer_tokens}, and the model's decoder has room for "
                 f"{self._longest_answer} tokens; give fewer"
             )
-        if self.kind == "masked" and template.slot is None:
-            raise InputError(
-                f"a masked LM answers at [MASK]; the template has none: {template.text}"
-            )
-        if self.kind == "masked" and self.tokenizer.mask_token_id is None:
-            raise InputError("this tokenizer has no mask token, so [MASK] has no meaning with it")
         if self.kind == "causal" and template.after_slot:
-            if any(isinstance(piece, Virtual) for piece in template.after_slot):
-                raise InputError(
-                    "a causal model never sees what follows [MASK], and virtual tokens stand "
-                    f"there: {template.text}; put them before it"
-                )
             warnings.warn(
                 f"a causal model answers at [MASK]; what follows it is dropped: {template.text}",
                 stacklevel=3,
             )
-        if task.chat and (self.kind != "causal" or not self.tokenizer.chat_template):
-            raise InputError("chat=True needs a causal model whose tokenizer has a chat template")
         if self.kind == "causal" and task.ends_answer and self.tokenizer.eos_token_id is None:
             raise InputError(
                 "this tokenizer has no end-of-sequence token to end answers with; give "
