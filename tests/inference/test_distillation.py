@@ -425,6 +425,7 @@ def test_a_training_that_is_stopped_goes_on_to_the_same_numbers(
         ({}, {"calibrate": "batch"}, "leave calibrate out"),
         ({}, {"folds": 3}, "leave folds out"),
         ({}, {"label_weight": 1.5}, "label_weight is 1.5; give a share, 0 to 1"),
+        ({}, {"label_weight": True}, "label_weight is True; give a share, 0 to 1"),
         ({}, {"label_weight": 0.5}, "no text has one"),
         ({}, {"test": [{"text": "x", "label": "green"}]}, "the label 'green' is not"),
         ({}, {"test": [{"other": "x"}]}, "names the column 'text'"),

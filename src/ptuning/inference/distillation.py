@@ -253,7 +253,8 @@ def check_distillation(
         raise InputError(
             'distilling compares label words; leave label_mode="vocabulary" out, or the labels'
         )
-    if not isinstance(label_weight, int | float) or not 0 <= label_weight <= 1:
+    is_number = isinstance(label_weight, int | float) and not isinstance(label_weight, bool)
+    if not is_number or not 0 <= label_weight <= 1:
         raise InputError(f"label_weight is {label_weight!r}; give a share, 0 to 1")
     if settings.folds:
         raise InputError(
