@@ -274,7 +274,11 @@ def chosen(*names: str, known: str) -> dict[str, tuple[str, ...]] | None:
         (["red blue grey teal"], "red blue grey teal", ["blue|grey|teal"]),
         (["東京", "京都"], "good", ["A", "B"]),
         # Letters are for labels that can have no word, not for those of which another must move.
-        (["status flight", "status 京", "都"], "status flight", ["flight", "status", "A"]),
+        (
+            ["status card", "status 京", "card flight", "京都"],
+            "status card flight",
+            ["card", "status", "flight", "A"],
+        ),
     ],
 )
 def test_each_label_gets_words_of_one_token(names: list[str], known: str, words: list[str]) -> None:
@@ -287,6 +291,16 @@ def test_labels_that_begin_alike_stay_apart_and_many_find_words() -> None:
     words = chosen(*many, known=f"intent {pairs}") or {}
     assert list(words) == many and len(set(words.values())) == 77
     assert chosen(*many, known="intent") is None
+
+
+def test_what_a_tokenizer_does_not_know_stands_for_no_label() -> None:
+    """WordPiece has one id for all that it does not know."""
+    tokenizer, prompt = tiny.tokenizer("wordpiece"), prompt_for(["☃☃", "paris"])
+    Renderer(tokenizer, prompt, "masked", 128)
+    ids = [
+        tokenizer(word, add_special_tokens=False)["input_ids"] for (word,) in prompt.labels.values()
+    ]
+    assert all(len(of_word) == 1 and of_word[0] != tokenizer.unk_token_id for of_word in ids)
 
 
 def test_a_tokenizer_settles_the_words_once() -> None:

@@ -37,13 +37,14 @@ def settle_words(prompt: Prompt, tokenizer: Any, kind: str) -> None:
     groups = resolve_words(tokenizer, prompt)
     layout = Layout(tokenizer, prompt, kind, [len(group) for group in groups])
     names = {label: fill(words[0], {}) for label, words in prompt.labels.items()}
-    blank = dict.fromkeys(prompt.parsed.fields, "x")
+    blank, special = dict.fromkeys(prompt.parsed.fields, "x"), set(tokenizer.all_special_ids)
 
     def tokens(word: str) -> tuple[int, ...]:
         try:
-            return layout(blank, word).answer
+            ids = layout(blank, word).answer
         except DataError:  # none in this tokenizer
             return ()
+        return () if special.intersection(ids) else ids  # such as [UNK], which stands for any word
 
     def text(token: int) -> str:
         return str(tokenizer.decode([token])).strip()
