@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ptuning.backbone.base_model import BaseModel
 from ptuning.errors import DataError, InputError
 from ptuning.forward.engine import Engine
 from ptuning.forward.plain import by_label, word_scores
+from ptuning.inference import distillation
 from ptuning.inference.agreement import compare
 from ptuning.inference.teaching import lessons, measured_bias, own_label, teacher_renderer
 from ptuning.prompts.teacher import Teacher
@@ -408,6 +410,26 @@ def test_a_training_that_is_stopped_goes_on_to_the_same_numbers(
     resumed = prompt_of()
     distilled("llama", resumed, output=tmp_path, resume=True, **options)
     assert torch.equal(resumed.trained_vectors(), whole.trained_vectors())
+
+
+def test_the_time_that_is_given_counts_what_the_teacher_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[float] = []
+    train, ask = distillation.train, distillation.lessons
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.06)
+        return ask(*args)
+
+    def told(*args: Any, **kwargs: Any) -> Any:
+        given.append(kwargs["settings"].max_minutes)
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(distillation, "lessons", slow)
+    monkeypatch.setattr(distillation, "train", told)
+    distilled("llama", prompt_of(), max_minutes=10, epochs=1)
+    assert 0 < given[0] < 10 - 2 * 0.001  # of training and dev texts each
 
 
 # What is refused.

@@ -87,7 +87,8 @@ def test_reading_the_examples_takes_of_the_time_too(
 ) -> None:
     given: list[float] = []
     minutes = SimpleNamespace(monotonic=partial(lambda now: 60.0 * now(), ticking()))
-    monkeypatch.setattr(sys.modules["ptuning.training.train"], "time", minutes)
+    for module in ("train", "clock"):
+        monkeypatch.setattr(sys.modules[f"ptuning.training.{module}"], "time", minutes)
     monkeypatch.setattr(loop, "Clock", lambda limit, *args: given.append(limit) or Clock(60, *args))
     trained(base, prompt, max_minutes=3)  # one of which is over when the loop begins
     trained(base, prompt, max_minutes=0.5)

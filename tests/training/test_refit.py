@@ -238,7 +238,7 @@ def test_where_its_time_is_over_dev_s_choice_stays_and_the_run_can_go_on(
 
     for minutes in ([1e-9, 60.0], [60.0, 1e-9]):  # of the training and of what comes behind it
         stopped, left = labelled(), iter(minutes)
-        monkeypatch.setattr(trained, "_minutes_left", lambda given, started, left=left: next(left))
+        monkeypatch.setattr(trained, "minutes_left", lambda given, started, left=left: next(left))
         result = run(stopped, refit=True, output=tmp_path, max_minutes=60)
         assert not result.complete and result.refit == {}
     assert torch.equal(stopped.trained_vectors(), chosen.trained_vectors())

@@ -6,6 +6,7 @@ student    the frozen model behind virtual tokens         `train` on them: KL(te
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from ..rendering.example import check_rows
 from ..rendering.lesson import Lessons
 from ..rendering.short_words import settle_words
 from ..training.checks import check_run, check_whole
+from ..training.clock import minutes_left
 from ..training.grid import choices, columns_read
 from ..training.progress import Progress
 from ..training.result import TrainResult
@@ -102,6 +104,7 @@ def distill(
         >>> distill(model, tokenizer, prompt, rows, teacher=Path("teacher.txt").read_text())
     """
     with distributed.together():
+        started = time.monotonic()
         settings = with_options(settings or TrainSettings(), options)
         label_weight = plain(label_weight)  # numpy's, which no saved prompt takes
         base = BaseModel.of(model, tokenizer)
@@ -128,6 +131,7 @@ def distill(
 
         learnt = distributed.from_main(asked)
         training, choosing, learnt = _said(training, choosing, learnt)
+        left = minutes_left(settings.max_minutes, started)  # the teacher has taken some
         result = train(
             model,
             tokenizer,
@@ -137,7 +141,7 @@ def distill(
             lessons=learnt,
             output=output,
             resume=resume,
-            settings=settings,
+            settings=replace(settings, max_minutes=left),
             population=population,
             grid=grid,
             listener=listener,

@@ -14,6 +14,22 @@ _LAST = 9
 """Steps whose time counts."""
 _WORTH_SAYING = 60.0
 """Seconds below which nobody plans."""
+_A_STEP = 1e-6
+"""Minutes that there always are, less than a step takes: each call comes a step further."""
+
+
+def minutes_left(given: float | None, started: float) -> float | None:
+    """What is left of the minutes that a call may take, if only for a step; one answer for all
+    processes.
+
+    Args:
+        given: minutes, or None.
+        started: when the call began (`time.monotonic`).
+    """
+    if given is None:
+        return None
+    left = distributed.from_main(lambda: given - (time.monotonic() - started) / 60)
+    return max(left, _A_STEP)
 
 
 class Clock:

@@ -25,6 +25,7 @@ from ..rendering.lesson import Lessons
 from . import checkpoint, guidance
 from .calibration import calibrate
 from .checks import check_helpers
+from .clock import minutes_left
 from .ensemble import best_members
 from .folds import FoldResult, choose, splits
 from .grid import columns_read
@@ -36,9 +37,6 @@ from .progress import Progress, shown
 from .refit import place_of, refit
 from .result import TrainResult
 from .settings import TrainSettings, with_options
-
-_A_STEP = 1e-6
-"""Minutes that there always are, less than a step takes: each call comes a step further."""
 
 
 @on_cpu_by_default
@@ -165,13 +163,13 @@ def _outcome(
         parts = splits(plan.rows, read, plan.answers, settings.folds, settings.seed)
         folds = choose(base, plan.chosen, parts, place, resume, listener)
         variants = with_examples(base, folds.chosen[: settings.ensemble], plan.rows, ())
-    left = _minutes_left(settings.max_minutes, started)
+    left = minutes_left(settings.max_minutes, started)
     variants = [replace(v, settings=replace(v.settings, max_minutes=left)) for v in variants]
     until = folds.epochs if folds else None
     outcome = _learn(Loop(base, variants, place, listener, until, plan.about), resume, folds)
     outcome.together = figures_together(base, outcome, 2 * settings.batch_size)
     if plan.goes_on and outcome.complete:
-        left = _minutes_left(settings.max_minutes, started)
+        left = minutes_left(settings.max_minutes, started)
         going = outcome.best_ones
         outcome.refit, outcome.complete = refit(base, going, place, resume, listener, left)
     return outcome
@@ -211,14 +209,6 @@ def _nothing_learnt(
     right = "right" if plan.about is None else "as the teacher says"
     majority = majority_answer(plan.answers)
     return guidance.nothing_learnt(history, best, asked, majority, right)
-
-
-def _minutes_left(given: float | None, started: float) -> float | None:
-    """What is left of the time, if only for a step; one answer for all processes."""
-    if given is None:
-        return None
-    left = distributed.from_main(lambda: given - (time.monotonic() - started) / 60)
-    return max(left, _A_STEP)
 
 
 def _advise(text: str | None, verbose: bool) -> None:
