@@ -176,6 +176,17 @@ def test_free_answers_of_unlike_length_are_right_where_they_are_what_all_write_t
         assert score_together(engine, renderers, examples, first, None)[0] == 2 / 3
 
 
+@pytest.mark.parametrize("labels", list(LABELS))
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_an_evaluation_has_the_loss_of_its_predictions(family: str, labels: str) -> None:
+    model, tokenizer, members = setting(family, LABELS[labels])
+    biased = replace(members[0], label_bias={"a": 0.7, "b": 0.0})
+    for prompt in (members[0], biased, together(members)):
+        found = ptuning.evaluate(model, tokenizer, prompt, ROWS)
+        plain = teacher_forced(model, tokenizer, prompt, ROWS)
+        assert (found.accuracy, found.loss) == pytest.approx(plain, abs=1e-5)
+
+
 def test_members_share_what_stands_in_front_of_their_virtual_tokens() -> None:
     behind = "The city of {text}, as the whole old and wide world knows [P*4] [MASK]"
     model, tokenizer, members = setting("llama", LABELS["one token"], 4, (behind, behind))

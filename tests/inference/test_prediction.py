@@ -13,7 +13,7 @@ from ptuning import InputError, Prompt, PtuningError, Task
 from ptuning.backbone.identity import describe
 from ptuning.backbone.kinds import kind_of
 from ptuning.errors import DataError
-from ptuning.inference import answering
+from ptuning.inference import answering, evaluation
 from ptuning.inference import prediction as predicting
 from ptuning.inference.baselines import automatic_templates
 from ptuning.inference.evaluation import teacher_forced
@@ -207,6 +207,24 @@ def test_what_is_missing_is_said() -> None:
 
     with pytest.raises(InputError, match="has no language-model head"):
         ptuning.predict(LlamaForSequenceClassification(config), tokenizer, prompt, ROWS)
+
+
+def test_an_evaluation_asks_each_template_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What labels were predicted says the loss, too, and few rows are all that choose."""
+    model, tokenizer, free = setting("llama")
+    prompt = Prompt("[P*4] {country}? [MASK]", verbalizer={"0": "yes", "1": "no"})
+    prompt.vectors = free.vectors
+    asked: list[str] = []
+    ask = evaluation.teacher_forced
+
+    def told(model: Any, tokenizer: Any, task: Task, *rest: Any) -> Any:
+        asked.append(task.parsed.text)
+        return ask(model, tokenizer, task, *rest)
+
+    monkeypatch.setattr(evaluation, "teacher_forced", told)
+    result = ptuning.evaluate(model, tokenizer, prompt, ROWS)
+    assert result.manual_template in asked and len(set(asked)) == len(asked) > 2
+    assert prompt.parsed.text not in asked
 
 
 def test_evaluation_counts_what_was_predicted() -> None:

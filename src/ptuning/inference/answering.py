@@ -201,7 +201,7 @@ def _compared(questions: list[Question], scores: Tensor) -> list[Prediction]:
         of_members = by_label(scores[rows], torch.tensor(renderer.owner))
         means = mean_log_probabilities(of_members, [sizes[n] for n in numbers])
         labels = list(renderer.labels)
-        found = biased(means, renderer.bias).exp().tolist()
+        found = biased(means, renderer.bias).double().exp().tolist()
         for number, shares in zip(numbers, found, strict=True):
             best = max(range(len(shares)), key=shares.__getitem__)
             probabilities = dict(zip(labels, shares, strict=True))

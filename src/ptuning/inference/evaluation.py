@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -22,7 +25,7 @@ from ..forward.together import biased
 from ..prompts.consistency import check_kind
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task, at_least_one, majority_answer
-from ..rendering.example import Example, answer_column
+from ..rendering.example import Example, answer_column, check_rows
 from ..rendering.render import Renderer, render_all
 from ..reporting import html_picture, html_table, percent, shares
 from ..training.calibration import bias_against, without_content
@@ -162,11 +165,7 @@ def evaluate(
     rows = as_rows(rows)
     if not rows:
         raise DataError("there is no example to evaluate on; give at least one")
-    _, loss = teacher_forced(model, tokenizer, prompt, rows, batch_size)
-    asked = partial(_by_hand, model, tokenizer, candidates=candidates, batch_size=batch_size)
-    masked = BaseModel.of(model, tokenizer).kind == "masked"
-    by_hand = prompt.manual(manual or _best_manual(asked, prompt, masked, rows))
-    manual_accuracy = asked(by_hand, rows)
+    check_rows(prompt, rows, "evaluation")
     predictions = predict_details(
         model,
         tokenizer,
@@ -176,6 +175,13 @@ def evaluate(
         answer_tokens=answer_tokens,
         batch_size=batch_size,
     )
+    asked = partial(_by_hand, model, tokenizer, candidates=candidates, batch_size=batch_size)
+    if manual:
+        by_hand = prompt.manual(manual)
+        manual_accuracy = asked(by_hand, rows)
+    else:
+        masked = BaseModel.of(model, tokenizer).kind == "masked"
+        by_hand, manual_accuracy = _best_manual(asked, prompt, masked, rows)
     named = answers_of(prompt, rows)
     compares = bool(prompt.labels or candidates)
     gold = named if compares else [read_back(tokenizer, text) for text in named]
@@ -183,6 +189,11 @@ def evaluate(
     labels = list(prompt.labels)
     confusion: list[list[int]] = []
     macro_f1 = None
+    if labels and prompt.label_mode == "labels":
+        found = (p.probabilities[right] for p, right in zip(predictions, gold, strict=True))
+        loss = fmean(-math.log(max(share, sys.float_info.min)) for share in found)
+    else:
+        _, loss = teacher_forced(model, tokenizer, prompt, rows, batch_size)
     if labels:
         from sklearn.metrics import confusion_matrix, f1_score
 
@@ -252,15 +263,18 @@ def _best_manual(
     prompt: Prompt,
     masked: bool,
     rows: Sequence[Example],
-) -> str:
-    """The automatic template that is best on the first rows."""
+) -> tuple[Task, float]:
+    """The automatic template that is best on the first rows, and its accuracy on all."""
+    few = rows[:_CHOOSING]
     column = answer_column(prompt, rows[0])
     own, *others = automatic_templates(prompt, column, masked)
-    scores = {own: accuracy(prompt.manual(own), rows[:_CHOOSING])}
+    scores = {own: accuracy(prompt.manual(own), few)}
     for template in others:
         with suppress(DataError):  # words of ours that the prompt's length limit has no room for
-            scores[template] = accuracy(prompt.manual(template), rows[:_CHOOSING])
-    return max(scores, key=scores.__getitem__)
+            scores[template] = accuracy(prompt.manual(template), few)
+    best = max(scores, key=scores.__getitem__)
+    by_hand = prompt.manual(best)
+    return by_hand, scores[best] if len(few) == len(rows) else accuracy(by_hand, rows)
 
 
 def _by_hand(
