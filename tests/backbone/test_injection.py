@@ -115,6 +115,18 @@ def test_shared_embeddings_stay_covered_after_a_resize(family: str) -> None:
     assert gradient(weighted_loss(logits, MASK), rows).abs().sum(1).min() > 0
 
 
+def test_ids_of_rows_that_an_embedding_gets_while_hooked_are_words() -> None:
+    model = tiny.model("llama")
+    injector = Injector(model)
+    span = injector.add(rows_for(model))
+    model.resize_token_embeddings(VOCABULARY + 10)
+    embedding = input_embedding(model)
+    words = torch.arange(VOCABULARY + 10)
+    assert torch.equal(embedding(words), embedding.weight)
+    assert span.first == VOCABULARY + 10
+    assert torch.equal(embedding(words[:COUNT] + span.first), span.rows)
+
+
 def test_a_scaling_embedding_gets_its_rows_after_the_scale() -> None:
     model = tiny.model("bart", scale_embedding=True)
     rows = rows_for(model)

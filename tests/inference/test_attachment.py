@@ -125,6 +125,17 @@ def test_virtual_ids_start_behind_tokenizer_and_embedding(vocabulary: int, first
         assert attached.first_id(prompt) == vocabulary
 
 
+def test_ids_lie_behind_rows_that_the_embedding_got_after_attaching() -> None:
+    model = tiny.model()
+    prompt = prompt_for(model)
+    with ptuning.attach(model, None, prompt) as attached:
+        model.resize_token_embeddings(420)
+        first, *_ = ids = attached.ids(prompt)
+        assert first == 420
+        vectors = input_embedding(model)(torch.tensor(ids))
+        assert torch.equal(vectors, prompt.trained_vectors())
+
+
 def test_virtual_ids_avoid_the_ids_of_a_tokenizer_with_holes() -> None:
     class Holes:
         def __len__(self) -> int:

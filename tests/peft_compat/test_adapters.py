@@ -1053,8 +1053,31 @@ def test_the_base_model_reads_new_tokens_after_growing() -> None:
     expected = call(base, "CAUSAL_LM", NEW_IDS)
     model = prompted()
     resized(model, 410)
+    assert torch.equal(call(model.base_model, "CAUSAL_LM", NEW_IDS), expected)
     with model.disable_adapter():
         assert torch.equal(call(model, ids=NEW_IDS), expected)
+
+
+@pytest.mark.parametrize("rows", [400, 410])
+@pytest.mark.parametrize(
+    ("task", "family"),
+    [("CAUSAL_LM", "llama"), ("SEQ_2_SEQ_LM", "t5"), ("SEQ_2_SEQ_LM", "bart")],
+)
+def test_another_embedding_may_take_the_place_under_an_adapter(
+    task: str, family: str, rows: int
+) -> None:
+    model = prompted(task, family)
+    expected = call(model)
+    old = input_embedding(model.base_model)
+    other = copy.deepcopy(old)
+    other._forward_hooks.clear()
+    other._forward_pre_hooks.clear()
+    other.weight = nn.Parameter(old.weight.detach().new_zeros(rows, old.embedding_dim))
+    other.weight.data[:400], other.num_embeddings = old.weight.data, rows
+    model.base_model.set_input_embeddings(other)
+    assert torch.equal(call(model), expected)
+    model.delete_adapter("default")
+    assert hooks_of(model) == 0 == len(old._forward_hooks)
 
 
 def test_ids_that_the_model_has_no_row_for_are_refused_and_never_taken_for_virtual_tokens() -> None:

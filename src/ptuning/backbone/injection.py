@@ -127,7 +127,10 @@ class Injector:
     def of(model: nn.Module) -> Injector | None:
         """The injector whose hooks are on `model`, or None."""
         owners = hook_owners(input_embedding(model))
-        return next((owner for owner in owners if isinstance(owner, Injector)), None)
+        found = next((owner for owner in owners if isinstance(owner, Injector)), None)
+        if found is not None:
+            found.settle()
+        return found
 
     def add(self, rows: Tensor, at_least: int = 0) -> Span:
         """Claim ids for `rows` ``(count, width)``, behind all claimed ones, from `at_least` on.
@@ -147,18 +150,30 @@ class Injector:
         return span
 
     def follow(self, model: nn.Module) -> None:
+        """After a change of the embedding, of its size or of the module itself, serve the one that
+        the model has now (`settle`)."""
+        first = input_embedding(model)
+        if self.modules[0] is not first or self.threshold != first.num_embeddings:
+            with CHANGING:
+                self._unhook()
+                self.modules, self.second_lookups = shared_embeddings(model), second_lookups(model)
+                if self.spans:
+                    self._refresh()
+                    self._hook()
+        self.settle()
+
+    def settle(self) -> None:
         """After a change of the embedding's size let ids begin behind its rows again: all that are
         words now move, whoever claimed them."""
+        if self.threshold == self.modules[0].num_embeddings:
+            return
         with CHANGING:
-            self._unhook()
-            self.modules, self.second_lookups = shared_embeddings(model), second_lookups(model)
             self.threshold = free = self.modules[0].num_embeddings
             for span in self.spans:
                 span.first = max(span.first, free)
                 free = span.end
             if self.spans:
                 self._refresh()
-                self._hook()
 
     def _hook(self) -> None:
         for module in self.modules:
@@ -245,6 +260,7 @@ class Injector:
         return getattr(self._local, "served", ({}, False, None))
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        self.settle()
         ids = args[0]
         virtual = ids >= self.threshold
         self._local.call = (ids, virtual)

@@ -68,6 +68,7 @@ class Attachment:
                 (`Prompt.members`) has ids of its own.
         """
         prompt.check_alone("read as one range of ids")
+        self._injector.settle()  # the embedding may have been resized
         for attached, span in self._spans:
             if attached is prompt or attached.vectors is prompt.trained_vectors():
                 return span.first

@@ -278,8 +278,7 @@ class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type
 
     def base(self) -> Base:
         """What placing inputs needs to know of the base model."""
-        if self._injector.threshold != self._injector.modules[0].num_embeddings:
-            self._injector.follow(self.base_model)
+        self._injector.follow(self.base_model)
         return Base(
             model=self.base_model,
             injector=self._injector,
