@@ -115,6 +115,17 @@ def test_shared_embeddings_stay_covered_after_a_resize(family: str) -> None:
     assert gradient(weighted_loss(logits, MASK), rows).abs().sum(1).min() > 0
 
 
+def test_spans_come_whatever_device_is_the_default() -> None:
+    model = tiny.model("llama")
+    given = [rows_for(model, seed=seed) for seed in (1, 2)]
+    with torch.device("meta"):
+        injector = Injector(model)
+        spans = [injector.add(rows) for rows in given]
+    for span in spans:
+        got = input_embedding(model)(torch.arange(span.first, span.end))
+        assert torch.equal(got, span.rows)
+
+
 def test_ids_of_rows_that_an_embedding_gets_while_hooked_are_words() -> None:
     model = tiny.model("llama")
     injector = Injector(model)

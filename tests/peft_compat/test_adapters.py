@@ -7,9 +7,11 @@ import io
 import pickle
 import threading
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -67,9 +69,11 @@ def base_model(task: str | None = "CAUSAL_LM", family: str = "llama", **changes:
         return AUTO[task].from_config(config).eval()
 
 
+VALUES: dict[str, Any] = {"num_virtual_tokens": N, "encoder_hidden_size": 8}
+
+
 def config_for(task: str | None = "CAUSAL_LM", **changes: Any) -> PromptEncoderConfig:
-    values = {"num_virtual_tokens": N, "encoder_hidden_size": 8, **changes}
-    return PromptEncoderConfig(task_type=task, **values)
+    return PromptEncoderConfig(task_type=task, **{**VALUES, **changes})
 
 
 def prompted(task: str | None = "CAUSAL_LM", family: str = "llama", **changes: Any) -> Any:
@@ -1045,6 +1049,25 @@ def test_the_embedding_may_shrink_under_an_adapter() -> None:
     other = get_peft_model(base, config_for()).eval()
     other.prompt_encoder.load_state_dict(model.prompt_encoder.state_dict())
     assert torch.equal(call(model), call(other))
+
+
+@pytest.mark.parametrize("made", [accelerate.init_empty_weights, partial(torch.device, "meta")])
+def test_a_model_is_made_empty_and_counted_as_in_peft(made: Any) -> None:
+    with made():
+        model = get_peft_model(tiny.model("llama"), config_for())
+        config = peft.PromptEncoderConfig(**VALUES, task_type="CAUSAL_LM")
+        theirs = peft.get_peft_model(tiny.model("llama"), config)
+    assert model.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_model_that_is_made_empty_is_filled_later() -> None:
+    full = prompted()
+    with accelerate.init_empty_weights():
+        model = get_peft_model(base_model(), config_for()).eval()
+    model.base_model.load_state_dict(full.base_model.state_dict(), assign=True)
+    model.load_state_dict(full.state_dict(), assign=True)
+    assert torch.equal(call(model), call(full))
 
 
 def test_the_base_model_reads_new_tokens_after_growing() -> None:

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..devices import on_cpu_by_default
 from ..errors import InputError
 from ..threads import CHANGING
 from .lookups import input_embedding, second_lookups, shared_embeddings
@@ -241,6 +242,7 @@ class Injector:
             self._unhook()
             self._local = threading.local()  # a thread may be in the embedding, and leave nothing
 
+    @on_cpu_by_default
     def _refresh(self) -> None:
         device = self._device
         rows = tuple(_near(span.rows, device) for span in self.spans)

@@ -188,9 +188,13 @@ class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type
             insertion = from_template(template, tokenizer, causal=causal)
         values = completed(config, self.base_model, insertion, self.task_type)
         trained = config.replace(**values)
-        encoder = PromptEncoder(trained).to(self._device(), torch.float32)
         names = trained.modules_to_save or ()
         embedding = input_embedding(self.base_model)
+        encoder = PromptEncoder(trained).float()
+        if not (embedding.weight.is_meta and encoder.embedding.weight.is_meta):
+            encoder.to(
+                self._device()
+            )  # else the whole model is made empty, to be counted or filled
         if hasattr(encoder, "words") and not embedding.weight.is_meta:  # a mixture's
             ids = torch.randint(embedding.num_embeddings, (len(encoder.words),))
             encoder.words.copy_(vectors_of(embedding, ids))

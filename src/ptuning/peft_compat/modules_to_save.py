@@ -139,8 +139,8 @@ class ModulesToSaveWrapper(Recognised, nn.Module):
         parts: list[Any] = []
         places: list[Tensor] = []
         for name in dict.fromkeys(names):
-            rows = torch.tensor([n for n, other in enumerate(names) if other == name])
-            rows = rows.to(args[0].device)
+            own_rows = [n for n, other in enumerate(names) if other == name]
+            rows = torch.tensor(own_rows, device=args[0].device)
             first, *own = (_of_rows(value, rows, size) for value in args)
             options = {key: _of_rows(value, rows, size) for key, value in kwargs.items()}
             parts.append(self._of(name)(first, *own, **options))
