@@ -191,10 +191,9 @@ class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type
         names = trained.modules_to_save or ()
         embedding = input_embedding(self.base_model)
         encoder = PromptEncoder(trained).float()
+        # Where both are made without memory the whole model is to be counted, or filled later.
         if not (embedding.weight.is_meta and encoder.embedding.weight.is_meta):
-            encoder.to(
-                self._device()
-            )  # else the whole model is made empty, to be counted or filled
+            encoder.to(self._device())
         if hasattr(encoder, "words") and not embedding.weight.is_meta:  # a mixture's
             ids = torch.randint(embedding.num_embeddings, (len(encoder.words),))
             encoder.words.copy_(vectors_of(embedding, ids))
