@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 
 import ptuning
 from ptuning.backbone.injection import Injector
-from ptuning.forward import chunked, output_head
-from ptuning.forward.plain import answer_logits, example_losses, examples_right
+from ptuning.forward import batching, chunked, output_head
+from ptuning.forward.plain import answer_logits, example_losses, examples_right, word_scores
 from ptuning.forward.prefix_store import PrefixStore
 from ptuning.rendering.collate import IGNORED, Batch
 from ptuning.rendering.layout import Sequence
@@ -165,6 +166,73 @@ def test_short_answers_and_labels_take_the_plain_path(
     )
     chunked.losses(model, labelled, torch.tensor([0, 1]))
     assert chunks == [6]
+
+
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+def test_label_words_of_several_tokens_in_chunks_equal_the_plain_twin(
+    family: str, chunks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked, "LARGEST_OF_WORDS", 0)
+    monkeypatch.setattr(chunked, "POSITIONS", 4)
+    model, rows = attached(family)
+    model.requires_grad_(False)
+    kind = KIND[family]
+    texts, words = [(20, 21, 22), (40, 41)], [(50, 51), (30,), (70, 71, 72)]
+    examples = [Rendered(tuple(sequence(kind, t, w) for w in words), label=1) for t in texts]
+    batch, owner = batch_of(family, examples), torch.arange(3)
+    expected = word_scores(answer_logits(model, batch), batch, 3)
+    torch.testing.assert_close(chunked.word_scores(model, batch, 3), expected, atol=1e-5, rtol=1e-5)
+    assert chunks == [12]
+    loss = F.cross_entropy(expected, batch.labels, reduction="none")  # type: ignore[arg-type]
+    found = chunked.losses(model, batch, owner)
+    torch.testing.assert_close(found, loss, atol=1e-5, rtol=1e-5)
+    (wanted,) = torch.autograd.grad((loss * WEIGHTS[:2]).sum(), rows)
+    (grad,) = torch.autograd.grad((found * WEIGHTS[:2]).sum(), rows)
+    torch.testing.assert_close(grad, wanted, atol=1e-5, rtol=1e-5)
+    shares = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])  # a teacher's, of labels
+    taught = replace(batch, taught=shares)
+    torch.testing.assert_close(
+        chunked.losses(model, taught, owner),
+        example_losses(answer_logits(model, batch), taught, owner),
+    )
+    assert chunked.reads_in_chunks(model, batch, 1.0)
+
+
+def test_no_more_rows_are_compared_or_asked_however_many_label_words_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each word of several tokens is a row of the model's, and a row's logits are a vocabulary."""
+    tokenizer = tiny.tokenizer()
+    model = tiny.model("llama", vocab_size=len(tokenizer)).requires_grad_(False)
+    monkeypatch.setattr(chunked, "LARGEST_OF_WORDS", 64 * len(tokenizer))
+    monkeypatch.setattr(chunked, "POSITIONS", 16)
+    monkeypatch.setattr(chunked, "COMPARED", 8)
+    rows: list[int] = []
+    positions: list[int] = []
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, args, output: positions.append(output[..., 0].numel())
+    )
+    collated = batching.collate
+
+    def collate(examples: Any, *args: Any, **options: Any) -> Batch:
+        batch = collated(examples, *args, **options)
+        rows.append(len(batch.input_ids))
+        return batch
+
+    monkeypatch.setattr(batching, "collate", collate)
+    monkeypatch.setattr(batching, "_SEQUENCES", 100)
+    words = [f"{a} {b}" for a in ("Paris", "Rome", "Oslo") for b in "abcdefghij"]
+    task = ptuning.Task("{text} is [MASK]", verbalizer={word: word for word in words})
+    texts = [{"text": f"it rains {n}"} for n in range(10)]
+    together = ptuning.predict_details(model, tokenizer, task, texts)
+    assert max(rows) <= 100 and sum(rows) == 300
+    assert max(positions) <= 16
+    monkeypatch.setattr(chunked, "LARGEST_OF_WORDS", 2**30)
+    plain = ptuning.predict_details(model, tokenizer, task, texts, batch_size=10)
+    assert rows[-1] == 300 and max(positions) >= 300
+    for one, other in zip(together, plain, strict=True):
+        assert one.answer == other.answer
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-6)
 
 
 def test_half_precision_stays_close(small_chunks: None, chunks: list[int]) -> None:

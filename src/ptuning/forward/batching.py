@@ -21,6 +21,8 @@ _BUSY = {"cpu": 512, "cuda": 16384}
 _ROWS, _ANSWERED = 32, 2048
 """Rows of a batch that computes no gradient, and tokens of answers up to which it may have more:
 each has logits over the whole vocabulary."""
+_SEQUENCES = 1024
+"""Rows of the model's in such a batch, where an example has one for each of many label words."""
 
 
 def batch_for(base: BaseModel, rows: Sequence[Row], first_ids: Sequence[int]) -> Batch:
@@ -64,7 +66,8 @@ def chunks_by_length(
 
     Args:
         examples: to be computed without gradients.
-        rows: of a forward at most; None for 32, or more where that does not keep the device busy.
+        rows: of a forward at most; None for 32, or more where that does not keep the device busy,
+            or fewer where each has many label words of several tokens.
         device: that will compute them.
         members: rows that each example is, one for each that answers.
     """
@@ -72,9 +75,14 @@ def chunks_by_length(
     full = size = max(1, (rows or _ROWS) // members)
     enough = busy_with(device) if rows is None else 0
     chunk: list[int] = []
-    computed = answered = 0
+    computed = answered = sequences = 0
     for index in order:
+        more = members * len(examples[index].sequences)
+        if rows is None and chunk and more > members and sequences + more > _SEQUENCES:
+            yield chunk
+            chunk, computed, answered, sequences, full = [], 0, 0, 0, size
         chunk.append(index)
+        sequences += more
         computed += members * computed_tokens(examples[index], False)
         answered += members * sum(len(s.answer) for s in examples[index].sequences)
         much = computed >= enough or answered >= _ANSWERED
@@ -84,7 +92,7 @@ def chunks_by_length(
             full *= 2  # so that shapes come again (`graphed_scores`)
             continue
         yield chunk
-        chunk, computed, answered, full = [], 0, 0, size
+        chunk, computed, answered, sequences, full = [], 0, 0, 0, size
     if chunk:
         yield chunk
 

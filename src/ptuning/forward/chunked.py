@@ -1,19 +1,20 @@
-"""Losses of long answers in bounded memory: the vocabulary for some positions at a time.
+"""Losses of many answers in bounded memory: the vocabulary for some positions at a time.
 
     plain     head(hidden) for all R x K positions at once, kept for the gradient
     here      for each chunk: head -> loss and d loss / d hidden -> the chunk's logits are dropped
 
-The model runs as ever, but its output head sees each row's first position only; what the head was
+The model runs as ever, but its output head sees some rows' first position only; what the head was
 given is taken down and goes through it chunk by chunk. What the model does behind its head (a
 scale, a soft cap, a bias) is done likewise, and held against the model's own logits of the first
 positions at each call: a model that does anything else takes the plain path, `plain.answer_logits`.
-Where label words are compared, `label_words` scores them instead.
+Long answers are many, and so are label words of several tokens: a row for each. Those of one token
+`label_words` scores instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,12 +33,17 @@ from .plain import (
     examples_right,
     losses_of_labels,
 )
+from .plain import word_scores as plain_word_scores
 from .vocabulary import vocabulary_logits
 
 LARGEST = 2**24
 """Logits of more numbers than this are never there at once."""
+LARGEST_OF_WORDS = 2**26
+"""The same for label words: as long as they are few a CUDA graph may hold them."""
 POSITIONS = 256
 """Of one chunk: enough for the head to run as fast as with all."""
+COMPARED = 32
+"""Rows whose first position is held against the model's own logits: label words have thousands."""
 _SCALE = 2.0**10  # keeps small gradients of half precision; a power of two changes no other bit
 
 
@@ -62,7 +68,7 @@ def losses(
     """
     if batch.labels is not None and words is not None:
         return _of_labels(model, batch, batch.labels, words, shortener)[0]
-    read = _read(model, batch, shortener)
+    read = _read(model, batch, shortener, LARGEST)
     if isinstance(read, Tensor):
         return example_losses(read, batch, None)
     return _by_position(read, batch)[0].sum(1)
@@ -75,17 +81,37 @@ def losses_and_right(
     """`losses`, and as `plain.examples_right` says which examples ``(N,)`` are answered right."""
     if batch.labels is not None and words is not None:
         return _of_labels(model, batch, batch.labels, words, shortener)
-    read = _read(model, batch, shortener)
+    read = _read(model, batch, shortener, LARGEST)
     if isinstance(read, Tensor):
         return example_losses(read, batch, None), examples_right(read, batch, None)
     nll, right = _by_position(read, batch)
     return nll.sum(1), right.all(1)
 
 
+def word_scores(
+    model: nn.Module, batch: Batch, words: int, shortener: Shortener | None = None
+) -> Tensor:
+    """Scores ``(N, words)`` of the label words that each example compares, as `plain.word_scores`.
+
+    Args:
+        model: the base model.
+        batch: prepared for label comparison.
+        words: how many.
+        shortener: as for `plain.answer_logits`.
+    """
+    if batch.label_ids is not None:
+        return label_word_scores(model, batch, words, shortener)
+    read = _read(model, batch, shortener, LARGEST_OF_WORDS)
+    if isinstance(read, Tensor):
+        return plain_word_scores(read, batch, words)
+    untaught = replace(batch, taught=None, likely=None)  # a lesson is of labels, not of tokens
+    return -_by_position(read, untaught)[0].sum(1).view(-1, words)
+
+
 def _of_labels(
     model: nn.Module, batch: Batch, labels: Tensor, words: Tensor, shortener: Shortener | None
 ) -> tuple[Tensor, Tensor]:
-    scores = label_word_scores(model, batch, len(words), shortener)
+    scores = word_scores(model, batch, len(words), shortener)
     return losses_of_labels(scores, labels, words, batch.taught)
 
 
@@ -148,27 +174,32 @@ class _Chunks(torch.autograd.Function):
         return (of_losses.unsqueeze(1) * gradients).to(context.dtype), None, None, None
 
 
-def _read(model: nn.Module, batch: Batch, shortener: Shortener | None) -> Tensor | _Unread:
-    """Logits where they are small, else what is before the head."""
+def _read(
+    model: nn.Module, batch: Batch, shortener: Shortener | None, largest: int
+) -> Tensor | _Unread:
+    """Logits where they are at most `largest` numbers, else what is before the head."""
     head = frozen_head(model)
-    if head is None or not _are_many(batch, head):
+    if head is None or not _are_many(batch, head, largest):
         return vocabulary_logits(model, batch, shortener)
-    with seeing(head, slice(0, 1)) as hidden:
+    with seeing(head, slice(0, 1), slice(0, COMPARED)) as hidden:
         logits, rows = answer_outputs(model, batch, shortener)
     if not hidden:  # a compiled model takes no notice of hooks
         return rows(logits)
     finished = partial(logits_of, model, head)
-    if compared(model, finished(hidden[-1][:, :1]), logits):
+    if compared(model, finished(hidden[-1][:COMPARED, :1]), logits):
         return _Unread(rows(hidden[-1]), finished)
     return vocabulary_logits(model, batch, shortener)
 
 
 def reads_in_chunks(model: nn.Module, batch: Batch, padded: float) -> bool:
     """`losses` of the batch, with so many times its rows, looks at values where it compares no
-    label words; no CUDA graph can hold that."""
+    label words of one token; no CUDA graph can hold that."""
     head = frozen_head(model)
-    return head is not None and batch.labels is None and _are_many(batch, head, padded)
+    if head is None or batch.label_ids is not None:
+        return False
+    largest = LARGEST if batch.labels is None else LARGEST_OF_WORDS
+    return _are_many(batch, head, largest / padded)
 
 
-def _are_many(batch: Batch, head: nn.Module, padded: float = 1.0) -> bool:
-    return padded * batch.answers.numel() * getattr(head, "out_features", 0) > LARGEST
+def _are_many(batch: Batch, head: nn.Module, largest: float) -> bool:
+    return batch.answers.numel() * getattr(head, "out_features", 0) > largest

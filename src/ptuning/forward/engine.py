@@ -6,7 +6,7 @@ what the batch's rows have in common.
 
     causal    openings shared in this call, else the frozen prefix that is kept, else whole rows
     labels    single-token words by their rows of the output head (`label_words`)
-    answers   long ones with the vocabulary in chunks (`chunked`)
+    answers   long ones, and labels' of several tokens, with the vocabulary in chunks (`chunked`)
     a GPU     many predictions of a small model by replayed graphs (`graphed_scores`)
 """
 
@@ -37,7 +37,6 @@ from .compiled_on_cpu import LayersOnCpu as LayersOnCpu
 from .graphed_scores import graphed_scores
 from .greedy import continue_greedily
 from .kv_cache import pooled_cache
-from .label_words import label_word_scores
 from .packing import pack
 from .plain import Shortened, Shortener
 from .prefix_store import Common, PrefixStore, for_prediction, in_common
@@ -230,7 +229,9 @@ class Engine:
         """Scores ``(N, words)`` of label words, as `plain.word_scores`."""
         if self._graphed is not None and self._shared is None and not self.serves_kept(batch):
             return self._graphed(batch.here, words)
-        return label_word_scores(self.base.model, batch.to(self.base.device), words, self._shorten)
+        return chunked.word_scores(
+            self.base.model, batch.to(self.base.device), words, self._shorten
+        )
 
     def continue_greedily(
         self,

@@ -31,8 +31,8 @@ _other: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
-def seeing(head: nn.Module, positions: slice) -> Iterator[list[Tensor]]:
-    """The head sees some positions of each row only; gives what it would have seen: a list that
+def seeing(head: nn.Module, positions: slice, rows: slice = slice(None)) -> Iterator[list[Tensor]]:
+    """The head sees some positions of some rows only; gives what it would have seen: a list that
     gets the hidden states ``(R, T, width)`` of each call. The last one is the batch's: keys and
     values of prefixes may be computed before it, by a model that has no body without a head.
 
@@ -45,7 +45,7 @@ def seeing(head: nn.Module, positions: slice) -> Iterator[list[Tensor]]:
         if threading.get_ident() != caller:
             return None
         inputs.append(args[0])
-        return (args[0][:, positions], *args[1:])
+        return (args[0][rows, positions], *args[1:])
 
     handle = head.register_forward_pre_hook(take)
     try:
