@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ import ptuning
 from ptuning import Prompt
 from ptuning.cli import evaluate, main
 from ptuning.inference.answering import Prediction
+from ptuning.inference.evaluation import WIDEST, Evaluation
 from ptuning.inference.nearest_words import nearest_words
 from ptuning.inference.report import Bin, _f1_interval, calibration, report_on, wilson
 from ptuning.inference.report_page import page
@@ -51,6 +53,57 @@ def test_the_interval_of_macro_f1_stands_around_it() -> None:
     result: Any = SimpleNamespace(labels=["a", "b"], predictions=said, right_answers=["a"] * 200)
     low, high = _f1_interval(result)  # a: 2 · 100 / (200 + 100); b: 0
     assert 0.28 < low < 1 / 3 < high < 0.38
+
+
+def _of_many_labels(count: int) -> Evaluation:
+    """Every label once: the first is right, each other is taken for the first."""
+    labels = [f"<kind {number}>" for number in range(count)]
+    return Evaluation(
+        examples=count,
+        accuracy=1 / count,
+        loss=1.0,
+        macro_f1=0.0,
+        manual_template="{text}",
+        manual_accuracy=0.0,
+        majority_answer=labels[0],
+        majority_accuracy=1 / count,
+        labels=labels,
+        confusion=[[1] + [0] * (count - 1) for _ in labels],
+        predictions=[Prediction(labels[0], 0.9) for _ in labels],
+        right_answers=labels,
+    )
+
+
+def test_the_pages_of_very_many_labels_show_those_that_are_mistaken_most() -> None:
+    prompt = _setting()[2]
+    few, many = (_of_many_labels(count) for count in (WIDEST, 600))
+    for result in (few, many):
+        made = report_on("n", "d", prompt, [{"text": "a"}] * 600, result, ([], 1.0))
+        for shown in (page(made), result._repr_html_()):
+            whole = len(result.labels) == WIDEST
+            assert shown.count("<td") < 2500  # a matrix of 600 labels has 360,000 cells
+            assert ("20 of 600 labels, the most mistakes first" in shown) != whole
+            assert "&lt;kind 20&gt;" in shown and ("&lt;kind 21&gt;" in shown) == whole
+            assert ("&lt;kind 0&gt; (1)" in shown) != whole
+        assert [*result.most_mistaken(2)] == [1, 2]
+        assert result.confused(0) == ["<kind 0>", "1", "1", ""]
+
+
+def test_the_interval_of_macro_f1_makes_no_matrix_of_the_labels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lengths: list[int] = []
+    count = numpy.bincount
+
+    def counted(values: Any, minlength: int = 0) -> Any:
+        found = count(values, minlength=minlength)
+        lengths.append(len(found))
+        return found
+
+    monkeypatch.setattr(numpy, "bincount", counted)
+    low, high = _f1_interval(_of_many_labels(600))
+    assert 0 <= low <= high < 0.01
+    assert set(lengths) == {600}
 
 
 def _setting(labels: bool = True) -> tuple[Any, Any, Prompt, list[dict[str, Any]]]:

@@ -71,8 +71,6 @@ def evaluate(
 
 _COLUMN = 8
 """Letters that a column of the confusion matrix takes, rules and blanks included."""
-_LABELS = 20
-"""Labels that are shown where the matrix has no room."""
 
 
 def _show_mistakes(result: Evaluation, rows: list[Row], prompt: Prompt) -> None:
@@ -114,6 +112,8 @@ def _show(result: Evaluation) -> None:
 
 def _show_confusion(result: Evaluation) -> None:
     """The matrix where the terminal has room for it, else the labels that are mistaken most."""
+    from ..inference.evaluation import CONFUSED, most_mistaken_of
+
     labels = result.labels
     mean = [
         f"{sum(p.probabilities[label] for p in result.predictions) / result.examples:.3f}"
@@ -129,25 +129,8 @@ def _show_confusion(result: Evaluation) -> None:
             ],
         )
         return
-    wrong = [sum(counts) - counts[own] for own, counts in enumerate(result.confusion)]
-    shown = sorted(range(len(labels)), key=lambda own: -wrong[own])[:_LABELS]
     console.table(
-        f"Confusion: {len(shown)} of {len(labels)} labels, the most mistakes first (--json: all)",
-        ["", "rows", "right", "most often taken for", "mean probability"],
-        [
-            [
-                labels[own],
-                str(sum(result.confusion[own])),
-                str(result.confusion[own][own]),
-                _taken_for(own, result),
-                mean[own],
-            ]
-            for own in shown
-        ],
+        f"{most_mistaken_of(len(labels))} (--json: all)",
+        [*CONFUSED, "mean probability"],
+        [[*result.confused(own), mean[own]] for own in result.most_mistaken()],
     )
-
-
-def _taken_for(own: int, result: Evaluation) -> str:
-    others = [0 if n == own else count for n, count in enumerate(result.confusion[own])]
-    most = max(others)
-    return f"{result.labels[others.index(most)]} ({most})" if most else ""

@@ -38,6 +38,10 @@ from .prediction import as_candidates, members_of, predict_details
 
 _CHOOSING = 200
 """Rows on which the manual template is chosen."""
+WIDEST = 40
+"""Labels of a confusion matrix that a page shows whole."""
+_SHOWN = 20
+"""Labels that are told of where there are more."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,20 @@ class Evaluation:
         ]
         return sorted(wrong, key=lambda n: -self.predictions[n].probability)[:count]
 
+    def most_mistaken(self, count: int = _SHOWN) -> list[int]:
+        """The numbers of the labels with the most rows that are answered wrong, in that order."""
+        wrong = [sum(counts) - counts[own] for own, counts in enumerate(self.confusion)]
+        return sorted(range(len(wrong)), key=lambda own: -wrong[own])[:count]
+
+    def confused(self, own: int) -> list[str]:
+        """Of a label, by its number: its name, how many rows have it, how many of them are
+        answered right, and what the others are most often taken for."""
+        counts = self.confusion[own]
+        others = [0 if number == own else count for number, count in enumerate(counts)]
+        most = max(others)
+        taken_for = f"{self.labels[others.index(most)]} ({most})" if most else ""
+        return [self.labels[own], str(sum(counts)), str(counts[own]), taken_for]
+
     def compared(self) -> list[tuple[str, float]]:
         """Name and share right: of the prompt and of what it is compared with."""
         found = [
@@ -102,7 +120,10 @@ class Evaluation:
     def _repr_html_(self) -> str:
         """For notebooks: the prompt beside the baselines, the confusion matrix, and a picture."""
         page = html_table(f"{self.examples} examples", ["", "right (%)"], self.rows())
-        if self.confusion:
+        if len(self.confusion) > WIDEST:
+            shown = [self.confused(own) for own in self.most_mistaken()]
+            page += html_table(most_mistaken_of(len(self.labels)), CONFUSED, shown)
+        elif self.confusion:
             header = ["right label / predicted", *self.labels]
             counts = [
                 [label, *map(str, row)]
@@ -122,6 +143,15 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
+
+
+CONFUSED = ["", "rows", "right", "most often taken for"]
+"""The header of `Evaluation.confused`."""
+
+
+def most_mistaken_of(labels: int) -> str:
+    """The title of a table of `Evaluation.most_mistaken`, of so many labels."""
+    return f"Confusion: {min(_SHOWN, labels)} of {labels} labels, the most mistakes first"
 
 
 @on_cpu_by_default

@@ -151,18 +151,16 @@ def _f1_interval(result: Evaluation) -> tuple[float, float]:
 
     index = {label: number for number, label in enumerate(result.labels)}
     size = len(index)
-    pairs = np.array(
-        [
-            index[right] * size + index[prediction.answer]
-            for right, prediction in zip(result.right_answers, result.predictions, strict=True)
-        ]
-    )
+    right = np.array([index[label] for label in result.right_answers])
+    said = np.array([index[prediction.answer] for prediction in result.predictions])
     random = np.random.default_rng(0)
     scores = []
     for _ in range(_RESAMPLES):
-        drawn = pairs[random.integers(0, len(pairs), len(pairs))]
-        table = np.bincount(drawn, minlength=size * size).reshape(size, size)
-        sums = table.sum(0) + table.sum(1)
-        scores.append(float(np.mean(2 * np.diag(table) / np.maximum(sums, 1))))
+        drawn = random.integers(0, len(right), len(right))
+        own, other = right[drawn], said[drawn]  # counted apart: a matrix of labels is their square
+        hits, named, answered = (
+            np.bincount(some, minlength=size) for some in (own[own == other], own, other)
+        )
+        scores.append(float(np.mean(2 * hits / np.maximum(named + answered, 1))))
     low, high = np.quantile(scores, [0.025, 0.975])
     return float(low), float(high)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..reporting import html_text as _text
+from .evaluation import CONFUSED, WIDEST, Evaluation, most_mistaken_of
 from .report import Bin, Report
 
 _STYLE = """
@@ -47,7 +48,7 @@ def page(report: Report) -> str:
     else:
         parts.append(f"<p>Loss per answer token {result.loss:.4f}.</p>")
     if result.confusion:
-        parts += ["<h2>Confusion</h2>", _confusion(result.labels, result.confusion)]
+        parts += ["<h2>Confusion</h2>", _confusion(result)]
     parts += [
         "<h2>Calibration</h2>",
         _calibration(report.bins),
@@ -103,7 +104,12 @@ def _shares(report: Report) -> str:
     return _table(["", "right", "95 % interval (Wilson)", "0 to 100 %"], rows)
 
 
-def _confusion(labels: list[str], counts: list[list[int]]) -> str:
+def _confusion(result: Evaluation) -> str:
+    """The matrix; of very many labels, whose cells would be millions, those mistaken most."""
+    labels, counts = result.labels, result.confusion
+    if len(labels) > WIDEST:
+        rows = [[_cell(value) for value in result.confused(n)] for n in result.most_mistaken()]
+        return f'<p class="soft">{most_mistaken_of(len(labels))}.</p>{_table(CONFUSED, rows)}'
     header_row = "".join(f"<th>{_text(label)}</th>" for label in labels)
     lines = []
     for label, row in zip(labels, counts, strict=True):
