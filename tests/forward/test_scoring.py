@@ -11,6 +11,8 @@ from ptuning.backbone.injection import Injector
 from ptuning.backbone.kinds import kind_of
 from ptuning.backbone.lookups import input_embedding
 from ptuning.backbone.traits import context_length
+from ptuning.forward import batching
+from ptuning.forward.engine import Engine
 from ptuning.inference.attachment import placed
 from ptuning.rendering.render import Rendered, Renderer
 
@@ -145,3 +147,24 @@ def test_a_seq2seq_batch_starts_with_the_models_own_id() -> None:
 def test_the_device_is_the_models() -> None:
     assert device_of(tiny.model()) == torch.device("cpu")
     assert device_of(torch.nn.Linear(1, 1, device="meta")) == torch.device("meta")
+
+
+@pytest.mark.parametrize("verbalizer", [None, ONE_TOKEN, MANY_TOKENS], ids=["free", "one", "many"])
+def test_few_batches_are_there_together_and_the_score_is_the_same(
+    verbalizer: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, renderer, examples, prompt = setting("llama", verbalizer=verbalizer)
+    there: list[int] = []
+    sharing = Engine.sharing
+
+    def counted(engine: Engine, batches: Any, *args: Any) -> Any:
+        there.append(len(batches))
+        return sharing(engine, batches, *args)
+
+    monkeypatch.setattr(Engine, "sharing", counted)
+    with placed(model, TOKENIZER, prompt) as first:
+        whole = tiny.score(model, renderer, examples * 4, first, 2)
+        assert there == [10]
+        monkeypatch.setattr(batching, "_AT_ONCE", 1)
+        assert tiny.score(model, renderer, examples * 4, first, 2) == pytest.approx(whole, abs=1e-6)
+    assert there == [10] + [1] * 10

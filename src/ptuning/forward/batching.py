@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -23,6 +23,8 @@ _ROWS, _ANSWERED = 32, 2048
 each has logits over the whole vocabulary."""
 _SEQUENCES = 1024
 """Rows of the model's in such a batch, where an example has one for each of many label words."""
+_AT_ONCE = 2**22
+"""Input ids of batches that are there together: with their mask 64 MiB."""
 
 
 def batch_for(base: BaseModel, rows: Sequence[Row], first_ids: Sequence[int]) -> Batch:
@@ -95,6 +97,21 @@ def chunks_by_length(
         chunk, computed, answered, sequences, full = [], 0, 0, 0, size
     if chunk:
         yield chunk
+
+
+def some_at_once(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
+    """As many batches as may be there together, made when their turn comes: many label words repeat
+    a row as often, so that the inputs of all rows may be more than the memory holds."""
+    some: list[Batch] = []
+    held = 0
+    for batch in batches:
+        some.append(batch)
+        held += batch.input_ids.numel()
+        if held >= _AT_ONCE:
+            yield some
+            some, held = [], 0
+    if some:
+        yield some
 
 
 def by_length(

@@ -29,7 +29,7 @@ from ..prompts.task import Task
 from ..rendering.collate import Batch
 from ..rendering.render import Rendered, Renderer
 from . import chunked
-from .batching import Row, batch_for, by_length, chunks_by_length, computed_tokens
+from .batching import Row, batch_for, by_length, chunks_by_length, computed_tokens, some_at_once
 from .compiled import CompiledLayers as CompiledLayers
 from .compiled import Work as Work
 from .compiled import layers_worth_it
@@ -120,6 +120,10 @@ class Engine:
     ) -> Iterator[list[int]]:
         """As `batching.chunks_by_length`, for the model's device."""
         return chunks_by_length(examples, rows, self.base.device, members)
+
+    def some_at_once(self, batches: Iterable[Batch]) -> Iterator[list[Batch]]:
+        """As `batching.some_at_once`: those that `sharing` is for."""
+        return some_at_once(batches)
 
     # What serves several batches.
 

@@ -6,7 +6,7 @@ most likely one after those before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -40,10 +40,10 @@ def score(
     """
     if renderer.compares and renderer.bias is not None:
         return score_together(engine, [renderer], [examples], [first_id], batch_size)
-    batches = [
+    batches = (
         engine.batch([(examples[i], 0) for i in chunk], [first_id])
         for chunk in engine.chunks(examples, batch_size)
-    ]
+    )
     words = torch.tensor(renderer.owner) if renderer.compares else None
     ((right, loss),) = sums(engine, batches, 1, words).tolist()
     return right / len(examples), loss / sum(example.weight for example in examples)
@@ -52,7 +52,7 @@ def score(
 @torch.no_grad()
 def sums(
     engine: Engine,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     members: int,
     words: Tensor | None,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -62,23 +62,23 @@ def sums(
 
     Args:
         engine: its model has the prompts attached and is in eval mode.
-        batches: of answered examples, on the model's device.
+        batches: of answered examples, on the model's device; they are made as they are needed.
         members: how many prompts the examples are of (`Batch.member`).
         words: ``(W,)`` for label comparison the label of each word, else None.
         autocast: accelerate's mixed precision.
     """
-    found = []
-    with engine.sharing(batches, autocast):
-        for batch in batches:
-            with autocast():
-                losses, right = engine.losses_and_right(batch, words)
-            found.append(torch.stack([right.to(losses.dtype), losses], dim=1))
     total = torch.zeros(members, 2, dtype=torch.float64)
-    if not found:
-        return total
-    # One look at the device for all batches.
-    member, figures = torch.cat([batch.member for batch in batches]).cpu(), torch.cat(found).cpu()
-    return total.index_add(0, member, figures.double())
+    for some in engine.some_at_once(batches):
+        found = []
+        with engine.sharing(some, autocast):
+            for batch in some:
+                with autocast():
+                    losses, right = engine.losses_and_right(batch, words)
+                found.append(torch.stack([right.to(losses.dtype), losses], dim=1))
+        # One look at the device for all of them.
+        member, figures = torch.cat([batch.member for batch in some]).cpu(), torch.cat(found).cpu()
+        total.index_add_(0, member, figures.double())
+    return total
 
 
 @torch.no_grad()

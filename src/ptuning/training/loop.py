@@ -17,7 +17,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -314,14 +313,13 @@ class Loop:
         self.population.eval()
         self.population.write_tables()
         rows = [(example, number) for number in numbers for example in self.variants[number].dev]
-        batches = [
-            batch.to(self.device)
-            for batch in self.engine.batches(
-                distributed.share(rows), self.population.first_ids(), self.device
-            )
-        ]
-        words, autocast = self.population.words, self.accelerator.autocast
-        look = partial(sums, self.engine, batches, len(self.variants), words, autocast)
+        parts = self.engine.parts(distributed.share(rows), self.device)
+        first_ids, words = self.population.first_ids(), self.population.words
+
+        def look() -> Tensor:
+            batches = (self.engine.batch(part, first_ids, str(self.device)) for part in parts)
+            return sums(self.engine, batches, len(self.variants), words, self.accelerator.autocast)
+
         (found,) = distributed.add_up([self.take_step.with_room(look)])
         self.clock.looked(since)
         weights = [sum(example.weight for example in self.variants[n].dev) for n in numbers]

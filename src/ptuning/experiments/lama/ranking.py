@@ -87,10 +87,12 @@ def _of_single(
     """Ranks of tasks that answer alone: all their rows share batches."""
     places = {id(one): (n, i) for n, of_one in enumerate(examples) for i, one in enumerate(of_one)}
     parts = engine.parts([(e, n) for n, of_one in enumerate(examples) for e in of_one])
-    batches = [engine.batch(part, first_ids) for part in parts]
+    batches = (engine.batch(part, first_ids) for part in parts)
     result = [[0] * len(of_one) for of_one in examples]
-    with engine.sharing(batches):
-        found = [_ranks(*_at_answer(engine, batch), competing) for batch in batches]
+    found = []
+    for some in engine.some_at_once(batches):
+        with engine.sharing(some):
+            found += [_ranks(*_at_answer(engine, batch), competing) for batch in some]
     order = [places[id(example)] for part in parts for example, _ in part]
     for (number, row), rank in zip(order, torch.cat(found).tolist(), strict=True):
         result[number][row] = rank
