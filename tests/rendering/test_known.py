@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -403,3 +404,28 @@ def test_a_row_that_does_not_fit_comes_before_a_later_one_that_is_wrong() -> Non
     renderer = Renderer(tiny.tokenizer(), Task("[P*3] The capital is {x} [MASK]"), "causal", 8)
     with pytest.raises(DataError, match=r"test example 1: anchors.*longer than the 8 tokens"):
         renderer.each([{"x": "Oslo", "answer": "yes, it does"}, {}], "test")
+
+
+def test_few_characters_are_tokenized_together_however_many_words_stand_behind_a_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A tokenizer that is not known to cut at spaces reads each label with the whole text."""
+    words = ["".join(letters) for letters in itertools.permutations("rains", 3)]
+    task = Task("{text} is [MASK]", answer="label", verbalizer={word: word for word in words})
+    texts = [{"text": "it rains in Oslo " * 20 + str(n), "label": words[n]} for n in range(12)]
+    sizes: list[int] = []
+    ahead = Known.ahead
+
+    def counted(known: Known, wanted: Any) -> None:
+        listed = list(wanted)
+        sizes.append(sum(map(len, {text for _, text in listed})))
+        ahead(known, listed)
+
+    monkeypatch.setattr(Known, "ahead", counted)
+    together = Renderer(made("llama2"), task, "causal").each(texts, "x")
+    assert len(sizes) == 1
+    monkeypatch.setattr(render, "_WITH_WORDS", 50_000)
+    assert Renderer(made("llama2"), task, "causal").each(texts, "x") == together
+    assert len(sizes) == 1 + 4 and max(sizes[1:]) < 80_000 < sizes[0]
+    Renderer(made("byte_bpe"), task, "causal").each(texts, "x")  # all their texts end alike
+    assert len(sizes) == 1 + 4 + 1

@@ -157,6 +157,10 @@ class Layout:
                 yield written.named.ids_of, written.tail
                 yield written.named.ids_of, written.tail + written.continued(word)
 
+    def tails(self, drafts: Iterable[Draft]) -> set[str]:
+        """What each answer is tokenized behind."""
+        return set() if self.kind == "seq2seq" else {written.tail for written, _ in drafts}
+
     def each(self, drafts: Iterable[Draft], known: Known) -> Iterator[Sequence]:
         """The sequences of an example; what is not known yet is tokenized."""
         last = None

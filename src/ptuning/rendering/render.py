@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Self
@@ -27,6 +27,8 @@ from .virtual_ids import resolve_words
 
 _ROWS, _CHARACTERS = 256, 2**18
 """At most so many are tokenized together."""
+_WITH_WORDS = 2**22
+"""Characters of what stands before the answers, once for each word that is compared."""
 
 
 @dataclass(frozen=True)
@@ -188,8 +190,9 @@ class Renderer:
             DataError: names the example at fault by its number.
         """
         rendered: list[Rendered] = []
-        for block in in_blocks(rows, _ROWS, _CHARACTERS):
-            asked = [self._asked_or_wrong(row, answered) for row in block]
+        read = in_blocks(rows, _ROWS, _CHARACTERS)
+        blocks = ([self._asked_or_wrong(row, answered) for row in block] for block in read)
+        for asked in chain.from_iterable(map(self._together, blocks)):
             known = self._known(one for one in asked if isinstance(one, Asked))
             for number, one in enumerate(asked, first + len(rendered)):
                 try:
@@ -199,6 +202,24 @@ class Renderer:
                 except DataError as error:
                     raise DataError(f"{what} example {number}: {error}") from None
         return rendered
+
+    def _together(self, block: list[Asked | Exception]) -> Iterator[list[Asked | Exception]]:
+        """A block in parts to be tokenized together. Where a tokenizer's parts are not known to
+        cut at spaces, each word that is compared is tokenized with all the text before it."""
+        part: list[Asked | Exception] = []
+        seen: set[str] = set()
+        characters = 0
+        for one in block:
+            part.append(one)
+            if isinstance(one, Asked):
+                new = self.layout.tails(one.drafts) - seen
+                seen |= new
+                characters += len(one.drafts) * sum(map(len, new))
+            if characters >= _WITH_WORDS:
+                yield part
+                part, seen, characters = [], set(), 0
+        if part:
+            yield part
 
     def _asked_or_wrong(self, example: Example, answered: bool) -> Asked | Exception:
         """What an example asks, or what is wrong with it: the rows before it come first."""
