@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import ptuning
-from ptuning.backbone.base_model import device_of
+from ptuning.backbone.base_model import BaseModel, device_of
 from ptuning.backbone.injection import Injector
 from ptuning.backbone.kinds import kind_of
 from ptuning.backbone.lookups import input_embedding
 from ptuning.backbone.traits import context_length
-from ptuning.forward import batching
+from ptuning.forward import batching, scoring
 from ptuning.forward.engine import Engine
 from ptuning.inference.attachment import placed
 from ptuning.rendering.render import Rendered, Renderer
@@ -168,3 +168,24 @@ def test_few_batches_are_there_together_and_the_score_is_the_same(
         monkeypatch.setattr(batching, "_AT_ONCE", 1)
         assert tiny.score(model, renderer, examples * 4, first, 2) == pytest.approx(whole, abs=1e-6)
     assert there == [10] + [1] * 10
+
+
+def test_long_answers_of_members_together_have_few_logits_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, renderer, examples, prompt = setting("llama")
+    engine = Engine(BaseModel.of(model, TOKENIZER), 0)
+    sizes: list[int] = []
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, args, output: sizes.append(output.numel())
+    )
+    together: Any = ([renderer] * 2, [examples] * 2)
+    with placed(model, TOKENIZER, prompt) as first:
+        whole = scoring.score_together(engine, *together, [first] * 2, None)
+        most, longest = max(sizes), max(len(e.sequences[0].answer) for e in examples)
+        sizes.clear()
+        monkeypatch.setattr(scoring, "_LARGEST", most // len(examples))
+        again = scoring.score_together(engine, *together, [first] * 2, None)
+    assert again == pytest.approx(whole, abs=1e-6)
+    assert most == 2 * len(examples) * longest * 400 and max(sizes) <= most // len(examples)
+    assert len(sizes) > 1

@@ -14,12 +14,16 @@ import numpy
 import torch
 from torch import Tensor
 
+from ..backbone.lookups import input_embedding
 from ..rendering.collate import IGNORED, Batch
 from ..rendering.render import Rendered, Renderer
 from . import divergence
 from .engine import Engine
 from .plain import answer_nll, by_label, losses_of_labels
 from .together import biased, first_rows, mean_log_probabilities
+
+_LARGEST = 2**27
+"""Logits of a batch whose members answer together: all are there at once, unlike `chunked`'s."""
 
 
 def score(
@@ -108,7 +112,8 @@ def score_together(
         losses, hits = losses_of_labels(found, right, torch.arange(found.shape[1]), taught)
         return float(hits.double().mean()), float(losses.double().mean())
     total = torch.zeros(2, dtype=torch.float64)
-    for batch, sizes, _ in batches_together(engine, examples, first_ids, batch_size):
+    most = _LARGEST // input_embedding(engine.base.model).num_embeddings
+    for batch, sizes, _ in batches_together(engine, examples, first_ids, batch_size, most):
         means = mean_log_probabilities(engine.logits(batch), sizes)
         first = first_rows(sizes)
         answers = batch.answers[first].to(means.device)
@@ -150,11 +155,31 @@ def batches_together(
     examples: Sequence[list[Rendered]],
     first_ids: Sequence[int],
     batch_size: int | None,
+    positions: int | None = None,
 ) -> Iterator[tuple[Batch, list[int], list[int]]]:
     """Batches in which the members' rows of an example stand together; how many of each; which
-    examples."""
+    examples; with at most so many `positions` of answers, or one example's."""
     members = range(len(examples))
+    chunks = engine.chunks(examples[0], batch_size, len(members))
+    if positions is not None:
+        each = positions // len(members)
+        chunks = (some for chunk in chunks for some in _with_few(examples[0], chunk, each))
     with engine.one_document(examples):
-        for chunk in engine.chunks(examples[0], batch_size, len(members)):
+        for chunk in chunks:
             rows = [(examples[member][i], member) for i in chunk for member in members]
             yield engine.prediction_batch(rows, first_ids), [len(members)] * len(chunk), chunk
+
+
+def _with_few(examples: list[Rendered], chunk: list[int], positions: int) -> Iterator[list[int]]:
+    """Some of the examples of a chunk at a time: as many as times the longest answer are few."""
+    some: list[int] = []
+    longest = 0
+    for index in chunk:
+        own = len(examples[index].sequences[0].answer)
+        if some and (len(some) + 1) * max(longest, own) > positions:
+            yield some
+            some, longest = [], 0
+        some.append(index)
+        longest = max(longest, own)
+    if some:
+        yield some
