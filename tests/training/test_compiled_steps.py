@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
-import sys
 from functools import partial
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -234,7 +234,8 @@ def test_the_minutes_that_a_training_may_take_are_weighed(monkeypatch: pytest.Mo
     monkeypatch.setattr(Engine, "layers_on_cpu", lambda engine, work: asked.append(work))
     # Reading the examples takes of the time, and here takes none.
     clock = SimpleNamespace(monotonic=lambda: 0.0)
-    monkeypatch.setattr(sys.modules["ptuning.training.train"], "time", clock)
+    for module in ("train", "clock"):
+        monkeypatch.setattr(import_module(f"ptuning.training.{module}"), "time", clock)
     Trained(monkeypatch, "auto", max_minutes=2.5)
     Trained(monkeypatch, "auto")
     assert [work.seconds for work in asked] == [150, math.inf]
