@@ -12,6 +12,7 @@ import ptuning
 from ptuning import Prompt
 from ptuning.backbone.base_model import BaseModel
 from ptuning.backbone.injection import Injector
+from ptuning.forward import chunked
 from ptuning.forward import engine as engines
 from ptuning.forward import graphed_scores as module
 from ptuning.forward.engine import Engine
@@ -142,6 +143,21 @@ def test_what_a_graph_is_of_no_use_for_stays_plain(
     given = setting(**setting_of)
     assert shares(*given) == plain(*given)
     assert made[0].replays == 0
+
+
+def test_words_of_several_tokens_are_scored_in_bounded_memory_where_graphs_are_made(
+    made: list[GraphedScores], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where their rows are too short for what they open with to be kept."""
+    given = setting(verbalizer={"yes": "not a city", "no": "Ra"})
+    expected, seen = plain(*given), []
+    monkeypatch.setattr(Engine, "serves_kept", lambda engine, batch: False)
+    for name, value in {"LARGEST_OF_WORDS": 0, "COMPARED": 1, "POSITIONS": 2}.items():
+        monkeypatch.setattr(chunked, name, value)
+    head = given[0].get_output_embeddings()
+    head.register_forward_hook(lambda module, args, logits: seen.append(logits.numel()))
+    assert torch.allclose(torch.tensor(shares(*given)), torch.tensor(expected), atol=1e-5)
+    assert made and max(seen) == 2 * head.out_features
 
 
 def test_a_model_with_hooks_of_others_stays_plain(made: list[GraphedScores]) -> None:

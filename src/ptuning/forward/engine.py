@@ -231,7 +231,9 @@ class Engine:
 
     def word_scores(self, batch: Batch, words: int) -> Tensor:
         """Scores ``(N, words)`` of label words, as `plain.word_scores`."""
-        if self._graphed is not None and self._shared is None and not self.serves_kept(batch):
+        one_token = batch.label_ids is not None  # of several tokens there may be many logits
+        kept = self._shared is not None or self.serves_kept(batch)
+        if self._graphed is not None and one_token and not kept:
             return self._graphed(batch.here, words)
         return chunked.word_scores(
             self.base.model, batch.to(self.base.device), words, self._shorten

@@ -69,7 +69,7 @@ class GraphedScores:
         self._refused = False
 
     def __call__(self, batch: Batch, words: int) -> Tensor:
-        """Scores ``(N, words)``, on the device."""
+        """Scores ``(N, words)`` of words of one token each, on the device."""
         self._forget_others()
         shape = self._shape(batch)
         if shape is None:
@@ -98,7 +98,7 @@ class GraphedScores:
         """The static one that serves a batch; None where none is of use."""
         columns = batch.input_ids.shape[1]
         of = next((step for most, step in _STEPS if columns <= most), None)
-        if self._refused or of is None or batch.label_ids is None:
+        if self._refused or of is None:
             return None
         if torch.is_autocast_enabled(device_of(self.model).type):
             return None
