@@ -1,5 +1,5 @@
 """llama.cpp's own server on a GGUF file, in a process of its own: prints its address, and serves
-until its input ends.
+until it is killed or its input ends.
 
 python llama_server.py model.gguf
 """

@@ -274,8 +274,10 @@ def _llama_cpp(file: Path) -> Iterator[Callable[[str, dict[str, Any]], Any]]:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return json.load(answer)
 
-        yield ask
-        server.stdin.close()
+        try:
+            yield ask
+        finally:
+            server.kill()  # how it ends by itself may take for ever
 
 
 @pytest.mark.parametrize("name", MODELS)
