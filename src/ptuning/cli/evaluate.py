@@ -69,10 +69,6 @@ def evaluate(
         console.tell(f"next: {console.command('predict', prompt_folder, '--data', data)}")
 
 
-_COLUMN = 8
-"""Letters that a column of the confusion matrix takes, rules and blanks included."""
-
-
 def _show_mistakes(result: Evaluation, rows: list[Row], prompt: Prompt) -> None:
     """The wrong answers that the prompt is surest of: often a label is wrong, or the data odd."""
     from ..rendering.example import all_columns
@@ -108,6 +104,10 @@ def _show(result: Evaluation) -> None:
     console.tell(line)
     if result.confusion:
         _show_confusion(result)
+
+
+_COLUMN = 8
+"""Letters that a column of the confusion matrix takes, rules and blanks included."""
 
 
 def _show_confusion(result: Evaluation) -> None:
