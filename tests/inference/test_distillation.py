@@ -17,9 +17,9 @@ from ptuning.backbone.base_model import BaseModel
 from ptuning.errors import DataError, InputError
 from ptuning.forward.engine import Engine
 from ptuning.forward.plain import by_label, word_scores
-from ptuning.inference import distillation
+from ptuning.inference import distillation, kept_answers, teaching
 from ptuning.inference.agreement import compare
-from ptuning.inference.teaching import lessons, measured_bias, own_label, teacher_renderer
+from ptuning.inference.teaching import ask, measured_bias, own_label, teacher_renderer
 from ptuning.prompts.teacher import Teacher
 from ptuning.training.guidance import dev_far_above
 
@@ -64,6 +64,11 @@ def distilled(
     options = {"epochs": 2, "verbose": False, **options}
     result = ptuning.distill(model, tokenizer, prompt, rows, dev, teacher=teacher, **options)
     return model, tokenizer, result
+
+
+def lessons(engine: Engine, renderer: Any, rows: Any, weight: float = 0.0) -> list[Any]:
+    said = ask(engine, renderer, rows)
+    return teaching.lessons(engine.base, renderer.task, rows, said, weight)
 
 
 def engine_of(family: str, model: Any = None) -> tuple[Any, Any, Engine]:
@@ -221,7 +226,7 @@ def test_its_text_is_read_once(words: Any) -> None:
     model.model.register_forward_pre_hook(
         lambda _, args, values: computed.append(values["input_ids"].numel()), with_kwargs=True
     )
-    lessons(engine, renderer, TEXTS, batch_size=4)
+    ask(engine, renderer, TEXTS, batch_size=4)
     rows = [renderer(row, answered=False).sequences for row in TEXTS]
     assert rows[0][0].opening > 40 and engine.store is not None and engine.store.computed == 1
     assert sum(computed) < sum(len(one.ids) for row in rows for one in row) / 2
@@ -266,8 +271,9 @@ def test_a_calibrated_teacher_takes_the_labels_for_equally_frequent() -> None:
     model, _, engine = engine_of("llama", sharp("llama", tokenizer))
     teacher = Teacher.of(TEACHER, prompt_of())
     plain = lessons(engine, teacher_renderer(engine, teacher), TEXTS)
-    teacher.label_bias = measured_bias(engine, teacher_renderer(engine, teacher), TEXTS)
-    told = lessons(engine, teacher_renderer(engine, teacher), TEXTS)
+    said = ask(engine, teacher_renderer(engine, teacher), TEXTS)
+    teacher.label_bias = measured_bias(teacher, said)
+    told = teaching.lessons(engine.base, teacher, TEXTS, said)
     mean = torch.from_numpy(sum(one.shares for one in plain)) / len(TEXTS)
     for one, other in zip(plain, told, strict=True):
         expected = torch.from_numpy(one.shares) / mean
@@ -410,6 +416,64 @@ def test_a_training_that_is_stopped_goes_on_to_the_same_numbers(
     resumed = prompt_of()
     distilled("llama", resumed, output=tmp_path, resume=True, **options)
     assert torch.equal(resumed.trained_vectors(), whole.trained_vectors())
+
+
+@pytest.mark.parametrize(
+    ("settings", "calibrated"),
+    [({}, False), ({}, True), ({"answer_tokens": 4, "verbalizer": None}, False)],
+    ids=["labels", "calibrated", "free"],
+)
+def test_what_the_teacher_has_said_is_kept_while_a_run_lasts(
+    tmp_path: Path,
+    on_cpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    calibrated: bool,
+) -> None:
+    options: dict[str, Any] = {"calibrate_teacher": calibrated, "epochs": 1}
+    asked: list[int] = []
+    said = teaching._said
+
+    def counted(engine: Engine, renderer: Any, examples: Any, *rest: Any) -> Any:
+        if len(asked) == stop_after:
+            raise KeyboardInterrupt
+        asked.append(len(examples))
+        return said(engine, renderer, examples, *rest)
+
+    monkeypatch.setattr(teaching, "_said", counted)
+    monkeypatch.setattr(teaching, "_TOGETHER", 5)
+    stop_after, whole = -1, prompt_of(**settings)
+    rows, dev = TEXTS[:12], TEXTS[12:]
+    distilled("llama", whole, rows=rows, dev=dev, **options)
+    assert asked == [5, 5, 2, 5, 4]
+    asked.clear()
+    stop_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        distilled("llama", prompt_of(**settings), rows=rows, dev=dev, output=tmp_path, **options)
+    kept = sorted((tmp_path / "checkpoints" / "teacher").iterdir())
+    assert len(kept) == 3
+    kept[0].write_bytes(kept[0].read_bytes()[:50])
+    stop_after = -1
+    for resume in (False, True):
+        again = prompt_of(**settings)
+        distilled("llama", again, rows=rows, dev=dev, output=tmp_path, resume=resume, **options)
+        assert torch.equal(again.trained_vectors(), whole.trained_vectors())
+    assert sorted(asked[3:]) in ([4, 5, 5], [2, 4, 5])  # the damaged one, and those not yet asked
+    asked.clear()
+    other = prompt_of(**settings)
+    distilled("llama", other, "Else.", rows=rows, dev=dev, output=tmp_path, **options)
+    assert asked == [5, 5, 2, 5, 4]
+    kept_answers.delete_all(tmp_path)
+    assert not (tmp_path / "checkpoints" / "teacher").exists()
+
+
+def test_other_labels_of_the_same_words_are_asked_for_anew(tmp_path: Path, on_cpu: None) -> None:
+    options: dict[str, Any] = {"output": tmp_path, "epochs": 1}
+    for words in ({"yes": ["yes", "not"], "no": "no"}, {"yes": "yes", "no": ["not", "no"]}):
+        kept, anew = prompt_of(verbalizer=words), prompt_of(verbalizer=words)
+        distilled("llama", kept, **options)
+        distilled("llama", anew, epochs=1)
+        assert torch.equal(kept.trained_vectors(), anew.trained_vectors())
 
 
 def test_the_time_that_is_given_counts_what_the_teacher_takes(

@@ -8,8 +8,9 @@ import pytest
 
 from ptuning.backbone.base_model import BaseModel
 from ptuning.forward.engine import Engine
-from ptuning.inference.teaching import lessons, teacher_renderer
+from ptuning.inference.teaching import ask, lessons, teacher_renderer
 from ptuning.prompts.task import Task
+from ptuning.rendering.lesson import Lesson
 
 from . import servers
 
@@ -22,13 +23,14 @@ def test_a_teachers_lesson_ends_where_the_model_does(place: Path, chat: bool, en
     engine = Engine(BaseModel.of(model, tokenizer))
     rows = [{"country": "France"}, {"country": "Oslo"}]
 
-    def taught() -> list[tuple[int, ...]]:
-        return [one.tokens for one in lessons(engine, teacher_renderer(engine, task), rows)]
+    def taught() -> Lesson:
+        said = ask(engine, teacher_renderer(engine, task), rows)
+        return lessons(engine.base, task, rows, said)[0]
 
-    whole = taught()[0]
+    whole = taught().tokens
     at = next(n for n in range(2, 12) if whole[n] not in whole[:n])
     model.generation_config.eos_token_id = [2, whole[at]]
-    lesson = lessons(engine, teacher_renderer(engine, task), rows)[0]
+    lesson = taught()
     assert lesson.tokens == (*whole[:at], *[2] * ends)
     assert lesson.shares.shape[0] == len(lesson.tokens)
     if ends:  # a student has the tokenizer's end alone, so that is what it is taught

@@ -109,6 +109,7 @@ def distill(
     from ..backbone.load import load_model
     from ..data import read_examples
     from ..data.text import read_text
+    from ..inference import kept_answers
     from ..inference.distillation import check_distillation, columns_asked, with_dev
     from ..inference.distillation import distill as distill_prompt
     from ..prompts.teacher import Teacher
@@ -180,6 +181,7 @@ def distill(
                 output, learner, result.training, keep_encoder, more={"teacher": beside}
             )
             if result.training.complete:
+                kept_answers.delete_all(output)
                 checkpoint.delete_all(output)
             if json_output:
                 console.print_json(report)

@@ -216,6 +216,7 @@ def is_open(
     how: TrainSettings,
 ) -> bool:
     """There is a run to begin or to go on with; raises where --output is not for this one."""
+    from ..inference import kept_answers
     from ..places import real
     from ..storage import settle
     from ..training import checkpoint
@@ -224,7 +225,8 @@ def is_open(
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other; give one")
     if resume and run_folder.is_finished(output):
-        checkpoint.delete_all(output)  # a kill may have left them
+        kept_answers.delete_all(output)  # a kill may have left them
+        checkpoint.delete_all(output)
         return False
     if not overwrite and not resume:
         run_folder.check_free(output)

@@ -24,6 +24,7 @@ from ..data.values import plain
 from ..devices import on_cpu_by_default
 from ..errors import DataError, InputError
 from ..forward.engine import Engine
+from ..places import named
 from ..prompts.prompt import Prompt
 from ..prompts.teacher import Teacher
 from ..rendering.example import check_rows
@@ -37,7 +38,8 @@ from ..training.result import TrainResult
 from ..training.settings import TrainSettings, with_options
 from ..training.train import train
 from .agreement import Agreement, compare
-from .teaching import lessons, measured_bias, own_label, teacher_renderer
+from .kept_answers import KeptAnswers
+from .teaching import ask, lessons, measured_bias, own_label, teacher_renderer
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def distill(
         calibrate_teacher: take back what the teacher prefers whatever the texts say. It is measured
             on `rows`, and takes the labels for equally frequent there (`calibration`: batch).
         output: as for `train`, like all that follow.
-        resume: continue from the newest checkpoint in `output`; the teacher is asked again.
+        resume: continue from the newest checkpoint in `output`. What the teacher has said is kept
+            there too, and found with or without this.
         settings: how to train; `options` change single fields of it.
         population: seeds side by side.
         grid: values to train side by side.
@@ -120,14 +123,17 @@ def distill(
             calibrate_teacher=calibrate_teacher,
         )
 
+        place = None if output is None else named(output).absolute()
+
         def asked() -> Lessons:
             engine = Engine(base)
             renderer = teacher_renderer(engine, long)
+            kept = KeptAnswers(place, base, long, engine.ends(long)) if place else None
+            both = [(some, ask(engine, renderer, some, kept=kept)) for some in (training, choosing)]
             if calibrate_teacher:
-                long.label_bias = measured_bias(engine, renderer, training)
-                renderer = teacher_renderer(engine, long)
-            both = [lessons(engine, renderer, some, label_weight) for some in (training, choosing)]
-            return Lessons(long.about(label_weight), *both)
+                long.label_bias = measured_bias(long, both[0][1])
+            taught = [lessons(base, long, some, said, label_weight) for some, said in both]
+            return Lessons(long.about(label_weight), *taught)
 
         learnt = distributed.from_main(asked)
         training, choosing, learnt = _said(training, choosing, learnt)

@@ -7,29 +7,34 @@ likeliest 64: 768 bytes a token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
-import numpy
 import torch
+from torch import Tensor
 
+from ..backbone.base_model import BaseModel
 from ..backbone.kinds import ModelKind
 from ..backbone.modes import eval_mode
 from ..data.values import text_of
 from ..errors import DataError, InputError
 from ..forward.engine import Engine
 from ..forward.scoring import label_log_probabilities
+from ..forward.together import biased
 from ..prompts.task import Task
 from ..rendering.example import Example, answer_column, right_answer
 from ..rendering.lesson import Lesson
 from ..rendering.render import Rendered, Renderer, render_all
 from ..training.calibration import bias_against
-from .answering import Question, answers
 
 LIKELIEST = 64
 """Tokens whose probabilities are kept at each place of a free answer."""
 _ROWS, _LOGITS = 32, 2**26
 """Rows, and numbers that may be there at once while these are found."""
+_PARTS = ("tokens", "likely", "shares")
+_TOGETHER = 256
+"""Texts whose answers are kept as one."""
 
 
 def teacher_renderer(engine: Engine, teacher: Task) -> Renderer:
@@ -57,51 +62,87 @@ def teacher_renderer(engine: Engine, teacher: Task) -> Renderer:
     return renderer
 
 
-@torch.no_grad()
-def lessons(
+Said = dict[str, Tensor]
+"""What a teacher says to N texts, as tensors that begin with a row for each.
+
+Of labels ``log_probabilities`` ``(N, labels)``. Of free answers ``lengths`` ``(N,)``, and of all
+their tokens, one answer behind the other, ``tokens`` ``(K,)``, the ``likely`` ``(K, k)`` and their
+``shares`` ``(K, k)``.
+"""
+
+
+def ask(
     engine: Engine,
     renderer: Renderer,
     rows: Sequence[Example],
-    label_weight: float = 0.0,
     batch_size: int | None = None,
-) -> list[Lesson]:
-    """A teacher's lesson for each row.
+    kept: Callable[[Sequence[Rendered], Callable[[], Said]], Said] | None = None,
+) -> Said:
+    """What a teacher says to each row.
 
     Args:
         engine: of the frozen model; keeps the teacher's keys and values.
         renderer: the teacher's (`teacher_renderer`).
         rows: column -> value; answers are not needed.
-        label_weight: how much of a lesson is the row's own label, where it has one.
         batch_size: rows per forward (`batching.chunks_by_length`).
+        kept: gives what was said to some texts before, or has it said (`kept_answers`).
 
     Raises:
-        DataError: a row lacks a column, or has a label that is none.
+        DataError: a row lacks a column.
     """
     examples = render_all(renderer, rows, "teacher", answered=False)
+    said: list[Said] = []
     with eval_mode(engine.base.model):
-        if not renderer.compares:
-            return _spoken(engine, renderer, examples, batch_size)
-        questions = [Question(renderer, example) for example in examples]
-        found = dict(answers(engine, questions, batch_size))
-    labels = list(renderer.labels)
+        for start in range(0, len(examples), _TOGETHER):
+            some = examples[start : start + _TOGETHER]
+            having_it_said = partial(_said, engine, renderer, some, batch_size)
+            said.append(kept(some, having_it_said) if kept else having_it_said())
+    return {name: torch.cat([part[name] for part in said]) for name in said[0]}
+
+
+@torch.no_grad()
+def _said(
+    engine: Engine, renderer: Renderer, examples: list[Rendered], batch_size: int | None
+) -> Said:
+    if not renderer.compares:
+        return _spoken(engine, renderer, examples, batch_size)
+    found = label_log_probabilities(engine, [renderer], [examples], [0], batch_size)
+    return {"log_probabilities": found}
+
+
+def measured_bias(task: Task, said: Said) -> dict[str, float]:
+    """For each label what takes back its mean share of what was said (`calibration`: batch)."""
+    return dict(zip(task.labels, bias_against(said["log_probabilities"]).tolist(), strict=True))
+
+
+def lessons(
+    base: BaseModel, task: Task, rows: Sequence[Example], said: Said, label_weight: float = 0.0
+) -> list[Lesson]:
+    """A teacher's lesson for each row.
+
+    Args:
+        base: the frozen model.
+        task: the teacher, with its label bias.
+        rows: column -> value.
+        said: to these rows (`ask`), without the bias.
+        label_weight: how much of a lesson is the row's own label, where it has one.
+
+    Raises:
+        DataError: a row has a label that is none.
+    """
+    if not task.labels:
+        return _of_free_answers(base, said)
+    labels = list(task.labels)
+    bias = None if task.label_bias is None else [task.label_bias[label] for label in labels]
+    shares = biased(said["log_probabilities"], bias).softmax(-1).numpy()
     made = []
-    for number, row in enumerate(rows):
-        shares = numpy.array([found[number].probabilities[label] for label in labels], "float32")
-        own = own_label(renderer.task, row, number + 1) if label_weight else None
+    for number, (row, own_shares) in enumerate(zip(rows, shares, strict=True), 1):
+        own = own_label(task, row, number) if label_weight else None
         if own is not None:
-            shares *= 1 - label_weight
-            shares[labels.index(own)] += label_weight
-        made.append(Lesson(labels[int(shares.argmax())], shares))
+            own_shares *= 1 - label_weight
+            own_shares[labels.index(own)] += label_weight
+        made.append(Lesson(labels[int(own_shares.argmax())], own_shares))
     return made
-
-
-def measured_bias(engine: Engine, renderer: Renderer, rows: Sequence[Example]) -> dict[str, float]:
-    """For each label what takes back its mean share of a teacher's answers to some rows
-    (`calibration`: batch)."""
-    examples = render_all(renderer, rows, "teacher", answered=False)
-    with eval_mode(engine.base.model):
-        found = label_log_probabilities(engine, [renderer], [examples], [0], None)
-    return dict(zip(renderer.labels, bias_against(found).tolist(), strict=True))
 
 
 def own_label(task: Task, row: Example, number: int = 1) -> str | None:
@@ -125,7 +166,7 @@ def own_label(task: Task, row: Example, number: int = 1) -> str | None:
 
 def _spoken(
     engine: Engine, renderer: Renderer, examples: Sequence[Rendered], batch_size: int | None
-) -> list[Lesson]:
+) -> Said:
     """Free answers, the likeliest token each time, and then all their distributions at once."""
     limit, tokenizer = renderer.task.answer_tokens, engine.base.tokenizer
     if limit is None:
@@ -133,7 +174,7 @@ def _spoken(
     ends = engine.ends(renderer.task)
     width = limit * len(tokenizer)
     rows = max(1, min(batch_size or _ROWS, _LOGITS // width))
-    made: dict[int, Lesson] = {}
+    made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     for chunk in engine.chunks(examples, rows):
         batch = engine.prediction_batch([(examples[i], 0) for i in chunk], [0])
         spoken, _ = engine.continue_greedily(batch, limit, ends)
@@ -145,13 +186,29 @@ def _spoken(
         batch = engine.prediction_batch([(example, 0) for example in answered], [0])
         shares = _with_one_end(engine.logits(batch).float().softmax(-1), ends)
         likeliest = shares.topk(min(LIKELIEST, shares.shape[-1]), dim=-1)
-        values, ids = likeliest.values.cpu().numpy(), likeliest.indices.cpu().numpy()
+        values, ids = likeliest.values.cpu(), likeliest.indices.cpu()
         for row, (number, tokens) in enumerate(zip(chunk, said, strict=True)):
             first = values.shape[1] - len(tokens) if batch.kind == ModelKind.CAUSAL else 0
             own = slice(first, first + len(tokens))
-            text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            made[number] = Lesson(text, values[row, own], tokens, ids[row, own])
-    return [made[number] for number in range(len(examples))]
+            spoken_ids = torch.tensor(tokens, dtype=torch.long)
+            made[number] = spoken_ids, ids[row, own], values[row, own]
+    answers = [made[number] for number in range(len(examples))]
+    parts = map(torch.cat, zip(*answers, strict=True))
+    lengths = torch.tensor([len(spoken_ids) for spoken_ids, *_ in answers])
+    return {"lengths": lengths, **dict(zip(_PARTS, parts, strict=True))}
+
+
+def _of_free_answers(base: BaseModel, said: Said) -> list[Lesson]:
+    parts = (said[name].split(said["lengths"].tolist()) for name in _PARTS)
+    return [
+        Lesson(
+            base.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+            shares.numpy(),
+            tuple(tokens.tolist()),
+            likely.numpy(),
+        )
+        for tokens, likely, shares in zip(*parts, strict=True)
+    ]
 
 
 def _until(ids: list[int], ends: Sequence[int], kept: bool) -> tuple[int, ...]:
@@ -162,7 +219,7 @@ def _until(ids: list[int], ends: Sequence[int], kept: bool) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _with_one_end(shares: torch.Tensor, ends: Sequence[int]) -> torch.Tensor:
+def _with_one_end(shares: Tensor, ends: Sequence[int]) -> Tensor:
     """Probabilities ``(…, vocabulary)`` where however the teacher ends is the first of the ends:
     a student has the tokenizer's alone."""
     if len(ends) > 1:
