@@ -272,7 +272,7 @@ def test_a_calibrated_teacher_takes_the_labels_for_equally_frequent() -> None:
     teacher = Teacher.of(TEACHER, prompt_of())
     plain = lessons(engine, teacher_renderer(engine, teacher), TEXTS)
     said = ask(engine, teacher_renderer(engine, teacher), TEXTS)
-    teacher.label_bias = measured_bias(teacher, said)
+    teacher.label_bias = measured_bias(teacher, said, len(TEXTS))
     told = teaching.lessons(engine.base, teacher, TEXTS, said)
     mean = torch.from_numpy(sum(one.shares for one in plain)) / len(TEXTS)
     for one, other in zip(plain, told, strict=True):
@@ -445,7 +445,7 @@ def test_what_the_teacher_has_said_is_kept_while_a_run_lasts(
     stop_after, whole = -1, prompt_of(**settings)
     rows, dev = TEXTS[:12], TEXTS[12:]
     distilled("llama", whole, rows=rows, dev=dev, **options)
-    assert asked == [5, 5, 2, 5, 4]
+    assert asked == [5, 5, 5, 5, 1]
     asked.clear()
     stop_after = 3
     with pytest.raises(KeyboardInterrupt):
@@ -458,13 +458,41 @@ def test_what_the_teacher_has_said_is_kept_while_a_run_lasts(
         again = prompt_of(**settings)
         distilled("llama", again, rows=rows, dev=dev, output=tmp_path, resume=resume, **options)
         assert torch.equal(again.trained_vectors(), whole.trained_vectors())
-    assert sorted(asked[3:]) in ([4, 5, 5], [2, 4, 5])  # the damaged one, and those not yet asked
+    assert asked[3:] == [5, 5, 1]  # the damaged one, and those not yet asked
     asked.clear()
     other = prompt_of(**settings)
     distilled("llama", other, "Else.", rows=rows, dev=dev, output=tmp_path, **options)
-    assert asked == [5, 5, 2, 5, 4]
+    assert asked == [5, 5, 5, 5, 1]
     kept_answers.delete_all(tmp_path)
     assert not (tmp_path / "checkpoints" / "teacher").exists()
+
+
+def test_a_listener_hears_the_teacher_before_the_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(teaching, "_TOGETHER", 8)
+    heard: list[Any] = []
+    distilled("llama", prompt_of(), listener=heard.append, epochs=1)
+    first = [(one.step, one.steps) for one in heard if one.before]
+    assert first == [(8, 21), (16, 21), (21, 21)] and all(one.before for one in heard[:3])
+    assert not any(one.before for one in heard[3:]) and len(heard) > 3
+    monkeypatch.setattr("ptuning.training.progress._SILENCE", 0)
+    distilled("llama", prompt_of(), verbose=True, epochs=1)
+    said = capsys.readouterr().err
+    assert "the teacher reads, 38 %\nthe teacher reads, 76 %, about 1 s left" in said
+    assert "nan" not in said and "epoch 1 of 1" in said
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"listener": 3}, "listener is 3"), ({"resume": True}, "give the run's folder as output")],
+)
+def test_what_is_wrong_is_said_before_the_teacher_speaks(
+    monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(distillation, "ask", lambda *arguments, **options: pytest.fail("asked"))
+    with pytest.raises(InputError, match=message):
+        distilled("llama", prompt_of(), **wrong)
 
 
 def test_other_labels_of_the_same_words_are_asked_for_anew(tmp_path: Path, on_cpu: None) -> None:

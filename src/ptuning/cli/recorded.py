@@ -47,7 +47,8 @@ def recorded(
     with console.training_bar() as show:
 
         def listener(heard: Progress) -> None:
-            begin()
+            if not heard.before:
+                begin()
             show(heard)
 
         yield listener

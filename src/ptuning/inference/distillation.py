@@ -6,10 +6,13 @@ student    the frozen model behind virtual tokens         `train` on them: KL(te
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +33,10 @@ from ..prompts.teacher import Teacher
 from ..rendering.example import check_rows
 from ..rendering.lesson import Lessons
 from ..rendering.short_words import settle_words
-from ..training.checks import check_run, check_whole
+from ..training.checks import check_helpers, check_run, check_whole
 from ..training.clock import minutes_left
 from ..training.grid import choices, columns_read
-from ..training.progress import Progress
+from ..training.progress import Progress, shown
 from ..training.result import TrainResult
 from ..training.settings import TrainSettings, with_options
 from ..training.train import train
@@ -96,7 +99,7 @@ def distill(
         settings: how to train; `options` change single fields of it.
         population: seeds side by side.
         grid: values to train side by side.
-        listener: called after each step and epoch.
+        listener: called after each 64 texts that the teacher reads, then after each step and epoch.
         verbose: False shows nothing.
 
     Raises:
@@ -109,6 +112,7 @@ def distill(
     with distributed.together():
         started = time.monotonic()
         settings = with_options(settings or TrainSettings(), options)
+        check_helpers(None, listener, output, resume)
         label_weight = plain(label_weight)  # numpy's, which no saved prompt takes
         base = BaseModel.of(model, tokenizer)
         settle_words(prompt, tokenizer, base.kind)
@@ -124,38 +128,50 @@ def distill(
         )
 
         place = None if output is None else named(output).absolute()
+        with ExitStack() as showing:
+            if listener is None and verbose and distributed.state().is_main_process:
+                listener = showing.enter_context(shown())
+            hear = listener or (lambda progress: None)
 
-        def asked() -> Lessons:
-            engine = Engine(base)
-            renderer = teacher_renderer(engine, long)
-            kept = KeptAnswers(place, base, long, engine.ends(long)) if place else None
-            both = [(some, ask(engine, renderer, some, kept=kept)) for some in (training, choosing)]
-            if calibrate_teacher:
-                long.label_bias = measured_bias(long, both[0][1])
-            taught = [lessons(base, long, some, said, label_weight) for some, said in both]
-            return Lessons(long.about(label_weight), *taught)
+            def asked() -> Lessons:
+                engine = Engine(base)
+                renderer = teacher_renderer(engine, long)
+                kept = KeptAnswers(place, base, long, engine.ends(long)) if place else None
+                texts = [*training, *choosing]
+                heard = partial(_heard, hear, len(texts))
+                said = ask(engine, renderer, texts, kept=kept, listener=heard)
+                if calibrate_teacher:
+                    long.label_bias = measured_bias(long, said, len(training))
+                taught = lessons(base, long, texts, said, label_weight)
+                one, other = taught[: len(training)], taught[len(training) :]
+                return Lessons(long.about(label_weight), one, other)
 
-        learnt = distributed.from_main(asked)
-        training, choosing, learnt = _said(training, choosing, learnt)
-        left = minutes_left(settings.max_minutes, started)  # the teacher has taken some
-        result = train(
-            model,
-            tokenizer,
-            prompt,
-            training,
-            choosing,
-            lessons=learnt,
-            output=output,
-            resume=resume,
-            settings=replace(settings, max_minutes=left),
-            population=population,
-            grid=grid,
-            listener=listener,
-            verbose=verbose,
-        )
+            learnt = distributed.from_main(asked)
+            training, choosing, learnt = _said(training, choosing, learnt)
+            left = minutes_left(settings.max_minutes, started)  # the teacher has taken some
+            result = train(
+                model,
+                tokenizer,
+                prompt,
+                training,
+                choosing,
+                lessons=learnt,
+                output=output,
+                resume=resume,
+                settings=replace(settings, max_minutes=left),
+                population=population,
+                grid=grid,
+                listener=listener,
+                verbose=verbose,
+            )
         # The main process alone has the teacher's bias, and times what it shares with nobody.
         found = distributed.from_main(lambda: compare(model, tokenizer, prompt, long, held_out))
         return Distillation(result, found)
+
+
+def _heard(hear: Callable[[Progress], None], count: int, read: int) -> None:
+    """Tell how many of so many texts the teacher has read."""
+    hear(Progress(read, count, 0, math.nan, before="the teacher reads"))
 
 
 def _said(
@@ -297,5 +313,9 @@ def check_distillation(
     if held_out is not dev:  # somebody's own choice of texts to measure on
         for number, row in enumerate(held_out, 1):
             own_label(prompt, row, number)
-    if label_weight and not any([own_label(prompt, row, n) for n, row in enumerate(rows, 1)]):
-        raise DataError("label_weight mixes labels in, and no text has one")
+    if label_weight:
+        both = [
+            [own_label(prompt, row, n) for n, row in enumerate(some, 1)] for some in (rows, dev)
+        ]
+        if not any(both[0]):
+            raise DataError("label_weight mixes labels in, and no text has one")

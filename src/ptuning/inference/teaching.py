@@ -33,7 +33,7 @@ LIKELIEST = 64
 _ROWS, _LOGITS = 32, 2**26
 """Rows, and numbers that may be there at once while these are found."""
 _PARTS = ("tokens", "likely", "shares")
-_TOGETHER = 256
+_TOGETHER = 64
 """Texts whose answers are kept as one."""
 
 
@@ -77,6 +77,7 @@ def ask(
     rows: Sequence[Example],
     batch_size: int | None = None,
     kept: Callable[[Sequence[Rendered], Callable[[], Said]], Said] | None = None,
+    listener: Callable[[int], None] = lambda texts: None,
 ) -> Said:
     """What a teacher says to each row.
 
@@ -86,6 +87,7 @@ def ask(
         rows: column -> value; answers are not needed.
         batch_size: rows per forward (`batching.chunks_by_length`).
         kept: gives what was said to some texts before, or has it said (`kept_answers`).
+        listener: hears how many texts have been read, now and then.
 
     Raises:
         DataError: a row lacks a column.
@@ -97,6 +99,7 @@ def ask(
             some = examples[start : start + _TOGETHER]
             having_it_said = partial(_said, engine, renderer, some, batch_size)
             said.append(kept(some, having_it_said) if kept else having_it_said())
+            listener(start + len(some))
     return {name: torch.cat([part[name] for part in said]) for name in said[0]}
 
 
@@ -110,9 +113,11 @@ def _said(
     return {"log_probabilities": found}
 
 
-def measured_bias(task: Task, said: Said) -> dict[str, float]:
-    """For each label what takes back its mean share of what was said (`calibration`: batch)."""
-    return dict(zip(task.labels, bias_against(said["log_probabilities"]).tolist(), strict=True))
+def measured_bias(task: Task, said: Said, count: int) -> dict[str, float]:
+    """For each label what takes back its mean share of what was said to the first `count` rows
+    (`calibration`: batch)."""
+    bias = bias_against(said["log_probabilities"][:count])
+    return dict(zip(task.labels, bias.tolist(), strict=True))
 
 
 def lessons(

@@ -32,16 +32,19 @@ def check_some(rows: Sequence[Example]) -> None:
         raise DataError("there is no training example; give at least one")
 
 
-def check_helpers(lessons: Any, listener: Any) -> None:
-    """Refuse what can neither be learnt from nor be told.
+def check_helpers(lessons: Any, listener: Any, output: object, resume: bool) -> None:
+    """Refuse what can neither be learnt from, be told, nor be gone on with.
 
     Raises:
-        InputError: `lessons` that are no `Lessons`, or a `listener` that cannot be called.
+        InputError: `lessons` that are no `Lessons`, a `listener` that cannot be called, or nowhere
+            to resume from.
     """
     if not isinstance(lessons, Lessons | None):
         raise InputError(f"lessons is {briefly(lessons)}; expected Lessons, as `distill` makes")
     if listener is not None and not callable(listener):
         raise InputError(f"listener is {briefly(listener)}; expected a function of a Progress")
+    if resume and output is None:
+        raise InputError("resume goes on from checkpoints; give the run's folder as output")
 
 
 def check_whole(task: Task, rows: Sequence[Example], *, answered: bool = True) -> None:

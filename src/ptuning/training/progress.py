@@ -17,15 +17,19 @@ _SILENCE = 60.0
 
 @dataclass(frozen=True)
 class Progress:
-    """What a listener hears: after each optimizer step, and with `record` after each epoch.
+    """What a listener hears: after each optimizer step, and with `record` after each epoch; and
+    before the first one, with `before`, after each 64 texts that a teacher has read.
 
     Attributes:
+        step: steps done, or texts read.
+        steps: all of them.
         loss: mean over the members in training.
         record: of the member that is best so far.
         members: how many are in training.
         of: how many there were.
         note: what the user should know, said once.
         epochs: how many there are at the most.
+        before: what is done before the training; empty in it.
     """
 
     step: int
@@ -37,6 +41,7 @@ class Progress:
     of: int = 1
     note: str = ""
     epochs: int = 0
+    before: str = ""
 
 
 def telling_once(listener: Callable[[Progress], None], what: str) -> Callable[[Progress], None]:
@@ -145,9 +150,11 @@ def shown(
                 say(epoch_line(heard, left))
                 said = time.monotonic()
                 return
-            drawn.update(task, description=f"{_epoch(heard)}, loss {heard.loss:.3f}")
+            part = heard.before or _epoch(heard)
+            loss = "" if heard.before else f", loss {heard.loss:.3f}"
+            drawn.update(task, description=f"{part}{loss}")
             if not looked_at and time.monotonic() - said > _SILENCE:
-                say(f"{_epoch(heard)}, {100 * heard.step / heard.steps:.0f} %{_left(left)}")
+                say(f"{part}, {100 * heard.step / heard.steps:.0f} %{_left(left)}")
                 said = time.monotonic()
 
         yield listener

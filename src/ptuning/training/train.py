@@ -16,7 +16,6 @@ from torch import nn
 from .. import distributed
 from ..data import Rows, as_rows
 from ..devices import on_cpu_by_default
-from ..errors import InputError
 from ..places import named
 from ..prompts.consistency import check_kind
 from ..prompts.prompt import Prompt
@@ -99,9 +98,7 @@ def train(
         started = time.monotonic()
         settings = with_options(TrainSettings() if settings is None else settings, options)
         check_kind(prompt, Prompt)
-        check_helpers(lessons, listener)
-        if resume and output is None:
-            raise InputError("resume goes on from checkpoints; give the run's folder as output")
+        check_helpers(lessons, listener, output, resume)
         plan = planned(
             model,
             tokenizer,
