@@ -136,6 +136,22 @@ def test_ids_lie_behind_rows_that_the_embedding_got_after_attaching() -> None:
         assert torch.equal(vectors, prompt.trained_vectors())
 
 
+def test_prompts_stay_on_a_model_whose_embedding_was_replaced() -> None:
+    model = tiny.model()
+    first, second = prompt_for(model), prompt_for(model, seed=2)
+    old = input_embedding(model)
+    with ptuning.attach(model, None, first) as attached:
+        model.set_input_embeddings(nn.Embedding.from_pretrained(old.weight.detach()))
+        with ptuning.attach(model, None, second) as more:
+            assert attached.ids(first) == range(400, 403) and more.ids(second) == range(403, 406)
+            vectors = input_embedding(model)(torch.arange(400, 406))
+            assert torch.equal(vectors, torch.cat([first.vectors, second.vectors]))
+        model.set_input_embeddings(nn.Embedding.from_pretrained(old.weight.detach()))
+        ids = torch.tensor(attached.ids(first))
+        assert torch.equal(input_embedding(model)(ids), first.vectors)
+    assert hooks_of(model) == 0 == len(old._forward_hooks) and Injector.of(model) is None
+
+
 def test_virtual_ids_avoid_the_ids_of_a_tokenizer_with_holes() -> None:
     class Holes:
         def __len__(self) -> int:

@@ -1103,6 +1103,23 @@ def test_another_embedding_may_take_the_place_under_an_adapter(
     assert hooks_of(model) == 0 == len(old._forward_hooks)
 
 
+def test_models_on_one_base_keep_their_prompts_when_its_embedding_was_replaced_between_them() -> (
+    None
+):
+    first = prompted()
+    expected = call(first)
+    old = input_embedding(first.base_model)
+    first.base_model.set_input_embeddings(nn.Embedding.from_pretrained(old.weight.detach()))
+    second = get_peft_model(first.base_model, config_for("CAUSAL_LM")).eval()
+    of_second = call(second)
+    assert not torch.equal(of_second, expected)
+    assert torch.equal(call(first), expected) and torch.equal(call(second), of_second)
+    first.delete_adapter("default")
+    assert torch.equal(call(second), of_second)
+    second.delete_adapter("default")
+    assert hooks_of(first) == 0 == len(old._forward_hooks)
+
+
 def test_ids_that_the_model_has_no_row_for_are_refused_and_never_taken_for_virtual_tokens() -> None:
     ids = IDS.clone()
     ids[0, 2] = 401  # a token that was added to the tokenizer alone

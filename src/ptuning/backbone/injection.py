@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate, compress
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from ..devices import on_cpu_by_default
 from ..errors import InputError
 from ..threads import CHANGING
-from .lookups import input_embedding, second_lookups, shared_embeddings
+from .lookups import check_fits, check_width, input_embedding, second_lookups, shared_embeddings
 from .upstream import hook_owners, remove_hooks_of
 
 Words = Callable[[Tensor, Tensor], Tensor]
@@ -107,6 +108,7 @@ class Injector:
         self._lookup: _Lookup
         self._local = threading.local()
         self.second_lookups = second_lookups(model)
+        _at[_holder(model)] = ref(self)
 
     @property
     def _device(self) -> torch.device:
@@ -121,16 +123,23 @@ class Injector:
 
     @staticmethod
     def on(model: nn.Module) -> Injector:
-        """The injector of `model`: the one whose hooks it has, or a new one."""
+        """The injector of `model`: the one that it has, or a new one."""
         return Injector.of(model) or Injector(model)
 
     @staticmethod
     def of(model: nn.Module) -> Injector | None:
-        """The injector whose hooks are on `model`, or None."""
+        """The injector that has spans on `model`, or None; its hooks may be on an embedding that
+        another one has replaced since, and follow then."""
         owners = hook_owners(input_embedding(model))
         found = next((owner for owner in owners if isinstance(owner, Injector)), None)
         if found is not None:
             found.settle()
+            return found
+        known = _at.get(_holder(model))
+        found = known() if known is not None else None
+        if found is None or not found.spans:
+            return None
+        found.follow(model)
         return found
 
     def add(self, rows: Tensor, at_least: int = 0) -> Span:
@@ -349,6 +358,17 @@ class Injector:
         self._local = threading.local()
 
 
+_at: WeakKeyDictionary[nn.Module, ref[Injector]] = WeakKeyDictionary()
+"""The module that an input embedding is part of -> the injector of the model."""
+
+
+def _holder(model: nn.Module) -> nn.Module:
+    """The module that the input embedding is part of: the same one when another takes its place,
+    and in all wrappers of the model."""
+    first = input_embedding(model)
+    return next((m for m in model.modules() if any(part is first for part in m.children())), model)
+
+
 def _near(rows: Tensor, device: torch.device) -> Tensor:
     """On the embedding's device; a gradient's path is made in the forward that follows it."""
     return rows if rows.requires_grad else rows.to(device)
@@ -363,32 +383,3 @@ def may_look_at_values(ids: Tensor) -> bool:
     if torch.compiler.is_compiling() or ids.is_meta:
         return False
     return not (ids.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def check_width(rows: Tensor, width: int) -> None:
-    """Refuse vectors ``(count, width)`` of another width than the embedding's.
-
-    Raises:
-        InputError: says both.
-    """
-    if rows.dim() != 2 or rows.shape[1] != width:
-        raise InputError(
-            f"the prompt's vectors have shape {tuple(rows.shape)}, and the base model's embedding "
-            f"takes vectors of {width} numbers: this prompt belongs to a model of another width"
-        )
-
-
-def check_fits(rows: Tensor, dtype: torch.dtype) -> None:
-    """Refuse vectors ``(count, width)`` that a precision cannot hold.
-
-    Raises:
-        InputError: they are not finite there.
-    """
-    if not dtype.is_floating_point or rows.is_meta:  # an embedding of packed weights
-        return
-    if not torch.isfinite(rows.detach().to(dtype)).all():
-        raise InputError(
-            f"the prompt's vectors reach {rows.detach().abs().max():.1e}, which the model's "
-            f"{str(dtype).removeprefix('torch.')} cannot hold; load the model as float32 or "
-            "bfloat16 (--dtype), or train the prompt again"
-        )

@@ -1,5 +1,5 @@
 """Where a model looks token ids up: its input embedding, those of the same weight, and other tables
-of ids."""
+of ids; and which vectors fit in there."""
 
 from __future__ import annotations
 
@@ -75,3 +75,32 @@ def second_table(module: nn.Module) -> Tensor:
     owner: Any = module
     found: Any = getattr(owner, _EXPERTS_OF_IDS, None)
     return owner.weight if found is None else found
+
+
+def check_width(rows: Tensor, width: int) -> None:
+    """Refuse vectors ``(count, width)`` of another width than the embedding's.
+
+    Raises:
+        InputError: says both.
+    """
+    if rows.dim() != 2 or rows.shape[1] != width:
+        raise InputError(
+            f"the prompt's vectors have shape {tuple(rows.shape)}, and the base model's embedding "
+            f"takes vectors of {width} numbers: this prompt belongs to a model of another width"
+        )
+
+
+def check_fits(rows: Tensor, dtype: torch.dtype) -> None:
+    """Refuse vectors ``(count, width)`` that a precision cannot hold.
+
+    Raises:
+        InputError: they are not finite there.
+    """
+    if not dtype.is_floating_point or rows.is_meta:  # an embedding of packed weights
+        return
+    if not torch.isfinite(rows.detach().to(dtype)).all():
+        raise InputError(
+            f"the prompt's vectors reach {rows.detach().abs().max():.1e}, which the model's "
+            f"{str(dtype).removeprefix('torch.')} cannot hold; load the model as float32 or "
+            "bfloat16 (--dtype), or train the prompt again"
+        )

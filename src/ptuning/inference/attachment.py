@@ -36,7 +36,7 @@ class Attachment:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, prompts: tuple[Prompt, ...]):
-        model = uncompiled(model)
+        self._model = model = uncompiled(model)
         self._spans: list[tuple[Prompt, Span]] = []
         for prompt in prompts:
             check_kind(prompt, Prompt)
@@ -68,7 +68,7 @@ class Attachment:
                 (`Prompt.members`) has ids of its own.
         """
         prompt.check_alone("read as one range of ids")
-        self._injector.settle()  # the embedding may have been resized
+        self._injector.follow(self._model)  # the embedding may be larger, or another one
         for attached, span in self._spans:
             if attached is prompt or attached.vectors is prompt.trained_vectors():
                 return span.first

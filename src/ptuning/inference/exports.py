@@ -22,9 +22,8 @@ from torch import Tensor
 
 from .. import formats
 from ..backbone.base_model import BaseModel
-from ..backbone.injection import check_fits
 from ..backbone.kinds import ModelKind
-from ..backbone.lookups import input_embedding
+from ..backbone.lookups import check_fits, input_embedding
 from ..errors import InputError
 from ..prompts import peft_files
 from ..prompts.prompt import Prompt

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.base_model import device_of
-from ..backbone.injection import SAFE_ID, Injector, check_fits
+from ..backbone.injection import SAFE_ID, Injector
 from ..backbone.kinds import ModelKind, kind_of
-from ..backbone.lookups import input_embedding, second_table
+from ..backbone.lookups import check_fits, input_embedding, second_table
 from ..backbone.modes import eval_mode
 from ..backbone.traits import (
     embedding_scale,

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from ..backbone.identity import check_same
-from ..backbone.injection import check_width
-from ..backbone.lookups import input_embedding
+from ..backbone.lookups import check_width, input_embedding
 from ..backbone.tokens import check_tokenizer
 from ..prompts.consistency import check_kind
 from ..prompts.prompt import Prompt

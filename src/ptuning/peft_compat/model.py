@@ -100,7 +100,6 @@ class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type
         self.special_peft_forward_args = {"adapter_names"}
         self._adapters: dict[str, Adapter] = {}
         self._adapters_disabled = False
-        self._injector = Injector.on(model)
         self._traits = Traits.of(model)
         self._twin: Span | None = None
         # Now it knows the base model's arguments, which no captured graph can look at.
