@@ -1,4 +1,4 @@
-"""The errors a user can meet. Each says what came, what was expected and what to do.
+"""The errors and warnings a user can meet. Each says what came, what was expected and what to do.
 
 Wrong input also is a ``ValueError``, so callers need not know this package to catch it.
 The command line turns every ``PtuningError`` into one line and the exit code given here.
@@ -6,7 +6,13 @@ The command line turns every ``PtuningError`` into one line and the exit code gi
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Iterable
+from types import FrameType
+
+_BETWEEN = ("ptuning", "torch", "contextlib")
+"""Packages whose lines say nothing to a caller: this one, and what stands between its functions."""
 
 
 class PtuningError(Exception):
@@ -35,6 +41,22 @@ class TemplateError(InputError):
         super().__init__(f"template column {column}: {message}, in: {shown}")
         self.template = template
         self.column = column
+
+
+class PtuningWarning(UserWarning):
+    """Of this package; on the command line a line on stderr."""
+
+
+def warn(text: str) -> None:
+    """Warn at the line that called this package, however deep in it the reason was found."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and _package_of(frame) in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, PtuningWarning, stacklevel=level)
+
+
+def _package_of(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__")).partition(".")[0]
 
 
 def excerpt(text: str, at: int = 0, most: int = 300) -> str:

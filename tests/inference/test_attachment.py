@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -19,9 +19,10 @@ import ptuning
 from ptuning.backbone.identity import describe
 from ptuning.backbone.injection import Injector
 from ptuning.backbone.lookups import input_embedding
-from ptuning.errors import InputError, PromptFileError
+from ptuning.errors import InputError, PromptFileError, PtuningWarning
 from ptuning.forward.plain import position_ids
 from ptuning.inference.attachment import placed
+from ptuning.peft_compat import PromptEncoderConfig, get_peft_model
 from ptuning.prompts.task import Task
 
 from .. import tiny
@@ -134,6 +135,24 @@ def test_ids_lie_behind_rows_that_the_embedding_got_after_attaching() -> None:
         assert first == 420
         vectors = input_embedding(model)(torch.tensor(ids))
         assert torch.equal(vectors, prompt.trained_vectors())
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_warning_names_the_line_that_called_the_package(number: int) -> None:
+    model = tiny.model()
+    prompt = ptuning.Prompt("{text} [P*3] [MASK] thanks", verbalizer={"yes": "Yes", "no": "No"})
+    prompt.vectors, prompt.base_model = torch.randn(3, 32), describe(model, None)
+    stranger = replace(prompt, base_model=describe(tiny.model(seed=7), None))
+    plain = get_peft_model(model, PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    ids = torch.tensor([[15, 16]])
+    calls: list[Callable[[], Any]] = [
+        lambda: ptuning.attach(model, TOKENIZER, stranger).detach(),
+        lambda: ptuning.predict(model, TOKENIZER, prompt, [{"text": "a"}]),  # drops what follows
+        lambda: plain(input_ids=ids, token_type_ids=torch.zeros_like(ids)),
+    ]
+    with pytest.warns(PtuningWarning) as seen:
+        calls[number]()
+    assert [one.filename for one in seen] == [__file__]
 
 
 def test_prompts_stay_on_a_model_whose_embedding_was_replaced() -> None:

@@ -18,7 +18,6 @@ their matrices themselves, experts that are one tensor, and sizes that kernels a
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import InputError
+from ..errors import InputError, warn
 from .upstream import float_product, has_hooks, is_offloaded, whole_product
 
 OWN = "own"
@@ -208,10 +207,9 @@ def quantize(model: nn.Module, frozen: str, *, gradients: bool = True) -> int:
             "leave frozen out (--frozen own)"
         )
     if quantized_weights < _MOST * sum(sizes.values()):
-        warnings.warn(
+        warn(
             f"{quantized_weights / sum(sizes.values()):.0%} of the layers' weights are put into "
-            f"{frozen}; the others stand in layers that it is not made for and stay as they are",
-            stacklevel=2,
+            f"{frozen}; the others stand in layers that it is not made for and stay as they are"
         )
     while found:  # one after the other: the plain ones make room
         module, name, child = found.pop()

@@ -6,7 +6,6 @@ quantized.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import on_cpu_by_default
-from ..errors import InputError, PromptFileError
+from ..errors import InputError, PromptFileError, warn
 from .kinds import kind_of
 from .lookups import input_embedding
 from .tokens import tokenizer_hash
@@ -79,7 +78,7 @@ def check_same(saved: dict[str, Any], model: nn.Module, tokenizer: Any) -> None:
         UserWarning: the weights or the tokenizer differ, with both names.
     """
     if unlike := difference(saved, model, tokenizer):
-        warnings.warn(unlike, stacklevel=3)
+        warn(unlike)
 
 
 def difference(

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import PtuningWarning
 from ..reporting import json_text, safe
 from ..reporting import percent as percent
 from ..training.progress import Progress, in_words, shown
@@ -43,8 +44,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")
 
-    def show(message: Any, category: type, filename: str, *rest: Any) -> None:
-        if category is UserWarning and os.sep + "ptuning" + os.sep in filename:
+    def show(message: Any, category: type, *rest: Any) -> None:
+        if issubclass(category, PtuningWarning):
             warn(str(message))
 
     warnings.showwarning = show  # type: ignore[assignment]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from ..data.rows import listed
 from ..data.setting_aside import set_aside, usual_share
 from ..data.values import plain
 from ..devices import on_cpu_by_default
-from ..errors import DataError, InputError
+from ..errors import DataError, InputError, warn
 from ..forward.engine import Engine
 from ..places import named
 from ..prompts.prompt import Prompt
@@ -196,7 +195,7 @@ def _said(
         kept.append(pairs)
     silent = len(training) + len(choosing) - sum(map(len, kept))
     if silent:
-        warnings.warn(f"the teacher says nothing to {silent} texts, left out here", stacklevel=3)
+        warn(f"the teacher says nothing to {silent} texts, left out here")
     (training, first), (choosing, second) = (
         [*map(list, zip(*pairs, strict=True))] for pairs in kept
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from torch import nn
 from ..backbone.base_model import BaseModel
 from ..data import Rows, as_rows
 from ..devices import on_cpu_by_default
-from ..errors import DataError, InputError
+from ..errors import DataError, InputError, warn
 from ..forward.engine import Engine
 from ..forward.scoring import label_log_probabilities, score, score_together
 from ..forward.together import biased
@@ -232,7 +231,7 @@ def evaluate(
     majority = prompt.training.get("majority_answer") or majority_answer(named)
     accuracy = _share(a == b for a, b in zip(gold, said, strict=True))
     if warning := dev_far_above(prompt.training, accuracy, len(rows)):
-        warnings.warn(warning, stacklevel=2)
+        warn(warning)
     return Evaluation(
         examples=len(rows),
         accuracy=accuracy,

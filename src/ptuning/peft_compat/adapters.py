@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ..backbone.injection import Span
 from ..backbone.lookups import input_embedding
-from ..errors import InputError
+from ..errors import InputError, warn
 from ..prompts.encoder import PromptEncoder
 from ..prompts.encoder_config import PeftType, PromptEncoderConfig, TaskType
 from .insertion import Insertion
@@ -81,10 +80,9 @@ def tell_of_untrained(model: nn.Module, names: Sequence[str]) -> None:
         lost = [name for name in lost if name not in _HEADS]
         text = f"modules_to_save names {', '.join(lost)}, which the model does not have:"
     if lost:
-        warnings.warn(
+        warn(
             f"{text} not trained with the prompt; give names as model.named_modules() has them, "
-            "such as modules_to_save=['classification_head'] for BART and T5",
-            stacklevel=4,
+            "such as modules_to_save=['classification_head'] for BART and T5"
         )
 
 

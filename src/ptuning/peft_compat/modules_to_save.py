@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..backbone.upstream import checkpointing_of, offloading_of, set_checkpointing
-from ..errors import InputError
+from ..errors import InputError, warn
 from ..prompts.recognised import Recognised
 from .adapter_names import AdapterDict, escaped
 
@@ -61,11 +60,10 @@ class ModulesToSaveWrapper(Recognised, nn.Module):
             UserWarning: another `PeftModel` on the same model has one of that name, which is lost.
         """
         if name in self.modules_to_save:
-            warnings.warn(
+            warn(
                 f"another PeftModel on this base model has trained modules for adapter {name!r}, "
                 "which are replaced by new ones; to keep both give another adapter_name, or add "
-                "the adapter to that PeftModel (add_adapter, load_adapter)",
-                stacklevel=2,
+                "the adapter to that PeftModel (add_adapter, load_adapter)"
             )
         with ExitStack() as stack:
             parts = list(self.original_module.modules())

@@ -8,7 +8,6 @@ reproduced through ``inputs_embeds``, as the reference does it.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from ..backbone import traits
 from ..backbone.injection import Injector, Span, may_look_at_values
 from ..backbone.kinds import reads_left_to_right
 from ..backbone.placement import Placement
-from ..errors import InputError
+from ..errors import InputError, warn
 from ..prompts.encoder_config import TaskType
 from . import arguments
 from .adapters import Adapter
@@ -220,7 +219,7 @@ def drop_token_types(base: Base, inputs: dict[str, Any]) -> None:
         return
     del inputs["token_type_ids"]
     reason = "the reference does so" if dropped else "the model takes none"
-    warnings.warn(f"token_type_ids are dropped: {reason}", stacklevel=5)
+    warn(f"token_type_ids are dropped: {reason}")
 
 
 def pad_id(base: Base) -> int | None:
@@ -283,7 +282,7 @@ def _place_positions(
     """The caller's positions with room for the prompt; else some that do not count padding."""
     known, positions = base.traits, inputs.pop("position_ids", None)
     if positions is not None and base.reference_layout:
-        warnings.warn("position_ids are dropped, as the reference does", stacklevel=4)
+        warn("position_ids are dropped, as the reference does")
     elif positions is not None:
         _check_positions(positions, where)
         inputs["position_ids"] = shifted(positions, where, mask, known.first_position)

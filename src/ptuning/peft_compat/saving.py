@@ -8,7 +8,6 @@ adapter with a template has no configuration for the reference, which would put 
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +20,7 @@ from .. import formats, places, storage
 from ..backbone.identity import check_same, describe
 from ..backbone.upstream import uncompiled
 from ..data.text import read_text
-from ..errors import InputError, PromptFileError
+from ..errors import InputError, PromptFileError, warn
 from ..prompts import peft_files, prompt_files
 from ..prompts.encoder_config import CONFIG_NAME, PromptEncoderConfig
 from ..prompts.model_card import TAGS
@@ -120,10 +119,9 @@ def _read(folder: Path) -> Saved:
         rows, config, modules = peft_files.read(folder, old_releases=True)
         if prompt and not _begin_as(rows, prompt.trained_vectors()):
             prompt = None
-            warnings.warn(
+            warn(
                 f"{folder}: {peft_files.WEIGHTS_NAME} has other vectors than prompt.safetensors: "
-                "another program has written it since, or it is damaged; its vectors are used",
-                stacklevel=4,
+                "another program has written it since, or it is damaged; its vectors are used"
             )
         elif prompt:  # the reference knows no encoder of an embedding alone
             config.encoder_reparameterization_type = prompt.encoder.upper()
@@ -146,10 +144,9 @@ def _begin_as(rows: Tensor, vectors: Tensor) -> bool:
 def warn_of_missing(result: Any) -> None:
     """Warn of trained modules that a checkpoint does not have."""
     if result.missing_keys:
-        warnings.warn(
+        warn(
             f"Found missing adapter keys while loading the checkpoint: {result.missing_keys}; they "
-            "keep the base model's values",
-            stacklevel=4,
+            "keep the base model's values"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backbone.upstream import different_keys, uncompiled, uncompiled_name
-from ..errors import InputError, PromptFileError
+from ..errors import InputError, PromptFileError, warn
 from ..prompts.encoder import initialise
 from .modules_to_save import ModulesToSaveWrapper, wrappers
 
@@ -69,10 +68,9 @@ def embedding_layers(model: Any, adapter_name: str, wanted: bool | str) -> dict[
     if wanted not in (True, False, "auto"):
         raise InputError(f"save_embedding_layers is {wanted!r}; give True, False or 'auto'")
     if wanted == "auto" and (wanted := _was_resized(model, adapter_name)):
-        warnings.warn(
+        warn(
             "the base model's embedding was resized, so it is saved with the adapter; if it is "
-            "saved elsewhere, give save_embedding_layers=False",
-            stacklevel=4,
+            "saved elsewhere, give save_embedding_layers=False"
         )
     found: dict[str, Tensor] = {}
     for name, tensor in _embedding_tensors(model).items() if wanted else ():

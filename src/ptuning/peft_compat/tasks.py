@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import nn
 
-from ..errors import InputError
+from ..errors import InputError, warn
 from ..prompts.encoder_config import PromptEncoderConfig, TaskType
 from .adapters import checked
 from .model import PeftModel
@@ -138,10 +137,9 @@ def get_peft_model(
     result: PeftModel = PeftModel.by_task[config.task_type](model, config, adapter_name, **options)
     config.base_model_name_or_path = name
     if before is not None and before != name:
-        warnings.warn(
+        warn(
             f"The PEFT config's `base_model_name_or_path` was renamed from '{before}' to '{name}'. "
-            "Make sure that the saved prompt is loaded with the right base model.",
-            stacklevel=2,
+            "Make sure that the saved prompt is loaded with the right base model."
         )
     if revision is not None:
         config.revision = revision

@@ -18,13 +18,12 @@ After training only the output is needed. This module knows nothing of the base 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, warn
 from .encoder_config import PromptEncoderConfig, PromptEncoderReparameterizationType
 
 
@@ -108,11 +107,10 @@ class PromptEncoder(nn.Module):
 
     def _build_mlp(self, config: PromptEncoderConfig) -> None:
         if config.encoder_num_layers != PromptEncoderConfig.encoder_num_layers:
-            warnings.warn(
+            warn(
                 # The reference's words, which its users' tests know; it counts hidden layers.
                 "for MLP, the argument `encoder_num_layers` is ignored. Exactly 2 MLP layers are "
-                "used.",
-                stacklevel=3,
+                "used."
             )
         self.mlp_head = nn.Sequential(
             nn.Linear(self.input_size, self.hidden_size),

@@ -11,14 +11,13 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from .. import formats, places, storage
 from ..data.values import plain
-from ..errors import InputError, PromptFileError
+from ..errors import InputError, PromptFileError, warn
 from .prompt_settings import MOST, share
 from .recognised import Recognised
 from .task import at_least_one, check_type, one_of
@@ -262,10 +261,9 @@ class PromptEncoderConfig(Recognised):
             )
         config = cls(**{key: value for key, value in values.items() if key in known})
         if unknown:
-            warnings.warn(
+            warn(
                 f"Unexpected keyword arguments {unknown} for class {cls.__name__}, these are "
-                "ignored. A newer version may have written them: upgrade to use them",
-                stacklevel=3,
+                "ignored. A newer version may have written them: upgrade to use them"
             )
         return config
 

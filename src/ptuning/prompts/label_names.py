@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..data.columns import Columns, are_labels, have_letters
 from ..data.values import plain, text_of
-from ..errors import DataError
+from ..errors import DataError, warn
 from .task import as_label
 
 _TRUTH = {
@@ -50,10 +49,9 @@ def label_words(rows: Sequence[Mapping[str, Any]], columns: Columns) -> dict[str
     if not (are_labels(labels) or all(isinstance(cell, bool) for cell in cells)):
         return None
     if pair := _alike_but_for_case(known):
-        warnings.warn(
+        warn(
             f"the labels {pair[0]!r} and {pair[1]!r} differ only in case, and count as two; make "
-            "them one in the data if that is what they are",
-            stacklevel=4,
+            "them one in the data if that is what they are"
         )
     names = _names(known)
     if columns.twin is not None and not have_letters(known):

@@ -8,7 +8,6 @@ the whole input and nothing else.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import formats
-from ..errors import PromptFileError
+from ..errors import PromptFileError, warn
 from .encoder_config import CONFIG_NAME, PromptEncoderConfig, TaskType
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -30,10 +29,9 @@ TASK_TYPES = {"causal": TaskType.CAUSAL_LM, "seq2seq": TaskType.SEQ_2_SEQ_LM}
 def tell_of_bias(bias: Mapping[str, float] | None) -> None:
     """Warn that PEFT's files say nothing of a label bias."""
     if bias:
-        warnings.warn(
+        warn(
             "PEFT's files have no place for the prompt's label bias, so its labels are compared "
-            "without; add prompt.label_bias to their log-probabilities yourself",
-            stacklevel=4,
+            "without; add prompt.label_bias to their log-probabilities yourself"
         )
 
 

@@ -6,7 +6,6 @@ A prompt does not hold the base model. Its folder is described in ``docs/checkpo
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from .. import formats, places, storage
 from ..backbone.identity import fingerprint
 from ..data import Rows, as_rows
-from ..errors import InputError, PromptFileError, PtuningError
+from ..errors import InputError, PromptFileError, PtuningError, warn
 from . import peft_files, prompt_files
 from .consistency import check_alike, check_vectors
 from .encoder_config import CONFIG_NAME, PromptEncoderConfig, PromptEncoderReparameterizationType
@@ -323,7 +322,7 @@ class Prompt(PromptSettings):
         members = description.pop(prompt_files.ENSEMBLE, [])
         described = set(description).union(*members) - known
         if ignored := sorted(described - set(prompt_files.OF_FILES)):
-            warnings.warn(f"{folder}: unknown keys are ignored: {ignored}", stacklevel=3)
+            warn(f"{folder}: unknown keys are ignored: {ignored}")
         try:
             prompt = cls(**{k: v for k, v in description.items() if k in known})
             others = [cls(**{k: v for k, v in m.items() if k in known}) for m in members]
@@ -340,11 +339,10 @@ class Prompt(PromptSettings):
         prompt.encoder_weights = prompt_files.starting(tensors, "encoder.") or None
         prompt.modules = prompt_files.starting(tensors, "module.")
         if edited:
-            warnings.warn(
+            warn(
                 f"{folder}/prompt.json has another {edited[0]} than its copy in "
                 "prompt.safetensors: it was edited, or is damaged; what stands in prompt.json is "
-                "used",
-                stacklevel=3,
+                "used"
             )
         return prompt
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import uuid
-import warnings
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import formats, places
-from ..errors import InputError, PromptFileError
+from ..errors import InputError, PromptFileError, warn
 from .model_card import HEADING, model_card
 
 FORMAT_VERSION = 2
@@ -194,10 +193,9 @@ def _description(folder: Path, copy: dict[str, Any]) -> dict[str, Any]:
         return copy
     description = formats.read_json(folder / _DESCRIPTION)
     if copy and copy.get("save_id") != description.get("save_id"):
-        warnings.warn(
+        warn(
             f"{folder}/prompt.json belongs to another save than prompt.safetensors (a save was cut "
-            "off); the description inside prompt.safetensors is used",
-            stacklevel=4,
+            "off); the description inside prompt.safetensors is used"
         )
         return copy
     return description

@@ -7,7 +7,6 @@ strings are settled, and what must be cut for them to fit. Knows nothing of the 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -15,7 +14,7 @@ from typing import Any, Self
 
 from ..backbone.tokens import check_tokenizer
 from ..data.rows import in_blocks
-from ..errors import DataError, InputError
+from ..errors import DataError, InputError, warn
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task, fill
 from .example import Example, column_texts, columns_in_words, right_answer
@@ -151,10 +150,7 @@ class Renderer:
                 f"{self._longest_answer} tokens; give fewer"
             )
         if self.kind == "causal" and template.after_slot:
-            warnings.warn(
-                f"a causal model answers at [MASK]; what follows it is dropped: {template.text}",
-                stacklevel=3,
-            )
+            warn(f"a causal model answers at [MASK]; what follows it is dropped: {template.text}")
         if self.kind == "causal" and task.ends_answer and self.tokenizer.eos_token_id is None:
             raise InputError(
                 "this tokenizer has no end-of-sequence token to end answers with; give "
@@ -372,7 +368,4 @@ def taught(example: Rendered, lesson: Lesson, labels: Iterable[str]) -> Rendered
 def tell_shortened(renderer: Renderer, shortened: int, count: int, what: str) -> None:
     """Warn of examples that were cut, if there are any among `count`."""
     if shortened:
-        warnings.warn(
-            f"{shortened} of {count} {what} examples were shortened to {renderer.limit} tokens",
-            stacklevel=2,
-        )
+        warn(f"{shortened} of {count} {what} examples were shortened to {renderer.limit} tokens")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +24,7 @@ from ..backbone.base_model import BaseModel
 from ..backbone.eight_bits import frozen_format
 from ..backbone.identity import sample_of
 from ..backbone.lookups import input_embedding
-from ..errors import InputError, PromptFileError
+from ..errors import InputError, PromptFileError, warn
 from ..prompts.encoder_width import WIDEST
 from .grid import Variant
 from .settings import CHANGE_NO_RESULT, LATER
@@ -59,7 +58,7 @@ def load_newest(output: Path) -> dict[str, Any] | None:
             with storage.reading(folder):
                 return _read(folder)
         except Exception as error:  # torch raises several kinds for a damaged file
-            warnings.warn(f"{folder} cannot be read and is skipped: {error}", stacklevel=2)
+            warn(f"{folder} cannot be read and is skipped: {error}")
     return None
 
 

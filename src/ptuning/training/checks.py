@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import DataError, InputError, briefly
+from ..errors import DataError, InputError, briefly, warn
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
 from ..rendering.example import Example, answer_column, check_rows
@@ -107,16 +106,14 @@ def check_run(
     for member in {member.template: member for _, member, _ in members}.values():
         if member.template is not None:
             if member.parsed.slot is None and "[mask]" in member.template.lower():
-                warnings.warn(
+                warn(
                     f"only [MASK] in capitals is the answer's place; here it is text: "
-                    f"{member.template}",
-                    stacklevel=2,
+                    f"{member.template}"
                 )
             if answered and draft.answer in member.parsed.fields:
-                warnings.warn(
+                warn(
                     f"the template shows {{{draft.answer}}}, which is the answer: a prompt learns "
-                    "to copy it, and knows nothing where it is not there; leave it out of the text",
-                    stacklevel=2,
+                    "to copy it, and knows nothing where it is not there; leave it out of the text"
                 )
             check_rows(member, rows, "training", answered=answered)
             check_rows(member, dev, "dev", answered=answered)

@@ -10,7 +10,6 @@ training has come is the trainer's.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from ..backbone.base_model import BaseModel
 from ..data import Rows, as_rows
-from ..errors import InputError
+from ..errors import InputError, warn
 from ..forward.engine import Engine
 from ..prompts.consistency import check_kind
 from ..prompts.prompt import Prompt
@@ -176,7 +175,7 @@ def trainer_parts(
         base.check_same(prompt.base_model)
     draft = prompt.checked()
     if told := guidance.members_go(len(prompt.members), 1):
-        warnings.warn(told, stacklevel=2)
+        warn(told)
     draft.others, draft.label_bias = (), None
     draft.answer = answer_column(draft, rows[0])
     engine = Engine(base, plain=True)

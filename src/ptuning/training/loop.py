@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor
 from .. import distributed
 from ..backbone.base_model import BaseModel
 from ..backbone.eight_bits import frozen_format
-from ..errors import PromptFileError, TrainingError, in_one_line
+from ..errors import PromptFileError, TrainingError, in_one_line, warn
 from ..forward.engine import Engine, Work
 from ..forward.scoring import sums
 from ..rendering.render import Rendered
@@ -254,7 +253,7 @@ class Loop:
         if not any(learner.active or learner.best for learner in self.learners):
             raise TrainingError(self._not_finite(number, fault, step))
         if not any(learner.active for learner in self.learners):
-            warnings.warn(self._not_finite(number, fault, step), stacklevel=2)
+            warn(self._not_finite(number, fault, step))
 
     def _rows(self, chosen: list[list[Rendered]]) -> list[tuple[Rendered, int]]:
         """This process's share of every active member's examples, each with its member."""

@@ -12,7 +12,6 @@ examples").
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 
 from .. import distributed
 from ..backbone.base_model import BaseModel
-from ..errors import InputError, TrainingError
+from ..errors import InputError, TrainingError, warn
 from ..prompts.prompt import Prompt
 from . import checkpoint
 from .grid import Variant
@@ -118,12 +117,12 @@ def refit(
     try:
         again = _trained(loop, resume)
     except TrainingError as error:
-        warnings.warn(f"{_FAILED}: {error}", stacklevel=3)
+        warn(f"{_FAILED}: {error}")
         return {}, True
     if loop.stopped:
         return {}, False
     if any(len(learner.history) < epochs for learner in again):
-        warnings.warn(f"{_FAILED}: its numbers are not finite", stacklevel=3)
+        warn(f"{_FAILED}: its numbers are not finite")
         return {}, True
     for (_, learner), new in zip(going, again, strict=True):
         learner.best |= {name: new.best[name] for name in ("weights", "vectors")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,6 +15,7 @@ from torch import nn
 from .. import distributed
 from ..data import Rows, as_rows
 from ..devices import on_cpu_by_default
+from ..errors import warn
 from ..places import named
 from ..prompts.consistency import check_kind
 from ..prompts.prompt import Prompt
@@ -211,4 +211,4 @@ def _nothing_learnt(
 def _advise(text: str | None, verbose: bool) -> None:
     """Say what the user should know, once: in the main process."""
     if text and verbose and distributed.state().is_main_process:
-        warnings.warn(text, stacklevel=3)
+        warn(text)
