@@ -1067,6 +1067,17 @@ def test_a_space_between_virtual_tokens_and_the_field_is_no_token_of_its_own(kin
     assert got == [*expected, first + 4]
 
 
+def test_a_template_stands_around_no_text_at_all() -> None:
+    tokenizer = tiny.tokenizer(bos=True)
+    base = base_model("CAUSAL_LM", "llama")
+    model = ours(base, "CAUSAL_LM", 3, template="[P*2] {text} so [P]", tokenizer=tokenizer)
+    first = model._adapters["default"].span.first
+    expected = [first, first + 1, *tokenizer(" so", add_special_tokens=False)["input_ids"]]
+    with torch.no_grad(), seen_ids(base) as calls:
+        model(torch.zeros(2, 0, dtype=torch.long))
+    assert calls[0]["input_ids"].tolist() == [[*expected, first + 2]] * 2
+
+
 @pytest.mark.parametrize(("task", "family"), ANY_TASK)
 def test_each_row_of_a_padded_batch_with_a_template_is_as_alone(
     task: str | None, family: str

@@ -72,6 +72,8 @@ class Insertion:
 
 def _matches(input_ids: Tensor, expected: tuple[int, ...], start: Tensor) -> Tensor:
     """``len(expected)`` for the rows that have these ids from column `start` on, else 0."""
+    if not input_ids.shape[1]:
+        return input_ids.new_zeros(len(input_ids))
     columns = start + torch.arange(len(expected), device=input_ids.device)
     inside = (columns >= 0) & (columns < input_ids.shape[1])
     found = input_ids.gather(1, columns.clamp(0, input_ids.shape[1] - 1))
