@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import decoders
+from torch import nn
 
 import ptuning
 from ptuning import InputError, Prompt, PtuningError, Task
@@ -173,6 +174,24 @@ def test_a_manual_task_ends_where_the_model_ends_its_turns() -> None:
     assert ended.probability == pytest.approx(expected, rel=1e-4)
     # A trained prompt has learnt the tokenizer's end alone.
     assert ptuning.predict(model, tokenizer, prompt, rows) == long
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_padding_that_only_the_tokenizer_knows_changes_no_answer(family: str, labels: bool) -> None:
+    words = {"verbalizer": {"0": "Paris", "1": "Rome and Oslo"}, "answer": "label"}
+    model, tokenizer, prompt = setting(family, **(words if labels else {}))
+
+    def end_one(module: nn.Module, args: Any, logits: torch.Tensor) -> None:
+        logits[:1, ..., tokenizer.eos_token_id] = 100.0  # others go on beside its padding
+
+    model.get_output_embeddings().register_forward_hook(end_one)
+    expected = ptuning.predict_details(model, tokenizer, prompt, ROWS)
+    assert labels or [one.answer for one in expected].count("") == 1
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == len(model.get_input_embeddings().weight)
+    assert ptuning.predict_details(model, tokenizer, prompt, ROWS) == expected
+    assert ptuning.evaluate(model, tokenizer, prompt, ROWS).predictions == expected
 
 
 def test_attached_or_not_the_prediction_is_the_same() -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from .identity import check_same, describe
 from .kinds import ModelKind, kind_of
+from .lookups import input_embedding
 from .tokens import check_tokenizer
 from .traits import context_length, decoder_length
 
@@ -61,9 +62,11 @@ class BaseModel:
 
     @property
     def pad_id(self) -> int:
-        """An id for padded positions, which are masked: any valid one will do."""
+        """An id for padded positions, which are masked: any that the embedding has a row for will
+        do, and a tokenizer's may have been added to it alone."""
         pad = getattr(self.tokenizer, "pad_token_id", None)
-        return pad if isinstance(pad, int) else 0
+        rows = input_embedding(self.model).num_embeddings
+        return pad if isinstance(pad, int) and 0 <= pad < rows else 0
 
     @property
     def decoder_start_id(self) -> int:

@@ -66,7 +66,7 @@ def continue_greedily(
         num_beams=1,
         use_cache=True,
         eos_token_id=ends or None,
-        pad_token_id=pad if pad is not None else next(iter(ends), None),
+        pad_token_id=pad if pad == base.pad_id else next(iter(ends), None),
     )
     more: dict[str, Any] = {} if cache is None else {CACHE: cache}
     if begins := first_position(model):  # transformers would count from 0
