@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from ptuning.backbone import injection
 from ptuning.backbone.injection import Injector
 from ptuning.backbone.lookups import input_embedding
 from ptuning.errors import InputError
@@ -136,6 +137,31 @@ def test_ids_of_rows_that_an_embedding_gets_while_hooked_are_words() -> None:
     assert torch.equal(embedding(words), embedding.weight)
     assert span.first == VOCABULARY + 10
     assert torch.equal(embedding(words[:COUNT] + span.first), span.rows)
+
+
+def test_rows_that_have_no_room_on_the_device_leave_all_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny.model("llama")
+    rows = rows_for(model)
+    injector = Injector(model)
+
+    def full(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    def add_without_room() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(injection, "_near", full)
+            with pytest.raises(torch.OutOfMemoryError):
+                injector.add(rows)
+
+    add_without_room()
+    assert injector.spans == [] and hooks_of(model) == 0
+    span = injector.add(rows)
+    add_without_room()
+    assert injector.spans == [span] and injector.add(rows).first == span.end
+    ids = torch.arange(COUNT) + span.first
+    assert torch.equal(input_embedding(model)(ids), rows)
 
 
 def test_a_scaling_embedding_gets_its_rows_after_the_scale() -> None:

@@ -153,8 +153,7 @@ class Injector:
         with CHANGING:
             last = self.spans[-1].end if self.spans else self.threshold
             span = Span(max(last, at_least), rows)
-            self.spans = [*self.spans, span]
-            self._refresh()
+            self._serve([*self.spans, span])
             if len(self.spans) == 1:
                 self._hook()
         return span
@@ -168,7 +167,7 @@ class Injector:
                 self._unhook()
                 self.modules, self.second_lookups = shared_embeddings(model), second_lookups(model)
                 if self.spans:
-                    self._refresh()
+                    self._serve(self.spans)
                     self._hook()
         self.settle()
 
@@ -183,7 +182,7 @@ class Injector:
                 span.first = max(span.first, free)
                 free = span.end
             if self.spans:
-                self._refresh()
+                self._serve(self.spans)
 
     def _hook(self) -> None:
         for module in self.modules:
@@ -205,7 +204,7 @@ class Injector:
             if same:
                 self._lookup = self._lookup.having({span: _near(rows, self._device)})
             else:
-                self._refresh()
+                self._serve(self.spans)
 
     @contextmanager
     def serving(
@@ -244,27 +243,29 @@ class Injector:
             span.users -= 1
             if span.users > 0 or span not in self.spans:
                 return
-            self.spans = [other for other in self.spans if other is not span]
-            if self.spans:
-                self._refresh()
+            left = [other for other in self.spans if other is not span]
+            if left:
+                self._serve(left)
                 return
+            self.spans = left
             self._unhook()
             self._local = threading.local()  # a thread may be in the embedding, and leave nothing
 
     @on_cpu_by_default
-    def _refresh(self) -> None:
+    def _serve(self, spans: list[Span]) -> None:
+        """Have these spans; where there is no room for their rows all stays as it was."""
         device = self._device
-        rows = tuple(_near(span.rows, device) for span in self.spans)
+        rows = tuple(_near(span.rows, device) for span in spans)
         counts = torch.tensor([of_span.shape[0] for of_span in rows])
-        behind = torch.tensor([span.end for span in self.spans]) - counts.cumsum(0)
+        behind = torch.tensor([span.end for span in spans]) - counts.cumsum(0)
         number = torch.arange(len(rows)).repeat_interleave(counts)
         place = torch.arange(len(number))
         at = behind[number] + place - self.threshold + 1
-        owner = torch.ones(self.spans[-1].end - self.threshold + 2).long()
+        owner = torch.ones(spans[-1].end - self.threshold + 2).long()
         owner[0], row = 0, torch.zeros_like(owner)
         owner[at], row[at] = 2 + number, place
-        # One assignment: forwards may run meanwhile.
-        self._lookup = _Lookup(tuple(self.spans), rows, owner.to(device), row.to(device))
+        lookup = _Lookup(tuple(spans), rows, owner.to(device), row.to(device))
+        self.spans, self._lookup = spans, lookup  # in one go each: forwards may run meanwhile
 
     @property
     def _served(self) -> tuple[Mapping[Span, Tensor], bool, Words | None]:
