@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import threading
@@ -155,12 +156,14 @@ def test_a_warning_names_the_line_that_called_the_package(number: int) -> None:
     assert [one.filename for one in seen] == [__file__]
 
 
-def test_prompts_stay_on_a_model_whose_embedding_was_replaced() -> None:
+@pytest.mark.parametrize("copied", [False, True], ids=["new", "copied with its hooks"])
+def test_prompts_stay_on_a_model_whose_embedding_was_replaced(copied: bool) -> None:
     model = tiny.model()
     first, second = prompt_for(model), prompt_for(model, seed=2)
     old = input_embedding(model)
     with ptuning.attach(model, None, first) as attached:
-        model.set_input_embeddings(nn.Embedding.from_pretrained(old.weight.detach()))
+        other = nn.Embedding.from_pretrained(old.weight.detach())
+        model.set_input_embeddings(copy.deepcopy(old) if copied else other)
         with ptuning.attach(model, None, second) as more:
             assert attached.ids(first) == range(400, 403) and more.ids(second) == range(403, 406)
             vectors = input_embedding(model)(torch.arange(400, 406))

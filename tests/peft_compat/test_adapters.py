@@ -1103,13 +1103,17 @@ def test_another_embedding_may_take_the_place_under_an_adapter(
     assert hooks_of(model) == 0 == len(old._forward_hooks)
 
 
-def test_models_on_one_base_keep_their_prompts_when_its_embedding_was_replaced_between_them() -> (
-    None
-):
+@pytest.mark.parametrize("copied", [False, True], ids=["new", "copied with its hooks"])
+def test_models_on_one_base_keep_their_prompts_when_its_embedding_was_replaced_between_them(
+    copied: bool,
+) -> None:
     first = prompted()
     expected = call(first)
     old = input_embedding(first.base_model)
-    first.base_model.set_input_embeddings(nn.Embedding.from_pretrained(old.weight.detach()))
+    other = nn.Embedding.from_pretrained(old.weight.detach())
+    first.base_model.set_input_embeddings(copy.deepcopy(old) if copied else other)
+    if copied:
+        assert torch.equal(call(first), expected)
     second = get_peft_model(first.base_model, config_for("CAUSAL_LM")).eval()
     of_second = call(second)
     assert not torch.equal(of_second, expected)

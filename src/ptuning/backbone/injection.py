@@ -131,15 +131,14 @@ class Injector:
         """The injector that has spans on `model`, or None; its hooks may be on an embedding that
         another one has replaced since, and follow then."""
         owners = hook_owners(input_embedding(model))
-        found = next((owner for owner in owners if isinstance(owner, Injector)), None)
-        if found is not None:
-            found.settle()
-            return found
         known = _at.get(_holder(model))
         found = known() if known is not None else None
-        if found is None or not found.spans:
-            return None
-        found.follow(model)
+        if found is None or not found.spans:  # of a copied model the hooks alone tell
+            found = next((owner for owner in owners if isinstance(owner, Injector)), None)
+        if found is not None and not any(owner is found for owner in owners):
+            found.follow(model)
+        elif found is not None:
+            found.settle()
         return found
 
     def add(self, rows: Tensor, at_least: int = 0) -> Span:
@@ -186,6 +185,7 @@ class Injector:
 
     def _hook(self) -> None:
         for module in self.modules:
+            _remove_copies(module)
             module.register_forward_pre_hook(self._before)
             module.register_forward_hook(self._after)
         for again in self.second_lookups:
@@ -368,6 +368,14 @@ def _holder(model: nn.Module) -> nn.Module:
     and in all wrappers of the model."""
     first = input_embedding(model)
     return next((m for m in model.modules() if any(part is first for part in m.children())), model)
+
+
+def _remove_copies(module: nn.Module) -> None:
+    """Take the hooks of nobody's injector off an embedding that was copied with its hooks."""
+    known = [injector() for injector in _at.values()]
+    for owner in hook_owners(module):
+        if isinstance(owner, Injector) and not any(owner is one for one in known):
+            remove_hooks_of(owner, module)
 
 
 def _near(rows: Tensor, device: torch.device) -> Tensor:
