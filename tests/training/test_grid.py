@@ -29,7 +29,7 @@ from ptuning.training.progress import Progress
 from ptuning.training.settings import TrainSettings
 
 from .. import tiny
-from ..scaffold import Run
+from ..scaffold import Run, Stopped, stop_after
 
 TEMPLATE = "[P*2] {country} [P*2] [MASK]"
 ROWS = [
@@ -210,6 +210,21 @@ def test_a_member_that_is_no_longer_finite_leaves_and_the_others_go_on() -> None
     result = run(grid={"learning_rate": [1e30, 3e-2]}, halving=False)
     assert result.members[1]["epochs"] == 12 > result.members[0]["epochs"]
     assert result.winner == 1
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_an_interrupted_population_goes_on_without_who_is_no_longer_finite(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"grid": {"learning_rate": [1e30, 3e-2]}, "halving": False}
+    undisturbed, prompt = fresh(), fresh()
+    run(undisturbed, **options)
+    options |= {"output": tmp_path, "checkpoint_seconds": 0.0}
+    with pytest.raises(Stopped):
+        run(prompt, listener=stop_after(9), **options)
+    state = checkpoint.load_newest(tmp_path)
+    assert state is not None and [one["active"] for one in state["learners"]] == [False, True]
+    result = run(prompt, resume=True, **options)
+    assert result.winner == 1 and prompt.vectors is not None and undisturbed.vectors is not None
+    assert torch.equal(prompt.vectors, undisturbed.vectors)
 
 
 @pytest.mark.parametrize("choose_by", ["accuracy", "loss"])

@@ -294,13 +294,13 @@ def test_rows_that_virtual_tokens_begin_at_are_those_of_the_training(
     how: dict[str, Any] = {"init": "examples", "word_noise": 0.0}
     rows = [{"text": f"{p} {q}", "label": str(n % 2)} for n, p in enumerate(PLACES) for q in PLACES]
     seen: list[list[Any]] = []
-    prepare = Loop._prepare
+    trained = Loop.train
 
-    def noted(loop: Loop, resume: bool) -> None:
-        seen.append([*loop.variants[0].examples, *loop.variants[0].dev])
-        prepare(loop, resume)
+    def noted(self: Loop, resume: bool) -> list[Learner]:
+        seen.append([*self.variants[0].examples, *self.variants[0].dev])
+        return trained(self, resume)
 
-    monkeypatch.setattr(Loop, "_prepare", noted)
+    monkeypatch.setattr(Loop, "train", noted)
     run(whole, rows, DEV, refit=True, epochs=1, **how)
     run(expected, rows, DEV, epochs=1, **how)
     assert seen[0] == seen[1] == seen[2]

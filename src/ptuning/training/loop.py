@@ -75,13 +75,14 @@ class Loop:
     def train(self, resume: bool) -> list[Learner]:
         """Train from the start, or from the newest checkpoint; gives the members' learners."""
         with accelerated(self.settings, self.output) as self.accelerator:
-            self._prepare(resume)
+            self._prepare()
             renderer = self.variants[0].renderer
             owner = renderer.owner if renderer.compares else None
             tuned = self.settings.tune_model
             members = Population(self.engine, self.members, owner, tuned, self.noise)
             with current(self.device), members as population:
                 self.population = population
+                self._resume(resume)  # who has left may have vectors that no model takes
                 plain = plain_part(population, self.accelerator)
                 part = graphs_or_plain(
                     population, plain, self.settings, self.accelerator, self.notes.append
@@ -144,7 +145,7 @@ class Loop:
         layers = self.engine.layers_on_cpu(self._work())
         return steps if layers is None else CompiledSteps(steps, layers, self.notes.append)
 
-    def _prepare(self, resume: bool) -> None:
+    def _prepare(self) -> None:
         settings = self.settings
         self.device = move_model(self.base.model, self.accelerator)
         self.steps_per_epoch = settings.steps_per_epoch(len(self.variants[0].examples))
@@ -171,7 +172,6 @@ class Loop:
         self._pending: list[_Pending] = []
         self.epoch_loss = torch.zeros(len(self.learners), dtype=torch.float32)
         self.weight = _weights([variant.examples for variant in self.variants])
-        self._resume(resume)
 
     def _epochs(self) -> None:
         self._saved_at = time.monotonic()
