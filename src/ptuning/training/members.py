@@ -45,7 +45,8 @@ def with_examples(
         prompt.answer_tokens = renderer.task.answer_tokens
         prompt.set_count(renderer.count)
         answers = answers_of(prompt, rows, learnt[0])
-        start = start_of(renderer, rows, answers, settings.start_for(prompt.encoder), settings.seed)
+        init = settings.start_for(prompt.encoder) if prompt.vectors is None else "encoder"
+        start = start_of(renderer, rows, answers, init, settings.seed)
         own = left_out(examples, start)
         given = settings.learning_rate is not None
         unit = unit_for(base.model, base.tokenizer, prompt.encoder, settings, given)
