@@ -21,6 +21,7 @@ from ptuning.inference import distillation, kept_answers, teaching
 from ptuning.inference.agreement import compare
 from ptuning.inference.teaching import ask, measured_bias, own_label, teacher_renderer
 from ptuning.prompts.teacher import Teacher
+from ptuning.rendering.lesson import Lessons
 from ptuning.training.guidance import dev_far_above
 
 from .. import tiny
@@ -586,6 +587,18 @@ def test_wrong_input_is_refused_before_a_step(
     with pytest.raises((InputError, DataError), match=message):
         distilled(options.pop("family", "llama"), prompt, listener=heard.append, **options)
     assert not heard and prompt.vectors is None
+
+
+@pytest.mark.parametrize(
+    "options", [{"folds": 2}, {"calibrate": "batch"}, {"refit": True}], ids=lambda o: str(*o)
+)
+def test_a_training_by_lessons_reads_no_answers_of_the_rows(options: dict[str, Any]) -> None:
+    model, tokenizer, engine = engine_of("llama")
+    prompt = prompt_of()
+    taught = lessons(engine, teacher_renderer(engine, Teacher.of(TEACHER, prompt)), TEXTS)
+    learnt = Lessons({}, taught[:9], taught[9:])
+    with pytest.raises(InputError, match=f"leave {next(iter(options))} out|with a teacher leave"):
+        ptuning.train(model, tokenizer, prompt, TEXTS[:9], TEXTS[9:], lessons=learnt, **options)
 
 
 def test_a_chat_without_a_system_s_turn_is_told() -> None:

@@ -281,15 +281,6 @@ def check_distillation(
     is_number = isinstance(label_weight, int | float) and not isinstance(label_weight, bool)
     if not is_number or not 0 <= label_weight <= 1:
         raise InputError(f"label_weight is {label_weight!r}; give a share, 0 to 1")
-    if settings.folds:
-        raise InputError(
-            "folds are for few labels, and texts without labels are many; leave folds out"
-        )
-    if settings.calibrate != "none":
-        raise InputError(
-            "a distilled prompt learns the teacher's shares of the labels; leave calibrate out, or "
-            "calibrate the teacher (calibrate_teacher)"
-        )
     if calibrate_teacher and not prompt.labels:
         raise InputError("calibrate_teacher is for labels, and this prompt has none (verbalizer)")
     if label_weight and not prompt.labels:

@@ -86,6 +86,8 @@ def check_run(
     draft = copy.copy(prompt)
     if answered:
         draft.answer = answer_column(prompt, rows[0])
+    else:
+        _check_taught(settings)
     members = choices(draft, settings, population, grid)
     check_calibration(draft, settings.calibrate, bool(dev), settings.folds)
     for _, member, how in members:
@@ -93,8 +95,6 @@ def check_run(
     check_folds(settings, len(rows), bool(dev))
     if answered:
         check_refit(settings, bool(dev))
-    elif settings.refit:
-        raise InputError("refit is for examples with answers; with a teacher leave it out")
     check_ensemble(settings.ensemble, population if settings.folds else len(members))
     if settings.tune_model and len(members) > 1:
         raise InputError(
@@ -117,3 +117,22 @@ def check_run(
                 )
             check_rows(member, rows, "training", answered=answered)
             check_rows(member, dev, "dev", answered=answered)
+
+
+def _check_taught(settings: TrainSettings) -> None:
+    """Refuse what reads the examples' own answers where a teacher gives them.
+
+    Raises:
+        InputError: names it.
+    """
+    if settings.refit:
+        raise InputError("refit is for examples with answers; with a teacher leave it out")
+    if settings.folds:
+        raise InputError(
+            "folds are for few labels, and texts without labels are many; leave folds out"
+        )
+    if settings.calibrate != "none":
+        raise InputError(
+            "a distilled prompt learns the teacher's shares of the labels; leave calibrate out, or "
+            "calibrate the teacher (calibrate_teacher)"
+        )
