@@ -19,6 +19,7 @@ from ptuning.training.clock import Clock
 from ptuning.training.progress import Progress
 
 from .. import tiny
+from ..scaffold import Stopped, stop_after
 
 ROWS = [{"country": f"F{n}", "capital": ["Paris", "Rome"][n % 2]} for n in range(12)]
 
@@ -113,6 +114,20 @@ def test_what_a_training_takes_is_said_with_its_second_step(
     trained(base, prompt, listener=heard.append, **options)
     said, *_ = [(one.step, one.note) for one in heard if one.note]
     assert said == (3, "3 epochs take about 16 min, if dev does not stop earlier" + more)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_run_that_goes_on_is_said_to_take_the_epochs_that_are_left(
+    base: Any, prompt: Prompt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = partial(lambda now: 60.0 * now(), ticking())
+    monkeypatch.setattr(loop, "Clock", lambda *args: Clock(*args, now=slow))
+    with pytest.raises(Stopped):
+        trained(base, prompt, output=tmp_path, listener=stop_after(5))  # four are an epoch
+    heard: list[Progress] = []
+    trained(base, prompt, output=tmp_path, listener=heard.append, resume=True)
+    (said,) = [one.note for one in heard if one.note]
+    assert said.startswith("2 epochs take about 10 min, if dev")
 
 
 def test_the_estimate_names_the_end_of_the_time_and_seconds_are_not_worth_a_line() -> None:

@@ -40,7 +40,7 @@ class Clock:
 
     Args:
         limit: minutes that it may take, or None.
-        epochs: at the most.
+        epochs: that are left, at the most.
         dev_steps: what looking at dev takes, in steps, before it was done once.
         prepares: so many steps behind the first one may be such.
         behind: steps of what comes when dev has chosen: on with all examples.

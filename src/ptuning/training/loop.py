@@ -94,7 +94,8 @@ class Loop:
                 dev_steps = len(self.variants[0].dev) / self._per_step
                 limit = self.settings.max_minutes
                 prepares = _CAPTURING if steps.late else 0
-                self.clock = Clock(limit, self.epochs, dev_steps, prepares, self._steps_behind())
+                epochs = self.epochs - self.step // self.steps_per_epoch
+                self.clock = Clock(limit, epochs, dev_steps, prepares, self._steps_behind())
                 self._epochs()
         return self.learners
 
@@ -350,7 +351,6 @@ class Loop:
             "identity": self.identity,
             "step": self.step,
             "epoch_loss": self.epoch_loss,
-            "answer_tokens": self.variants[0].prompt.answer_tokens,
             "learners": [learner.state() for learner in self.learners],
             "scaler": scaler.state_dict() if scaler else None,
         }
