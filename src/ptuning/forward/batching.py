@@ -15,7 +15,7 @@ from ..rendering.collate import Batch, collate
 from ..rendering.layout import Sequence as Tokens
 from ..rendering.render import Rendered
 
-Row = tuple[Rendered, int]
+Numbered = tuple[Rendered, int]
 """An example and the number of its prompt among those of a call."""
 _BUSY = {"cpu": 512, "cuda": 16384}
 _ROWS, _ANSWERED = 32, 2048
@@ -27,7 +27,7 @@ _AT_ONCE = 2**22
 """Input ids of batches that are there together: with their mask 64 MiB."""
 
 
-def batch_for(base: BaseModel, rows: Sequence[Row], first_ids: Sequence[int]) -> Batch:
+def batch_for(base: BaseModel, rows: Sequence[Numbered], first_ids: Sequence[int]) -> Batch:
     """Rows as one batch, on the CPU; `Batch.member` is each example's prompt.
 
     Args:
@@ -115,8 +115,8 @@ def some_at_once(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
 
 
 def by_length(
-    rows: Sequence[Row], device: torch.device, kept: bool = False, packed: bool = False
-) -> Iterator[list[Row]]:
+    rows: Sequence[Numbered], device: torch.device, kept: bool = False, packed: bool = False
+) -> Iterator[list[Numbered]]:
     """Rows of like length together, in parts of some size, so that little is padding.
 
     A part is as large as the device needs to be busy; what the parts' losses add up to is the whole
@@ -139,7 +139,7 @@ def by_length(
     enough = computed / max(1, round(computed / busy), round(whole / (4 * busy)))
     groups = [n if kept and packed and _begins_virtual(e) else -1 for e, n in rows]
     order = sorted(range(len(rows)), key=lambda i: (groups[i], sizes[i]), reverse=True)
-    part: list[Row] = []
+    part: list[Numbered] = []
     tokens = cut = 0
     for index in order:
         part.append(rows[index])

@@ -29,7 +29,14 @@ from ..prompts.task import Task
 from ..rendering.collate import Batch
 from ..rendering.render import Rendered, Renderer
 from . import chunked
-from .batching import Row, batch_for, by_length, chunks_by_length, computed_tokens, some_at_once
+from .batching import (
+    Numbered,
+    batch_for,
+    by_length,
+    chunks_by_length,
+    computed_tokens,
+    some_at_once,
+)
 from .compiled import CompiledLayers as CompiledLayers
 from .compiled import Work as Work
 from .compiled import layers_worth_it
@@ -91,23 +98,25 @@ class Engine:
         return Renderer(base.tokenizer, task, base.kind, base.context, candidates, longest)
 
     def batch(
-        self, rows: Sequence[Row], first_ids: Sequence[int], device: str | None = None
+        self, rows: Sequence[Numbered], first_ids: Sequence[int], device: str | None = None
     ) -> Batch:
         """As `batching.batch_for`, on the model's device or another one."""
         return batch_for(self.base, rows, first_ids).to(device or self.base.device)
 
-    def parts(self, rows: Sequence[Row], device: torch.device | None = None) -> list[list[Row]]:
+    def parts(
+        self, rows: Sequence[Numbered], device: torch.device | None = None
+    ) -> list[list[Numbered]]:
         """Rows in parts that keep a device busy, the model's by default (`batching.by_length`)."""
         packs = packs_rows(self.base.model)
         return list(by_length(rows, device or self.base.device, self.shares, packs))
 
     def batches(
-        self, rows: Sequence[Row], first_ids: Sequence[int], device: torch.device
+        self, rows: Sequence[Numbered], first_ids: Sequence[int], device: torch.device
     ) -> list[Batch]:
         """Rows of a training step as batches of such parts, still on the CPU."""
         return [batch_for(self.base, part, first_ids) for part in self.parts(rows, device)]
 
-    def prediction_batch(self, rows: Sequence[Row], first_ids: Sequence[int]) -> Batch:
+    def prediction_batch(self, rows: Sequence[Numbered], first_ids: Sequence[int]) -> Batch:
         """A batch, still on the CPU, whose rows share all that they can; nothing is trained."""
         batch = batch_for(self.base, rows, first_ids)
         batch = replace(batch, member=torch.zeros_like(batch.member))  # prompts may share rows too
