@@ -36,8 +36,8 @@ class Learner:
         rate: the highest learning rate, in the encoder's unit.
         active: still in training.
         dropped: the epoch at whose end it fell out of a population, or None.
-        best: epoch, ``accuracy``, ``loss`` and weights of the best dev result so far; empty before
-            the first.
+        best: the best record so far, with the ``vectors`` and ``weights`` of its epoch, and the
+            ``model``'s where they are trained; empty before the first.
         history: one record per epoch.
     """
 
@@ -53,8 +53,7 @@ class Learner:
         self.model = model
         self.rate = settings.learning_rate or usual_rate(member.encoder)
         groups: list[dict[str, Any]] = [{"params": list(member.parameters())}]
-        if model is not None:
-            weights = list(self._model_weights().values())
+        if weights := list(self._model_weights().values()):
             groups.append({"params": weights, "lr": settings.model_learning_rate})
         self.optimizer = AdamW(groups, lr=self.rate, weight_decay=settings.weight_decay)
         self._highest = [float(group["lr"]) for group in self.optimizer.param_groups]
@@ -189,8 +188,7 @@ class Learner:
 
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained."""
-        of_model = [] if self.model is None else list(self._model_weights().values())
-        return [*self.member.parameters(), *of_model]
+        return [*self.member.parameters(), *self._model_weights().values()]
 
     def _model_weights(self) -> dict[str, nn.Parameter]:
         named = () if self.model is None else self.model.named_parameters()
