@@ -16,7 +16,7 @@ import ptuning
 from ptuning.forward import attention_products, compiled_on_cpu, shared_prefix
 from ptuning.forward.compiled_on_cpu import LayersOnCpu
 from ptuning.forward.engine import Engine, Work
-from ptuning.training import loop
+from ptuning.training import compiled_steps
 from ptuning.training.compiled_steps import CompiledSteps
 
 from .. import tiny
@@ -72,7 +72,7 @@ class Trained:
 
         torch.compiler.reset()
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "CompiledSteps", Heard)
+            patch.setattr(compiled_steps, "CompiledSteps", Heard)
             if backend == "eager":  # what is traced; the kernels are torch's to test
                 patch.setattr(torch, "compile", partial(torch.compile, backend=counted))
             self.result = ptuning.train(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..forward.engine import LayersOnCpu
-from .cuda_graphs import T
-from .steps import Later, MicroBatches, PlainSteps
+from ..backbone.eight_bits import frozen_format
+from ..forward.engine import LayersOnCpu, Work
+from .cuda_graphs import T, obstacle
+from .settings import TrainSettings
+from .steps import Later, MicroBatches, PlainSteps, ReplayedSteps
 
 
 class CompiledSteps:
@@ -45,3 +47,27 @@ class CompiledSteps:
             self._said = True
             self.say("compiled layers: they agree with the layers as they are")
         return later
+
+
+def on_compiled(
+    steps: PlainSteps | ReplayedSteps,
+    settings: TrainSettings,
+    work: Work,
+    say: Callable[[str], None],
+) -> PlainSteps | ReplayedSteps | CompiledSteps:
+    """Plain steps of a CPU take the layers compiled, where that is possible and worth it; a GPU's
+    have them in their graphs."""
+    if not isinstance(steps, PlainSteps) or steps.device.type != "cpu":
+        return steps
+    model = steps.population.base
+    why = obstacle(model, steps.accelerator)
+    if settings.tune_model:
+        why = "the model is trained too"
+    elif frozen_format(model):
+        why = "layers in eight bits are not compiled on a CPU"
+    if why is not None:
+        if settings.compile == "on":
+            say(f"compiled layers are off: {why}")
+        return steps
+    layers = steps.population.engine.layers_on_cpu(work)
+    return steps if layers is None else CompiledSteps(steps, layers, say)

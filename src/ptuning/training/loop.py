@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from .. import distributed
 from ..backbone.base_model import BaseModel
-from ..backbone.eight_bits import frozen_format
 from ..errors import PromptFileError, TrainingError, in_one_line, warn
 from ..forward.engine import Engine, Work
 from ..forward.scoring import sums
@@ -32,14 +32,14 @@ from ..rendering.render import Rendered
 from . import checkpoint
 from .accelerator import accelerated, current, move_model
 from .clock import Clock
-from .compiled_steps import CompiledSteps
-from .cuda_graphs import GraphedStep, graphs_or_plain, obstacle
+from .compiled_steps import on_compiled
+from .cuda_graphs import GraphedStep, graphs_or_plain
 from .grid import Variant
 from .learner import Learner, halve
 from .population import Member, Population
 from .progress import Progress
 from .settings import TrainSettings
-from .steps import Later, PlainSteps, ReplayedSteps, plain_part, steps_of
+from .steps import Later, plain_part, steps_of
 
 
 class _Pending(NamedTuple):
@@ -60,7 +60,10 @@ class Loop:
     """One training with all that it needs; `train` is its only entry.
 
     Attributes:
+        output: where its checkpoints are; None for none.
+        listener: hears how it goes, in the main process.
         until: the epoch after which it ends, before the schedule does.
+        teacher: what is said of the one whose answers the examples have, if there is one.
         goes_on: what was trained before trains on; noise on words has its size from the first step.
     """
 
@@ -74,28 +77,11 @@ class Loop:
 
     def train(self, resume: bool) -> list[Learner]:
         """Train from the start, or from the newest checkpoint; gives the members' learners."""
-        with accelerated(self.settings, self.output) as self.accelerator:
-            self._prepare()
-            renderer = self.variants[0].renderer
-            owner = renderer.owner if renderer.compares else None
-            tuned = self.settings.tune_model
-            members = Population(self.engine, self.members, owner, tuned, self.noise)
-            with current(self.device), members as population:
-                self.population = population
+        with accelerated(self.settings, self.output) as accelerator:
+            self._prepare(accelerator)
+            with current(self.device), self.population:
                 self._resume(resume)  # who has left may have vectors that no model takes
-                plain = plain_part(population, self.accelerator)
-                part = graphs_or_plain(
-                    population, plain, self.settings, self.accelerator, self.notes.append
-                )
-                if isinstance(part, GraphedStep):
-                    part.compile_layers(self._work())
-                steps = steps_of(population, self.learners, part, self.accelerator)
-                self.take_step = self._on_compiled(steps)
-                dev_steps = len(self.variants[0].dev) / self._per_step
-                limit = self.settings.max_minutes
-                prepares = _CAPTURING if steps.late else 0
-                epochs = self.epochs - self.step // self.steps_per_epoch
-                self.clock = Clock(limit, epochs, dev_steps, prepares, self._steps_behind())
+                self._choose_steps()
                 self._epochs()
         return self.learners
 
@@ -128,43 +114,27 @@ class Loop:
             math.inf if minutes is None else 60 * minutes,
         )
 
-    def _on_compiled(
-        self, steps: PlainSteps | ReplayedSteps
-    ) -> PlainSteps | ReplayedSteps | CompiledSteps:
-        """Plain steps of a CPU take the layers compiled; a GPU's have them in their graphs."""
-        if not isinstance(steps, PlainSteps) or self.device.type != "cpu":
-            return steps
-        why = obstacle(self.base.model, self.accelerator)
-        if self.settings.tune_model:
-            why = "the model is trained too"
-        elif frozen_format(self.base.model):
-            why = "layers in eight bits are not compiled on a CPU"
-        if why is not None:
-            if self.settings.compile == "on":
-                self.notes.append(f"compiled layers are off: {why}")
-            return steps
-        layers = self.engine.layers_on_cpu(self._work())
-        return steps if layers is None else CompiledSteps(steps, layers, self.notes.append)
-
-    def _prepare(self) -> None:
-        settings = self.settings
-        self.device = move_model(self.base.model, self.accelerator)
-        self.steps_per_epoch = settings.steps_per_epoch(len(self.variants[0].examples))
+    def _prepare(self, accelerator: Accelerator) -> None:
+        """What a training has before its first step; the population's hooks are on the model."""
+        settings, first = self.settings, self.variants[0]
+        self.accelerator = accelerator
+        self.device = move_model(self.base.model, accelerator)
+        self.steps_per_epoch = settings.steps_per_epoch(len(first.examples))
         self.steps = self.steps_per_epoch * settings.settled_epochs
         self.epochs = self.until or settings.settled_epochs
         self.last = self.steps_per_epoch * self.epochs
-        self.members = [
+        members = [
             Member(v.prompt, self.base.model, v.settings.seed, v.words, v.unit).to(self.device)
             for v in self.variants
         ]
         tuned = self.base.model if settings.tune_model else None
         self.learners = [
-            Learner(member, v.settings, self.steps, self.accelerator, tuned)
-            for member, v in zip(self.members, self.variants, strict=True)
+            Learner(member, v.settings, self.steps, accelerator, tuned)
+            for member, v in zip(members, self.variants, strict=True)
         ]
-        whole_rows = settings.prefix_cache == "off" or tuned is not None
-        self.noise = settings.word_noise or 0.0
-        kept_bytes = 0 if self.noise else settings.prefix_bytes  # what is kept has no noise
+        whole_rows = settings.prefix_cache == "off" or settings.tune_model
+        noise = settings.word_noise or 0.0
+        kept_bytes = 0 if noise else settings.prefix_bytes  # what is kept has no noise
         self.engine = Engine(self.base, kept_bytes, plain=whole_rows)
         self.engine.expect(example for v in self.variants for example in (*v.examples, *v.dev))
         self.identity = checkpoint.identity_of(self.variants, self.base, self.teacher)
@@ -173,6 +143,24 @@ class Loop:
         self._pending: list[_Pending] = []
         self.epoch_loss = torch.zeros(len(self.learners), dtype=torch.float32)
         self.weight = _weights([variant.examples for variant in self.variants])
+        words = first.renderer.owner if first.renderer.compares else None
+        self.population = Population(self.engine, members, words, settings.tune_model, noise)
+
+    def _choose_steps(self) -> None:
+        """How the steps that are left are taken, and the clock that they go by."""
+        population, accelerator, say = self.population, self.accelerator, self.notes.append
+        plain = plain_part(population, accelerator)
+        part = graphs_or_plain(population, plain, self.settings, accelerator, say)
+        work = self._work()
+        if isinstance(part, GraphedStep):
+            part.compile_layers(work)
+        steps = steps_of(population, self.learners, part, accelerator)
+        self.take_step = on_compiled(steps, self.settings, work, say)
+        epochs = self.epochs - self.step // self.steps_per_epoch
+        dev_steps = len(self.variants[0].dev) / self._per_step
+        prepares = _CAPTURING if steps.late else 0
+        limit, behind = self.settings.max_minutes, self._steps_behind()
+        self.clock = Clock(limit, epochs, dev_steps, prepares, behind)
 
     def _epochs(self) -> None:
         self._saved_at = time.monotonic()
@@ -313,11 +301,11 @@ class Loop:
         self.population.eval()
         self.population.write_tables()
         rows = [(example, number) for number in numbers for example in self.variants[number].dev]
-        parts = self.engine.parts(distributed.share(rows), self.device)
+        parts = self.engine.parts(distributed.share(rows))
         first_ids, words = self.population.first_ids(), self.population.words
 
         def look() -> Tensor:
-            batches = (self.engine.batch(part, first_ids, str(self.device)) for part in parts)
+            batches = (self.engine.batch(part, first_ids) for part in parts)
             return sums(self.engine, batches, len(self.variants), words, self.accelerator.autocast)
 
         (found,) = distributed.add_up([self.take_step.with_room(look)])
