@@ -302,6 +302,19 @@ def test_a_labels_words_add_up_by_logsumexp_in_any_order() -> None:
     torch.testing.assert_close(scores, expected)
 
 
+@pytest.mark.parametrize("family", [*tiny.CAUSAL, *tiny.SEQ2SEQ])
+def test_a_row_without_a_token_has_the_same_scores_alone_and_beside_others(family: str) -> None:
+    empty, other = (
+        Rendered((Sequence(ids, len(ids), (30, 31)), Sequence(ids, len(ids), (32,))), label=0)
+        for ids in ((), (20, 21, 22, 23, 24))
+    )
+    model, words = tiny.model(family), torch.tensor([0, 1])
+    alone, beside = (batch_of(family, rows) for rows in ([empty], [empty, other]))
+    expected = label_scores(answer_logits(model, alone), alone, words)
+    scores = label_scores(answer_logits(model, beside), beside, words)
+    torch.testing.assert_close(scores[:1], expected, atol=1e-5, rtol=1e-5)
+
+
 def test_labels_without_comparison_count_over_the_vocabulary() -> None:
     logits = torch.randn(1, 1, 40)
     batch = collate([Rendered((Sequence((5,), 1, (2,)),), (2, 7), 0)], "causal", [400])

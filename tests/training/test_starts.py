@@ -155,17 +155,6 @@ def test_positions_move_with_what_is_left_out() -> None:
     assert whole.without({9}) is whole
 
 
-@pytest.mark.parametrize("family", ["llama", "t5"])
-def test_an_example_that_says_nothing_else_keeps_what_came_from_it(family: str) -> None:
-    tokenizer = tiny.tokenizer()
-    base = BaseModel.of(tiny.model(family, vocab_size=len(tokenizer)), tokenizer)
-    prompt = fresh(template="[P*2]{text}[MASK]")
-    rows = [{"text": "", "label": label} for label in "abc"]
-    members = choices(prompt, TrainSettings(init="examples", epochs=1), 1, None)
-    (variant,) = with_examples(base, members, rows, ())
-    assert [example.sequences[0].ids for example in variant.examples] == [(-1, -2)] * 3
-
-
 def test_a_trained_prompt_begins_as_it_is_and_its_examples_are_whole() -> None:
     base = BaseModel.of(tiny.model("llama"), tiny.tokenizer())
     prompt = fresh()

@@ -96,7 +96,7 @@ def collate(
         examples: all prepared for label comparison, or none.
         kind: of the model, as `kinds.kind_of` says.
         first_ids: for each example the first attached id of its prompt.
-        pad_id: any valid id; padded positions are masked.
+        pad_id: any valid id; padded positions are masked. A row that has no token reads this one.
         decoder_start_id: seq2seq models' first decoder id.
     """
     single = all(example.label_ids for example in examples)
@@ -104,7 +104,7 @@ def collate(
         examples = [_by_word(example) for example in examples]
     rows = [(s, n) for n, example in enumerate(examples) for s in example.sequences]
     sequences = [s for s, _ in rows]
-    inputs = [_input_ids(s, kind, first_ids[n]) for s, n in rows]
+    inputs = [_input_ids(s, kind, first_ids[n], pad_id) for s, n in rows]
     left = kind == "causal"
     answers = _pad([s.answer for s in sequences], IGNORED, left)
     batch = Batch(
@@ -162,9 +162,11 @@ def _with_lessons(batch: Batch, lessons: Rows[Lesson]) -> Batch:
     return replace(batch, taught=torch.from_numpy(shares), likely=torch.from_numpy(likely))
 
 
-def _input_ids(sequence: Sequence, kind: str, first_id: int) -> Any:
+def _input_ids(sequence: Sequence, kind: str, first_id: int, pad_id: int) -> Any:
     numbers = sequence.numbers
     ids = numpy.where(numbers < 0, first_id - 1 - numbers, numbers)
+    if not len(ids):  # what a model makes of nothing would depend on the rows beside it
+        ids = numpy.array([pad_id], dtype=numpy.int64)
     more = sequence.answer[:-1] if kind == "causal" else ()
     return numpy.concatenate([ids, numpy.array(more, dtype=numpy.int64)]) if more else ids
 

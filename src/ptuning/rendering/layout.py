@@ -52,10 +52,9 @@ class Sequence:
         return numpy.array(self.ids, dtype=numpy.int64)
 
     def without(self, virtual: Container[int]) -> Sequence:
-        """The same input without some of the prompt's virtual tokens, by their numbers; as it is
-        where it has no others: an input has a token at least."""
+        """The same input without some of the prompt's virtual tokens, by their numbers."""
         kept = [i for i, token in enumerate(self.ids) if not (token < 0 and -1 - token in virtual)]
-        if len(kept) in (0, len(self.ids)):
+        if len(kept) == len(self.ids):
             return self
 
         def moved(place: int) -> int:
