@@ -47,11 +47,10 @@ def with_examples(
         answers = answers_of(prompt, rows, learnt[0])
         init = settings.start_for(prompt.encoder) if prompt.vectors is None else "encoder"
         start = start_of(renderer, rows, answers, init, settings.seed)
-        own = left_out(examples, start)
-        given = settings.learning_rate is not None
-        unit = unit_for(base.model, base.tokenizer, prompt.encoder, settings, given)
-        made_of = renderer, own, dev_examples, start.words, unit
-        variants.append(Variant(name, prompt, settings, *made_of))
+        has_rate = settings.learning_rate is not None
+        unit = unit_for(base.model, base.tokenizer, prompt.encoder, settings, has_rate)
+        seen = left_out(examples, start), dev_examples
+        variants.append(Variant(name, prompt, settings, renderer, *seen, start.words, unit))
     return variants
 
 
