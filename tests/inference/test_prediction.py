@@ -10,10 +10,9 @@ from tokenizers import decoders
 from torch import nn
 
 import ptuning
-from ptuning import InputError, Prompt, PtuningError, Task
+from ptuning import DataError, InputError, Prompt, PtuningError, Task
 from ptuning.backbone.identity import describe
 from ptuning.backbone.kinds import kind_of
-from ptuning.errors import DataError
 from ptuning.inference import answering, evaluation
 from ptuning.inference import prediction as predicting
 from ptuning.inference.baselines import automatic_templates
@@ -192,6 +191,21 @@ def test_padding_that_only_the_tokenizer_knows_changes_no_answer(family: str, la
     assert tokenizer.pad_token_id == len(model.get_input_embeddings().weight)
     assert ptuning.predict_details(model, tokenizer, prompt, ROWS) == expected
     assert ptuning.evaluate(model, tokenizer, prompt, ROWS).predictions == expected
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_a_text_with_a_token_that_the_model_has_not_is_refused(family: str, labels: bool) -> None:
+    words = {"verbalizer": {"0": "Paris", "1": "Rome and Oslo"}, "answer": "label"}
+    model, tokenizer, prompt = setting(family, **(words if labels else {}))
+    tokenizer.add_tokens(["<new>"])
+    rows = [*ROWS, {name: f"{text} <new>" for name, text in ROWS[0].items()}]
+    for task in (prompt, prompt.manual()):
+        assert len(ptuning.predict(model, tokenizer, task, rows[:-1])) == len(ROWS)
+        with pytest.raises(DataError, match=rf"example {len(rows)}: '<new>' stands here, which is"):
+            ptuning.predict(model, tokenizer, task, rows)
+    model.resize_token_embeddings(len(tokenizer))
+    assert len(ptuning.predict(model, tokenizer, prompt, rows)) == len(rows)
 
 
 def test_attached_or_not_the_prediction_is_the_same() -> None:
