@@ -10,8 +10,10 @@ import pytest
 from ptuning import Prompt
 from ptuning.data.columns import Columns, columns_of
 from ptuning.errors import DataError, InputError
+from ptuning.inference.baselines import automatic_templates
 from ptuning.prompts.from_table import in_two_lines
 from ptuning.prompts.label_names import readable, telling_words
+from ptuning.prompts.template import parse
 from ptuning.rendering.render import Renderer
 from ptuning.rendering.short_words import one_token_words
 
@@ -52,6 +54,15 @@ def test_names_like_words_of_the_template_language_are_text() -> None:
     prompt = Prompt.for_rows(table)
     assert prompt.template == ("[P*20] [[MASK]]: {[MASK]}\nA b: {a\nb} [P*20] [[P*3]]: [MASK]")
     assert prompt.parsed.fields == ("[MASK]", "a\nb") and prompt.num_virtual_tokens == 40
+
+
+@pytest.mark.parametrize("name", ["share [P", "[MASK", "x [P:", "[P*2 [P]", "a [P [b]"])
+def test_names_that_open_a_bracket_and_do_not_close_it_are_words(name: str) -> None:
+    table = {name: TEXTS, "close]": [f"{t} again" for t in TEXTS], "kind": ["x", "y", "z"] * 8}
+    prompt = Prompt.for_rows(table, answer="kind")
+    assert prompt.parsed.fields == (name, "close]") and prompt.num_virtual_tokens == 40
+    for manual in automatic_templates(prompt, "kind"):
+        assert parse(manual).fields == (name, "close]")
 
 
 def test_names_of_columns_that_say_nothing_do_not_stand_before_a_label() -> None:

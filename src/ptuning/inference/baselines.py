@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..prompts.task import Task
-from ..prompts.template import escape
+from ..prompts.template import heading
 
 _UNNAMED = ("answer", "label", "target", "output")
 """Columns whose name says nothing of the answer."""
@@ -32,5 +32,4 @@ def automatic_templates(task: Task, answer: str, masked: bool = False) -> list[s
 
 def _key(column: str) -> str:
     """A column's name as a heading."""
-    words = column.replace("_", " ").strip()
-    return escape(words[:1].upper() + words[1:])
+    return heading(column.replace("_", " ").strip())

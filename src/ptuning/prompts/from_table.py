@@ -17,7 +17,7 @@ from ..data.columns import Columns, columns_of
 from ..data.rows import listed
 from .label_names import label_words, readable, telling_words
 from .task import Task, at_least_one
-from .template import escape
+from .template import heading
 
 AUTO = "auto"
 """What stands for a template or for labels that are to be found in the table."""
@@ -91,8 +91,7 @@ def template_of(columns: Columns, virtual: int, labelled: bool) -> str:
 
 def _caption(name: str) -> str:
     """A column's name as it stands in a template."""
-    words = readable(name) or "Answer"
-    return escape(words[0].upper() + words[1:])
+    return heading(readable(name) or "Answer")
 
 
 def in_two_lines(

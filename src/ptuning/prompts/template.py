@@ -62,6 +62,7 @@ _BRACKET = r"\[(?:P(?:\*[^\[\]]*|:[^\[\]]*)?|MASK)\]"
 ESCAPED = re.compile(rf"\[({_BRACKET})\]")
 _SYNTAX = re.compile(rf"{_BRACKET}|[{{}}]")
 _NAME_FOLLOWS = re.compile(r"\[(?:P|MASK)(?!\w)")
+_NEVER_CLOSED = re.compile(rf"{_NAME_FOLLOWS.pattern}(?=[^\[\]]*(?:\[|\Z))")
 
 
 @dataclass(frozen=True)
@@ -264,5 +265,12 @@ def _give_spaces(pieces: list[Piece]) -> tuple[Piece, ...]:
 
 
 def escape(text: str) -> str:
-    """The template that parses to `text` alone."""
+    """The template that parses to `text` alone, unless it opens a bracket that is not closed."""
     return _SYNTAX.sub(lambda m: f"[{m[0]}]" if len(m[0]) > 1 else m[0] * 2, text)
+
+
+def heading(name: str) -> str:
+    """A column's name as words of a template, whatever stands behind them: one that opens what it
+    does not close, ``share [P``, has no spelling there and becomes ``Share (P``."""
+    words = _NEVER_CLOSED.sub(lambda m: f"({m[0][1:]}", name[:1].upper() + name[1:])
+    return escape(words)
