@@ -229,6 +229,10 @@ def test_an_id_that_no_prompt_owns_raises_and_names_the_owned_ranges() -> None:
         model(input_ids=torch.tensor([[5, 403]]))
     with pytest.raises(InputError, match="input id 100000 belongs"):
         model(input_ids=torch.tensor([[100000, 5]]))
+    for _ in range(30):
+        injector.add(rows_for(model))
+    with pytest.raises(InputError, match=r"have 400 to 402, .*, and 11 more$"):
+        model(input_ids=torch.tensor([[100000, 5]]))
 
 
 def test_ids_in_holes_between_spans_raise() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,14 @@ def test_prompts_are_added_replaced_and_removed(run: Run) -> None:
     assert code == 2 and "no merged prompt is called 'two'; there are one" in err
     assert run("two", "--model", "merged", "--output", "more")[0] == 0
     assert list(_table("more")) == ["one", "two"] and list(_table()) == ["one"]
+
+
+def test_of_many_prompts_the_first_are_named(run: Run) -> None:
+    many = [str(shutil.copytree("one", f"many/p{n:02}")) for n in range(25)]
+    code, out, err = run(*many, "--output", "merged", "--model", "base")
+    assert code == 0, err
+    named = ", ".join(f"p{n:02}" for n in range(20))
+    assert out == f"25 prompts in merged: {named}, and 5 more\n" and len(_table()) == 25
 
 
 def test_mistakes_are_one_line_and_change_nothing(run: Run) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -579,5 +580,7 @@ def test_free_answers_are_compared_as_the_tokenizer_reads_them_back(answer: str)
     by_tokens = teacher_forced(model, tokenizer, prompt, rows)[0]
     assert result.accuracy == by_tokens == 1.0
     assert not result.confident_mistakes() and result.majority_accuracy == 1.0
+    page = replace(result, majority_answer="a page of words\n" * 200)
+    assert page.rows()[-1][0] == "majority: " + ("a page of words " * 4)[:60] + "…"
     chosen = ptuning.evaluate(model, tokenizer, prompt, rows, candidates=[answer, "nowhere"])
     assert chosen.accuracy == 1.0 and chosen.right_answers == [answer] * 4

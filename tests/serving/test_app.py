@@ -60,6 +60,24 @@ def test_models_are_the_prompts_and_then_the_base_model(client: Any) -> None:
     assert mood["fields"] == ["text"] and mood["labels"] == ["good", "bad"]
     assert mood["base_model"] == "model"  # not a path of the server
     assert listed["refused"] == {}
+    for entry in listed["data"]:
+        assert client.get(f"/v1/models/{entry['id']}").json() == entry
+
+
+def test_a_client_that_sends_all_before_it_listens_hears_why_it_is_refused(
+    server: servers.Server,
+) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    head = f"POST {_PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    body = b" " * 2**25  # more than the sockets' buffers hold
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        response = http.client.HTTPResponse(client)
+        response.begin()
+        assert (
+            response.status == 413
+            and "larger than" in json.loads(response.read())["error"]["message"]
+        )
 
 
 def test_a_prompt_tells_its_nearest_words_and_its_training(client: Any) -> None:

@@ -142,6 +142,34 @@ def test_a_body_may_be_as_large_as_the_limit(told: bool, more: int, status: int)
     assert asyncio.run(_ask(before, "/v1/models", whole, told_length)) == status
 
 
+def test_a_refusal_is_said_before_the_rest_of_the_body_is_heard() -> None:
+    sent: list[Any] = []
+    told = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def chunks() -> Any:
+        told.append(len(sent))
+        return {"type": "http.request", "body": b" " * 8, "more_body": len(told) < 9}
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1", "headers": headers}
+    asyncio.run(Gate(Application(), None, Limits(body=20))(scope, chunks, send))
+    assert told == [0, 0, 0, *[2] * 6]  # the status and the reason stand before the rest
+    assert sent[0]["status"] == 413 and b"larger than 20 bytes" in sent[1]["body"]
+    assert [message.get("more_body") for message in sent] == [None, True, None]
+
+
+def test_a_body_that_never_ends_is_not_heard_for_ever() -> None:
+    async def endless() -> Any:
+        await asyncio.sleep(0)
+        return {"type": "http.request", "body": b" " * 8, "more_body": True}
+
+    before = Gate(Application(), None, Limits(body=20, body_seconds=0.2))
+    assert asyncio.run(_ask(before, "/v1", endless)) == 413
+
+
 @pytest.mark.parametrize(("size", "apart"), [(10, False), (10**6, True)])
 def test_a_large_body_is_read_beside_the_other_requests(
     size: int, apart: bool, monkeypatch: pytest.MonkeyPatch

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.rows import listed
 from ..devices import on_cpu_by_default
 from ..errors import InputError
 from ..threads import CHANGING
@@ -332,7 +333,7 @@ class Injector:
         return InputError(
             f"input id {id} belongs to no attached prompt: the model has ids 0 to "
             f"{self.threshold - 1}, attached prompts have "
-            + ", ".join(f"{s.first} to {s.end - 1}" for s in spans)
+            + listed(f"{s.first} to {s.end - 1}" for s in spans)
         )
 
     def _here(self, device: torch.device) -> _Lookup:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..data.rows import listed
 from ..errors import InputError
 from . import console, saved_prompt
 from .options import DtypeAsSaved, Json
@@ -77,7 +78,7 @@ def merge(
         console.print_json({"output": str(output), "prompts": merged.prompts})
         return
     count = len(merged.prompts)
-    console.tell(f"{count} prompt{'s' * (count != 1)} in {output}: {', '.join(merged.prompts)}")
+    console.tell(f"{count} prompt{'s' * (count != 1)} in {output}: {listed(merged.prompts)}")
 
 
 def _names(folders: list[str], names: list[str]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from torch import nn
 from ..backbone.base_model import BaseModel
 from ..data import Rows, as_rows
 from ..devices import on_cpu_by_default
-from ..errors import DataError, InputError, warn
+from ..errors import DataError, InputError, excerpt, warn
 from ..forward.engine import Engine
 from ..forward.scoring import label_log_probabilities, score, score_together
 from ..forward.together import biased
@@ -110,7 +110,8 @@ class Evaluation:
         ]
         if self.manual_calibrated is not None:
             found.append(("the same, calibrated", self.manual_calibrated))
-        return [*found, (f"majority: {self.majority_answer}", self.majority_accuracy)]
+        majority = excerpt(" ".join(self.majority_answer.split()), most=60)
+        return [*found, (f"majority: {majority}", self.majority_accuracy)]
 
     def rows(self) -> list[list[str]]:
         """The same in percent, as the rows of a table."""

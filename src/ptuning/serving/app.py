@@ -158,22 +158,18 @@ def _around(app: FastAPI, desk: Desk) -> None:
     @app.get("/v1/models", tags=["as OpenAI's"])
     async def models() -> dict[str, Any]:
         """Prompts, then the base model; `refused` says which prompts cannot be served, and why."""
-        base = {"id": backend.name, "object": "model", "created": 0, "owned_by": "base model"}
-        listed = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "ptuning", **_summary(served)}
-            for name, served in sorted(registry.served.items())
-        ]
+        listed = [_as_model(name, served) for name, served in sorted(registry.served.items())]
         if backend.name not in registry.served:
-            listed.append(base)
+            listed.append(_as_model(backend.name, None))
         return {"object": "list", "data": listed, "refused": dict(registry.refused)}
 
     @app.get("/v1/models/{name:path}", tags=["as OpenAI's"])
     async def model(name: str) -> dict[str, Any]:
         """One of them."""
-        found = [one for one in (await models())["data"] if one["id"] == name]
-        if not found:
+        served = registry.served.get(name)
+        if served is None and name != backend.name:
             raise Refused(404, f"there is no model {name!r} here; GET /v1/models lists them")
-        return dict(found[0])
+        return _as_model(name, served)
 
     @app.get("/health", tags=["server"])
     async def health() -> Json:
@@ -231,6 +227,13 @@ def _may_change(key: str | None) -> None:
         raise Refused(
             403, "without an API key (--api-key) nothing is changed by HTTP; change the folder"
         )
+
+
+def _as_model(name: str, served: Served | None) -> dict[str, Any]:
+    """As OpenAI lists a model: a prompt, or None for the base model."""
+    owner = "base model" if served is None else "ptuning"
+    told = {"id": name, "object": "model", "created": 0, "owned_by": owner}
+    return told if served is None else {**told, **_summary(served)}
 
 
 def _summary(served: Served) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -110,7 +111,13 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, status = time.monotonic(), 0
+        started, status, whole = time.monotonic(), 0, False
+
+        async def heard() -> Message:
+            nonlocal whole
+            message = await receive()
+            whole = not message.get("more_body")
+            return message
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -119,10 +126,11 @@ class Gate:
             await send(message)
 
         try:
-            await self._let_in(scope, receive, noted)
+            await self._let_in(scope, heard, noted)
         except Refused as error:
             if not status:
-                await _refuse(noted, error)
+                left = started + self._limits.body_seconds - time.monotonic()
+                await _refuse(noted, error, None if whole else heard, left)
         except Exception as error:  # nobody has a word for it: the log has the whole
             traceback.print_exception(error, file=sys.stderr)
             if not status:
@@ -214,12 +222,24 @@ async def _while_awaited(work: Awaitable[None], receive: Receive) -> None:
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-async def _refuse(send: Send, error: Refused) -> None:
+async def _refuse(
+    send: Send, error: Refused, receive: Receive | None = None, seconds: float = 0.0
+) -> None:
+    """Answer with an error. What still comes of the body is heard, for some seconds, and dropped:
+    were the connection closed on it, a client that sends all before it listens would not hear why.
+    """
     content = json.dumps(error_body(error.status, str(error))).encode()
     headers = {"content-type": "application/json", "content-length": str(len(content))}
     headers |= {"connection": "close", **error.headers}
     raw = [(k.encode(), v.encode()) for k, v in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    if receive is not None:
+        await send({"type": "http.response.body", "body": content, "more_body": True})
+        content = b""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while (await receive()).get("more_body"):
+                    pass
     await send({"type": "http.response.body", "body": content})
 
 
