@@ -148,6 +148,27 @@ def test_candidates_are_ranked_by_the_probability_of_the_whole_answer(family: st
             assert prediction.probabilities == pytest.approx(expected, abs=1e-4)
 
 
+def test_of_rows_that_compare_many_words_few_are_rendered_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, tokenizer, prompt = setting("llama")
+    options: Any = {"candidates": [f"Paris {n}" for n in range(10)]}
+    rows = [{"country": f"{row['country']} {n}"} for n in range(3) for row in ROWS]
+    whole = ptuning.predict_details(model, tokenizer, prompt, rows, **options)
+    rendered, each = list[int](), ptuning.Renderer.each
+
+    def noted(renderer: Any, some: Any, *rest: Any, **more: Any) -> Any:
+        rendered.append(len(some))
+        return each(renderer, some, *rest, **more)
+
+    monkeypatch.setattr(predicting, "_WORDS_AT_ONCE", 40)
+    monkeypatch.setattr(ptuning.Renderer, "each", noted)
+    in_parts = ptuning.predict_details(model, tokenizer, prompt, rows, **options)
+    assert max(rendered) == 4 and sum(rendered) == len(rows)
+    for one, other in zip(whole, in_parts, strict=True):
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+
+
 def test_a_manual_task_predicts_without_vectors() -> None:
     model, tokenizer, prompt = setting("llama")
     task = Task("{country} is [MASK]", answer_tokens=2)

@@ -161,11 +161,11 @@ def _answered(
 ) -> Iterator[list[dict[str, Any]]]:
     """Blocks of rows with their predictions, from row `done` on, of `count`."""
     from ..data.rows import in_blocks
-    from ..inference.prediction import rows_ahead, stream_predictions
+    from ..inference.prediction import rows_at_once, stream_predictions
 
     size = options["batch_size"]
     on_cpu = _ROWS_AT_ONCE if size is None else _BATCHES_AT_ONCE * size
-    at_once = rows_ahead(base[0], size) or on_cpu
+    at_once = rows_at_once(base[0], [prompt], options["candidates"], size, on_cpu)
     waiting: deque[list[dict[str, Any]]] = deque()  # blocks may be read ahead
 
     def blocks() -> Iterator[list[dict[str, Any]]]:

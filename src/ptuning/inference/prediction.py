@@ -27,6 +27,8 @@ _KEPT = 64 * 2**20
 """What one prompt's prediction keeps of the parts that its rows share."""
 _AHEAD = 2048
 """Rows that a GPU computes while the next ones are rendered."""
+_WORDS_AT_ONCE = 2**16
+"""Words that the rows of a block compare in all: each may be a sequence of its own."""
 
 
 def predict(
@@ -84,24 +86,36 @@ def predict_details(
     at_least_one("batch_size", batch_size)
     tasks = as_tasks(prompt)
     base = BaseModel.of(model, tokenizer)
+    candidates = as_candidates(candidates)
     whole = as_rows(rows)
-    at_once = rows_ahead(model, batch_size) or max(1, len(whole))
+    at_once = rows_at_once(model, tasks, candidates, batch_size, len(whole))
     blocks = [whole[at : at + at_once] for at in range(0, max(1, len(whole)), at_once)]
     found = _predicted(base, tasks, blocks, candidates, answer_tokens, batch_size)
     results = [list(chain.from_iterable(of_task)) for of_task in zip(*found, strict=True)]
     return results[0] if isinstance(prompt, Task) else results
 
 
-def rows_ahead(model: nn.Module, batch_size: int | None) -> int | None:
-    """Rows of a block where a GPU computes one while the next is rendered; None for a CPU.
+def rows_at_once(
+    model: nn.Module,
+    tasks: Sequence[Task],
+    candidates: Sequence[str] | None,
+    batch_size: int | None,
+    on_cpu: int,
+) -> int:
+    """Rows of a block, which are rendered together; fewer where each compares many words.
 
     Args:
-        model: says which it is.
-        batch_size: rows per forward, of which a block has eight at least.
+        model: on a GPU, which computes one block while the next is rendered, it says how many.
+        tasks: that each row is asked.
+        candidates: of `predict`; by default the tasks' label words are compared.
+        batch_size: rows per forward.
+        on_cpu: rows of a block elsewhere.
     """
-    if device_of(model).type == "cpu":
-        return None
-    return max(_AHEAD, 8 * (batch_size or 1))
+    on_gpu = device_of(model).type != "cpu"
+    rows = max(_AHEAD, 8 * (batch_size or 1)) if on_gpu else on_cpu
+    own = (len(words) for task in tasks for words in task.labels.values())
+    words = len(candidates) * len(tasks) if candidates else sum(own)
+    return max(1, min(rows, _WORDS_AT_ONCE // max(1, words)))
 
 
 def stream_predictions(
