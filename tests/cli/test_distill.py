@@ -30,7 +30,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def options(folder: Path, model: Path, **more: object) -> list[object]:
+def options(
+    folder: Path, model: Path, without: tuple[str, ...] = (), **more: object
+) -> list[object]:
     chosen = {
         "model": model,
         "teacher": folder / "teacher.txt",
@@ -41,7 +43,8 @@ def options(folder: Path, model: Path, **more: object) -> list[object]:
         "epochs": 2,
         **more,
     }
-    pairs = [(f"--{name.replace('_', '-')}", value) for name, value in chosen.items()]
+    given = [(name, value) for name, value in chosen.items() if name not in without]
+    pairs = [(f"--{name.replace('_', '-')}", value) for name, value in given]
     return [part for pair in pairs for part in pair if part is not None]
 
 
@@ -135,3 +138,39 @@ def test_texts_may_have_a_label_of_something_else(
     code, out, err = run("distill", *options(folder, model_folder))
     assert code == 0, err
     assert "that chose the epoch are answered as the teacher does" in out and "right:" not in out
+
+
+def test_an_ensemble_becomes_one_prompt(
+    run: Run,
+    folder: Path,
+    model_folder: Path,
+    on_cpu: None,
+    ctrl_c_after: Callable[[int | None], None],
+) -> None:
+    learn = options(folder, model_folder, ("teacher",), output=folder / "four", ensemble=2)
+    code, _, err = run("train", *learn, "--dev", folder / "texts.jsonl", "--population", "2")
+    assert code == 0, err
+
+    def from_ensemble(*without: str, **more: object) -> tuple[int, str, str]:
+        more = {"teacher": folder / "four", "encoder": "none", **more}
+        return run("distill", *options(folder, model_folder, without, **more))
+
+    code, out, err = from_ensemble("template", "labels", output=folder / "whole")
+    assert code == 0, err
+    assert "the teacher (prompts: 2) reads 24 texts" in err and "as the teacher does" in out
+    ctrl_c_after(2)
+    assert from_ensemble("template", "labels")[0] == 130
+    ctrl_c_after(None)
+    code, _, err = run("distill", "--output", folder / "out", "--resume")
+    assert code == 0, err
+    whole, resumed = (ptuning.Prompt.load(folder / name) for name in ("whole", "out"))
+    assert whole.trained_vectors().equal(resumed.trained_vectors())
+    assert whole.template == TEMPLATE and not whole.others
+    other = {"template": "{text} [P*2] [MASK]", "output": folder / "other"}
+    code, _, err = from_ensemble("labels", **other)
+    assert code == 0, err
+    assert ptuning.Prompt.load(folder / "other").labels == {"yes": ("yes",), "no": ("no",)}
+    code, _, err = from_ensemble(teacher=folder, output=folder / "x")
+    assert code == 2 and "give the folder of a saved prompt" in err
+    code, _, err = from_ensemble(labels="a=yes,b=no", output=folder / "y")
+    assert code == 2 and "give the prompt the teacher's verbalizer" in err

@@ -19,7 +19,8 @@ from ptuning.forward.engine import Engine
 from ptuning.forward.plain import by_label, word_scores
 from ptuning.inference import distillation, kept_answers, teaching
 from ptuning.inference.agreement import compare
-from ptuning.inference.teaching import ask, measured_bias, own_label, teacher_renderer
+from ptuning.inference.attachment import all_placed
+from ptuning.inference.teaching import Said, own_label, teacher_renderers
 from ptuning.prompts.teacher import Teacher
 from ptuning.rendering.lesson import Lessons
 from ptuning.training.guidance import dev_far_above
@@ -57,7 +58,7 @@ def prompt_of(template: str = TEMPLATE, **settings: Any) -> ptuning.Prompt:
 
 
 def distilled(
-    family: str, prompt: ptuning.Prompt, teacher: str = TEACHER, **options: Any
+    family: str, prompt: ptuning.Prompt, teacher: str | ptuning.Prompt = TEACHER, **options: Any
 ) -> tuple[Any, Any, ptuning.Distillation]:
     tokenizer = tiny.tokenizer()
     model = options.pop("model", None) or tiny.model(family, vocab_size=len(tokenizer))
@@ -67,9 +68,15 @@ def distilled(
     return model, tokenizer, result
 
 
-def lessons(engine: Engine, renderer: Any, rows: Any, weight: float = 0.0) -> list[Any]:
-    said = ask(engine, renderer, rows)
-    return teaching.lessons(engine.base, renderer.task, rows, said, weight)
+def ask(engine: Engine, teacher: Any, rows: Any, **options: Any) -> Said:
+    renderers = teacher_renderers(engine, teacher)
+    tasks = [renderer.task for renderer in renderers]
+    with all_placed(engine.base.model, engine.base.tokenizer, tasks) as first_ids:
+        return teaching.ask(engine, renderers, first_ids, rows, **options)
+
+
+def lessons(engine: Engine, teacher: Any, rows: Any, weight: float = 0.0) -> list[Any]:
+    return teaching.lessons(engine.base, teacher, rows, ask(engine, teacher, rows), weight)
 
 
 def engine_of(family: str, model: Any = None) -> tuple[Any, Any, Engine]:
@@ -133,7 +140,7 @@ def test_its_shares_are_those_of_the_model_that_reads_the_whole_text(
 ) -> None:
     model, tokenizer, engine = engine_of(family)
     teacher = Teacher.of(TEACHER, prompt_of(verbalizer=words))
-    said = lessons(engine, teacher_renderer(engine, teacher), TEXTS)
+    said = lessons(engine, teacher, TEXTS)
     plain = Engine(BaseModel.of(model, tokenizer), plain=True)
     renderer = plain.renderer(teacher)
     for row, lesson in zip(TEXTS, said, strict=True):
@@ -153,7 +160,7 @@ def test_its_free_answers_are_what_the_model_generates(family: str, ends: bool) 
     model, _, engine = engine_of(family, sharp(family, tokenizer))
     prompt = ptuning.Prompt("[P*4] {text}", answer_tokens=5, answer_end=ends)
     teacher = Teacher.of(TEACHER, prompt)
-    said = lessons(engine, teacher_renderer(engine, teacher), TEXTS)
+    said = lessons(engine, teacher, TEXTS)
     texts = ptuning.predict(model, tokenizer, teacher, TEXTS)
     assert [lesson.answer for lesson in said] == texts
     assert len({lesson.tokens for lesson in said}) > 1
@@ -176,12 +183,12 @@ def test_however_it_ends_is_the_one_end_that_a_prompt_learns(
     tokenizer = tiny.tokenizer()
     model, _, engine = engine_of("llama", sharp("llama", tokenizer))
     teacher = Teacher.of(TEACHER, ptuning.Prompt("[P*4] {text}", answer_tokens=5))
-    (before,) = lessons(engine, teacher_renderer(engine, teacher), TEXTS[:1])
+    (before,) = lessons(engine, teacher, TEXTS[:1])
     first, other = before.tokens[:2]
     own = tokenizer.eos_token_id
     assert len({first, other, own}) == 3
     model.generation_config.eos_token_id = [own, other]
-    (lesson,) = lessons(engine, teacher_renderer(engine, teacher), TEXTS[:1])
+    (lesson,) = lessons(engine, teacher, TEXTS[:1])
     assert lesson.tokens == (first, own)
     shares = dict(zip(before.likely[1].tolist(), before.shares[1].tolist(), strict=True))
     said = dict(zip(lesson.likely[1].tolist(), lesson.shares[1].tolist(), strict=True))
@@ -191,17 +198,16 @@ def test_however_it_ends_is_the_one_end_that_a_prompt_learns(
 def test_answers_of_many_tokens_are_found_a_row_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, engine = engine_of("llama", sharp("llama", tiny.tokenizer()))
     teacher = Teacher.of(TEACHER, ptuning.Prompt("[P*4] {text}", answer_tokens=5))
-    renderer = teacher_renderer(engine, teacher)
-    expected = [one.tokens for one in lessons(engine, renderer, TEXTS[:4])]
+    expected = [one.tokens for one in lessons(engine, teacher, TEXTS[:4])]
     monkeypatch.setattr("ptuning.inference.teaching._LOGITS", 7)
     rows, said = [], engine.continue_greedily
 
-    def counted(batch: Any, *rest: Any) -> Any:
+    def counted(batch: Any, *rest: Any, **options: Any) -> Any:
         rows.append(len(batch.input_ids))
-        return said(batch, *rest)
+        return said(batch, *rest, **options)
 
     monkeypatch.setattr(engine, "continue_greedily", counted)
-    assert [one.tokens for one in lessons(engine, renderer, TEXTS[:4])] == expected
+    assert [one.tokens for one in lessons(engine, teacher, TEXTS[:4])] == expected
     assert rows == [1, 1, 1, 1]
 
 
@@ -214,20 +220,21 @@ def test_it_may_fill_all_the_room_that_there_is_beside_its_answer() -> None:
         small = Engine(BaseModel.of(model, tokenizer))
         if more:
             with pytest.raises(InputError, match="give fewer answer_tokens"):
-                teacher_renderer(small, teacher)
+                teacher_renderers(small, teacher)
         else:
-            assert teacher_renderer(small, teacher).limit == alone + 5
+            assert teacher_renderers(small, teacher)[0].limit == alone + 5
 
 
 @pytest.mark.parametrize("words", [WORDS, LONG], ids=["short", "long"])
 def test_its_text_is_read_once(words: Any) -> None:
     model, _, engine = engine_of("llama")
-    renderer = teacher_renderer(engine, Teacher.of(TEACHER, prompt_of(verbalizer=words)))
+    teacher = Teacher.of(TEACHER, prompt_of(verbalizer=words))
+    (renderer,) = teacher_renderers(engine, teacher)
     computed: list[int] = []
     model.model.register_forward_pre_hook(
         lambda _, args, values: computed.append(values["input_ids"].numel()), with_kwargs=True
     )
-    ask(engine, renderer, TEXTS, batch_size=4)
+    ask(engine, teacher, TEXTS, batch_size=4)
     rows = [renderer(row, answered=False).sequences for row in TEXTS]
     assert rows[0][0].opening > 40 and engine.store is not None and engine.store.computed == 1
     assert sum(computed) < sum(len(one.ids) for row in rows for one in row) / 2
@@ -239,20 +246,21 @@ def test_a_system_s_turn_is_read_once() -> None:
         "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>answer:"
     )
     teacher = Teacher.of(TEACHER, ptuning.Prompt("[P] {text}", chat=True, answer_tokens=3))
-    renderer = teacher_renderer(Engine(BaseModel.of(model, tokenizer)), teacher)
+    engine = Engine(BaseModel.of(model, tokenizer))
+    (renderer,) = teacher_renderers(engine, teacher)
     examples = [renderer(row, answered=False).sequences[0] for row in TEXTS]
     assert tokenizer.decode(examples[0].ids).startswith(f"<s>system: {TEACHER.strip()}</s>")
     openings = {one.ids[: one.opening] for one in examples}
     assert len(openings) <= 2 and min(map(len, openings)) > 60  # the last word may begin a token
-    said = lessons(Engine(BaseModel.of(model, tokenizer)), renderer, TEXTS)
+    said = lessons(engine, teacher, TEXTS)
     assert [one.answer for one in said] == ptuning.predict(model, tokenizer, teacher, TEXTS)
 
 
 def test_labels_of_the_rows_are_mixed_in() -> None:
     _, _, engine = engine_of("llama")
-    renderer = teacher_renderer(engine, Teacher.of(TEACHER, prompt_of()))
+    teacher = Teacher.of(TEACHER, prompt_of())
     rows = [{**TEXTS[0], "label": "maybe"}, {**TEXTS[1], "label": None}, TEXTS[2]]
-    plain, mixed = lessons(engine, renderer, rows), lessons(engine, renderer, rows, 0.75)
+    plain, mixed = lessons(engine, teacher, rows), lessons(engine, teacher, rows, 0.75)
     expected = torch.from_numpy(plain[0].shares) / 4 + torch.tensor([0, 0, 0.75])
     torch.testing.assert_close(torch.from_numpy(mixed[0].shares), expected)
     assert mixed[0].answer == "maybe"
@@ -271,9 +279,8 @@ def test_a_calibrated_teacher_takes_the_labels_for_equally_frequent() -> None:
     tokenizer = tiny.tokenizer()
     model, _, engine = engine_of("llama", sharp("llama", tokenizer))
     teacher = Teacher.of(TEACHER, prompt_of())
-    plain = lessons(engine, teacher_renderer(engine, teacher), TEXTS)
-    said = ask(engine, teacher_renderer(engine, teacher), TEXTS)
-    teacher.label_bias = measured_bias(teacher, said, len(TEXTS))
+    plain = lessons(engine, teacher, TEXTS)
+    said = teaching.calibrate(teacher, ask(engine, teacher, TEXTS), len(TEXTS))
     told = teaching.lessons(engine.base, teacher, TEXTS, said)
     mean = torch.from_numpy(sum(one.shares for one in plain)) / len(TEXTS)
     for one, other in zip(plain, told, strict=True):
@@ -290,7 +297,7 @@ def test_a_teacher_is_calibrated_where_a_long_label_is_never_likely() -> None:
     tokenizer = tiny.tokenizer()
     prompt, model = prompt_of(verbalizer=words), sharp("llama", tokenizer)
     _, _, engine = engine_of("llama", model)
-    plain = lessons(engine, teacher_renderer(engine, Teacher.of(TEACHER, prompt)), TEXTS)
+    plain = lessons(engine, Teacher.of(TEACHER, prompt), TEXTS)
     assert min(max(one.shares[n] for one in plain) for n in (0, 1)) == 0
     _, _, result = distilled("llama", prompt, model=model, calibrate_teacher=True)
     assert all(torch.isfinite(torch.tensor(r["loss"])) for r in result.training.history)
@@ -435,11 +442,11 @@ def test_what_the_teacher_has_said_is_kept_while_a_run_lasts(
     asked: list[int] = []
     said = teaching._said
 
-    def counted(engine: Engine, renderer: Any, examples: Any, *rest: Any) -> Any:
+    def counted(engine: Engine, renderers: Any, examples: Any, *rest: Any) -> Any:
         if len(asked) == stop_after:
             raise KeyboardInterrupt
-        asked.append(len(examples))
-        return said(engine, renderer, examples, *rest)
+        asked.append(len(examples[0]))
+        return said(engine, renderers, examples, *rest)
 
     monkeypatch.setattr(teaching, "_said", counted)
     monkeypatch.setattr(teaching, "_TOGETHER", 5)
@@ -505,24 +512,100 @@ def test_other_labels_of_the_same_words_are_asked_for_anew(tmp_path: Path, on_cp
         assert torch.equal(kept.trained_vectors(), anew.trained_vectors())
 
 
+def ensemble_of(model: Any, tokenizer: Any, **settings: Any) -> ptuning.Prompt:
+    """Two trained prompts that answer together, one behind the text and one around it."""
+    prompt = prompt_of(encoder="none", **settings)
+    rows = [{**row, "label": "yes" if n % 2 else "no"} for n, row in enumerate(TEXTS)]
+    grid = {"template": [TEMPLATE, "[P*2] {text} it [P*2] [MASK]"]}
+    options: dict[str, Any] = {"epochs": 2, "learning_rate": 0.1, "verbose": False}
+    ptuning.train(model, tokenizer, prompt, rows, rows, grid=grid, ensemble=2, **options)
+    assert len(prompt.members) == 2
+    return prompt
+
+
+@pytest.mark.parametrize("settings", [{}, {"answer_tokens": 5, "verbalizer": None}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_an_ensemble_becomes_one_prompt(
+    tmp_path: Path, on_cpu: None, family: str, settings: dict[str, Any]
+) -> None:
+    tokenizer = tiny.tokenizer()
+    model = sharp(family, tokenizer)
+    if family == "bert" and settings:
+        pytest.skip("a masked model teaches labels")
+    teacher = ensemble_of(model, tokenizer, **settings)
+    _, _, engine = engine_of(family, model)
+    details = ptuning.predict_details(model, tokenizer, teacher, TEXTS)
+    taught = lessons(engine, teacher, TEXTS)
+    assert [one.answer for one in taught] == [one.answer for one in details]
+    for lesson, expected in zip(taught, details, strict=True):
+        shares = list(expected.probabilities.values()) or expected.probability
+        said = lesson.shares if expected.probabilities else lesson.shares.max(1).prod()
+        assert said == pytest.approx(shares, abs=1e-5)
+    vectors = [member.trained_vectors().clone() for member in teacher.members]
+    prompt = prompt_of(encoder="none", **settings)
+    prompt.begin_from(teacher)
+    options: dict[str, Any] = {"epochs": 6, "learning_rate": 0.005, "output": tmp_path}
+    _, _, result = distilled(family, prompt, teacher, model=model, dev=TEXTS[:8], **options)
+    losses = [record["loss"] for record in result.training.history]
+    assert min(losses) < losses[0] and not prompt.others
+    told = prompt.training["teacher"]
+    assert (told["template"], len(told["others"])) == (teacher.template, 1)
+    same = [
+        a.answer == b.answer
+        for a, b in zip(
+            ptuning.predict_details(model, tokenizer, prompt, TEXTS[:8]), details[:8], strict=True
+        )
+    ]
+    assert result.agreement.agreement == sum(same) / 8
+    assert result.agreement.teacher_tokens > 1.5 * result.agreement.tokens
+    for member, before in zip(teacher.members, vectors, strict=True):
+        assert torch.equal(member.trained_vectors(), before)
+
+
+def test_a_trained_teacher_s_bias_counts_once() -> None:
+    tokenizer = tiny.tokenizer()
+    model, _, engine = engine_of("llama", sharp("llama", tokenizer))
+    teacher = ensemble_of(model, tokenizer)
+    teacher.label_bias = {"yes": 0.5, "no": -0.5, "maybe": 1.0}
+    details = ptuning.predict_details(model, tokenizer, teacher, TEXTS)
+    for lesson, expected in zip(lessons(engine, teacher, TEXTS), details, strict=True):
+        assert lesson.shares == pytest.approx(list(expected.probabilities.values()), abs=1e-5)
+
+
+def test_what_no_trained_prompt_can_teach_is_refused() -> None:
+    tokenizer = tiny.tokenizer()
+    model = sharp("llama", tokenizer)
+    teacher = ensemble_of(model, tokenizer)
+    wrong: list[tuple[Any, Any, dict[str, Any], str]] = [
+        (teacher, teacher, {}, "cannot teach itself"),
+        (prompt_of(), prompt_of(), {}, "has no vectors yet"),
+        (teacher, prompt_of(verbalizer={"no": "no", "yes": "yes"}), {}, "give the prompt the teac"),
+        (teacher, prompt_of(verbalizer=None, answer_tokens=3), {}, "labels are none, and the"),
+        (teacher, prompt_of(), {"calibrate_teacher": True}, "calibrate_teacher is for a text"),
+    ]
+    for trained, prompt, options, message in wrong:
+        with pytest.raises(InputError, match=message):
+            distilled("llama", prompt, trained, model=model, **options)
+
+
 def test_the_time_that_is_given_counts_what_the_teacher_takes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given: list[float] = []
-    train, ask = distillation.train, distillation.lessons
+    train, asked = distillation.train, distillation.ask
 
-    def slow(*args: Any) -> Any:
-        time.sleep(0.06)
-        return ask(*args)
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.12)
+        return asked(*args, **kwargs)
 
     def told(*args: Any, **kwargs: Any) -> Any:
         given.append(kwargs["settings"].max_minutes)
         return train(*args, **kwargs)
 
-    monkeypatch.setattr(distillation, "lessons", slow)
+    monkeypatch.setattr(distillation, "ask", slow)
     monkeypatch.setattr(distillation, "train", told)
     distilled("llama", prompt_of(), max_minutes=10, epochs=1)
-    assert 0 < given[0] < 10 - 2 * 0.001  # of training and dev texts each
+    assert 0 < given[0] < 10 - 0.002
 
 
 # What is refused.
@@ -595,7 +678,7 @@ def test_wrong_input_is_refused_before_a_step(
 def test_a_training_by_lessons_reads_no_answers_of_the_rows(options: dict[str, Any]) -> None:
     model, tokenizer, engine = engine_of("llama")
     prompt = prompt_of()
-    taught = lessons(engine, teacher_renderer(engine, Teacher.of(TEACHER, prompt)), TEXTS)
+    taught = lessons(engine, Teacher.of(TEACHER, prompt), TEXTS)
     learnt = Lessons({}, taught[:9], taught[9:])
     with pytest.raises(InputError, match=f"leave {next(iter(options))} out|with a teacher leave"):
         ptuning.train(model, tokenizer, prompt, TEXTS[:9], TEXTS[9:], lessons=learnt, **options)

@@ -8,7 +8,7 @@ import pytest
 
 from ptuning.backbone.base_model import BaseModel
 from ptuning.forward.engine import Engine
-from ptuning.inference.teaching import ask, lessons, teacher_renderer
+from ptuning.inference.teaching import ask, lessons, teacher_renderers
 from ptuning.prompts.task import Task
 from ptuning.rendering.lesson import Lesson
 
@@ -24,7 +24,7 @@ def test_a_teachers_lesson_ends_where_the_model_does(place: Path, chat: bool, en
     rows = [{"country": "France"}, {"country": "Oslo"}]
 
     def taught() -> Lesson:
-        said = ask(engine, teacher_renderer(engine, task), rows)
+        said = ask(engine, teacher_renderers(engine, task), [0], rows)
         return lessons(engine.base, task, rows, said)[0]
 
     whole = taught().tokens

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,6 +35,7 @@ from .train import found, grid_of, is_open, prompt_of
 
 if TYPE_CHECKING:
     from ..inference.agreement import Agreement
+    from ..prompts.prompt import Prompt
 
 
 @filled(PANELS, prompt=OF_LEARNER, settings=OF_DISTILLING)
@@ -46,7 +49,8 @@ def distill(
         typer.Option(
             help="The long text: instructions, worked examples. With {columns} or [MASK] "
             "it is a template; else it stands in front of --template's own words (in a chat it is "
-            "the system's turn)."
+            "the system's turn). Or the folder of a trained prompt, such as an ensemble: without "
+            "--template the new one begins at its first member."
         ),
     ],
     data: Annotated[
@@ -91,7 +95,7 @@ def distill(
 ) -> None:
     """Put what a long text makes a model say into a few virtual tokens, without labels.
 
-    The teacher is the same frozen model behind the text. It reads --data once; the prompt learns
+    The teacher is the same frozen model behind it. It reads --data once; the prompt learns
     its probabilities of the label words, or of the tokens that it says. At the end both are
     compared: answers in common, right answers where there are labels, tokens and time per request.
 
@@ -104,15 +108,19 @@ def distill(
 
         ptuning distill --model smollm2 --teacher system.txt --data questions.jsonl \\
             --template "[P*20] {question}" --chat --answer-tokens 64 --output out/
+
+    Four prompts that answer together become one:
+
+        ptuning distill --model smollm2 --teacher ensemble/ --data texts.jsonl --output out/
     """
     from .. import distributed
     from ..backbone.load import load_model
     from ..data import read_examples
     from ..data.text import read_text
     from ..inference import kept_answers
-    from ..inference.distillation import check_distillation, columns_asked, with_dev
+    from ..inference.distillation import check_distillation, columns_asked, teacher_of, with_dev
     from ..inference.distillation import distill as distill_prompt
-    from ..prompts.teacher import Teacher
+    from ..prompts.prompt import Prompt
     from ..training import checkpoint
     from ..training.checks import check_whole
     from ..training.settings import TrainSettings
@@ -129,18 +137,24 @@ def distill(
                 f"{AUTO} is made of a table with answers, and distill needs none; write --template "
                 "and --labels"
             )
+        trained = Prompt.load(teacher) if teacher.is_dir() else None
+        if trained is not None and init_from is None:
+            if prompt["template"] is None:
+                init_from = teacher
+            else:
+                prompt = {**prompt, **_answers_of(trained, OF_LEARNER.given(context))}
         if prompt["template"] is None and init_from is None:
             raise InputError(
                 "no --template; it says where columns, virtual tokens and answer stand, for "
                 "example '[P*20] {text} Kind: [MASK]'"
             )
         grid = grid_of(population_grid, context.args)
-        text = read_text(teacher)
+        text = read_text(teacher) if trained is None else trained
         learner = prompt_of(context, prompt, init_from, [])
         rows = read_examples(data, separator)
         dev_rows = read_examples(dev, separator) if dev else []
         check_whole(learner, rows, answered=False)
-        long = Teacher.of(text, learner)
+        long = teacher_of(text, learner)
         read = columns_asked(learner, long, how, population, grid)
         rows, dev_rows = with_dev(rows, dev_rows, read, how.seed)
         held_out = read_examples(test, separator) if test else dev_rows
@@ -152,9 +166,12 @@ def distill(
         mixed = how.mixed_precision != "no"
         dtype = loading.chosen(model, dtype, instead if mixed else None, usual=True, frozen=frozen)
         base, tokenizer = load_model(model, dtype=dtype, frozen=frozen)
-        count = len(tokenizer(text, verbose=False)["input_ids"])
-        console.say(f"the teacher ({count:,} tokens) reads {len(rows) + len(dev_rows)} texts")
-        begun = found(learner, prompt, init_from)
+        if isinstance(text, Prompt):
+            size = f"prompts: {len(text.members)}"
+        else:
+            size = f"{len(tokenizer(text, verbose=False)['input_ids']):,} tokens"
+        console.say(f"the teacher ({size}) reads {len(rows) + len(dev_rows)} texts")
+        begun = {**found(learner, prompt, init_from), "init_from": init_from and str(init_from)}
         run_file = run_files.as_yaml({**run_files.settings_of(context), **begun, "dtype": dtype})
         with recorded(output, run_file, overwrite, resume, "distill") as listener:
             result = distill_prompt(
@@ -192,6 +209,17 @@ def distill(
                 _tell(result.agreement, "held out" if test else "that chose the epoch")
 
         distributed.from_main(end)
+
+
+def _answers_of(teacher: Prompt, given: Collection[str]) -> dict[str, Any]:
+    """A trained teacher's answers as options, where none are given."""
+    labels = {label: list(words) for label, words in teacher.labels.items()}
+    theirs = {
+        "verbalizer": json.dumps(labels) if labels else None,
+        "answer": teacher.answer,
+        "answer_tokens": teacher.answer_tokens,
+    }
+    return {name: value for name, value in theirs.items() if name not in given}
 
 
 def _tell(found: Agreement, which: str) -> None:

@@ -21,7 +21,7 @@ from ..rendering.render import Renderer
 from .answering import Prediction, Question, Reading, answers, read_back
 from .attachment import all_placed
 from .prediction import members_of
-from .teaching import own_label, teacher_renderer
+from .teaching import own_label, teacher_renderers
 
 _TIMED = 8
 """Requests whose time is taken."""
@@ -89,10 +89,10 @@ def compare(
     if not prompt.labels:
         own = [text and read_back(tokenizer, text) for text in own]
     ours = [Engine(base).renderer(member).asking() for member in members_of(prompt)]
-    theirs = teacher_renderer(Engine(base), teacher)
-    with all_placed(model, tokenizer, [r.task for r in ours]) as first:
-        asked = _questions(ours, first, rows, "test")
-        taught = _questions([theirs], [0], rows, "teacher")
+    theirs = teacher_renderers(Engine(base), teacher)
+    with all_placed(model, tokenizer, [r.task for r in (*ours, *theirs)]) as first:
+        asked = _questions(ours, first[: len(ours)], rows, "test")
+        taught = _questions(theirs, first[len(ours) :], rows, "teacher")
         found, known = (_answered(Engine(base), questions) for questions in (asked, taught))
         some = slice(0, _TIMED * max(1, len(rows) // _TIMED), max(1, len(rows) // _TIMED))
         keeping = Engine(base)

@@ -1,4 +1,5 @@
-"""`distill`: what a long text makes a model say, put into a few virtual tokens, without labels.
+"""`distill`: what a long text, or an ensemble of prompts, makes a model say, put into a few virtual
+tokens, without labels.
 
 teacher    the frozen model behind the long text          once: its distributions (`teaching`)
 student    the frozen model behind virtual tokens         `train` on them: KL(teacher || student)
@@ -28,6 +29,7 @@ from ..errors import DataError, InputError, warn
 from ..forward.engine import Engine
 from ..places import named
 from ..prompts.prompt import Prompt
+from ..prompts.task import Task
 from ..prompts.teacher import Teacher
 from ..rendering.example import check_rows
 from ..rendering.lesson import Lessons
@@ -40,8 +42,10 @@ from ..training.result import TrainResult
 from ..training.settings import TrainSettings, with_options
 from ..training.train import train
 from .agreement import Agreement, compare
+from .attachment import all_placed
 from .kept_answers import KeptAnswers
-from .teaching import ask, lessons, measured_bias, own_label, teacher_renderer
+from .prediction import members_of
+from .teaching import ask, calibrate, lessons, own_label, teacher_renderers
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def distill(
     rows: Rows,
     dev: Rows = (),
     *,
-    teacher: str,
+    teacher: str | Prompt,
     test: Rows = (),
     label_weight: float = 0.0,
     calibrate_teacher: bool = False,
@@ -78,7 +82,8 @@ def distill(
     verbose: bool = True,
     **options: Any,
 ) -> Distillation:
-    """Train a prompt to say what the same model says behind a long text.
+    """Train a prompt to say what the same model says behind a long text, or behind trained virtual
+    tokens: an ensemble of prompts becomes one.
 
     Args:
         model: a causal, masked or encoder-decoder language model; stays as it is.
@@ -87,7 +92,8 @@ def distill(
         rows: texts, as `train` takes rows; they need no answers.
         dev: texts that choose the best epoch; by default a fifth of `rows`.
         teacher: the text: with columns or ``[MASK]`` in it a template, else it stands in front of
-            the prompt's own words (`prompts.teacher`).
+            the prompt's own words (`prompts.teacher`). Or a trained prompt, alone or an ensemble,
+            with the same labels in the same order.
         test: texts that neither train nor choose, to be compared on.
         label_weight: from 0 to 1 how much the rows' own labels count where they have some.
         calibrate_teacher: take back what the teacher prefers whatever the texts say. It is measured
@@ -115,7 +121,7 @@ def distill(
         label_weight = plain(label_weight)  # numpy's, which no saved prompt takes
         base = BaseModel.of(model, tokenizer)
         settle_words(prompt, tokenizer, base.kind)
-        long = Teacher.of(teacher, prompt)
+        long = teacher_of(teacher, prompt)
         rows = as_rows(rows)
         check_whole(prompt, rows, answered=False)
         read = columns_asked(prompt, long, settings, population, grid)
@@ -134,16 +140,17 @@ def distill(
 
             def asked() -> Lessons:
                 engine = Engine(base)
-                renderer = teacher_renderer(engine, long)
+                renderers = teacher_renderers(engine, long)
                 kept = KeptAnswers(place, base, long, engine.ends(long)) if place else None
                 texts = [*training, *choosing]
                 heard = partial(_heard, hear, len(texts))
-                said = ask(engine, renderer, texts, kept=kept, listener=heard)
+                with all_placed(model, tokenizer, [r.task for r in renderers]) as first_ids:
+                    said = ask(engine, renderers, first_ids, texts, kept=kept, listener=heard)
                 if calibrate_teacher:
-                    long.label_bias = measured_bias(long, said, len(training))
-                taught = lessons(base, long, texts, said, label_weight)
+                    said = calibrate(long, said, len(training))
+                taught = lessons(base, prompt, texts, said, label_weight)
                 one, other = taught[: len(training)], taught[len(training) :]
-                return Lessons(long.about(label_weight), one, other)
+                return Lessons(about(long, label_weight), one, other)
 
             learnt = distributed.from_main(asked)
             training, choosing, learnt = _said(training, choosing, learnt)
@@ -166,6 +173,47 @@ def distill(
         # The main process alone has the teacher's bias, and times what it shares with nobody.
         found = distributed.from_main(lambda: compare(model, tokenizer, prompt, long, held_out))
         return Distillation(result, found)
+
+
+def teacher_of(teacher: str | Prompt, student: Prompt) -> Task:
+    """The task that teaches: a text in front of the student's question, or a trained prompt.
+
+    Raises:
+        InputError, TemplateError: a text that is none (`Teacher.of`), a prompt that is not trained,
+            is the student itself, or answers otherwise.
+    """
+    if not isinstance(teacher, Prompt):
+        return Teacher.of(teacher, student)
+    teacher.trained_vectors()
+    if teacher is student:
+        raise InputError(
+            "the prompt cannot teach itself; give another one to train (Prompt(…), or a copy that "
+            "is loaded again)"
+        )
+    ours, theirs = list(student.labels), list(teacher.labels)
+    if ours != theirs:
+        raise InputError(
+            f"the prompt's labels are {listed(map(repr, ours)) or 'none'}, and the teacher's "
+            f"{listed(map(repr, theirs)) or 'none'}; give the prompt the teacher's verbalizer"
+        )
+    return teacher
+
+
+def about(teacher: Task, label_weight: float) -> dict[str, Any]:
+    """What is kept of a teacher with the prompt that learnt from it."""
+    members = [_about_member(member) for member in members_of(teacher)]
+    told = members[0] if len(members) == 1 else {**members[0], "others": members[1:]}
+    calibrated = teacher.label_bias is not None
+    return {**told, "label_weight": label_weight, "calibrated": calibrated}
+
+
+def _about_member(member: Task) -> dict[str, Any]:
+    told: dict[str, Any] = {"template": member.parsed.text}
+    if isinstance(member, Teacher) and member.system is not None:
+        told["system"] = member.system
+    if isinstance(member, Prompt):
+        told["vectors"] = member.trained_vectors().double().sum().item()
+    return told
 
 
 def _heard(hear: Callable[[Progress], None], count: int, read: int) -> None:
@@ -229,7 +277,7 @@ def with_dev(
 
 def columns_asked(
     prompt: Prompt,
-    teacher: Teacher,
+    teacher: Task,
     settings: TrainSettings,
     population: int = 1,
     grid: Mapping[str, Sequence[Any]] | None = None,
@@ -240,12 +288,12 @@ def columns_asked(
         InputError: no template, or a population or grid that cannot be.
     """
     members = choices(prompt, settings, population, grid)
-    return (*columns_read(members), *teacher.parsed.fields)
+    return (*columns_read(members), *teacher.columns)
 
 
 def check_distillation(
     prompt: Prompt,
-    teacher: Teacher,
+    teacher: Task,
     rows: Sequence[Row],
     dev: Sequence[Row],
     held_out: Sequence[Row],
@@ -259,7 +307,7 @@ def check_distillation(
 
     Args:
         prompt: to train.
-        teacher: of it.
+        teacher: of it (`teacher_of`).
         rows: texts that train.
         dev: texts that choose.
         held_out: texts that both are compared on.
@@ -281,6 +329,11 @@ def check_distillation(
     is_number = isinstance(label_weight, int | float) and not isinstance(label_weight, bool)
     if not is_number or not 0 <= label_weight <= 1:
         raise InputError(f"label_weight is {label_weight!r}; give a share, 0 to 1")
+    if calibrate_teacher and isinstance(teacher, Prompt):
+        raise InputError(
+            "calibrate_teacher is for a text; a trained prompt has a label bias of its own, or is "
+            "trained with one (calibrate)"
+        )
     if calibrate_teacher and not prompt.labels:
         raise InputError("calibrate_teacher is for labels, and this prompt has none (verbalizer)")
     if label_weight and not prompt.labels:
@@ -291,7 +344,7 @@ def check_distillation(
             "labels"
         )
     check_run(prompt, rows, dev, settings, population, grid, answered=False)
-    for unknown in [name for name in teacher.parsed.fields if name not in rows[0]]:
+    for unknown in [name for name in teacher.columns if name not in rows[0]]:
         raise DataError(
             f"the teacher names the column {unknown!r}, and the texts have "
             f"{listed(map(repr, rows[0])) or 'none'}; name one of these, or write {{{{ and }}}} "

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from .. import formats, storage
 from ..backbone.base_model import BaseModel
 from ..backbone.eight_bits import frozen_format
 from ..backbone.identity import sample_of
 from ..errors import PromptFileError
-from ..prompts.teacher import Teacher
+from ..prompts.prompt import Prompt
+from ..prompts.task import Task
 from ..rendering.render import Rendered
 from ..training import checkpoint
+from .prediction import members_of
 from .teaching import LIKELIEST, Said
 
 _FOLDER, _ENDING = "teacher", ".safetensors"
@@ -33,7 +36,7 @@ class KeptAnswers:
         ends: the tokens that end what it says (`Engine.ends`).
     """
 
-    def __init__(self, output: Path, base: BaseModel, teacher: Teacher, ends: Sequence[int]):
+    def __init__(self, output: Path, base: BaseModel, teacher: Task, ends: Sequence[int]):
         self._folder = output / checkpoint.FOLDER / _FOLDER
         self._facts = {
             "model": sample_of(base.model)["values"],
@@ -41,7 +44,7 @@ class KeptAnswers:
             "frozen": frozen_format(base.model),
             "ends": ends,
             "likeliest": LIKELIEST,
-            **teacher.settings(),
+            "members": [_told(member) for member in members_of(teacher)],
         }
 
     def __call__(self, examples: Sequence[Rendered], ask: Callable[[], Said]) -> Said:
@@ -58,6 +61,14 @@ class KeptAnswers:
             said = ask()
         storage.write_file(self._folder / name, formats.pack_tensors(said, {}))
         return said
+
+
+def _told(member: Task) -> dict[str, Any]:
+    """What its answers depend on."""
+    if not isinstance(member, Prompt):
+        return member.settings()
+    vectors = formats.pack_tensors({"vectors": member.trained_vectors()}, {})
+    return {**member.settings(), "vectors": formats.sha256(vectors)}
 
 
 def delete_all(output: Path) -> None:

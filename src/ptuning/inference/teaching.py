@@ -1,4 +1,5 @@
-"""A teacher's lessons: what the frozen model says behind a long text, and how sure it is.
+"""A teacher's lessons: what the frozen model says behind a long text, or behind trained virtual
+tokens, and how sure it is.
 
 The teacher's rows open with the same text, so a causal model computes its keys and values once.
 Of label words the whole distribution is kept; of a free answer its tokens, and at each of them the
@@ -10,23 +11,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from ..backbone.base_model import BaseModel
 from ..backbone.kinds import ModelKind
-from ..backbone.modes import eval_mode
 from ..data.values import text_of
 from ..errors import DataError, InputError
 from ..forward.engine import Engine
 from ..forward.scoring import label_log_probabilities
-from ..forward.together import biased
+from ..forward.together import biased, mean_log_probabilities
 from ..prompts.task import Task
 from ..rendering.example import Example, answer_column, right_answer
 from ..rendering.lesson import Lesson
 from ..rendering.render import Rendered, Renderer, render_all
 from ..training.calibration import bias_against
+from .prediction import members_of
 
 LIKELIEST = 64
 """Tokens whose probabilities are kept at each place of a free answer."""
@@ -37,13 +39,17 @@ _TOGETHER = 64
 """Texts whose answers are kept as one."""
 
 
-def teacher_renderer(engine: Engine, teacher: Task) -> Renderer:
-    """What renders rows for a teacher.
+def teacher_renderers(engine: Engine, teacher: Task) -> list[Renderer]:
+    """What renders rows for a teacher, or for each member of an ensemble.
 
     Raises:
         InputError: the model has no room for a text behind the teacher's, or is a masked one
             without label words.
     """
+    return [_renderer(engine, member) for member in members_of(teacher)]
+
+
+def _renderer(engine: Engine, teacher: Task) -> Renderer:
     renderer = engine.renderer(teacher).asking()
     if engine.base.kind is ModelKind.MASKED and not renderer.compares:
         raise InputError(
@@ -73,7 +79,8 @@ their tokens, one answer behind the other, ``tokens`` ``(K,)``, the ``likely`` `
 
 def ask(
     engine: Engine,
-    renderer: Renderer,
+    renderers: Sequence[Renderer],
+    first_ids: Sequence[int],
     rows: Sequence[Example],
     batch_size: int | None = None,
     kept: Callable[[Sequence[Rendered], Callable[[], Said]], Said] | None = None,
@@ -82,8 +89,9 @@ def ask(
     """What a teacher says to each row.
 
     Args:
-        engine: of the frozen model; keeps the teacher's keys and values.
-        renderer: the teacher's (`teacher_renderer`).
+        engine: of the frozen model, in eval mode; keeps the teacher's keys and values.
+        renderers: the teacher's, or its members' (`teacher_renderers`).
+        first_ids: of each the first attached id; 0 for one without virtual tokens.
         rows: column -> value; answers are not needed.
         batch_size: rows per forward (`batching.chunks_by_length`).
         kept: gives what was said to some texts before, or has it said (`kept_answers`).
@@ -92,32 +100,37 @@ def ask(
     Raises:
         DataError: a row lacks a column.
     """
-    examples = render_all(renderer, rows, "teacher", answered=False)
+    examples = [render_all(renderer, rows, "teacher", answered=False) for renderer in renderers]
     said: list[Said] = []
-    with eval_mode(engine.base.model):
-        for start in range(0, len(examples), _TOGETHER):
-            some = examples[start : start + _TOGETHER]
-            having_it_said = partial(_said, engine, renderer, some, batch_size)
-            said.append(kept(some, having_it_said) if kept else having_it_said())
-            listener(start + len(some))
+    for start in range(0, len(rows), _TOGETHER):
+        some = [of_member[start : start + _TOGETHER] for of_member in examples]
+        having_it_said = partial(_said, engine, renderers, some, first_ids, batch_size)
+        said.append(kept([*chain(*some)], having_it_said) if kept else having_it_said())
+        listener(start + len(some[0]))
     return {name: torch.cat([part[name] for part in said]) for name in said[0]}
 
 
 @torch.no_grad()
 def _said(
-    engine: Engine, renderer: Renderer, examples: list[Rendered], batch_size: int | None
+    engine: Engine,
+    renderers: Sequence[Renderer],
+    examples: Sequence[list[Rendered]],
+    first_ids: Sequence[int],
+    batch_size: int | None,
 ) -> Said:
-    if not renderer.compares:
-        return _spoken(engine, renderer, examples, batch_size)
-    found = label_log_probabilities(engine, [renderer], [examples], [0], batch_size)
+    if not renderers[0].compares:
+        return _spoken(engine, renderers[0].task, examples, first_ids, batch_size)
+    found = label_log_probabilities(engine, renderers, examples, first_ids, batch_size)
     return {"log_probabilities": found}
 
 
-def measured_bias(task: Task, said: Said, count: int) -> dict[str, float]:
-    """For each label what takes back its mean share of what was said to the first `count` rows
-    (`calibration`: batch)."""
-    bias = bias_against(said["log_probabilities"][:count])
-    return dict(zip(task.labels, bias.tolist(), strict=True))
+def calibrate(teacher: Task, said: Said, count: int) -> Said:
+    """What was said, without what the teacher prefers on average of the first `count` rows
+    (`calibration`: batch); the teacher gets that as its label bias."""
+    found = said["log_probabilities"]
+    bias = bias_against(found[:count]).tolist()
+    teacher.label_bias = dict(zip(teacher.labels, bias, strict=True))
+    return {"log_probabilities": biased(found, bias)}
 
 
 def lessons(
@@ -127,9 +140,9 @@ def lessons(
 
     Args:
         base: the frozen model.
-        task: the teacher, with its label bias.
+        task: of the teacher, or of whom it teaches.
         rows: column -> value.
-        said: to these rows (`ask`), without the bias.
+        said: to these rows (`ask`).
         label_weight: how much of a lesson is the row's own label, where it has one.
 
     Raises:
@@ -138,15 +151,14 @@ def lessons(
     if not task.labels:
         return _of_free_answers(base, said)
     labels = list(task.labels)
-    bias = None if task.label_bias is None else [task.label_bias[label] for label in labels]
-    shares = biased(said["log_probabilities"], bias).softmax(-1).numpy()
     made = []
-    for number, (row, own_shares) in enumerate(zip(rows, shares, strict=True), 1):
+    of_rows = said["log_probabilities"].softmax(-1).numpy()
+    for number, (row, shares) in enumerate(zip(rows, of_rows, strict=True), 1):
         own = own_label(task, row, number) if label_weight else None
         if own is not None:
-            own_shares *= 1 - label_weight
-            own_shares[labels.index(own)] += label_weight
-        made.append(Lesson(labels[int(own_shares.argmax())], own_shares))
+            shares *= 1 - label_weight
+            shares[labels.index(own)] += label_weight
+        made.append(Lesson(labels[int(shares.argmax())], shares))
     return made
 
 
@@ -170,26 +182,34 @@ def own_label(task: Task, row: Example, number: int = 1) -> str | None:
 
 
 def _spoken(
-    engine: Engine, renderer: Renderer, examples: Sequence[Rendered], batch_size: int | None
+    engine: Engine,
+    task: Task,
+    examples: Sequence[list[Rendered]],
+    first_ids: Sequence[int],
+    batch_size: int | None,
 ) -> Said:
     """Free answers, the likeliest token each time, and then all their distributions at once."""
-    limit, tokenizer = renderer.task.answer_tokens, engine.base.tokenizer
+    limit, tokenizer = task.answer_tokens, engine.base.tokenizer
     if limit is None:
         raise InputError("how long may the teacher's answers be? Give answer_tokens")
-    ends = engine.ends(renderer.task)
-    width = limit * len(tokenizer)
+    ends, members = engine.ends(task), range(len(examples))
+    width = limit * len(tokenizer) * len(members)
     rows = max(1, min(batch_size or _ROWS, _LOGITS // width))
     made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-    for chunk in engine.chunks(examples, rows):
-        batch = engine.prediction_batch([(examples[i], 0) for i in chunk], [0])
-        spoken, _ = engine.continue_greedily(batch, limit, ends)
-        said = [_until(ids, ends, renderer.task.ends_answer) for ids in spoken.tolist()]
+    for chunk in engine.chunks(examples[0], rows, len(members)):
+        sizes = [len(members)] * len(chunk)
+        asked = [(examples[member][i], member) for i in chunk for member in members]
+        batch = engine.prediction_batch(asked, first_ids)
+        spoken, _ = engine.continue_greedily(batch, limit, ends, sizes=sizes)
+        said = [_until(ids, ends, task.ends_answer) for ids in spoken.tolist()]
         answered = [
-            replace(examples[i], sequences=(replace(examples[i].sequences[0], answer=ids),))
+            (replace(one, sequences=(replace(one.sequences[0], answer=ids),)), member)
             for i, ids in zip(chunk, said, strict=True)
+            for one, member in ((examples[member][i], member) for member in members)
         ]
-        batch = engine.prediction_batch([(example, 0) for example in answered], [0])
-        shares = _with_one_end(engine.logits(batch).float().softmax(-1), ends)
+        batch = engine.prediction_batch(answered, first_ids)
+        together = mean_log_probabilities(engine.logits(batch), sizes)
+        shares = _with_one_end(together.exp(), ends)
         likeliest = shares.topk(min(LIKELIEST, shares.shape[-1]), dim=-1)
         values, ids = likeliest.values.cpu(), likeliest.indices.cpu()
         for row, (number, tokens) in enumerate(zip(chunk, said, strict=True)):
@@ -197,7 +217,7 @@ def _spoken(
             own = slice(first, first + len(tokens))
             spoken_ids = torch.tensor(tokens, dtype=torch.long)
             made[number] = spoken_ids, ids[row, own], values[row, own]
-    answers = [made[number] for number in range(len(examples))]
+    answers = [made[number] for number in range(len(examples[0]))]
     parts = map(torch.cat, zip(*answers, strict=True))
     lengths = torch.tensor([len(spoken_ids) for spoken_ids, *_ in answers])
     return {"lengths": lengths, **dict(zip(_PARTS, parts, strict=True))}

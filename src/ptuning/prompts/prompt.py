@@ -110,7 +110,7 @@ class Prompt(PromptSettings):
             raise InputError(
                 f"this prompt is an ensemble of {len(self.members)} members, which answer "
                 f"together, and an ensemble cannot be {what}; take its best member alone "
-                "(prompt.alone(), or --alone on the command line)"
+                "(prompt.alone(), or --alone on the command line), or make one of all (distill)"
             )
 
     @property

@@ -10,7 +10,6 @@ Both are written in the template language: a brace that is meant as text is doub
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from ..errors import InputError, TemplateError, excerpt
 from .task import Task
@@ -52,17 +51,6 @@ class Teacher(Task):
             said = "".join(piece.text for piece in parsed.pieces if isinstance(piece, Text))
             return cls(**settings, system=said.strip())
         return cls(**{**settings, "template": f"{text.rstrip()}\n\n{settings['template']}"})
-
-    def about(self, label_weight: float) -> dict[str, Any]:
-        """What is kept of it with the prompt that learnt from it."""
-        said = {} if self.system is None else {"system": self.system}
-        calibrated = self.label_bias is not None
-        return {
-            "template": self.parsed.text,
-            **said,
-            "label_weight": label_weight,
-            "calibrated": calibrated,
-        }
 
     def turns(self, text: str) -> list[dict[str, str]]:
         """As `Task.turns`, behind the system's."""
