@@ -174,3 +174,23 @@ def test_an_ensemble_becomes_one_prompt(
     assert code == 2 and "give the folder of a saved prompt" in err
     code, _, err = from_ensemble(labels="a=yes,b=no", output=folder / "y")
     assert code == 2 and "give the prompt the teacher's verbalizer" in err
+
+
+def test_a_trained_teacher_s_free_answers_are_learnt_behind_another_template(
+    run: Run, folder: Path, model_folder: Path, on_cpu: None
+) -> None:
+    names = ("teacher", "labels", "template")
+    learn = options(folder, model_folder, names, output=folder / "free")
+    code, _, err = run("train", *learn, "--template", "[P*2] {text} [P*2] [MASK]",
+                       "--dev", folder / "texts.jsonl", "--no-answer-end")  # fmt: skip
+    assert code == 0, err
+    taught = options(folder, model_folder, ("labels",), teacher=folder / "free")
+    code, _, err = run("distill", *taught)
+    assert code == 0, err
+    one, teacher = (ptuning.Prompt.load(folder / name) for name in ("out", "free"))
+    assert (one.answer_tokens, one.answer_end) == (teacher.answer_tokens, False)
+    again = ("--config", folder / "out/run.yaml", "--output", folder / "again")
+    code, _, err = run("distill", *again)
+    assert code == 0, err
+    vectors = [ptuning.Prompt.load(folder / name).trained_vectors() for name in ("out", "again")]
+    assert vectors[0].equal(vectors[1])

@@ -583,6 +583,9 @@ def test_what_no_trained_prompt_can_teach_is_refused() -> None:
         (teacher, prompt_of(verbalizer=None, answer_tokens=3), {}, "labels are none, and the"),
         (teacher, prompt_of(), {"calibrate_teacher": True}, "calibrate_teacher is for a text"),
     ]
+    free = {"verbalizer": None, "answer_tokens": 5}
+    speaks = ensemble_of(model, tokenizer, **free)
+    wrong += [(speaks, prompt_of(**free, answer_end=False), {}, "answer_end is False for the pro")]
     for trained, prompt, options, message in wrong:
         with pytest.raises(InputError, match=message):
             distilled("llama", prompt, trained, model=model, **options)

@@ -171,7 +171,9 @@ def distill(
         else:
             size = f"{len(tokenizer(text, verbose=False)['input_ids']):,} tokens"
         console.say(f"the teacher ({size}) reads {len(rows) + len(dev_rows)} texts")
-        begun = {**found(learner, prompt, init_from), "init_from": init_from and str(init_from)}
+        answers = {"answer_tokens": learner.answer_tokens, "answer_end": learner.answer_end}
+        begun = {**found(learner, prompt, init_from), **answers}
+        begun["init_from"] = init_from and str(init_from)
         run_file = run_files.as_yaml({**run_files.settings_of(context), **begun, "dtype": dtype})
         with recorded(output, run_file, overwrite, resume, "distill") as listener:
             result = distill_prompt(
@@ -218,6 +220,7 @@ def _answers_of(teacher: Prompt, given: Collection[str]) -> dict[str, Any]:
         "verbalizer": json.dumps(labels) if labels else None,
         "answer": teacher.answer,
         "answer_tokens": teacher.answer_tokens,
+        "answer_end": teacher.answer_end,
     }
     return {name: value for name, value in theirs.items() if name not in given}
 

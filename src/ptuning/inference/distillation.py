@@ -196,6 +196,11 @@ def teacher_of(teacher: str | Prompt, student: Prompt) -> Task:
             f"the prompt's labels are {listed(map(repr, ours)) or 'none'}, and the teacher's "
             f"{listed(map(repr, theirs)) or 'none'}; give the prompt the teacher's verbalizer"
         )
+    if teacher.ends_answer != student.ends_answer:
+        raise InputError(
+            f"answer_end is {student.answer_end} for the prompt and {teacher.answer_end} for its "
+            "teacher; give the prompt the teacher's, since it learns what the teacher says"
+        )
     return teacher
 
 
