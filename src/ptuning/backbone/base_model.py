@@ -65,8 +65,12 @@ class BaseModel:
         """An id for padded positions, which are masked: any that the embedding has a row for will
         do, and a tokenizer's may have been added to it alone."""
         pad = getattr(self.tokenizer, "pad_token_id", None)
-        rows = input_embedding(self.model).num_embeddings
-        return pad if isinstance(pad, int) and 0 <= pad < rows else 0
+        return pad if isinstance(pad, int) and 0 <= pad < self.known_tokens else 0
+
+    @property
+    def known_tokens(self) -> int:
+        """How many ids the embedding has rows for; a tokenizer may have more, or fewer."""
+        return input_embedding(self.model).num_embeddings
 
     @property
     def decoder_start_id(self) -> int:

@@ -149,12 +149,12 @@ def distill(
                 "example '[P*20] {text} Kind: [MASK]'"
             )
         grid = grid_of(population_grid, context.args)
-        text = read_text(teacher) if trained is None else trained
+        source = read_text(teacher) if trained is None else trained
         learner = prompt_of(context, prompt, init_from, [])
         rows = read_examples(data, separator)
         dev_rows = read_examples(dev, separator) if dev else []
         check_whole(learner, rows, answered=False)
-        long = teacher_of(text, learner)
+        long = teacher_of(source, learner)
         read = columns_asked(learner, long, how, population, grid)
         rows, dev_rows = with_dev(rows, dev_rows, read, how.seed)
         held_out = read_examples(test, separator) if test else dev_rows
@@ -166,10 +166,10 @@ def distill(
         mixed = how.mixed_precision != "no"
         dtype = loading.chosen(model, dtype, instead if mixed else None, usual=True, frozen=frozen)
         base, tokenizer = load_model(model, dtype=dtype, frozen=frozen)
-        if isinstance(text, Prompt):
-            size = f"prompts: {len(text.members)}"
+        if isinstance(source, Prompt):
+            size = f"prompts: {len(source.members)}"
         else:
-            size = f"{len(tokenizer(text, verbose=False)['input_ids']):,} tokens"
+            size = f"{len(tokenizer(source, verbose=False)['input_ids']):,} tokens"
         console.say(f"the teacher ({size}) reads {len(rows) + len(dev_rows)} texts")
         answers = {"answer_tokens": learner.answer_tokens, "answer_end": learner.answer_end}
         begun = {**found(learner, prompt, init_from), **answers}
@@ -182,7 +182,7 @@ def distill(
                 learner,
                 rows,
                 dev_rows,
-                teacher=text,
+                teacher=source,
                 test=held_out if test else (),
                 label_weight=label_weight,
                 calibrate_teacher=calibrate_teacher,

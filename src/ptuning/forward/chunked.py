@@ -91,14 +91,8 @@ def losses_and_right(
 def word_scores(
     model: nn.Module, batch: Batch, words: int, shortener: Shortener | None = None
 ) -> Tensor:
-    """Scores ``(N, words)`` of the label words that each example compares, as `plain.word_scores`.
-
-    Args:
-        model: the base model.
-        batch: prepared for label comparison.
-        words: how many.
-        shortener: as for `plain.answer_logits`.
-    """
+    """`label_word_scores` for words of any number of tokens, in bounded memory where some have
+    several; the arguments are those there."""
     if batch.label_ids is not None:
         return label_word_scores(model, batch, words, shortener)
     read = _read(model, batch, shortener, LARGEST_OF_WORDS)

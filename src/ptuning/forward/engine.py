@@ -23,7 +23,6 @@ from transformers import Cache
 
 from ..backbone.base_model import BaseModel
 from ..backbone.kinds import ModelKind
-from ..backbone.lookups import input_embedding
 from ..backbone.traits import packs_rows
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
@@ -95,8 +94,8 @@ class Engine:
     def renderer(self, task: Task, candidates: list[str] | None = None) -> Renderer:
         """What renders rows for a task on this model; its arguments are `Renderer`'s."""
         base = self.base
-        longest, rows = base.longest_answer, input_embedding(base.model).num_embeddings
-        return Renderer(base.tokenizer, task, base.kind, base.context, candidates, longest, rows)
+        limits = base.longest_answer, base.known_tokens
+        return Renderer(base.tokenizer, task, base.kind, base.context, candidates, *limits)
 
     def batch(
         self, rows: Sequence[Numbered], first_ids: Sequence[int], device: str | None = None

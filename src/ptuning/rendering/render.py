@@ -89,7 +89,7 @@ class Renderer:
         context: the model's context length; the task's ``max_length`` may be smaller.
         candidates: compare these answers instead of the verbalizer's labels.
         longest_answer: tokens that a decoder of its own has room for.
-        rows: how many tokens the model has a row for; None for all of the tokenizer's.
+        known_tokens: how many ids the model has rows for; None for all of the tokenizer's.
 
     Attributes:
         groups: for each group of virtual tokens the ids that initialise them, or None.
@@ -111,7 +111,7 @@ class Renderer:
         context: int | None = None,
         candidates: list[str] | None = None,
         longest_answer: int | None = None,
-        rows: int | None = None,
+        known_tokens: int | None = None,
     ):
         check_tokenizer(tokenizer)
         self.tokenizer, self.task, self.kind = tokenizer, task, kind
@@ -136,7 +136,8 @@ class Renderer:
         self._in_words = () if candidates else columns_in_words(task)
         self._literal = bool(candidates)
         self._longest_answer = longest_answer
-        self._rows = rows if rows is not None and rows < len(tokenizer) else None
+        fewer = known_tokens is not None and known_tokens < len(tokenizer)
+        self._known_tokens = known_tokens if fewer else None
         self.layout = Layout(tokenizer, task, kind, [len(group) for group in self.groups])
         self._check_kind()
 
@@ -316,24 +317,24 @@ class Renderer:
                     f"the answer has {len(sequence.answer)} tokens, its end included, and the "
                     f"model's decoder has room for {self._longest_answer}; shorten it"
                 )
-            self._check_rows(sequence)
+            self._check_tokens(sequence)
             room = self._room(sequence)
             if room is not None and len(sequence.ids) > room:
                 return ()
             sequences.append(sequence)
         return tuple(sequences)
 
-    def _check_rows(self, sequence: Sequence) -> None:
+    def _check_tokens(self, sequence: Sequence) -> None:
         """Refuse what was added to the tokenizer alone."""
-        if self._rows is None:
+        if self._known_tokens is None:
             return
         highest = max((*sequence.ids, *sequence.answer), default=0)
-        if highest >= self._rows:
+        if highest >= self._known_tokens:
             token = self.tokenizer.convert_ids_to_tokens(highest)
             raise DataError(
                 f"{token!r} stands here, which is token {highest} of the tokenizer, and the model "
-                f"has tokens 0 to {self._rows - 1}; take it out of the text, or give the model "
-                "rows for it (resize_token_embeddings)"
+                f"has tokens 0 to {self._known_tokens - 1}; take it out of the text, or give the "
+                "model rows for it (resize_token_embeddings)"
             )
 
     def _room(self, sequence: Sequence) -> int | None:
