@@ -87,6 +87,51 @@ def test_a_job_runs_behind_what_was_asked_before_it() -> None:
     batcher.close()
 
 
+def test_brief_questions_are_let_in_by_a_long_batch_for_as_long_as_itself_takes() -> None:
+    order: list[Any] = []
+    running, asked = threading.Event(), threading.Event()
+    seconds = {"long": 0.0, "brief": 0.05}
+
+    def answer(items: Sequence[Item]) -> Iterator[tuple[Item, Any]]:
+        for item in items:
+            if item.question == "long":
+                running.set()
+                assert asked.wait(200)
+                begun = time.monotonic()
+                for _ in range(2):
+                    batcher.let_in()
+                order.append("token")
+                while batcher.depth > 2:
+                    batcher.let_in()
+                seconds["long"] = time.monotonic() - begun
+            else:
+                batcher.let_in()  # those that were let in let nobody in
+                time.sleep(seconds["brief"])
+            if item.question == "poison":
+                raise RuntimeError("poisoned")
+            order.append(item.question)
+            yield item, item.question
+
+    batcher = Batcher(answer, most=2)
+    (long, *others), brief = _items("long", "other", "another"), _items(1, 2, 3, "poison", 5)
+    batcher.ask([long])
+    assert running.wait(200)
+    for item in brief:
+        item.brief = True
+    batcher.ask([others[0], *brief, others[1]])
+    asked.set()
+    for item in [long, *others, *brief]:
+        if item.question == "poison":
+            with pytest.raises(RuntimeError, match="poisoned"):
+                item.answer.result(200)
+        else:
+            assert item.answer.result(200) == item.question
+    assert order == [1, 2, "token", 3, 5, "long", "other", "another"]
+    # Five and the one that failed with another, between which as much time went by again.
+    assert seconds["long"] > 2 * 5 * seconds["brief"] - seconds["brief"]
+    batcher.close()
+
+
 def test_more_than_may_wait_is_refused_whole() -> None:
     model = Model()
     model.gate.clear()

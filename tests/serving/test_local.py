@@ -415,6 +415,62 @@ def test_nothing_is_written_on_for_a_stream_that_nobody_reads(place: Path, local
     assert len(forwards) < 30
 
 
+@pytest.mark.parametrize(
+    "family, remembers", [("llama", False), ("gemma2", False), ("t5", False), ("llama", True)]
+)
+def test_brief_questions_are_answered_between_the_tokens_of_a_long_answer(
+    family: str, remembers: bool
+) -> None:
+    tokenizer = tiny.tokenizer(around=family == "t5")
+    made = tiny.model(family, vocab_size=len(tokenizer))
+    made.generation_config.eos_token_id = made.config.eos_token_id = None
+    if remembers:
+        made.model.rope_deltas = None
+    weight, prompts = made.get_input_embeddings().weight, []
+    for options in ({"verbalizer": {"good": "Paris", "bad": "Rome"}}, {"answer_tokens": 4}, {}):
+        prompt = Prompt("[P*2] {text} [P]: [MASK]", **options)
+        prompt.vectors = torch.randn(3, weight.shape[1]) * weight.std().detach()
+        prompt.base_model = describe(made, tokenizer)
+        prompts.append(prompt)
+    local, row = Local(BaseModel.of(made, tokenizer)), {"text": "it rains in Oslo"}
+    labels, few, many = (local.take_on(str(n), p) for n, p in enumerate(prompts))
+    alone = [answered(local, handle, row) for handle in (labels, few)]
+    *_, whole = asyncio.run(_streamed(local, many, row, limit=40))
+    order, forwards, asked = list[str](), list[int](), threading.Event()
+
+    def forward(*_: Any) -> None:
+        forwards.append(1)
+        if len(forwards) == 3:
+            asked.wait(60)
+
+    async def ask(name: str, handle: Any, **wish: Any) -> Any:
+        *_, answer = await _streamed(local, handle, row, **wish)
+        order.append(name)
+        return answer
+
+    async def all_of_them() -> list[Any]:
+        long = asyncio.create_task(ask("long", many, limit=40))
+        while len(forwards) < 3:
+            await asyncio.sleep(0)
+        others = [ask("labels", labels), ask("few", few), ask("many", many, limit=30)]
+        tasks = [asyncio.create_task(other) for other in others]
+        while local.depth < 3:
+            await asyncio.sleep(0)
+        asked.set()
+        return await asyncio.gather(long, *tasks)
+
+    with made.register_forward_pre_hook(forward):
+        streamed, *brief, _ = asyncio.run(all_of_them())
+    if remembers:
+        assert order[0] == "long"
+    else:
+        assert (sorted(order[:2]), order[2:]) == (["few", "labels"], ["long", "many"])
+    for answer, right in zip([streamed, *brief], [whole, *alone], strict=True):
+        assert answer.text == right.text
+        assert answer.probability == pytest.approx(right.probability, rel=1e-4)
+    asyncio.run(local.close())
+
+
 @pytest.mark.parametrize("family", ["bert", "t5"])
 def test_masked_and_encoder_decoder_models_answer_as_in_predict(family: str) -> None:
     tokenizer = tiny.tokenizer(around=True)

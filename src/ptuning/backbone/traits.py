@@ -48,6 +48,7 @@ _COUNT_COLUMNS = (
 )
 _SEE_PADDING = ("convbert", "fnet", "funnel", "nystromformer", "xlstm", "yoso")
 """Convolutions, Fourier transforms, landmarks and states, which take no notice of a mask."""
+_OF_ROWS = ("rope_deltas", "recurrent_states")
 _DECODER_NAMES = ("max_decoder_position_embeddings", "max_position_embeddings")
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 
@@ -162,6 +163,12 @@ def reads_caches(model: nn.Module) -> bool:
     if not (attends and takes) or counts_columns(model) or scales_with_length(model):
         return False
     return not (checkpoints_gradients(model) or is_spread(model) or is_stateful(model))
+
+
+def remembers_rows(model: nn.Module) -> bool:
+    """Between two tokens something of the rows stays in the model itself, not in a cache: there no
+    other row may come in between (positions of images in Qwen2-VL, states of RecurrentGemma)."""
+    return any(hasattr(m, name) for m in model.modules() for name in _OF_ROWS)
 
 
 def packs_rows(model: nn.Module) -> bool:

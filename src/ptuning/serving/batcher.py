@@ -3,6 +3,7 @@
 Questions wait in the order in which they come. Whenever the model is free, all that wait, up to
 `most`, go as one batch, so batches grow with the load and a lone question waits for nothing. Jobs
 (attach a prompt, take it off) stand in the same queue: what was asked before is answered before.
+Only brief questions overtake: between two tokens of a long answer they are let in.
 
 Knows nothing of HTTP, prompts or models.
 """
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from ..errors import PtuningError
@@ -40,12 +42,14 @@ class Item:
     Attributes:
         question: for the function that answers.
         deadline: of `time.monotonic`.
+        brief: it is answered in a moment, so it need not wait for others' long answers.
         answer: comes here.
         abandoned: nobody wants the answer any more.
     """
 
     question: Any
     deadline: float
+    brief: bool = False
     answer: Future[Any] = field(default_factory=Future)
     abandoned: bool = False
 
@@ -75,6 +79,8 @@ class Batcher:
         self._queue: deque[Item | Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._closing = self._ended = False
+        self._brief = 0  # of those that wait
+        self._interrupted, self._next_time = False, 0.0
         self.sizes: Callable[[int], None] = lambda size: None
         """Hears the size of each batch."""
         self._thread = threading.Thread(target=self._work, name="ptuning model", daemon=True)
@@ -96,7 +102,28 @@ class Batcher:
                     "moment"
                 )
             self._queue.extend(items)
+            self._brief += sum(item.brief for item in items)
             self._changed.notify()
+
+    def let_in(self) -> None:
+        """Answer brief questions that wait; for the function that answers, in the middle of a batch.
+
+        They get as much time as the batch itself: after a second of theirs none are let in for one.
+        """
+        if self._interrupted or not self._brief or time.monotonic() < self._next_time:
+            return
+        with self._changed:
+            waiting = (one for one in self._queue if isinstance(one, Item) and one.brief)
+            items = list(islice(waiting, self._most))
+            for item in items:
+                self._queue.remove(item)
+            self._brief -= len(items)
+        self._interrupted, begun = True, time.monotonic()
+        try:
+            self._serve(items)
+        finally:
+            now = time.monotonic()
+            self._interrupted, self._next_time = False, now + (now - begun)
 
     def run(self, job: Callable[[], Any]) -> Any:
         """Run a job in the thread, behind what waits now; gives its result or raises its error."""
@@ -161,6 +188,7 @@ class Batcher:
         taken: list[Item] = []
         while self._queue and len(taken) < self._most and isinstance(self._queue[0], Item):
             taken.append(self._queue.popleft())  # type: ignore[arg-type]
+        self._brief -= sum(item.brief for item in taken)
         return taken
 
     def _serve(self, items: list[Item]) -> None:

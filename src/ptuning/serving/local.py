@@ -12,6 +12,7 @@ from ..backbone.base_model import BaseModel
 from ..backbone.identity import difference, name_of
 from ..backbone.kinds import ModelKind
 from ..backbone.modes import eval_mode
+from ..backbone.traits import remembers_rows
 from ..errors import InputError, PtuningError
 from ..forward.engine import Engine
 from ..inference.answering import Question, Reading, answers
@@ -39,6 +40,8 @@ from .batcher import Batcher, Item
 
 _KEPT = 64 * 2**20
 """Bytes that the engine keeps of what rows have in common."""
+_MOMENT = 8
+"""Tokens of a free answer at most for which others' long answers are interrupted."""
 _NEAR = 16
 """Tokens in front of what is said that decide how it is spelled: a space, half a character."""
 
@@ -119,6 +122,7 @@ class Local:
         self.base, self.name = base, shown_name(name_of(base.model))
         self._most = most
         self._engine = Engine(base, _KEPT)
+        self._can_wait = not remembers_rows(base.model)
         self.batcher = Batcher(self._answer, most, waiting)
         causal = base.kind is ModelKind.CAUSAL
         self.plain = self._if_it_fits(PLAIN)
@@ -151,7 +155,8 @@ class Local:
 
     async def answer(self, handle: Handle, rows: Sequence[Row], wish: Wish) -> list[Answer]:
         """An answer for each row."""
-        items = [Item(_Asked(handle, row, wish), wish.deadline) for row in rows]
+        brief = self._is_brief(handle, wish)
+        items = [Item(_Asked(handle, row, wish), wish.deadline, brief) for row in rows]
         self.batcher.ask(items)
         try:
             async with in_time(wish.deadline):
@@ -172,7 +177,8 @@ class Local:
                 loop.call_soon_threadsafe(parts.put_nowait, text[len(passed_on) :])
                 passed_on = text
 
-        item = Item(_Asked(handle, row, wish, heard), wish.deadline)
+        brief = self._is_brief(handle, wish)
+        item = Item(_Asked(handle, row, wish, heard), wish.deadline, brief)
         item.answer.add_done_callback(lambda _: loop.call_soon_threadsafe(parts.put_nowait, None))
         self.batcher.ask([item])
         said = ""
@@ -229,6 +235,10 @@ class Local:
         except PtuningError:
             return None
 
+    def _is_brief(self, handle: Handle, wish: Wish) -> bool:
+        compares = handle.renderers[0].compares or self.base.kind is ModelKind.MASKED
+        return self._can_wait and (compares or wish.tokens(handle.task) <= _MOMENT)
+
     # In the model's thread.
 
     def _handle(self, task: Task) -> Handle:
@@ -268,7 +278,7 @@ class Local:
             before = readings[0].example.sequences[0].ids if handle.goes_on else None
             ends = self._engine.ends(handle.task)
             listener = _Listener(item, self.base.tokenizer, ends, before)
-            question = Question.of(readings, limit=limit, watch=listener)
+            question = Question.of(readings, limit=limit, watch=self._interruptible(listener))
             asked.append((item, listener, question))
         with eval_mode(self.base.model):
             found = answers(self._engine, [question for *_, question in asked], self._most)
@@ -292,6 +302,14 @@ class Local:
                     complete,
                 )
                 yield item, answer
+
+    def _interruptible(self, listener: _Listener) -> Callable[[int], bool]:
+        def watch(token: int) -> bool:
+            enough = listener(token)
+            self.batcher.let_in()
+            return enough
+
+        return watch
 
     def _wanted(self, asked: _Asked) -> Handle:
         handle = asked.handle
