@@ -139,6 +139,25 @@ def test_ids_of_rows_that_an_embedding_gets_while_hooked_are_words() -> None:
     assert torch.equal(embedding(words[:COUNT] + span.first), span.rows)
 
 
+def test_several_spans_come_and_go_at_once_all_or_none() -> None:
+    model = tiny.model("llama")
+    injector = Injector(model)
+    wrong = torch.ones(2, injector.width + 1)
+    with pytest.raises(InputError, match="numbers"):
+        injector.add_all([rows_for(model), wrong])
+    assert injector.spans == [] and hooks_of(model) == 0
+    first = injector.add(rows_for(model))
+    others = injector.add_all([rows_for(model, seed=seed) for seed in (1, 2, 3)], VOCABULARY + 99)
+    assert [span.first for span in others] == [VOCABULARY + 99 + n * COUNT for n in range(3)]
+    embedding = input_embedding(model)
+    injector.remove(others[0], others[2])
+    for span in (first, others[1]):
+        assert torch.equal(embedding(torch.arange(span.first, span.end)), span.rows)
+    assert injector.spans == [first, others[1]]
+    injector.remove(first, others[1])
+    assert hooks_of(model) == 0
+
+
 def test_rows_that_have_no_room_on_the_device_leave_all_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

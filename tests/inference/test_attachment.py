@@ -156,6 +156,22 @@ def test_a_warning_names_the_line_that_called_the_package(number: int) -> None:
     assert [one.filename for one in seen] == [__file__]
 
 
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "PEFT's"])
+def test_a_model_that_puts_a_prompt_in_front_itself_is_refused(ours: bool) -> None:
+    model = tiny.model()
+    prompt = ptuning.Prompt("{text} [P*3] [MASK]", answer="a", verbalizer={"y": "Yes", "n": "No"})
+    prompt.vectors = torch.randn(3, 32)
+    config = PromptEncoderConfig if ours else peft.PromptEncoderConfig
+    get: Any = get_peft_model if ours else peft.get_peft_model
+    wrapped = get(model, config(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    rows = [{"text": "a", "a": "y"}]
+    for call in (ptuning.predict, ptuning.evaluate, partial(ptuning.train, epochs=1)):
+        with pytest.raises(InputError, match=r"puts a prompt of its own.*get_base_model"):
+            call(wrapped, TOKENIZER, prompt, rows)
+    lora = peft.get_peft_model(tiny.model(), peft.LoraConfig(task_type="CAUSAL_LM"))
+    assert ptuning.predict(lora, TOKENIZER, prompt, rows)[0] in ("y", "n")
+
+
 @pytest.mark.parametrize("copied", [False, True], ids=["new", "copied with its hooks"])
 def test_prompts_stay_on_a_model_whose_embedding_was_replaced(copied: bool) -> None:
     model = tiny.model()

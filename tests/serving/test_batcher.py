@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ptuning.serving.batcher import Batcher, Item, Overloaded, Stopping, TooLate
+from ptuning.serving.batcher import GOES_ON, Batcher, Item, Overloaded, Stopping, TooLate
 
 
 def _items(*questions: Any, seconds: float = 300) -> list[Item]:
@@ -129,6 +129,71 @@ def test_brief_questions_are_let_in_by_a_long_batch_for_as_long_as_itself_takes(
     assert order == [1, 2, "token", 3, 5, "long", "other", "another"]
     # Five and the one that failed with another, between which as much time went by again.
     assert seconds["long"] > 2 * 5 * seconds["brief"] - seconds["brief"]
+    batcher.close()
+
+
+def test_what_goes_on_is_asked_again_first_with_what_waits_and_before_the_next_job() -> None:
+    batches, order = list[list[str]](), list[Any]()
+    asked = threading.Event()
+    left = {"long": 4, "two": 2, "poison": 2}
+
+    def answer(items: Sequence[Item]) -> Iterator[tuple[Item, Any]]:
+        batches.append([item.question for item in items])
+        assert asked.wait(200)
+        for item in items:
+            left[item.question] = left.get(item.question, 1) - 1
+            if left[item.question] > 0:
+                yield item, GOES_ON
+                continue
+            if item.question == "poison":
+                raise RuntimeError("poisoned")
+            order.append(item.question)
+            yield item, item.question
+
+    batcher = Batcher(answer, most=3)
+    items = _items("long", "two", "one", "poison", "behind")
+    batcher.ask(items[:1])
+    while not batches:
+        time.sleep(0.001)
+    batcher.ask(items[1:4])
+    job = batcher.begin(lambda: order.append("job"))
+    batcher.ask(items[4:])
+    assert batcher.others_wait
+    asked.set()
+    assert items[-1].answer.result(200) == "behind"
+    assert job.done() and order == ["one", "two", "long", "job", "behind"]
+    with pytest.raises(RuntimeError, match="poisoned"):
+        items[3].answer.result(0)
+    assert batches == [
+        ["long"],
+        ["long", "two", "one"],
+        ["long", "two", "poison"],
+        ["long", "poison"],
+        ["poison"],
+        ["behind"],
+    ]
+    assert not batcher.others_wait
+    batcher.close()
+
+
+def test_a_job_keeps_what_is_behind_it_from_the_next_batch() -> None:
+    batcher = Batcher(lambda items: ((item, item.question) for item in items))
+    held, gate = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        assert gate.wait(200)
+
+    batcher.begin(hold)
+    assert held.wait(200)
+    brief, behind = _items("brief", "behind")
+    brief.brief = True
+    batcher.ask([brief])
+    batcher.begin(lambda: None)
+    batcher.ask([behind])
+    assert not batcher.others_wait
+    gate.set()
+    assert behind.answer.result(200) == "behind"
     batcher.close()
 
 

@@ -13,20 +13,24 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import ptuning
 from ptuning import DataError, InputError, Prompt
 from ptuning.backbone.base_model import BaseModel
 from ptuning.backbone.identity import describe
+from ptuning.backbone.traits import remembers_rows
 from ptuning.serving import local as module
 from ptuning.serving.asking import Desk
 from ptuning.serving.backend import Gone, Wish
 from ptuning.serving.batcher import Item, TooLate
 from ptuning.serving.gate import Limits, Refused
+from ptuning.serving.listening import Listener, Turn
 from ptuning.serving.local import Local
 from ptuning.serving.metrics import Metrics
 
 from .. import tiny
+from ..multimodal import DECODERS
 from . import servers
 
 
@@ -274,7 +278,7 @@ def test_a_stream_has_no_space_more_than_the_answer_before_a_stop() -> None:
     said: list[str] = []
     wish = Wish(time.monotonic() + 600, stop=("of ",))
     question = SimpleNamespace(wish=wish, heard=said.append)
-    listener = module._Listener(Item(question, wish.deadline), tokenizer, [2])
+    listener = Listener(Item(question, wish.deadline), tokenizer, [2])
     ids = tokenizer(" cities of Europe", add_special_tokens=False)["input_ids"]
     assert any([listener(token) for token in ids])
     assert listener.whole == "cities" == said[-1] and not any(text.endswith(" ") for text in said)
@@ -304,7 +308,7 @@ def test_a_long_streamed_text_is_whole_and_decoded_in_linear_time(
     wish = Wish(time.monotonic() + 600, stop=stop)
     question = SimpleNamespace(wish=wish, heard=said.append)
     item = Item(question, wish.deadline)
-    listener = module._Listener(item, tokenizer, [2], before if goes_on else None)
+    listener = Listener(item, tokenizer, [2], before if goes_on else None)
     ids = tokenizer(_LONG, add_special_tokens=False)["input_ids"]
     for token in ids:
         assert not listener(token)
@@ -416,7 +420,7 @@ def test_nothing_is_written_on_for_a_stream_that_nobody_reads(place: Path, local
 
 
 @pytest.mark.parametrize(
-    "family, remembers", [("llama", False), ("gemma2", False), ("t5", False), ("llama", True)]
+    ("family", "remembers"), [("llama", False), ("gemma2", False), ("t5", False), ("llama", True)]
 )
 def test_brief_questions_are_answered_between_the_tokens_of_a_long_answer(
     family: str, remembers: bool
@@ -433,6 +437,7 @@ def test_brief_questions_are_answered_between_the_tokens_of_a_long_answer(
         prompt.base_model = describe(made, tokenizer)
         prompts.append(prompt)
     local, row = Local(BaseModel.of(made, tokenizer)), {"text": "it rains in Oslo"}
+    local._joins = local._joins and not remembers
     labels, few, many = (local.take_on(str(n), p) for n, p in enumerate(prompts))
     alone = [answered(local, handle, row) for handle in (labels, few)]
     *_, whole = asyncio.run(_streamed(local, many, row, limit=40))
@@ -461,14 +466,91 @@ def test_brief_questions_are_answered_between_the_tokens_of_a_long_answer(
 
     with made.register_forward_pre_hook(forward):
         streamed, *brief, _ = asyncio.run(all_of_them())
-    if remembers:
-        assert order[0] == "long"
-    else:
-        assert (sorted(order[:2]), order[2:]) == (["few", "labels"], ["long", "many"])
+    assert order[0] == "long" if remembers else sorted(order[:2]) == ["few", "labels"]
     for answer, right in zip([streamed, *brief], [whole, *alone], strict=True):
         assert answer.text == right.text
         assert answer.probability == pytest.approx(right.probability, rel=1e-4)
     asyncio.run(local.close())
+
+
+@pytest.mark.parametrize("family", tiny.CAUSAL)
+def test_an_answer_that_others_join_at_every_token_is_the_one_it_has_alone(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    made = tiny.model(family, vocab_size=len(tokenizer))
+    weight = made.get_input_embeddings().weight
+    prompt, other = (Prompt(t) for t in ("[P*2] {text} [P]: [MASK]", "{text} [P*3] [MASK]"))
+    for seed, one in enumerate((prompt, other)):
+        one.vectors = torch.randn(3, weight.shape[1], generator=torch.manual_seed(seed))
+        one.vectors *= weight.std().detach()
+        one.base_model = describe(made, tokenizer)
+    local = Local(BaseModel.of(made, tokenizer))
+    both = replace(prompt, others=[replace(prompt, vectors=torch.roll(prompt.vectors, 1, 0))])
+    handles = [local.take_on(str(number), one) for number, one in enumerate([prompt, other, both])]
+    asked: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
+        (handles[0], {"text": "it rains in Oslo"}, {"limit": 20}),
+        (handles[1], {"text": "Rome"}, {"limit": 13}),
+        (handles[2], {"text": "it rains in Oslo"}, {"limit": 30}),
+        (handles[0], {"text": "Rome"}, {"limit": 20, "virtual": False}),
+        (local.plain, {"text": "The capital of "}, {"limit": 16}),
+        (local.plain_chat, {"turns": [{"role": "user", "content": "it"}]}, {"limit": 9}),
+    ]
+    *_, stopped = asyncio.run(_streamed(local, handles[0], {"text": "Rome"}, limit=20))
+    asked.append((handles[0], {"text": "Rome"}, {"limit": 20, "stop": (stopped.text[8:10],)}))
+    alone = [asyncio.run(_streamed(local, h, row, **wish)) for h, row, wish in asked]
+    sizes: list[int] = []
+    monkeypatch.setattr(local.batcher, "sizes", sizes.append)
+    monkeypatch.setattr(Turn, "over", True)
+
+    async def together() -> list[list[Any]]:
+        return await asyncio.gather(*(_streamed(local, h, row, **wish) for h, row, wish in asked))
+
+    for (*parts, last), (*_, right) in zip(asyncio.run(together()), alone, strict=True):
+        assert replace(last, probability=0) == replace(right, probability=0)
+        assert last.probability == pytest.approx(right.probability, rel=1e-3)
+        assert "".join(parts) == last.text
+    assert len(sizes) >= 30 and max(sizes) == len(asked)
+    asyncio.run(local.close())
+
+
+def test_a_long_answer_begins_while_another_one_goes_on(place: Path, local: Local) -> None:
+    handle, row = local.take_on("capital", servers.prompt(place, "capital")), {"country": "Rome"}
+    order, forwards, asked = list[str](), list[int](), threading.Event()
+
+    def forward(*_: Any) -> None:
+        forwards.append(1)
+        if len(forwards) == 3:
+            asked.wait(60)
+
+    async def ask(name: str, limit: int) -> None:
+        async for part in local.stream(handle, row, Wish(time.monotonic() + 60, limit=limit)):
+            order.append(name if isinstance(part, str) else f"{name} ends")
+
+    async def both() -> None:
+        first = asyncio.create_task(ask("first", 100))
+        while len(forwards) < 3:
+            await asyncio.sleep(0)
+        second = asyncio.create_task(ask("second", 10))
+        while not local.depth:
+            await asyncio.sleep(0)
+        asked.set()
+        await asyncio.gather(first, second)
+
+    local.base.model.config.eos_token_id = None
+    with local.base.model.register_forward_pre_hook(forward):
+        asyncio.run(both())
+    assert order.index("second ends") < order.index("first ends")
+
+
+def test_models_that_keep_what_they_know_of_rows_are_known() -> None:
+    config = transformers.RecurrentGemmaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=3, lru_width=16
+    )
+    recurrent = transformers.RecurrentGemmaForCausalLM(config)
+    assert remembers_rows(recurrent) and remembers_rows(DECODERS["qwen2_vl"]()[0])
+    assert not any(remembers_rows(tiny.model(family)) for family in tiny.FAMILIES)
 
 
 @pytest.mark.parametrize("family", ["bert", "t5"])

@@ -37,6 +37,15 @@ def words_of(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def test_drawn_words_are_words_of_the_model_where_the_tokenizer_has_more() -> None:
+    tokenizer, model = tiny.tokenizer(), tiny.model(vocab_size=350)
+    engine = tiny.engine(model, tokenizer)
+    prompt = fresh(template="[P*40] {text} is [MASK]")
+    words = start_of(engine.renderer(prompt), ROWS, ANSWERS, "words", 0).words
+    assert len(tokenizer) == 400 and all(isinstance(w, int) and 3 <= w < 350 for w in words)
+    assert max(w for w in words if w is not None) > 300
+
+
 def test_label_words_fill_the_first_virtual_tokens_in_order() -> None:
     tokenizer = tiny.tokenizer()
     renderer = Renderer(tokenizer, fresh(template="[P:does] {text} [P*12] [MASK]"), "causal")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import InputError
 from .identity import check_same, describe
 from .kinds import ModelKind, kind_of
 from .lookups import input_embedding
@@ -43,9 +44,11 @@ class BaseModel:
             tokenizer: the model's; None where nothing is rendered.
 
         Raises:
-            InputError: one of them is none, or the model has no output head over a vocabulary.
+            InputError: one of them is none, the model has no output head over a vocabulary, or it
+                has a prompt in front of all that it reads.
         """
         kind = kind_of(model)
+        _check_bare(model)
         if tokenizer is not None:
             check_tokenizer(tokenizer)
         return cls(model, tokenizer, kind, context_length(model, tokenizer))
@@ -86,6 +89,16 @@ class BaseModel:
     def describe(self) -> dict[str, Any]:
         """As `identity.describe`."""
         return describe(self.model, self.tokenizer)
+
+
+def _check_bare(model: nn.Module) -> None:
+    adapters = getattr(model, "peft_config", None)
+    of_prompts = adapters.values() if isinstance(adapters, dict) else ()
+    if any(getattr(adapter, "is_prompt_learning", False) for adapter in of_prompts):
+        raise InputError(
+            f"model is a {type(model).__name__}, which puts a prompt of its own in front of all "
+            "that it reads; call it itself, or give the model in it (get_base_model())"
+        )
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -15,7 +15,7 @@ the training's thread alone (`Injector.serving`).
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, compress
 from typing import Any, NamedTuple
@@ -148,15 +148,25 @@ class Injector:
         Raises:
             InputError: the rows are not as wide as the embedding.
         """
-        check_width(rows, self.width)
-        check_fits(rows, self.modules[0].weight.dtype)
-        with CHANGING:
-            last = self.spans[-1].end if self.spans else self.threshold
-            span = Span(max(last, at_least), rows)
-            self._serve([*self.spans, span])
-            if len(self.spans) == 1:
-                self._hook()
+        (span,) = self.add_all([rows], at_least)
         return span
+
+    def add_all(self, several: Sequence[Tensor], at_least: int = 0) -> list[Span]:
+        """As `add`, for each of several, all or none."""
+        for rows in several:
+            check_width(rows, self.width)
+            check_fits(rows, self.modules[0].weight.dtype)
+        with CHANGING:
+            free = max(self.spans[-1].end if self.spans else self.threshold, at_least)
+            spans: list[Span] = []
+            for rows in several:
+                spans.append(Span(free, rows))
+                free = spans[-1].end
+            hooked = bool(self.spans)
+            self._serve([*self.spans, *spans])
+            if not hooked:
+                self._hook()
+        return spans
 
     def follow(self, model: nn.Module) -> None:
         """After a change of the embedding, of its size or of the module itself, serve the one that
@@ -238,13 +248,15 @@ class Injector:
                     return span
         return None
 
-    def remove(self, span: Span) -> None:
-        """Release a span's ids; with the last one the model is as it was."""
+    def remove(self, *spans: Span) -> None:
+        """Release the ids of spans; with the last one the model is as it was."""
         with CHANGING:
-            span.users -= 1
-            if span.users > 0 or span not in self.spans:
+            for span in spans:
+                span.users -= 1
+            over = {span for span in spans if span.users <= 0}
+            left = [span for span in self.spans if span not in over]
+            if len(left) == len(self.spans):
                 return
-            left = [other for other in self.spans if other is not span]
             if left:
                 self._serve(left)
                 return

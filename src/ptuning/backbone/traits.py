@@ -144,6 +144,11 @@ def scales_with_length(model: nn.Module) -> bool:
     return any(kind.get("rope_type") in ("longrope", "dynamic") for kind in kinds)
 
 
+def reads_again(model: nn.Module) -> bool:
+    """A row whose first tokens were read at another time, or beside other rows, goes on alike."""
+    return not (counts_columns(model) or sees_padding(model) or scales_with_length(model))
+
+
 # Attention and its cache.
 
 

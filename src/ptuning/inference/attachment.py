@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.identity import check_same
-from ..backbone.injection import Injector, Span
+from ..backbone.injection import Injector
 from ..backbone.modes import eval_mode
 from ..backbone.placement import Placement
 from ..backbone.tokens import first_free_id
@@ -37,7 +37,6 @@ class Attachment:
 
     def __init__(self, model: nn.Module, tokenizer: Any, prompts: tuple[Prompt, ...]):
         self._model = model = uncompiled(model)
-        self._spans: list[tuple[Prompt, Span]] = []
         for prompt in prompts:
             check_kind(prompt, Prompt)
         at_least = first_free_id(tokenizer)
@@ -52,13 +51,9 @@ class Attachment:
             check_same(prompt.base_model, model, tokenizer)
         with CHANGING:
             self._injector = Injector.on(model)
-            try:
-                for prompt in members:
-                    span = self._injector.add(prompt.trained_vectors(), at_least)
-                    self._spans.append((prompt, span))
-            except BaseException:
-                self.detach()
-                raise
+            vectors = [prompt.trained_vectors() for prompt in members]
+            spans = self._injector.add_all(vectors, at_least)
+        self._spans = list(zip(members, spans, strict=True))
 
     def first_id(self, prompt: Prompt) -> int:
         """The id of a prompt's first virtual token.
@@ -112,8 +107,7 @@ class Attachment:
     def detach(self) -> None:
         """Take the prompts off; with the last attachment the model is as it was."""
         with CHANGING:
-            for _, span in self._spans:
-                self._injector.remove(span)
+            self._injector.remove(*(span for _, span in self._spans))
             self._spans.clear()
 
     def __enter__(self) -> Self:

@@ -63,6 +63,11 @@ class Sequence:
         ids = tuple(self.ids[i] for i in kept)
         return Sequence(ids, moved(self.slot), self.answer, moved(self.opening), self.shortened)
 
+    def followed_by(self, said: Iterable[int]) -> Sequence:
+        """The same input of a causal model with tokens of a free answer behind it."""
+        ids = (*self.ids, *said)
+        return Sequence(ids, len(ids), (), self.opening, self.shortened)
+
     @cached_property
     def plain_prefix(self) -> int:
         """How many tokens stand in front of the first virtual one, without the last of all."""

@@ -97,6 +97,7 @@ class Renderer:
         owner: for each word that is compared the index of its label.
         bias: for each label what is added to its log-probability; None where nothing is.
         limit: the longest input in tokens, or None.
+        known_tokens: how many ids the model has rows for, where the tokenizer has more; else None.
         layout: makes ids of one string.
 
     Raises:
@@ -137,7 +138,7 @@ class Renderer:
         self._literal = bool(candidates)
         self._longest_answer = longest_answer
         fewer = known_tokens is not None and known_tokens < len(tokenizer)
-        self._known_tokens = known_tokens if fewer else None
+        self.known_tokens = known_tokens if fewer else None
         self.layout = Layout(tokenizer, task, kind, [len(group) for group in self.groups])
         self._check_kind()
 
@@ -326,14 +327,14 @@ class Renderer:
 
     def _check_tokens(self, sequence: Sequence) -> None:
         """Refuse what was added to the tokenizer alone."""
-        if self._known_tokens is None:
+        if self.known_tokens is None:
             return
         highest = max((*sequence.ids, *sequence.answer), default=0)
-        if highest >= self._known_tokens:
+        if highest >= self.known_tokens:
             token = self.tokenizer.convert_ids_to_tokens(highest)
             raise DataError(
                 f"{token!r} stands here, which is token {highest} of the tokenizer, and the model "
-                f"has tokens 0 to {self._known_tokens - 1}; take it out of the text, or give the "
+                f"has tokens 0 to {self.known_tokens - 1}; take it out of the text, or give the "
                 "model rows for it (resize_token_embeddings)"
             )
 

@@ -3,7 +3,8 @@
 Questions wait in the order in which they come. Whenever the model is free, all that wait, up to
 `most`, go as one batch, so batches grow with the load and a lone question waits for nothing. Jobs
 (attach a prompt, take it off) stand in the same queue: what was asked before is answered before.
-Only brief questions overtake: between two tokens of a long answer they are let in.
+Only brief questions overtake: between two tokens of a long answer they are let in. And an answer
+that is not over yet can be put back in front, to go on in one batch with what waits.
 
 Knows nothing of HTTP, prompts or models.
 """
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any
 
 from ..errors import PtuningError
@@ -33,6 +34,10 @@ class Stopping(PtuningError):
 
 class TooLate(PtuningError):
     """A question's time is over."""
+
+
+GOES_ON: Any = object()
+"""Instead of a result: the question is asked again in the next batch, first of all."""
 
 
 @dataclass(eq=False)
@@ -63,8 +68,8 @@ class Batcher:
     """Answers questions in batches, in a thread of its own.
 
     Args:
-        answer: gives items with their results, as they are known; an exception as a result is that
-            item's. Called in the thread only.
+        answer: gives items with their results, as they are known, or with `GOES_ON`; an exception
+            as a result is that item's. Called in the thread only.
         most: questions of a batch.
         waiting: questions that may wait.
     """
@@ -106,9 +111,9 @@ class Batcher:
             self._changed.notify()
 
     def let_in(self) -> None:
-        """Answer brief questions that wait; for the function that answers, in the middle of a batch.
+        """Answer brief questions that wait; for who answers to call, in the middle of a batch.
 
-        They get as much time as the batch itself: after a second of theirs none are let in for one.
+        They get as much time as the batch itself: after a second of theirs none come in for one.
         """
         if self._interrupted or not self._brief or time.monotonic() < self._next_time:
             return
@@ -124,6 +129,13 @@ class Batcher:
         finally:
             now = time.monotonic()
             self._interrupted, self._next_time = False, now + (now - begun)
+
+    @property
+    def others_wait(self) -> bool:
+        """A question waits that is not let in, and would be in the next batch."""
+        with self._changed:
+            next_batch = takewhile(lambda one: isinstance(one, Item), self._queue)
+            return any(not one.brief for one in next_batch)  # type: ignore[union-attr]
 
     def run(self, job: Callable[[], Any]) -> Any:
         """Run a job in the thread, behind what waits now; gives its result or raises its error."""
@@ -195,23 +207,32 @@ class Batcher:
         for item in items:
             if item.over:
                 _settle(item, TooLate("the answer's time was over before its turn came"))
-        self._attempt([item for item in items if not item.answer.done()])
+        going_on = self._attempt([item for item in items if not item.answer.done()])
         for item in items:  # a batch that failed: each alone, so that one fault stays alone
-            if not item.answer.done():
-                self._attempt([item], last=True)
+            if not item.answer.done() and item not in going_on:
+                going_on += self._attempt([item], last=True)
+        with self._changed:
+            self._queue.extendleft(reversed(going_on))
+            self._brief += sum(item.brief for item in going_on)
 
-    def _attempt(self, items: list[Item], last: bool = False) -> None:
+    def _attempt(self, items: list[Item], last: bool = False) -> list[Item]:
+        """Gives those that go on."""
+        going_on: list[Item] = []
         if not items:
-            return
+            return going_on
         self.sizes(len(items))
         try:
             for item, result in self._answer(items):
+                if result is GOES_ON:
+                    going_on.append(item)
+                    continue
                 late = item.over and not isinstance(result, BaseException)
                 _settle(item, TooLate("the answer took too long") if late else result)
         except BaseException as error:
             if last or len(items) == 1:
                 for item in items:
                     _settle(item, error)
+        return going_on
 
 
 def _settle(item: Item, result: Any) -> None:

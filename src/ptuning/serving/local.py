@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ..backbone.base_model import BaseModel
 from ..backbone.identity import difference, name_of
 from ..backbone.kinds import ModelKind
 from ..backbone.modes import eval_mode
-from ..backbone.traits import remembers_rows
+from ..backbone.traits import reads_again, remembers_rows
 from ..errors import InputError, PtuningError
 from ..forward.engine import Engine
-from ..inference.answering import Question, Reading, answers
-from ..inference.attachment import Attachment, attach
+from ..inference.answering import Prediction, Question, answers
+from ..inference.attachment import attach
 from ..inference.nearest_words import nearest_words
 from ..inference.prediction import members_of
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
-from ..rendering.render import Renderer
 from .backend import (
     LONGEST,
     PLAIN,
@@ -30,83 +28,39 @@ from .backend import (
     Gone,
     Row,
     Wish,
-    as_it_is,
     cut_at,
     in_time,
-    is_plain,
     shown_name,
 )
-from .batcher import Batcher, Item
+from .batcher import GOES_ON, Batcher, Item
+from .handle import Handle, behind
+from .listening import Listener, Turn
 
 _KEPT = 64 * 2**20
 """Bytes that the engine keeps of what rows have in common."""
 _MOMENT = 8
 """Tokens of a free answer at most for which others' long answers are interrupted."""
-_NEAR = 16
-"""Tokens in front of what is said that decide how it is spelled: a space, half a character."""
 
 
-@dataclass(eq=False)
-class Handle:
-    """A task on the model.
+@dataclass
+class _Asked:
+    """A question.
 
     Attributes:
-        task: a prompt or a manual template.
-        renderers: the task's, or of an ensemble each member's.
-        attachment: of a prompt.
-        by_hand: the task without virtual tokens; made when it is first asked.
-        nearest: what `nearest_words` says, once it was asked.
-        gone: it was let go.
+        handle: asked.
+        row: of its columns.
+        wish: how to answer.
+        heard: is told what is said so far.
+        said: so far, of a free answer that others have joined.
+        probability: of that.
     """
 
-    task: Task
-    renderers: list[Renderer]
-    attachment: Attachment | None = None
-    by_hand: Handle | None = None
-    nearest: Future[list[dict[str, Any]]] | None = None
-    gone: bool = False
-
-    @property
-    def plain(self) -> bool:
-        """Rows are read as they are."""
-        return is_plain(self.task) and self.renderers[0].kind == ModelKind.CAUSAL
-
-    @property
-    def goes_on(self) -> bool:
-        """It goes on with text as it is, to the last space."""
-        return self.plain and not self.task.chat
-
-    def readings(self, row: Row, limit: int, engine: Engine) -> list[Reading]:
-        """How the task reads a row, or each member of an ensemble does.
-
-        Args:
-            row: column -> value.
-            limit: tokens of a free answer, for which there must be room behind the row.
-            engine: of the renderers.
-
-        Raises:
-            InputError, DataError: the row does not fit.
-        """
-        readings = []
-        for renderer in self.renderers:
-            first_id, task = 0, renderer.task
-            if self.attachment is not None and isinstance(task, Prompt):
-                first_id = self.attachment.first_id(task)
-            if not renderer.compares and limit != task.answer_tokens:
-                renderer = engine.renderer(replace(task, answer_tokens=limit))
-            example = (
-                as_it_is(renderer, row, limit) if self.plain else renderer(row, answered=False)
-            )
-            readings.append(Reading(renderer, example, first_id))
-        return readings
-
-
-@dataclass(frozen=True)
-class _Asked:
     handle: Handle
     row: Row
     wish: Wish
     heard: Callable[[str], None] | None = None
+    said: Listener | None = None
+    probability: float = 1.0
 
 
 class Local:
@@ -122,9 +76,10 @@ class Local:
         self.base, self.name = base, shown_name(name_of(base.model))
         self._most = most
         self._engine = Engine(base, _KEPT)
-        self._can_wait = not remembers_rows(base.model)
-        self.batcher = Batcher(self._answer, most, waiting)
+        self._pauses = not remembers_rows(base.model)
         causal = base.kind is ModelKind.CAUSAL
+        self._joins = causal and reads_again(base.model)
+        self.batcher = Batcher(self._answer, most, waiting)
         self.plain = self._if_it_fits(PLAIN)
         self.plain_chat = self._if_it_fits(PLAIN_CHAT) if causal else None
 
@@ -237,7 +192,7 @@ class Local:
 
     def _is_brief(self, handle: Handle, wish: Wish) -> bool:
         compares = handle.renderers[0].compares or self.base.kind is ModelKind.MASKED
-        return self._can_wait and (compares or wish.tokens(handle.task) <= _MOMENT)
+        return self._pauses and (compares or wish.tokens(handle.task) <= _MOMENT)
 
     # In the model's thread.
 
@@ -260,12 +215,13 @@ class Local:
         self._engine = Engine(self.base, _KEPT)
 
     def _answer(self, items: Sequence[Item]) -> Iterator[tuple[Item, Any]]:
-        """The batcher's function: items with their answers."""
+        """The batcher's function: items with their answers, or `GOES_ON`."""
         store = self._engine.store
         if store is not None and store.bytes > _KEPT // 2:
             self._renew()
         masked = self.base.kind is ModelKind.MASKED
-        asked: list[tuple[Item, _Listener, Question]] = []
+        asked: list[tuple[Item, Listener, Question]] = []
+        writing: set[Item] = set()
         for item in items:
             try:
                 wish: Wish = item.question.wish
@@ -277,39 +233,62 @@ class Local:
                 continue
             before = readings[0].example.sequences[0].ids if handle.goes_on else None
             ends = self._engine.ends(handle.task)
-            listener = _Listener(item, self.base.tokenizer, ends, before)
-            question = Question.of(readings, limit=limit, watch=self._interruptible(listener))
-            asked.append((item, listener, question))
+            said: Listener | None = item.question.said
+            listener = said.again() if said else Listener(item, self.base.tokenizer, ends, before)
+            if said:
+                limit -= len(said.tokens)
+                readings = [behind(reading, said.tokens) for reading in readings]
+            watch = self._watch(item, listener, writing)
+            asked.append((item, listener, Question.of(readings, limit=limit, watch=watch)))
+            if not readings[0].renderer.compares:
+                writing.add(item)
         with eval_mode(self.base.model):
             found = answers(self._engine, [question for *_, question in asked], self._most)
             for number, prediction in found:
                 item, listener, question = asked[number]
-                text, written, complete = prediction.answer, 1, True
-                if not question.renderer.compares:
-                    if masked:
-                        text = cut_at(text, item.question.wish.stop).strip()
-                        written = question.most or 1  # a token for each mask
-                    else:
-                        text, complete = listener.whole, listener.complete
-                        written = len(listener.tokens)
-                answer = Answer(
-                    text,
-                    prediction.probability,
-                    prediction.probabilities,
-                    question.example.shortened,
-                    len(question.example.sequences[0].ids),
-                    written,
-                    complete,
-                )
-                yield item, answer
+                yield item, self._said(item, listener, question, prediction)
 
-    def _interruptible(self, listener: _Listener) -> Callable[[int], bool]:
+    def _watch(self, item: Item, listener: Listener, writing: set[Item]) -> Callable[[int], bool]:
+        """Ends a free answer, or its turn; brief questions come in behind each token of it."""
+        turn = Turn(lambda: len(writing) < self._most and self.batcher.others_wait)
+        lasts = item.brief or not self._joins
+
         def watch(token: int) -> bool:
-            enough = listener(token)
+            if listener(token):
+                writing.discard(item)
+                return True
             self.batcher.let_in()
-            return enough
+            return not lasts and turn.over
 
         return watch
+
+    def _said(
+        self, item: Item, listener: Listener, question: Question, prediction: Prediction
+    ) -> Any:
+        """An answer, or `GOES_ON` if only its turn is over."""
+        asked: _Asked = item.question
+        so_far = len(asked.said.tokens) if asked.said else 0
+        text, probability = prediction.answer, prediction.probability
+        written, complete = 1, True
+        if not question.renderer.compares and self.base.kind is ModelKind.MASKED:
+            text = cut_at(text, asked.wish.stop).strip()
+            written = question.most or 1  # a token for each mask
+        elif not question.renderer.compares:
+            asked.probability *= probability
+            probability = asked.probability
+            text, written, complete = listener.whole, len(listener.tokens), listener.complete
+            if not complete and written < so_far + (question.limit or 0) and not item.over:
+                asked.said = listener
+                return GOES_ON
+        return Answer(
+            text,
+            probability,
+            prediction.probabilities,
+            question.example.shortened,
+            len(question.example.sequences[0].ids) - so_far,
+            written,
+            complete,
+        )
 
     def _wanted(self, asked: _Asked) -> Handle:
         handle = asked.handle
@@ -320,80 +299,3 @@ class Local:
         if handle.by_hand is None:
             handle.by_hand = self._handle(handle.task.manual())
         return handle.by_hand
-
-
-class _Listener:
-    """Hears the tokens of one free answer: passes its text on, and ends it at a stop or in time.
-
-    Args:
-        item: what was asked.
-        tokenizer: of the model.
-        ends: tokens that end the answer, and are none of it.
-        before: the ids of a text that it goes on with, to the last space; None for an answer.
-    """
-
-    def __init__(
-        self,
-        item: Item,
-        tokenizer: Any,
-        ends: Sequence[int],
-        before: tuple[int, ...] | None = None,
-    ):
-        self._item, self._tokenizer, self._ends = item, tokenizer, ends
-        self._goes_on = before is not None
-        self._ids = list((before or ())[-_NEAR:])
-        self._before = self._decoded(self._ids)
-        self._stop: tuple[str, ...] = item.question.wish.stop
-        self._heard: Callable[[str], None] | None = item.question.heard
-        self._settled, self._from, self._to = "", 0, len(self._ids)
-        self.tokens: list[int] = []
-        self.complete = False
-
-    def __call__(self, token: int) -> bool:
-        """A token; says whether it is enough."""
-        self.tokens.append(token)
-        self._ids.append(token)
-        if token in self._ends:
-            self.complete = True
-        if self.complete or not (self._stop or self._heard):
-            return self.complete or self._item.over
-        text = self._text()
-        whole = cut_at(text, self._stop)
-        self.complete = len(whole) < len(text)
-        if self._heard is not None:
-            self._heard(self._certain(whole))
-        return self.complete or self._item.over
-
-    @property
-    def whole(self) -> str:
-        """All that was said, up to an end or a stop."""
-        ended = bool(self.tokens) and self.tokens[-1] in self._ends
-        text = self._decoded(self._ids[: len(self._ids) - ended])[len(self._before) :]
-        text = cut_at(text, self._stop)
-        return text if self._goes_on else text.strip()
-
-    def _text(self) -> str:
-        """All that was said; of a long answer only the last tokens are decoded again.
-
-        Those in front of `_to` are settled: their text stays what it is whatever comes. Decoding
-        begins at `_from`, some tokens before, since spelling depends on what stands in front.
-        """
-        ids = self._ids
-        settled, text = self._decoded(ids[self._from : self._to]), self._decoded(ids[self._from :])
-        if (to := len(ids) - _NEAR) >= self._to + _NEAR:
-            more = self._decoded(ids[self._from : to])
-            if text.startswith(more):  # not in the middle of a character, or of a tidied space
-                self._settled += more[len(settled) :]
-                self._from, self._to, settled = self._to, to, more
-        return self._settled + text[len(settled) :]
-
-    def _decoded(self, ids: Sequence[int]) -> str:
-        clean = {"clean_up_tokenization_spaces": False} if self._goes_on else {}
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, **clean))
-
-    def _certain(self, text: str) -> str:
-        """What is certain of the text: not half a character, half a stop or its last spaces."""
-        certain = text.rstrip("\ufffd")
-        if not self.complete and self._stop:
-            certain = certain[: max(0, len(certain) - max(map(len, self._stop)) + 1)]
-        return certain if self._goes_on else certain.strip()

@@ -19,7 +19,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, zip_longest
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..data.values import text_of
 from ..errors import InputError
@@ -74,7 +74,7 @@ def start_of(
     free = [number for number, word in enumerate(words) if word is None]
     came_from: dict[int, frozenset[int]] = {}
     if init == "words":
-        for number, word in zip(free, _drawn(renderer.tokenizer, len(free), seed), strict=True):
+        for number, word in zip(free, _drawn(renderer, len(free), seed), strict=True):
             words[number] = word
     if init == "labels":
         blank = dict.fromkeys(renderer.task.parsed.fields, "x")
@@ -108,10 +108,12 @@ def left_out(examples: Sequence[Rendered], start: Start) -> list[Rendered]:
     ]
 
 
-def _drawn(tokenizer: Any, count: int, seed: int) -> list[int]:
+def _drawn(renderer: Renderer, count: int, seed: int) -> list[int]:
     """So many words of the vocabulary, none of them special."""
-    special = set(tokenizer.all_special_ids)
-    ordinary = [token for token in range(tokenizer.vocab_size) if token not in special]
+    tokenizer = renderer.tokenizer
+    special, known = set(tokenizer.all_special_ids), renderer.known_tokens
+    words = tokenizer.vocab_size if known is None else min(known, tokenizer.vocab_size)
+    ordinary = [token for token in range(words) if token not in special]
     return random.Random(seed).choices(ordinary, k=count)
 
 
