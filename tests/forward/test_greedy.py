@@ -104,7 +104,7 @@ def test_a_step_that_is_computed_after_the_end_is_not_part_of_the_answer(
 
     def at_once() -> Any:
         counts = iter(range(1, 9))
-        return (lambda ids: torch.full_like(ids, next(counts) >= 3).bool()) if watched else None
+        return (lambda ids, _: torch.full_like(ids, next(counts) >= 3).bool()) if watched else None
 
     ids, scores = spoken(model, prompt, 6, ends, at_once())
     monkeypatch.setattr(generation, "StopCheck", one_step_late())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from typing import Any
 
@@ -101,10 +102,10 @@ def test_a_row_ends_where_its_watch_has_enough_and_no_other_does(family: str) ->
     model, tokenizer, tasks = _setting(family)
     engine = Engine(BaseModel.of(model, tokenizer), 0)
     free = [task for task in tasks if not task.labels]
-    seen: list[int] = []
+    seen: list[float] = []
 
-    def watch(token: int) -> bool:
-        seen.append(token)
+    def watch(token: int, score: float) -> bool:
+        seen.append(score)
         return len(seen) == 2
 
     with ExitStack() as stack:
@@ -114,7 +115,9 @@ def test_a_row_ends_where_its_watch_has_enough_and_no_other_does(family: str) ->
         asked[0] = Question(first.renderer, first.example, first.first_id, watch=watch)
         watched = dict(answers(engine, asked))
         limited = Question(first.renderer, first.example, first.first_id, limit=len(seen))
-        assert _close(watched[0], dict(answers(engine, [limited]))[0])
+        alone = dict(answers(engine, [limited]))[0]
+        assert _close(watched[0], alone)
+        assert math.exp(sum(seen)) == pytest.approx(alone.probability, rel=1e-4)
     assert len(seen) <= 2
     for number in range(1, len(asked)):
         assert _close(watched[number], plain[number])

@@ -194,21 +194,14 @@ def test_a_stop_ends_a_free_answer_in_front_of_it(place: Path, local: Local) -> 
     assert answer.complete and answer.written < whole.written and not whole.complete
 
 
-def test_a_streamed_answer_is_sent_once_though_its_batch_fails(
-    place: Path, local: Local, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    handle, real = local.take_on("capital", servers.prompt(place, "capital")), module.answers
-    failed: list[int] = []
+def test_a_streamed_answer_is_sent_once_though_its_batch_fails(place: Path, local: Local) -> None:
+    handle = local.take_on("capital", servers.prompt(place, "capital"))
+    gate, sizes = threading.Event(), list[int]()
 
-    def failing(engine: Any, questions: Any, most: int) -> Iterator[Any]:
-        found = list(real(engine, questions, most))
-        if len(questions) > 1:
-            failed.append(len(questions))
-            raise RuntimeError("the last row of the batch is too much")
-        yield from found
-
-    monkeypatch.setattr(module, "answers", failing)
-    gate = threading.Event()
+    def failing(_: Any, __: Any, options: dict[str, Any]) -> None:
+        sizes.append(len(options["input_ids"]))
+        if sizes[-1] == 2 and sizes.count(2) == 8:
+            raise RuntimeError("two rows are too much")
 
     async def both() -> list[list[Any]]:
         local.batcher.begin(lambda: gate.wait(60))
@@ -219,9 +212,44 @@ def test_a_streamed_answer_is_sent_once_though_its_batch_fails(
         gate.set()
         return await asyncio.gather(*asked)
 
-    for *parts, last in asyncio.run(both()):
+    with local.base.model.register_forward_pre_hook(failing, with_kwargs=True):
+        answers = asyncio.run(both())
+    for *parts, last in answers:
         assert len(parts) > 1 and "".join(parts) == last.text
-    assert failed == [2]
+    assert sizes.count(2) == 8 and sizes.count(1) > 20
+
+
+def test_an_answer_is_told_when_it_is_over_though_its_batch_goes_on(
+    place: Path, local: Local
+) -> None:
+    handle = local.take_on("capital", servers.prompt(place, "capital"))
+    rows = [servers.ROWS["capital"], {"country": "Oslo"}]
+    alone = [answered(local, handle, row, limit=n) for row, n in zip(rows, (3, 9), strict=True)]
+    gate, told, forwards = threading.Event(), threading.Event(), list[int]()
+
+    def forward(*_: Any) -> None:
+        forwards.append(1)
+        if len(forwards) == 6:
+            assert told.wait(60)
+
+    async def both() -> list[Any]:
+        local.batcher.begin(lambda: gate.wait(60))
+        asked = [
+            asyncio.create_task(local.answer(handle, [row], Wish(time.monotonic() + 60, limit=n)))
+            for row, n in zip(rows, (3, 9), strict=True)
+        ]
+        while local.depth < 2:
+            await asyncio.sleep(0)
+        gate.set()
+        (brief,) = await asked[0]
+        told.set()
+        (long,) = await asked[1]
+        return [brief, long]
+
+    with local.base.model.register_forward_pre_hook(forward):
+        for answer, right in zip(asyncio.run(both()), alone, strict=True):
+            assert replace(answer, probability=0) == replace(right, probability=0)
+            assert answer.probability == pytest.approx(right.probability, rel=1e-4)
 
 
 @pytest.mark.parametrize("way", ["answer", "stream", "nearest"])
@@ -278,9 +306,9 @@ def test_a_stream_has_no_space_more_than_the_answer_before_a_stop() -> None:
     said: list[str] = []
     wish = Wish(time.monotonic() + 600, stop=("of ",))
     question = SimpleNamespace(wish=wish, heard=said.append)
-    listener = Listener(Item(question, wish.deadline), tokenizer, [2])
+    listener = Listener(Item(question, wish.deadline), tokenizer, [2], 99)
     ids = tokenizer(" cities of Europe", add_special_tokens=False)["input_ids"]
-    assert any([listener(token) for token in ids])
+    assert any([listener(token, -0.5) for token in ids])
     assert listener.whole == "cities" == said[-1] and not any(text.endswith(" ") for text in said)
 
 
@@ -308,12 +336,13 @@ def test_a_long_streamed_text_is_whole_and_decoded_in_linear_time(
     wish = Wish(time.monotonic() + 600, stop=stop)
     question = SimpleNamespace(wish=wish, heard=said.append)
     item = Item(question, wish.deadline)
-    listener = Listener(item, tokenizer, [2], before if goes_on else None)
+    listener = Listener(item, tokenizer, [2], 9999, before if goes_on else None)
     ids = tokenizer(_LONG, add_special_tokens=False)["input_ids"]
     for token in ids:
-        assert not listener(token)
+        assert not listener(token, -0.5)
     assert max(decoded) < 60 < len(ids)
-    listener(2)
+    listener(2, -0.5)
+    assert listener.enough and listener.score == -0.5 * len(listener.tokens)
     whole = listener.whole
     clean = {"clean_up_tokenization_spaces": False} if goes_on else {}
     first, text = (

@@ -253,7 +253,7 @@ class Engine:
         batch: Batch,
         limit: int,
         ends: list[int],
-        watch: Callable[[Tensor], Tensor] | None = None,
+        watch: Callable[[Tensor, Tensor], Tensor] | None = None,
         sizes: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The most likely tokens behind each row, and how likely they are (`greedy`)."""

@@ -34,7 +34,7 @@ def continue_greedily(
     batch: Batch,
     limit: int,
     ends: list[int],
-    watch: Callable[[Tensor], Tensor] | None = None,
+    watch: Callable[[Tensor, Tensor], Tensor] | None = None,
     sizes: Sequence[int] | None = None,
     cache: Cache | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -45,8 +45,8 @@ def continue_greedily(
         batch: without answers, on the model's device.
         limit: tokens at most.
         ends: tokens that end an answer.
-        watch: is shown each new token ``(R,)`` of the rows, and says which rows ``(R,)`` have
-            enough; what a row is given after that means nothing.
+        watch: is shown each new token ``(R,)`` of the rows and its log-probability ``(R,)``, and
+            says which rows ``(R,)`` have enough; what a row is given after that means nothing.
         sizes: rows that answer together (`together`); by default each answers alone. Then there are
             as many of each as groups: R is their number here.
         cache: keys and values of what the rows begin with.
@@ -76,7 +76,7 @@ def continue_greedily(
     if watch is not None:
 
         def enough(ids: Tensor, _: Any) -> Tensor:
-            over.append(watch(ids[first, -1]).clone())
+            over.append(watch(ids[first, -1], spoken.scores[-1]).clone())
             return over[-1].repeat_interleave(counts)
 
         more["stopping_criteria"] = StoppingCriteriaList([enough])

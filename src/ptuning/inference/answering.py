@@ -41,6 +41,7 @@ class Prediction:
 
 
 _T = TypeVar("_T")
+Watch = Callable[[int, float], bool]
 Later = Callable[[], list[Prediction]]
 """Waits for the answers, if the device still computes them."""
 
@@ -66,12 +67,13 @@ class Question(Reading):
 
     Attributes:
         limit: longest free answer in tokens; by default the task's.
-        watch: is shown each token of a free answer as it comes, and says whether it is enough.
+        watch: is shown each token of a free answer as it comes, with its log-probability, and says
+            whether it is enough.
         others: how the further members of an ensemble read the row.
     """
 
     limit: int | None = None
-    watch: Callable[[int], bool] | None = None
+    watch: Watch | None = None
     others: tuple[Reading, ...] = ()
 
     @classmethod
@@ -163,19 +165,19 @@ def _checked(engine: Engine, predictions: list[Prediction]) -> list[Prediction]:
 
 
 def _watching(
-    watches: list[Callable[[int], bool] | None], limits: list[int]
-) -> Callable[[Tensor], Tensor] | None:
+    watches: list[Watch | None], limits: list[int]
+) -> Callable[[Tensor, Tensor], Tensor] | None:
     """For `continue_greedily`: each row ends at its own limit, or where its watch says so."""
     if len(set(limits)) == 1 and not any(watches):
         return None
     left, done = [*limits], torch.zeros(len(limits), dtype=torch.bool)
 
-    def watch(ids: Tensor) -> Tensor:
-        for row, token in enumerate(ids.tolist()):
+    def watch(ids: Tensor, scores: Tensor) -> Tensor:
+        for row, (token, score) in enumerate(zip(ids.tolist(), scores.tolist(), strict=True)):
             if not done[row]:
                 left[row] -= 1
                 watch_of_row = watches[row]
-                enough = watch_of_row is not None and watch_of_row(token)
+                enough = watch_of_row is not None and watch_of_row(token, score)
                 done[row] = enough or not left[row]
         return done.to(ids.device)
 

@@ -226,13 +226,18 @@ class Batcher:
                 if result is GOES_ON:
                     going_on.append(item)
                     continue
-                late = item.over and not isinstance(result, BaseException)
-                _settle(item, TooLate("the answer took too long") if late else result)
+                settle(item, result)
         except BaseException as error:
             if last or len(items) == 1:
                 for item in items:
                     _settle(item, error)
         return going_on
+
+
+def settle(item: Item, result: Any) -> None:
+    """A result, which may come too late; it can be told before its batch is over."""
+    late = item.over and not isinstance(result, BaseException)
+    _settle(item, TooLate("the answer took too long") if late else result)
 
 
 def _settle(item: Item, result: Any) -> None:

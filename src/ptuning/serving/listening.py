@@ -27,7 +27,13 @@ class Listener:
         item: what was asked.
         tokenizer: of the model.
         ends: tokens that end the answer, and are none of it.
+        limit: tokens at most.
         before: the ids of a text that it goes on with, to the last space; None for an answer.
+
+    Attributes:
+        tokens: said so far.
+        score: their log-probability.
+        complete: it ended by itself, and not at the limit.
     """
 
     def __init__(
@@ -35,9 +41,11 @@ class Listener:
         item: Item,
         tokenizer: Any,
         ends: Sequence[int],
+        limit: int,
         before: tuple[int, ...] | None = None,
     ):
-        self._item, self._tokenizer, self._ends = item, tokenizer, ends
+        self._item, self._tokenizer = item, tokenizer
+        self._ends, self._limit = ends, limit
         self._goes_on = before is not None
         self._ids = list((before or ())[-_NEAR:])
         self._before = self._decoded(self._ids)
@@ -45,22 +53,28 @@ class Listener:
         self._heard: Callable[[str], None] | None = item.question.heard
         self._settled, self._from, self._to = "", 0, len(self._ids)
         self.tokens: list[int] = []
+        self.score = 0.0
         self.complete = False
 
-    def __call__(self, token: int) -> bool:
-        """A token; says whether it is enough."""
+    def __call__(self, token: int, score: float) -> bool:
+        """A token and its log-probability; says whether it is enough."""
         self.tokens.append(token)
         self._ids.append(token)
+        self.score += score
         if token in self._ends:
             self.complete = True
-        if self.complete or not (self._stop or self._heard):
-            return self.complete or self._item.over
-        text = self._text()
-        whole = cut_at(text, self._stop)
-        self.complete = len(whole) < len(text)
-        if self._heard is not None:
-            self._heard(self._certain(whole))
-        return self.complete or self._item.over
+        elif self._stop or self._heard:
+            text = self._text()
+            whole = cut_at(text, self._stop)
+            self.complete = len(whole) < len(text)
+            if self._heard is not None:
+                self._heard(self._certain(whole))
+        return self.enough
+
+    @property
+    def enough(self) -> bool:
+        """There is no more to say, or nobody to hear it."""
+        return self.complete or len(self.tokens) >= self._limit or self._item.over
 
     def again(self) -> Self:
         """The same, to go on with."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,13 @@ from ..backbone.modes import eval_mode
 from ..backbone.traits import reads_again, remembers_rows
 from ..errors import InputError, PtuningError
 from ..forward.engine import Engine
-from ..inference.answering import Prediction, Question, answers
+from ..inference.answering import Prediction, Question, Watch, answers
 from ..inference.attachment import attach
 from ..inference.nearest_words import nearest_words
 from ..inference.prediction import members_of
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
+from ..rendering.render import Rendered
 from .backend import (
     LONGEST,
     PLAIN,
@@ -32,7 +34,7 @@ from .backend import (
     in_time,
     shown_name,
 )
-from .batcher import GOES_ON, Batcher, Item
+from .batcher import GOES_ON, Batcher, Item, settle
 from .handle import Handle, behind
 from .listening import Listener, Turn
 
@@ -52,7 +54,6 @@ class _Asked:
         wish: how to answer.
         heard: is told what is said so far.
         said: so far, of a free answer that others have joined.
-        probability: of that.
     """
 
     handle: Handle
@@ -60,7 +61,6 @@ class _Asked:
     wish: Wish
     heard: Callable[[str], None] | None = None
     said: Listener | None = None
-    probability: float = 1.0
 
 
 class Local:
@@ -77,7 +77,7 @@ class Local:
         self._most = most
         self._engine = Engine(base, _KEPT)
         self._pauses = not remembers_rows(base.model)
-        causal = base.kind is ModelKind.CAUSAL
+        causal, self._masked = base.kind is ModelKind.CAUSAL, base.kind is ModelKind.MASKED
         self._joins = causal and reads_again(base.model)
         self.batcher = Batcher(self._answer, most, waiting)
         self.plain = self._if_it_fits(PLAIN)
@@ -191,7 +191,7 @@ class Local:
             return None
 
     def _is_brief(self, handle: Handle, wish: Wish) -> bool:
-        compares = handle.renderers[0].compares or self.base.kind is ModelKind.MASKED
+        compares = handle.renderers[0].compares or self._masked
         return self._pauses and (compares or wish.tokens(handle.task) <= _MOMENT)
 
     # In the model's thread.
@@ -219,75 +219,78 @@ class Local:
         store = self._engine.store
         if store is not None and store.bytes > _KEPT // 2:
             self._renew()
-        masked = self.base.kind is ModelKind.MASKED
-        asked: list[tuple[Item, Listener, Question]] = []
+        asked: list[tuple[Item, Rendered, Listener, Question]] = []
         writing: set[Item] = set()
         for item in items:
             try:
                 wish: Wish = item.question.wish
                 handle = self._wanted(item.question)
-                limit = wish.tokens(handle.task, 1 if masked else LONGEST)
+                limit = wish.tokens(handle.task, 1 if self._masked else LONGEST)
                 readings = handle.readings(item.question.row, limit, self._engine)
             except PtuningError as error:
                 yield item, error
                 continue
-            before = readings[0].example.sequences[0].ids if handle.goes_on else None
-            ends = self._engine.ends(handle.task)
-            said: Listener | None = item.question.said
-            listener = said.again() if said else Listener(item, self.base.tokenizer, ends, before)
-            if said:
-                limit -= len(said.tokens)
-                readings = [behind(reading, said.tokens) for reading in readings]
-            watch = self._watch(item, listener, writing)
-            asked.append((item, listener, Question.of(readings, limit=limit, watch=watch)))
-            if not readings[0].renderer.compares:
+            example = readings[0].example
+            listener = self._listener(item, handle, example, limit)
+            if said := listener.tokens:
+                readings = [behind(reading, said) for reading in readings]
+            watch = self._watch(item, example, listener, writing)
+            question = Question.of(readings, limit=limit - len(said), watch=watch)
+            asked.append((item, example, listener, question))
+            if not question.renderer.compares:
                 writing.add(item)
         with eval_mode(self.base.model):
             found = answers(self._engine, [question for *_, question in asked], self._most)
             for number, prediction in found:
-                item, listener, question = asked[number]
-                yield item, self._said(item, listener, question, prediction)
+                item, example, listener, question = asked[number]
+                if question.renderer.compares or self._masked:
+                    yield item, self._answer_at_once(item, example, question, prediction)
+                elif listener.enough:
+                    yield item, _written(example, listener)
+                else:
+                    item.question.said = listener
+                    yield item, GOES_ON
 
-    def _watch(self, item: Item, listener: Listener, writing: set[Item]) -> Callable[[int], bool]:
+    def _listener(self, item: Item, handle: Handle, example: Rendered, limit: int) -> Listener:
+        said: Listener | None = item.question.said
+        if said is not None:
+            return said.again()
+        before = example.sequences[0].ids if handle.goes_on else None
+        return Listener(item, self.base.tokenizer, self._engine.ends(handle.task), limit, before)
+
+    def _watch(
+        self, item: Item, example: Rendered, listener: Listener, writing: set[Item]
+    ) -> Watch:
         """Ends a free answer, or its turn; brief questions come in behind each token of it."""
         turn = Turn(lambda: len(writing) < self._most and self.batcher.others_wait)
         lasts = item.brief or not self._joins
 
-        def watch(token: int) -> bool:
-            if listener(token):
+        def watch(token: int, score: float) -> bool:
+            if listener(token, score):
                 writing.discard(item)
+                if not math.isnan(listener.score):  # the batch fails then, and says why
+                    settle(item, _written(example, listener))
                 return True
             self.batcher.let_in()
             return not lasts and turn.over
 
         return watch
 
-    def _said(
-        self, item: Item, listener: Listener, question: Question, prediction: Prediction
-    ) -> Any:
-        """An answer, or `GOES_ON` if only its turn is over."""
-        asked: _Asked = item.question
-        so_far = len(asked.said.tokens) if asked.said else 0
-        text, probability = prediction.answer, prediction.probability
-        written, complete = 1, True
-        if not question.renderer.compares and self.base.kind is ModelKind.MASKED:
-            text = cut_at(text, asked.wish.stop).strip()
+    def _answer_at_once(
+        self, item: Item, example: Rendered, question: Question, prediction: Prediction
+    ) -> Answer:
+        """Of a label, or of a masked model."""
+        text, written = prediction.answer, 1
+        if not question.renderer.compares:
+            text = cut_at(text, item.question.wish.stop).strip()
             written = question.most or 1  # a token for each mask
-        elif not question.renderer.compares:
-            asked.probability *= probability
-            probability = asked.probability
-            text, written, complete = listener.whole, len(listener.tokens), listener.complete
-            if not complete and written < so_far + (question.limit or 0) and not item.over:
-                asked.said = listener
-                return GOES_ON
         return Answer(
             text,
-            probability,
+            prediction.probability,
             prediction.probabilities,
-            question.example.shortened,
-            len(question.example.sequences[0].ids) - so_far,
+            example.shortened,
+            len(example.sequences[0].ids),
             written,
-            complete,
         )
 
     def _wanted(self, asked: _Asked) -> Handle:
@@ -299,3 +302,16 @@ class Local:
         if handle.by_hand is None:
             handle.by_hand = self._handle(handle.task.manual())
         return handle.by_hand
+
+
+def _written(example: Rendered, listener: Listener) -> Answer:
+    """A free answer, whose text has come token by token."""
+    return Answer(
+        listener.whole,
+        math.exp(listener.score),
+        {},
+        example.shortened,
+        len(example.sequences[0].ids),
+        len(listener.tokens),
+        listener.complete,
+    )
