@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ptuning.backbone import injection
+from ptuning.backbone import spans
 from ptuning.backbone.injection import Injector
 from ptuning.backbone.lookups import input_embedding
 from ptuning.errors import InputError
@@ -170,7 +170,7 @@ def test_rows_that_have_no_room_on_the_device_leave_all_as_it_was(
 
     def add_without_room() -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(injection, "_near", full)
+            patch.setattr(spans, "near", full)
             with pytest.raises(torch.OutOfMemoryError):
                 injector.add(rows)
 

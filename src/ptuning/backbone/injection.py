@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, compress
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -30,61 +30,12 @@ from ..devices import on_cpu_by_default
 from ..errors import InputError
 from ..threads import CHANGING
 from .lookups import check_fits, check_width, input_embedding, second_lookups, shared_embeddings
+from .spans import Lookup, Span, near
 from .upstream import hook_owners, remove_hooks_of
 
 Words = Callable[[Tensor, Tensor], Tensor]
 SAFE_ID = 0
 """Virtual positions get its row where ids are looked up."""
-
-
-class Span:
-    """A range of virtual ids and the rows that stand for them.
-
-    Attributes:
-        first: the first id.
-        rows: ``(count, embedding width)``.
-        users: how many callers hold the span; it leaves with the last.
-    """
-
-    def __init__(self, first: int, rows: Tensor):
-        self.first = first
-        self.rows = rows
-        self.users = 1
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "rows": self.rows.detach()}
-
-    @property
-    def end(self) -> int:
-        """One past the last id."""
-        return self.first + self.rows.shape[0]
-
-
-class _Lookup(NamedTuple):
-    """What forwards read: never changed, but replaced as a whole.
-
-    Attributes:
-        spans: all of them.
-        rows: of each span, on the embedding's device (those that carry a gradient, where they are).
-        owner: ``(I,)`` for each id from one below the threshold on: 0 where it is a word, 1 where
-            nobody owns it, 2 + the span's number elsewhere. The last one stands for all behind it.
-        row: ``(I,)`` the id's row among those of all spans together; 0 where it has none.
-    """
-
-    spans: tuple[Span, ...]
-    rows: tuple[Tensor, ...]
-    owner: Tensor
-    row: Tensor
-
-    def having(self, rows: Mapping[Span, Tensor]) -> _Lookup:
-        """Other rows for some spans."""
-        pairs = zip(self.spans, self.rows, strict=True)
-        return self._replace(rows=tuple(rows.get(span, before) for span, before in pairs))
-
-    def to(self, device: torch.device) -> _Lookup:
-        """The same on a device."""
-        rows = tuple(rows.to(device) for rows in self.rows)
-        return _Lookup(self.spans, rows, self.owner.to(device), self.row.to(device))
 
 
 class Injector:
@@ -106,7 +57,7 @@ class Injector:
         self.threshold: int = weight_owner.num_embeddings
         self.width: int = weight_owner.embedding_dim
         self.spans: list[Span] = []
-        self._lookup: _Lookup
+        self._lookup: Lookup
         self._local = threading.local()
         self.second_lookups = second_lookups(model)
         _at[_holder(model)] = ref(self)
@@ -213,7 +164,7 @@ class Injector:
             same = rows.shape == span.rows.shape and self._lookup.owner.device == self._device
             span.rows = rows
             if same:
-                self._lookup = self._lookup.having({span: _near(rows, self._device)})
+                self._lookup = self._lookup.having({span: near(rows, self._device)})
             else:
                 self._serve(self.spans)
 
@@ -267,17 +218,7 @@ class Injector:
     @on_cpu_by_default
     def _serve(self, spans: list[Span]) -> None:
         """Have these spans; where there is no room for their rows all stays as it was."""
-        device = self._device
-        rows = tuple(_near(span.rows, device) for span in spans)
-        counts = torch.tensor([of_span.shape[0] for of_span in rows])
-        behind = torch.tensor([span.end for span in spans]) - counts.cumsum(0)
-        number = torch.arange(len(rows)).repeat_interleave(counts)
-        place = torch.arange(len(number))
-        at = behind[number] + place - self.threshold + 1
-        owner = torch.ones(spans[-1].end - self.threshold + 2).long()
-        owner[0], row = 0, torch.zeros_like(owner)
-        owner[at], row[at] = 2 + number, place
-        lookup = _Lookup(tuple(spans), rows, owner.to(device), row.to(device))
+        lookup = Lookup.of(spans, self.threshold, self._device)
         self.spans, self._lookup = spans, lookup  # in one go each: forwards may run meanwhile
 
     @property
@@ -317,7 +258,7 @@ class Injector:
         vectors = F.embedding(row, table.to(output.device)).to(output.dtype)
         return torch.where(virtual.unsqueeze(-1), vectors, output)
 
-    def _rows_of(self, ids: Tensor, lookup: _Lookup) -> tuple[Tensor, Tensor] | None:
+    def _rows_of(self, ids: Tensor, lookup: Lookup) -> tuple[Tensor, Tensor] | None:
         """For each id its row in a table, and the table; None where all are words."""
         at = (ids - (self.threshold - 1)).clamp(0, len(lookup.owner) - 1)
         owner, row = lookup.owner[at], lookup.row[at]
@@ -348,7 +289,7 @@ class Injector:
             + listed(f"{s.first} to {s.end - 1}" for s in spans)
         )
 
-    def _here(self, device: torch.device) -> _Lookup:
+    def _here(self, device: torch.device) -> Lookup:
         """The lookup on the device of what runs; moved once where the model was."""
         lookup = self._lookup
         if lookup.owner.device == device:
@@ -389,11 +330,6 @@ def _remove_copies(module: nn.Module) -> None:
     for owner in hook_owners(module):
         if isinstance(owner, Injector) and not any(owner is one for one in known):
             remove_hooks_of(owner, module)
-
-
-def _near(rows: Tensor, device: torch.device) -> Tensor:
-    """On the embedding's device; a gradient's path is made in the forward that follows it."""
-    return rows if rows.requires_grad else rows.to(device)
 
 
 def _ids(value: Any) -> bool:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..backbone.injection import Span
 from ..backbone.lookups import input_embedding
+from ..backbone.spans import Span
 from ..errors import InputError, warn
 from ..prompts.encoder import PromptEncoder
 from ..prompts.encoder_config import PeftType, PromptEncoderConfig, TaskType

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from transformers.utils.hub import PushToHubMixin
 
-from ..backbone.injection import Injector, Span
+from ..backbone.injection import Injector
 from ..backbone.kinds import reads_left_to_right
 from ..backbone.lookups import input_embedding, vectors_of
+from ..backbone.spans import Span
 from ..errors import InputError
 from ..prompts.encoder import PromptEncoder
 from ..prompts.encoder_config import PeftType, PromptEncoderConfig, TaskType

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import traits
-from ..backbone.injection import Injector, Span, may_look_at_values
+from ..backbone.injection import Injector, may_look_at_values
 from ..backbone.kinds import reads_left_to_right
 from ..backbone.placement import Placement
+from ..backbone.spans import Span
 from ..errors import InputError, warn
 from ..prompts.encoder_config import TaskType
 from . import arguments
