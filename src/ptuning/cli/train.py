@@ -99,6 +99,7 @@ def train(
         ptuning train --output capital/ --resume
     """
     from .. import distributed
+    from ..backbone.base_model import BaseModel
     from ..backbone.kinds import kind_of
     from ..backbone.load import load_model
     from ..data import read_examples
@@ -109,6 +110,7 @@ def train(
     from ..rendering.short_words import settle_words
     from ..training import checkpoint
     from ..training.checks import check_run, check_whole
+    from ..training.found_words import find_words
     from ..training.grid import choices, columns_read
     from ..training.refit import settled_refit
     from ..training.settings import TrainSettings
@@ -141,6 +143,7 @@ def train(
         dtype = loading.chosen(model, dtype, _format_of(how), usual=True, frozen=frozen)
         base, tokenizer = load_model(model, dtype=dtype, frozen=frozen)
         settle_words(trained, tokenizer, kind_of(base))
+        find_words(BaseModel.of(base, tokenizer), trained, rows)
         members = [member for _, member, _ in choices(trained, how, population, grid)]
         count, aside = len(rows) + len(dev_rows), bool(dev_rows) and not dev
         how = replace(how, refit=settled_refit(how, members, count, aside))

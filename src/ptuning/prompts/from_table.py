@@ -15,7 +15,7 @@ from typing import Any
 
 from ..data.columns import Columns, columns_of
 from ..data.rows import listed
-from .label_names import label_words, readable, telling_words
+from .label_names import label_words, readable, say_nothing, telling_words
 from .task import Task, at_least_one
 from .template import heading
 
@@ -40,12 +40,14 @@ class FromTable:
         template: the template.
         words: label -> its name in words, in the order of first use; None for free answers.
         telling: label -> the words of its name, those first that tell most of it.
+        nameless: the names say nothing.
     """
 
     columns: Columns
     template: str
     words: dict[str, str] | None
     telling: dict[str, tuple[str, ...]]
+    nameless: bool
 
 
 def from_table(
@@ -73,13 +75,14 @@ def from_table(
     words = label_words(rows, columns)
     made = template or template_of(columns, virtual or VIRTUAL, words is not None)
     telling = telling_words(words, rows, columns) if words else {}
-    return FromTable(columns, made, words, telling)
+    nameless = _is_vague(columns) and columns.twin is None and say_nothing(words or ())
+    return FromTable(columns, made, words, telling, nameless)
 
 
 def template_of(columns: Columns, virtual: int, labelled: bool) -> str:
     """Virtual tokens around what is read, and the answer's name before the answer."""
     read = columns.read
-    vague = labelled and columns.answer.strip().casefold() in _SAY_NOTHING
+    vague = labelled and _is_vague(columns)
     texts = [f"{{{name}}}" for name in read]
     if len(read) > 1:
         texts = [f"{_caption(name)}: {text}" for name, text in zip(read, texts, strict=True)]
@@ -87,6 +90,10 @@ def template_of(columns: Columns, virtual: int, labelled: bool) -> str:
     front, back = (f"[P*{n}]" if n else "" for n in (virtual // 2, virtual - virtual // 2))
     asked = _CAPTION if vague else _caption(columns.answer)
     return f"{front} {body} {back} {asked}: [MASK]".lstrip()
+
+
+def _is_vague(columns: Columns) -> bool:
+    return columns.answer.strip().casefold() in _SAY_NOTHING
 
 
 def _caption(name: str) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..data.columns import Columns, are_labels, have_letters
@@ -24,6 +24,7 @@ _TRUTH = {
     **{"1": "yes", "true": "yes", "True": "yes", "TRUE": "yes"},
 }
 _SIGNS = {"-1": "negative", "0": "neutral", "1": "positive"}
+_NUMBERED = re.compile(r"([a-z]+[\W_]+|[a-z])?-?\d+|true|false|[a-z]", re.IGNORECASE)
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
@@ -60,6 +61,11 @@ def label_words(rows: Sequence[Mapping[str, Any]], columns: Columns) -> dict[str
             twins.setdefault(label, text_of(columns.twin, row[columns.twin]).strip())
         names = [twins[label] for label in known]
     return dict(zip(known, _distinct(known, names), strict=True))
+
+
+def say_nothing(labels: Collection[str]) -> bool:
+    """Labels are numbers, truths or letters, such as 0 and 1, ``LABEL_2`` or ``B``."""
+    return bool(labels) and all(map(_NUMBERED.fullmatch, labels))
 
 
 def telling_words(

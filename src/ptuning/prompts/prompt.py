@@ -47,6 +47,8 @@ class Prompt(PromptSettings):
         name_words: where its label words are the labels' own names (`for_rows`): the words of each
             name, the most telling first. The first tokenizer that the prompt meets may bring words
             of one token in the names' place.
+        nameless: these names say nothing (`for_rows`, labels 0 and 1 of a column "label"): the
+            training looks for words that do (`training.found_words`).
 
     Raises:
         InputError, TemplateError: settings that contradict each other or the template language.
@@ -65,6 +67,7 @@ class Prompt(PromptSettings):
     peft_config: dict[str, Any] = field(default_factory=dict, repr=False)
     others: Sequence[Prompt] = field(default=(), repr=False)
     name_words: dict[str, tuple[str, ...]] | None = field(default=None, repr=False)
+    nameless: bool = field(default=False, repr=False)
     _begins = False  # at vectors of another prompt, before its own words are tokens
 
     def __post_init__(self) -> None:
@@ -161,7 +164,7 @@ class Prompt(PromptSettings):
             prompt.verbalizer = as_verbalizer(
                 {label: [name] for label, name in found.words.items()}
             )
-            prompt.name_words = found.telling
+            prompt.name_words, prompt.nameless = found.telling, found.nameless
         return prompt
 
     def encoder_config(self, token_dim: int) -> PromptEncoderConfig:
@@ -222,7 +225,7 @@ class Prompt(PromptSettings):
 
     def become(self, other: Prompt) -> None:
         """Take over another prompt's settings, such as the winner's of a population."""
-        for name in (*other.settings(), "num_virtual_tokens", "name_words"):
+        for name in (*other.settings(), "num_virtual_tokens", "name_words", "nameless"):
             setattr(self, name, getattr(other, name))
 
     def save(
@@ -318,7 +321,7 @@ class Prompt(PromptSettings):
         tensors: dict[str, Tensor],
         edited: list[str],
     ) -> Prompt:
-        known = {f.name for f in fields(cls)} - {"modules", "others", "name_words"}
+        known = {f.name for f in fields(cls)} - {"modules", "others", "name_words", "nameless"}
         members = description.pop(prompt_files.ENSEMBLE, [])
         described = set(description).union(*members) - known
         if ignored := sorted(described - set(prompt_files.OF_FILES)):

@@ -34,23 +34,33 @@ def settle_words(prompt: Prompt, tokenizer: Any, kind: str) -> None:
     if prompt.name_words is None:
         return
     parts, prompt.name_words = prompt.name_words, None
-    groups = resolve_words(tokenizer, prompt)
-    layout = Layout(tokenizer, prompt, kind, [len(group) for group in groups])
     names = {label: fill(words[0], {}) for label, words in prompt.labels.items()}
-    blank, special = dict.fromkeys(prompt.parsed.fields, "x"), set(tokenizer.all_special_ids)
-
-    def tokens(word: str) -> tuple[int, ...]:
-        try:
-            ids = layout(blank, word).answer
-        except DataError:  # none in this tokenizer
-            return ()
-        return () if special.intersection(ids) else ids  # such as [UNK], which stands for any word
+    tokens = ids_as_answer(prompt, tokenizer, kind)
 
     def text(token: int) -> str:
         return str(tokenizer.decode([token])).strip()
 
     if words := one_token_words(names, parts, tokens, text):
         prompt.verbalizer = as_verbalizer(words)
+
+
+def ids_as_answer(prompt: Prompt, tokenizer: Any, kind: str) -> Callable[[str], tuple[int, ...]]:
+    """What makes a word's ids where a prompt's answer stands; none for what the tokenizer has not.
+
+    The arguments are those of `Renderer`.
+    """
+    groups = resolve_words(tokenizer, prompt)
+    layout = Layout(tokenizer, prompt, kind, [len(group) for group in groups])
+    blank, special = dict.fromkeys(prompt.parsed.fields, "x"), set(tokenizer.all_special_ids)
+
+    def tokens(word: str) -> tuple[int, ...]:
+        try:
+            ids = layout(blank, word).answer
+        except DataError:
+            return ()
+        return () if special.intersection(ids) else ids  # such as [UNK], which stands for any word
+
+    return tokens
 
 
 def one_token_words(

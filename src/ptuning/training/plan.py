@@ -20,6 +20,7 @@ from ..rendering.example import answer_column
 from ..rendering.lesson import Lessons
 from . import guidance
 from .checks import check_run, check_some, check_whole
+from .found_words import find_words
 from .grid import Named, Variant, choices, columns_read
 from .members import answers_of, with_examples
 from .refit import settled_refit
@@ -94,6 +95,8 @@ def planned(
     draft.others, draft.label_bias = (), None
     if lessons is None:
         draft.answer = answer_column(prompt, rows[0])
+        find_words(base, draft, rows)
+    draft.nameless = False
     chosen = choices(draft, settings, population, grid)
     prompts, count = [one for _, one, _ in chosen], len(rows) + len(dev)
     noise = settled_noise(settings, prompts, lessons is not None)
