@@ -108,18 +108,31 @@ def test_names_that_tell_as_much_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert prompt.labels == {"0": ("Paris",), "1": ("Oslo",)} and not prompt.nameless
 
 
-def test_a_label_of_one_example_keeps_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_label_of_one_example_gets_words_too(monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_of()
     rows = [*ROWS, {"text": "it", "label": 2}]
     monkeypatch.setattr(found_words, "_said", saying(base, {0: "Paris", 1: "Oslo", 2: "capital"}))
-    for name, changes in (("does", True), ("it rains", False)):  # of one token, of several
-        prompt = Prompt.for_rows(rows)
-        prompt.verbalizer, prompt.name_words = {"0": "yes", "1": "not", "2": name}, None
-        find_words(base, prompt, rows)
-        assert prompt.labels["2"] == (name,)
-        assert (prompt.labels["0"][0], prompt.labels["1"][0]) == (
-            ("Paris", "Oslo") if changes else ("yes", "not")
-        )
+    prompt = Prompt.for_rows(rows)
+    find_words(base, prompt, rows)
+    assert [words[0] for _, words in sorted(prompt.labels.items())] == ["Paris", "Oslo", "capital"]
+
+
+@pytest.mark.parametrize("name", ["does", "it rains"])  # of one token, of several
+def test_a_label_for_which_nothing_is_found_keeps_a_name_of_one_token(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_of()
+    rows = [*ROWS, {"text": "it", "label": 2}]
+    monkeypatch.setattr(found_words, "_said", saying(base, {0: "Paris", 1: "Oslo", 2: "capital"}))
+    real = found_words._telling
+    monkeypatch.setattr(found_words, "_telling", lambda *args: [*real(*args)[:2], []])
+    prompt = Prompt.for_rows(rows)
+    prompt.verbalizer = {"0": ("yes",), "1": ("not",), "2": (name,)}
+    prompt.name_words = None
+    find_words(base, prompt, rows)
+    found = ("Paris", "Oslo") if name == "does" else ("yes", "not")
+    assert (prompt.labels["0"][0], prompt.labels["1"][0]) == found
+    assert prompt.labels["2"] == (name,)
 
 
 def test_given_words_and_trained_prompts_are_left_alone() -> None:
