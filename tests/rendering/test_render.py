@@ -988,12 +988,27 @@ def test_words_that_a_tokenizer_does_not_tell_apart_are_refused_before_a_trainin
         Renderer(tokenizer, task, "masked")(row)
     with pytest.raises(InputError, match="give each label words that it tells apart"):
         Renderer(tokenizer, task, "masked").each([row], "training")
-    # An example's own words may be alike, and so may two words of one label.
+    # An example's own words may be alike.
     own = Task("{x} [MASK]", verbalizer={"0": "{one}", "1": "{two}"})
     made = Renderer(tokenizer, own, "masked")({"x": "a", "one": "yes", "two": "yes", "label": "0"})
     assert made.label_ids[0] == made.label_ids[1]
-    same = Task("{x} [MASK]", verbalizer={"good": ["yes", " yes"], "bad": "it"})
-    assert len(Renderer(tokenizer, same, "masked")(row).label_ids) == 3
+
+
+@pytest.mark.parametrize("word", ["it", " it", "It"])
+def test_words_of_one_label_that_are_the_same_to_a_tokenizer_are_told_of_once(word: str) -> None:
+    """They count twice: without a word the label would be twice as likely as it is."""
+    tokenizer = tiny.tokenizer("wordpiece")
+    tokenizer.backend_tokenizer.normalizer = Lowercase()
+    row = {"x": "it rains", "label": "good"}
+    render = Renderer(
+        tokenizer, Task("{x} [MASK]", verbalizer={"good": ["it", word], "bad": "is"}), "masked"
+    )
+    told = rf"the words 'it' and '{word}' of the label 'good' are the same .*, so it counts twice"
+    with pytest.warns(UserWarning, match=told):
+        assert len(render(row).label_ids) == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        render(row)
 
 
 # [P:words].

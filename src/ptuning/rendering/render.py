@@ -136,6 +136,7 @@ class Renderer:
         self.bias = None if given is None else [given[label] for label in self.labels]
         self._in_words = () if candidates else columns_in_words(task)
         self._literal = bool(candidates)
+        self._told_alike = False
         self._longest_answer = longest_answer
         fewer = known_tokens is not None and known_tokens < len(tokenizer)
         self.known_tokens = known_tokens if fewer else None
@@ -268,17 +269,25 @@ class Renderer:
 
     def _check_words(self, sequences: tuple[Sequence, ...]) -> None:
         """Refuse words of two labels that are the same tokens, such as unknown ones: no training
-        could tell them apart. (An example's own words and candidates may be alike.)"""
+        could tell them apart. Of one label they are told of, once: what a trained prompt makes of
+        them stays. (An example's own words and candidates may be alike.)"""
         if self._literal or self._in_words or len({s.answer for s in sequences}) == len(sequences):
             return
         spelled = [(label, word) for label, words in self.labels.items() for word in words]
         seen: dict[tuple[int, ...], tuple[str, str]] = {}
-        for (label, word), sequence in zip(spelled, sequences, strict=True):
-            other, its_word = seen.setdefault(sequence.answer, (label, word))
+        for this, sequence in zip(spelled, sequences, strict=True):
+            first = seen.setdefault(sequence.answer, this)
+            (other, its_word), (label, word) = first, this
             if other != label:
                 raise InputError(
                     f"the words {its_word!r} of the label {other!r} and {word!r} of {label!r} are "
                     "the same to this tokenizer; give each label words that it tells apart"
+                )
+            if first is not this and not self._told_alike:
+                self._told_alike = True
+                warn(
+                    f"the words {its_word!r} and {word!r} of the label {label!r} are the same to "
+                    "this tokenizer, so it counts twice; leave one of them out"
                 )
 
     def _word(self, word: str, columns: dict[str, str]) -> str:
