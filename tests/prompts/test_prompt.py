@@ -222,6 +222,19 @@ def test_a_cell_is_the_label_that_other_kinds_of_files_write_so(
     assert (found, type(found)) == (label, type(label))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"answer": "\udcff"},
+        {"verbalizer": {"yes": "Yes", "n\udcff": "No"}},
+        {"verbalizer": {"yes": "Yes", "no": ["No", "N\udcff"]}},
+    ],
+)
+def test_text_that_no_file_can_hold_is_refused_before_a_training(settings: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"has half a surrogate pair: '.*udcff'; is the text UTF"):
+        ptuning.Prompt(TEMPLATE, **settings)
+
+
 def test_labels_with_spaces_around_them_are_those_of_their_cells() -> None:
     spaced = ptuning.Prompt(TEMPLATE, verbalizer={" a": "yes", "b": "no"})
     assert [spaced.label_text(cell) for cell in (" a", " b ", "c ")] == [" a", "b", "c"]

@@ -969,7 +969,7 @@ def test_fields_of_any_type_become_text_and_none_is_empty() -> None:
         ({"a": "yes", "b": 3}, "label 'b'"),
         ({"a": "yes", "b": None}, "label 'b'"),
         ({"a": "yes", "b": ["no", "yes"]}, "'a' and 'b' share the word 'yes'"),
-        ({1: "one", "1": "uno"}, "'1'"),
+        ({1: "one", "1": "uno", "2": "due"}, "has the label '1' twice"),
     ],
 )
 def test_unusable_verbalizer_is_an_error(verbalizer: dict[Any, Any], part: str) -> None:

@@ -63,6 +63,7 @@ class Task:
 
     def __post_init__(self) -> None:
         check_type(self, str, "template", "answer", optional=True)
+        check_characters("answer", self.answer or "")
         check_type(self, bool, "chat", "answer_end")
         one_of("label_mode", self.label_mode, ("labels", "vocabulary"))
         one_of("special_tokens", self.special_tokens, ("around", "after"))
@@ -230,6 +231,21 @@ def check_type(owner: object, kind: type, *names: str, optional: bool = False) -
 _KINDS = {str: "text", bool: "true or false", dict: "an object", float: "a number"}
 
 
+def check_characters(name: str, *texts: str) -> None:
+    """Refuse text that no tokenizer reads and no file of a prompt can hold.
+
+    Raises:
+        InputError: names it, and shows the text.
+    """
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"{name} has half a surrogate pair: {excerpt(repr(text))}; is the text UTF-8?"
+            ) from None
+
+
 def at_least_one(name: str, value: int | None, most: int = 10**9) -> None:
     """Refuse a count that is no whole number of at least 1, or beyond all use.
 
@@ -257,6 +273,12 @@ def _words_by_label(verbalizer: Mapping[str, str | Sequence[str]]) -> dict[str, 
                 f"the verbalizer's label {str(label)!r} stands for {given!r}; expected a word or a "
                 "list of words"
             )
+        if str(label) in words:
+            raise InputError(
+                f"the verbalizer has the label {str(label)!r} twice, as text and as another kind "
+                "of value; keep one of the two"
+            )
+        check_characters("the verbalizer", str(label), *listed)
         words[str(label)] = tuple(listed)
     if len(words) < 2:
         raise InputError(f"a verbalizer needs at least two labels; it has {sorted(words)}")
