@@ -14,6 +14,7 @@ from ptuning.inference.baselines import automatic_templates
 from ptuning.prompts.from_table import in_two_lines
 from ptuning.prompts.label_names import readable, telling_words
 from ptuning.prompts.template import parse
+from ptuning.rendering.example import right_answer
 from ptuning.rendering.render import Renderer
 from ptuning.rendering.short_words import one_token_words
 
@@ -221,6 +222,21 @@ def test_dev_rows_say_nothing_of_what_is_read_or_answered() -> None:
     graded = [{**row, "text": text} for row, text in zip(numbers, TEXTS, strict=True)]
     dev = [{**graded[0], "label_text": "Bad"}]
     assert words_of(Prompt.for_rows(graded, dev=dev)) == {"0": "bad", "1": "good"}
+
+
+def test_whole_numbers_are_the_same_labels_as_each_kind_of_file_writes_them() -> None:
+    """pandas writes `1.0` into a CSV file where another one has `1`."""
+    whole = [{"text": text, "label": str(n % 2)} for n, text in enumerate(TEXTS)]
+    fractions = [{**row, "label": f"{row['label']}.0"} for row in whole]
+    floats = [{**row, "label": float(row["label"])} for row in whole]
+    for dev in (whole, fractions, floats):
+        assert words_of(Prompt.for_rows(whole, dev=dev)) == {"0": "no", "1": "yes"}
+        assert words_of(Prompt.for_rows(fractions, dev=dev)) == {"0.0": "no", "1.0": "yes"}
+    for trained in (whole, fractions):
+        prompt = Prompt.for_rows(trained)
+        for rows in (whole, fractions, floats):
+            said = [right_answer(prompt, row, prompt.labels) for row in rows]
+            assert said == [row["label"] for row in trained]
 
 
 def test_what_is_given_is_not_looked_for() -> None:

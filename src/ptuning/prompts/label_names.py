@@ -17,7 +17,7 @@ from typing import Any
 from ..data.columns import Columns, are_labels, have_letters
 from ..data.values import plain, text_of
 from ..errors import DataError, warn
-from .task import as_label
+from .task import as_label, whole_number
 
 _TRUTH = {
     **{"0": "no", "false": "no", "False": "no", "FALSE": "no"},
@@ -136,6 +136,7 @@ def _label(column: str, cell: Any) -> str:
 
 def _names(labels: Sequence[str]) -> list[str]:
     """What labels of numbers and truths stand for, and the others as they are."""
+    labels = [whole_number(label) or label for label in labels]
     for meaning in (_TRUTH, _SIGNS):
         if set(labels) <= set(meaning) and len({meaning[label] for label in labels}) == len(labels):
             return [meaning[label] for label in labels]

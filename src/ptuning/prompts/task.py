@@ -22,6 +22,7 @@ from ..errors import InputError, excerpt
 from .template import Template, Virtual, parse
 
 MOST_ANSWER_TOKENS = 10_000
+_WHOLE = re.compile(r"([+-]?[0-9]+)(?:\.0+)?")
 _IN_WORD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
 
@@ -175,24 +176,39 @@ def majority_answer(answers: Iterable[str]) -> str:
 
 
 def as_label(value: Any, labels: Collection[str]) -> Any:
-    """A cell of the answer column: true is the label ``true`` or ``True`` where there is one, as
-    JSON has it or in letters of either case, since each kind of file writes it in its own way.
+    """The label that a cell of the answer column means, else the cell: true is the label ``true``
+    or ``True`` where there is one, as JSON has it or in letters of either case, since each kind of
+    file writes it in its own way.
 
-    And 1.0 is the label ``1``: pandas makes fractions of whole numbers where one is missing.
+    And 1.0 is the label ``1``, as a number and as text, and the other way round: pandas makes
+    fractions of whole numbers where one is missing, and writes them so.
     """
     value = plain(value)
-    said = json.dumps(value) if isinstance(value, bool) else value
-    if isinstance(said, str) and said.strip() not in labels:
-        truth = said.strip().casefold()
-        if truth not in ("true", "false"):
-            return value
+    if not isinstance(value, str | bool | float) and not _is_small(value):
+        return value
+    said = json.dumps(value) if isinstance(value, bool) else str(value)
+    text = said.strip()
+    if said in labels or text in labels:
+        return said if said in labels else text
+    if (truth := text.casefold()) in ("true", "false"):
         alike = [label for label in labels if label.casefold() == truth]
         return alike[0] if len(alike) == 1 else value
-    if isinstance(value, bool):
-        return said
-    if isinstance(value, float) and value.is_integer() and str(value) not in labels:
-        return int(value) if str(int(value)) in labels else value
-    return value
+    if isinstance(value, float) and value.is_integer():
+        text = f"{value:.0f}"  # also of those that Python writes with an exponent
+    whole = whole_number(text)
+    forms = () if whole is None else (whole, f"{whole}.0")
+    return next((form for form in forms if form in labels), value)
+
+
+def whole_number(text: str) -> str | None:
+    """The whole number that a text says, ``1`` of ``1.0``; None of other text."""
+    found = _WHOLE.fullmatch(text)
+    return found[1] if found else None
+
+
+def _is_small(value: Any) -> bool:
+    """A whole number that Python writes, as it does not one of thousands of digits."""
+    return isinstance(value, int) and value.bit_length() < 1000
 
 
 def named_fields(word: str) -> tuple[str, ...]:
