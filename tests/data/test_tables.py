@@ -208,3 +208,16 @@ def test_a_transform_of_the_user_s_own_is_kept() -> None:
 
     rows = as_rows(class_labels().with_transform(shout))
     assert [row["text"] for row in rows] == [text.upper() for text in COLUMNS["text"]]
+
+
+def test_a_transform_may_leave_class_labels_out_or_give_something_else() -> None:
+    data = class_labels()
+    alone = data.with_transform(lambda rows: {"text": rows["text"]})
+    assert as_rows(alone) == [{"text": text} for text in COLUMNS["text"]]
+    listed = data.with_transform(lambda rows: {"label": [[number] for number in rows["label"]]})
+    assert [row["label"] for row in as_rows(listed)] == [[1], [0]]
+    floats = data.with_transform(lambda rows: {"label": [float(n) for n in rows["label"]]})
+    assert [row["label"] for row in as_rows(floats)] == ["yes", "no"]
+    other = data.with_transform(lambda rows: {"label": [number + 1 for number in rows["label"]]})
+    with pytest.raises(DataError, match=r"'label' holds the class label 2, and .* names 2 classes"):
+        as_rows(other)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import DataError, excerpt
 from .rows import Row
+from .values import plain
 
 _HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 
@@ -48,15 +49,29 @@ def hub_rows(source: str) -> Iterator[Row]:
 def dataset_rows(data: Any) -> Iterator[Row]:
     """Rows of a `datasets.Dataset`; class labels are their names, and none where there is none.
 
-    What it is set to give (tensors, frames) does not count, but for a transform of the user's own.
+    What it is set to give (tensors, frames) does not count, but for a transform of the user's own:
+    that may leave columns out, and put anything into those that it gives.
+
+    Raises:
+        DataError: a class label has no name.
     """
     if getattr(data, "format", {}).get("type") != "custom":
         data = data.with_format(None)
     features = data.features or {}
     names = {column: kind for column, kind in features.items() if hasattr(kind, "int2str")}
-    for row in data:
+    for row in map(dict, data):
         for column, kind in names.items():
-            value = row[column]
-            if value is not None and not isinstance(value, str):
-                row[column] = kind.int2str(int(value)) if int(value) >= 0 else None
-        yield dict(row)
+            number = plain(row.get(column))
+            if isinstance(number, int | float) and number == number // 1:
+                row[column] = _name(column, kind, int(number))
+        yield row
+
+
+def _name(column: str, kind: Any, number: int) -> str | None:
+    try:
+        return str(kind.int2str(number)) if number >= 0 else None
+    except ValueError:
+        raise DataError(
+            f"the column {column!r} holds the class label {number}, and the data set names "
+            f"{kind.num_classes} classes, counted from 0; correct the one or the other"
+        ) from None
