@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 
-from ptuning import PromptEncoder, PromptEncoderConfig, PtuningError
+from ptuning import Prompt, PromptEncoder, PromptEncoderConfig, PtuningError
 from ptuning.errors import InputError, PromptFileError
 from ptuning.prompts.encoder_config import (
     CONFIG_NAME,
@@ -198,6 +198,19 @@ def test_wrong_value_is_an_error_that_names_it(values: dict[str, Any], parts: li
 def test_a_dropout_that_no_prompt_can_have_is_refused_before_a_training(dropout: float) -> None:
     with pytest.raises(InputError, match=r"encoder_dropout is .* give a share"):
         PromptEncoderConfig(num_virtual_tokens=3, encoder_dropout=dropout)
+
+
+def test_only_an_lstm_has_to_say_how_many_layers_it_has() -> None:
+    """A file may say null; the network would fail on it when it is built."""
+    for make in (
+        lambda kind: PromptEncoderConfig(
+            encoder_reparameterization_type=kind.upper(), encoder_num_layers=None
+        ),
+        lambda kind: Prompt("[P] {x} [MASK]", encoder=kind, encoder_num_layers=None),
+    ):
+        assert make("mlp").encoder_num_layers is None
+        with pytest.raises(InputError, match="encoder_num_layers is None; give a whole number"):
+            make("lstm")
 
 
 def test_another_method_s_file_is_an_error_without_a_word_on_its_keys(tmp_path: Path) -> None:

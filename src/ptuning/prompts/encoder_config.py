@@ -140,6 +140,8 @@ class PromptEncoderConfig(Recognised):
         for name in _COUNTS:
             setattr(self, name, plain(getattr(self, name)))
             at_least_one(name, getattr(self, name), MOST.get(name, 10**6))
+        stacked = self.encoder_reparameterization_type is heads.LSTM
+        at_least_one("encoder_num_layers", self.encoder_num_layers, optional=not stacked)
         check_type(self, str, *_TEXTS, optional=True)
         check_type(self, bool, "inference_mode")
         check_type(self, dict, "auto_mapping", optional=True)

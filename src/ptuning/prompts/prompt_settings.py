@@ -59,6 +59,7 @@ class PromptSettings(Task):
         for name, most in MOST.items():
             setattr(self, name, plain(getattr(self, name)))
             at_least_one(name, getattr(self, name), most)
+        at_least_one("encoder_num_layers", self.encoder_num_layers, optional=kind != "lstm")
         if self.template is None:
             if self.num_virtual_tokens is None:
                 raise InputError(

@@ -262,13 +262,14 @@ def check_characters(name: str, *texts: str) -> None:
             ) from None
 
 
-def at_least_one(name: str, value: int | None, most: int = 10**9) -> None:
-    """Refuse a count that is no whole number of at least 1, or beyond all use.
+def at_least_one(name: str, value: int | None, most: int = 10**9, *, optional: bool = True) -> None:
+    """Refuse a count that is no whole number of at least 1, or beyond all use; None is one that is
+    not given, where it is `optional`.
 
     Raises:
         InputError: names the field and the value.
     """
-    if value is None:
+    if value is None and optional:
         return
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise InputError(f"{name} is {excerpt(repr(value))}; give a whole number of at least 1")
