@@ -36,8 +36,14 @@ def entry(folder: Path, name: str) -> Path:
     return folder / name
 
 
+def at_home(path: str) -> str:
+    """With the home folder for a ``~`` in front, as a shell writes it: none does in ``--data=~/x``,
+    in a run file or in Python, and a folder called ``~`` is not what anybody means."""
+    return os.path.expanduser(path) if path == "~" or path.startswith("~/") else path
+
+
 def named(path: str | Path) -> Path:
-    """What was given as the path of a file or folder, seen to be one.
+    """What was given as the path of a file or folder, seen to be one; ``~`` is the home folder.
 
     Raises:
         InputError: it is none; or has no name: an empty one would be the working directory; or the
@@ -45,6 +51,7 @@ def named(path: str | Path) -> Path:
     """
     if not isinstance(path, str | os.PathLike) or not str(path).strip():
         raise InputError(f"{path!r} is no path; give the name of a file or folder")
+    path = at_home(os.fspath(path))
     try:
         os.lstat(path)
     except OSError as error:

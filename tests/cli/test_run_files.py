@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+import ptuning
 from ptuning import InputError
 from ptuning.cli import run_files
 
@@ -122,3 +123,22 @@ def test_true_is_no_number(run: Any, tmp_path: Path) -> None:
     options = ["--model", "m", "--data", "d.csv", "--output", tmp_path / "out"]
     code, out, err = run("train", *options, "--config", tmp_path / "run.yaml")
     assert (code, out) == (2, "") and "Invalid value for '--epochs'" in " ".join(err.split())
+
+
+def test_the_home_folder_is_meant_where_no_shell_has_written_it(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("mine")
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": "b"}\n')
+    (tmp_path / "run.yaml").write_text("model: m\ndata: ~/a.jsonl\noutput: ~/out\n")
+    typed = ("--model", "m", "--data", "~/a.jsonl", "--output=~/out")
+    for given in (typed, ("--config=~/run.yaml",)):
+        code, _, err = run("train", *given)
+        assert code == 2 and f"--output {tmp_path / 'out'} is not empty" in err, err
+    assert ptuning.read_examples("~/a.jsonl") == [{"text": "a", "label": "b"}]
+    assert not list((tmp_path / "here").iterdir())

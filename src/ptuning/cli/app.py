@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError, PtuningError
+from ..places import at_home
 from . import (
     console,
     distill,
@@ -106,7 +107,7 @@ app.command("fetch")(filled(loads_model=False)(use.fetch))
 
 def main() -> None:
     """Run the command line; every error becomes one line and an exit code."""
-    arguments = sys.argv[1:]
+    arguments = [_at_home(argument) for argument in sys.argv[1:]]
     debug = "--debug" in arguments
     console.quiet_libraries()
     console.write_to_any_stdout()
@@ -133,11 +134,20 @@ def main() -> None:
             raise
         text = str(error).strip().splitlines()
         reason = f"{type(error).__name__}: {text[0] if text else 'no message'}"
-        _complain(error, f"{reason} (run again with --debug for the traceback)")
+        reason += " (run again with --debug for the traceback)"
+        _complain(error, reason)
         code = 1
     if code == _INTERRUPTED:
         console.say(console.stopped())
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _at_home(argument: str) -> str:
+    """With the home folder for ``~``, where the shell has left it: ``--output=~/out``."""
+    name, assigned, value = argument.partition("=")
+    if name.startswith("--") and assigned:
+        return f"{name}={at_home(value)}"
+    return at_home(argument)
 
 
 def _check_filled(arguments: list[str]) -> None:

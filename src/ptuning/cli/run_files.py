@@ -13,6 +13,7 @@ from yaml.constructor import BaseConstructor, SafeConstructor
 
 from ..data.text import read_text
 from ..errors import InputError, PromptFileError, repeated
+from ..places import at_home
 
 _BETWEEN = {"template": "|", "population_grid": " "}
 _MOST_BYTES, _MOST_LEVELS, _MOST_VALUES = 10**6, 20, 10**5
@@ -125,7 +126,7 @@ def _check_keys(node: yaml.Node) -> None:
 
 
 def _as_option(name: str, value: Any) -> Any:
-    """A value as the command line would have it: lists and mappings as text.
+    """A value as the command line would have it: lists and mappings as text, ``~`` as a folder.
 
     And true and false, which to Python are numbers: as text they are refused where one is wanted.
     """
@@ -133,7 +134,7 @@ def _as_option(name: str, value: Any) -> Any:
         return json.dumps(value)
     if isinstance(value, list):
         return _BETWEEN.get(name, ",").join(map(str, value))
-    return value
+    return at_home(value) if isinstance(value, str) else value
 
 
 def settings_of(context: typer.Context) -> dict[str, Any]:
