@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -136,3 +138,12 @@ def test_a_shell_can_complete_commands() -> None:
         text=True,
     )
     assert done.stdout.split() == ["train"] and done.stderr == ""
+
+
+def test_a_full_stdout_is_said_in_words(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(console, "tell", full)
+    code, _, err = run("--version")
+    assert code == 1 and "what stdout goes to is full" in err and "OSError" not in err

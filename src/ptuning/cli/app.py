@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failure, 2 wrong input. No traceback unless ``--debug``.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from itertools import pairwise
@@ -135,6 +136,8 @@ def main() -> None:
         text = str(error).strip().splitlines()
         reason = f"{type(error).__name__}: {text[0] if text else 'no message'}"
         reason += " (run again with --debug for the traceback)"
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
+            reason = "what stdout goes to is full (No space left on device); free space there"
         _complain(error, reason)
         code = 1
     if code == _INTERRUPTED:
