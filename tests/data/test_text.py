@@ -74,6 +74,14 @@ def test_a_byte_order_mark_says_the_encoding(tmp_path: Path, encoding: str) -> N
     assert read_examples(tmp_path / "a.csv") == ROWS
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+@pytest.mark.parametrize("name", ["a.csv", "a.json"])
+def test_without_a_mark_utf16_is_refused_as_such(tmp_path: Path, encoding: str, name: str) -> None:
+    (tmp_path / name).write_bytes(CONTENT.encode(encoding))
+    with pytest.raises(DataError, match=r"UTF-16 without a byte-order mark .* save .* UTF-8"):
+        read_examples(tmp_path / name)
+
+
 def test_utf16_that_breaks_off_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes("a\nb\nc\n".encode("utf-16")[:-1])
     with pytest.raises(DataError, match=r"a\.csv line \d: no valid UTF-16"):

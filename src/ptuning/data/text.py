@@ -71,6 +71,11 @@ def opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     try:
         with _unpacked(path) as stream:
             encoding = _encoding(stream)
+            if encoding == "utf-8" and b"\0" in stream.peek(4)[:4]:
+                raise DataError(
+                    f"{path} begins with zero bytes, as UTF-16 without a byte-order mark does; "
+                    "save the file as UTF-8"
+                )
             yield io.TextIOWrapper(stream, encoding, newline=newline)
     except UnicodeError as error:
         line = _line_of_fault(path, encoding)
