@@ -15,6 +15,7 @@ from typing import Any
 
 from ..data.columns import Columns, columns_of
 from ..data.rows import listed
+from ..errors import warn
 from .label_names import label_words, readable, say_nothing, telling_words
 from .task import Task, at_least_one
 from .template import heading
@@ -73,6 +74,11 @@ def from_table(
     columns = columns_of(rows, answer, reads=template is None, dev=dev)
     rows = [*rows, *(row for row in dev if columns.answer in row)]
     words = label_words(rows, columns)
+    if words and columns.answer in words:
+        warn(
+            f"the answer's column is called {columns.answer!r}, as one of its labels is: if the "
+            "file has no line with the columns' names, write one before the first row"
+        )
     made = template or template_of(columns, virtual or VIRTUAL, words is not None)
     telling = telling_words(words, rows, columns) if words else {}
     nameless = _is_vague(columns) and columns.twin is None and say_nothing(words or ())
