@@ -53,6 +53,10 @@ def test_the_answer_is_found(columns: dict[str, list[Any]], answer: str) -> None
             {"team": [f"t{n % 12}" for n in range(24)], "tone": [f"s{n // 2}" for n in range(24)]},
             ["several", "'team', 'tone'"],
         ),
+        (
+            {"team": ["a"] * 24},
+            ["no column has few values, and of 'team' all are one", "at least two"],
+        ),
         ({"reply": TEXTS}, ["no column has few values", "'text', 'reply'"]),
         ({"date": ["2024-02-28", "2024-02-29"] * 12}, ["no column has few values", "'date'"]),
         ({"date": ["2024-02-28", "2024-02-29", ""] * 8}, ["no column has few values", "'date'"]),

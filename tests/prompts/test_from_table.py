@@ -9,7 +9,7 @@ import pytest
 
 from ptuning import Prompt
 from ptuning.data.columns import Columns, columns_of
-from ptuning.errors import DataError, InputError
+from ptuning.errors import DataError, InputError, PtuningWarning
 from ptuning.inference.baselines import automatic_templates
 from ptuning.prompts.from_table import in_two_lines
 from ptuning.prompts.label_names import readable, telling_words
@@ -217,6 +217,8 @@ def test_dev_rows_say_nothing_of_what_is_read_or_answered() -> None:
     assert "{title}" in Prompt.for_rows(rows).template
     assert "{title}" not in Prompt.for_rows(rows, dev=[other]).template
     with pytest.raises(DataError, match=r"nothing to .* 'text': it is no text in every dev row"):
+        Prompt.for_rows(numbered, dev=[{"team": "x", "text": ["t"]}])
+    with pytest.raises(DataError, match=r"nothing to .* 'text': not every dev row has it"):
         Prompt.for_rows(numbered, dev=[{"team": "x"}])
     numbers = [{"label": n % 2, "label_text": ("bad", "good")[n % 2]} for n in range(24)]
     graded = [{**row, "text": text} for row, text in zip(numbers, TEXTS, strict=True)]
@@ -237,6 +239,11 @@ def test_whole_numbers_are_the_same_labels_as_each_kind_of_file_writes_them() ->
         for rows in (whole, fractions, floats):
             said = [right_answer(prompt, row, prompt.labels) for row in rows]
             assert said == [row["label"] for row in trained]
+
+
+def test_a_first_row_that_is_taken_for_names_is_warned_of() -> None:
+    with pytest.warns(PtuningWarning, match=r"column is called 'good', as one of its labels is"):
+        prompt_for(["good", "bad"], "good")
 
 
 def test_what_is_given_is_not_looked_for() -> None:

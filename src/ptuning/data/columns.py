@@ -92,7 +92,9 @@ def columns_of(
             left_out[name] = why
             unusable |= bool(name.strip())
         elif dev and _texts(dev, name) is None:
-            left_out[name], unusable = "it is no text in every dev row", True
+            had = all(name in row for row in dev)
+            left_out[name] = "it is no text in every dev row" if had else "not every dev row has it"
+            unusable = True
         elif answers and _order(texts) == answers:
             left_out[name], twin = _TWIN, twin or name
         elif why := _says_nothing(name, texts or []):
@@ -151,7 +153,10 @@ def _answer(table: Mapping[str, list[str] | None], given: str | None) -> str:
     found = _without_twins(usual or few, table)
     if len(found) == 1:
         return found[0]
+    one = [name for name, texts in table.items() if texts and len(set(texts)) == 1 < len(texts)]
     seen = "several columns have few values" if found else "no column has few values"
+    if one and not found:
+        seen += f", and of {listed(map(repr, one))} all are one, where labels are at least two"
     raise DataError(
         f"it is not clear which column is the answer ({seen}): the data has "
         f"{listed(map(repr, found or table))}; name it (answer=, --answer COLUMN)"
