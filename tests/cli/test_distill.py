@@ -194,3 +194,10 @@ def test_a_trained_teacher_s_free_answers_are_learnt_behind_another_template(
     assert code == 0, err
     vectors = [ptuning.Prompt.load(folder / name).trained_vectors() for name in ("out", "again")]
     assert vectors[0].equal(vectors[1])
+
+
+def test_a_teacher_that_is_not_there_is_said_by_its_option(
+    run: Run, folder: Path, model_folder: Path
+) -> None:
+    code, _, err = run("distill", *options(folder, model_folder, teacher=folder / "teach"))
+    assert code == 2 and f"--teacher {folder / 'teach'} does not exist; give a text file" in err

@@ -137,6 +137,11 @@ def distill(
                 f"{AUTO} is made of a table with answers, and distill needs none; write --template "
                 "and --labels"
             )
+        if not teacher.exists():
+            raise InputError(
+                f"--teacher {teacher} does not exist; give a text file, or the folder of a saved "
+                "prompt"
+            )
         trained = Prompt.load(teacher) if teacher.is_dir() else None
         if trained is not None and init_from is None:
             if prompt["template"] is None:
