@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -95,6 +96,29 @@ def test_several_prompts_predict_as_each_does_alone(family: str) -> None:
     for task, of_task in zip(tasks, several, strict=True):
         alone = ptuning.predict_details(model, tokenizer, task, rows)
         assert all(map(_close, of_task, alone)), task.template
+
+
+@pytest.mark.parametrize("family", [*tiny.CAUSAL, *tiny.SEQ2SEQ])
+def test_rows_that_end_at_different_tokens_share_a_batch(family: str) -> None:
+    model, tokenizer, tasks = _setting(family)
+    engine = Engine(BaseModel.of(model, tokenizer), 0)
+    free = [task for task in tasks if not task.labels]
+    said: list[int] = []
+    with ExitStack() as stack:
+        asked = _asked(engine, free, stack)
+        manual = asked[0]
+        watched = replace(manual, watch=lambda token, _: bool(said.append(token)))
+        dict(answers(engine, [watched]))
+        model.generation_config.eos_token_id = said[1]  # a prompt has learnt the tokenizer's alone
+        alone = [dict(answers(engine, [question]))[0] for question in asked]
+        shorter = replace(manual, limit=said.index(said[1]) + 1)
+        assert alone[0].probability == dict(answers(engine, [shorter]))[0].probability
+        sizes: list[int] = []
+        model.register_forward_hook(lambda *all_of_it: sizes.append(len(all_of_it[-1].logits)))
+        together = dict(answers(engine, asked))
+    assert max(sizes) == len(asked)
+    for number, prediction in together.items():
+        assert _close(prediction, alone[number])
 
 
 @pytest.mark.parametrize("family", [*tiny.CAUSAL, *tiny.SEQ2SEQ])

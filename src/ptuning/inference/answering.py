@@ -113,8 +113,7 @@ def answers(
     for number, question in enumerate(questions):
         words = len(question.renderer.owner) if question.renderer.compares else 0
         masks = question.most if not words and engine.base.kind is ModelKind.MASKED else None
-        ends = () if words else tuple(engine.ends(question.renderer.task))
-        groups.setdefault((not words, words, masks or 0, ends), []).append(number)
+        groups.setdefault((not words, words, masks or 0), []).append(number)
     for key in sorted(groups):
         numbers = groups[key]
         members = max(len(questions[n].readings) for n in numbers)
@@ -137,8 +136,8 @@ def one_ahead(begun: Iterable[_T]) -> Iterator[_T]:
 
 
 def in_one_batch(engine: Engine, questions: list[Question]) -> Later:
-    """The answers to questions that compare as many words each, or none and whose answers have the
-    same ends; the device is asked for them now.
+    """The answers to questions that compare as many words each, or none; the device is asked for
+    them now.
 
     Raises:
         PtuningError: numbers are not finite; when the answers are asked for.
@@ -165,10 +164,11 @@ def _checked(engine: Engine, predictions: list[Prediction]) -> list[Prediction]:
 
 
 def _watching(
-    watches: list[Watch | None], limits: list[int]
+    watches: list[Watch | None], limits: list[int], ends: list[set[int]]
 ) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """For `continue_greedily`: each row ends at its own limit, or where its watch says so."""
-    if len(set(limits)) == 1 and not any(watches):
+    """For `continue_greedily`: each row ends at its own limit, at one of the ends that it does not
+    share with all the others, or where its watch says so."""
+    if len(set(limits)) == 1 and not any(watches) and not any(ends):
         return None
     left, done = [*limits], torch.zeros(len(limits), dtype=torch.bool)
 
@@ -178,7 +178,7 @@ def _watching(
                 left[row] -= 1
                 watch_of_row = watches[row]
                 enough = watch_of_row is not None and watch_of_row(token, score)
-                done[row] = enough or not left[row]
+                done[row] = enough or not left[row] or token in ends[row]
         return done.to(ids.device)
 
     return watch
@@ -223,12 +223,14 @@ def _decode(engine: Engine, questions: list[Question], batch: Batch) -> list[Pre
         raise InputError(
             "how long may a free answer be? Give answer_tokens (--answer-tokens N), or candidates"
         )
-    ends = engine.ends(questions[0].renderer.task)
-    watching = _watching([question.watch for question in questions], known)
-    ids, scores = engine.continue_greedily(batch, max(known), ends, watching, sizes)
+    ends = [set(engine.ends(question.renderer.task)) for question in questions]
+    shared = set.intersection(*ends)
+    own = [of_row - shared for of_row in ends]
+    watching = _watching([question.watch for question in questions], known, own)
+    ids, scores = engine.continue_greedily(batch, max(known), sorted(shared), watching, sizes)
     cut = [
-        list(takewhile(lambda token: token not in ends, row[:limit]))
-        for row, limit in zip(ids.tolist(), known, strict=True)
+        list(takewhile(lambda token, of_row=of_row: token not in of_row, row[:limit]))  # type: ignore[misc]
+        for row, limit, of_row in zip(ids.tolist(), known, ends, strict=True)
     ]
     return _texts(engine.base.tokenizer, cut, scores)
 
