@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -531,7 +532,7 @@ def test_an_answer_that_others_join_at_every_token_is_the_one_it_has_alone(
     alone = [asyncio.run(_streamed(local, h, row, **wish)) for h, row, wish in asked]
     sizes: list[int] = []
     monkeypatch.setattr(local.batcher, "sizes", sizes.append)
-    monkeypatch.setattr(Turn, "over", True)
+    monkeypatch.setattr(Turn, "over", lambda *_: True)
 
     async def together() -> list[list[Any]]:
         return await asyncio.gather(*(_streamed(local, h, row, **wish) for h, row, wish in asked))
@@ -571,6 +572,41 @@ def test_a_long_answer_begins_while_another_one_goes_on(place: Path, local: Loca
     with local.base.model.register_forward_pre_hook(forward):
         asyncio.run(both())
     assert order.index("second ends") < order.index("first ends")
+
+
+def test_free_answers_that_are_too_many_for_one_batch_take_turns(place: Path) -> None:
+    base = BaseModel.of(*servers.model(place))
+    base.model.config.eos_token_id = None
+    others = [servers.prompt(place, "capital", seed) for seed in (1, 2)]
+    ensemble = replace(servers.prompt(place, "capital"), others=others)
+    local = Local(base, most=4)  # of three rows each
+    handle = local.take_on("capital", ensemble)
+    rows = [servers.ROWS["capital"], {"country": "Oslo"}]
+    alone = [answered(local, handle, row, limit=60) for row in rows]
+    order, gate = list[int](), threading.Event()
+
+    async def ask(number: int) -> Any:
+        wish = Wish(time.monotonic() + 60, limit=60)
+        parts: list[Any] = []
+        async for part in local.stream(handle, rows[number], wish):
+            order.append(number)
+            parts.append(part)
+        return parts[-1]
+
+    async def both() -> list[Any]:
+        local.batcher.begin(lambda: gate.wait(60))
+        asked = [asyncio.create_task(ask(number)) for number in range(2)]
+        while local.depth < 2:
+            await asyncio.sleep(0)
+        gate.set()
+        return await asyncio.gather(*asked)
+
+    for answer, right in zip(asyncio.run(both()), alone, strict=True):
+        assert answer.text == right.text
+        assert answer.probability == pytest.approx(right.probability, rel=1e-3)
+    turns = sum(one != other for one, other in pairwise(order))
+    assert turns > 2
+    asyncio.run(local.close())
 
 
 def test_models_that_keep_what_they_know_of_rows_are_known() -> None:

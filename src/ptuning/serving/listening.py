@@ -118,19 +118,35 @@ class Listener:
 
 
 class Turn:
-    """How long a free answer goes on in a batch while others wait to join.
+    """How long free answers that are asked for together go on before they make room for others.
+
+    They may be too many for one batch, as the rows of ensembles are: then the batches take turns.
 
     Args:
-        waits: somebody does.
+        waits: somebody waits that could join.
     """
 
     def __init__(self, waits: Callable[[], bool]):
-        self._waits, self._begun, self._end = waits, time.monotonic(), 0.0
+        self._waits = waits
+        self._away = set[Item]()
+        self._since, self._end, self._begins = time.monotonic(), 0.0, False
 
-    @property
-    def over(self) -> bool:
-        """Asked behind each token: it is worth it now to read the rows once more."""
-        now = time.monotonic()
-        if not self._end:  # the first token: the rows have been read
-            self._end = now + _WORTH * (now - self._begun)
-        return now >= self._end and self._waits()
+    def add(self, item: Item) -> None:
+        """One more free answer that is asked for."""
+        self._away.add(item)
+
+    def hear(self, item: Item) -> None:
+        """A token of one has come: with the first ones of a batch its rows have been read."""
+        now, first = time.monotonic(), item in self._away
+        if first and not self._begins:
+            self._end = now + _WORTH * (now - self._since)
+        self._since, self._begins = now, first
+        self._away.discard(item)
+
+    def over(self, item: Item) -> bool:
+        """Asked behind each token that is not the last: the answer goes on in another batch, since
+        it is worth it now to read its rows once more."""
+        if self._begins or time.monotonic() < self._end or not (self._away or self._waits()):
+            return False
+        self._away.add(item)
+        return True

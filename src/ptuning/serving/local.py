@@ -221,6 +221,7 @@ class Local:
             self._renew()
         asked: list[tuple[Item, Rendered, Listener, Question]] = []
         writing: set[Item] = set()
+        turn = Turn(lambda: len(writing) < self._most and self.batcher.others_wait)
         for item in items:
             try:
                 wish: Wish = item.question.wish
@@ -234,11 +235,12 @@ class Local:
             listener = self._listener(item, handle, example, limit)
             if said := listener.tokens:
                 readings = [behind(reading, said) for reading in readings]
-            watch = self._watch(item, example, listener, writing)
+            watch = self._watch(item, example, listener, writing, turn)
             question = Question.of(readings, limit=limit - len(said), watch=watch)
             asked.append((item, example, listener, question))
             if not question.renderer.compares:
                 writing.add(item)
+                turn.add(item)
         with eval_mode(self.base.model):
             found = answers(self._engine, [question for *_, question in asked], self._most)
             for number, prediction in found:
@@ -259,20 +261,20 @@ class Local:
         return Listener(item, self.base.tokenizer, self._engine.ends(handle.task), limit, before)
 
     def _watch(
-        self, item: Item, example: Rendered, listener: Listener, writing: set[Item]
+        self, item: Item, example: Rendered, listener: Listener, writing: set[Item], turn: Turn
     ) -> Watch:
         """Ends a free answer, or its turn; brief questions come in behind each token of it."""
-        turn = Turn(lambda: len(writing) < self._most and self.batcher.others_wait)
         lasts = item.brief or not self._joins
 
         def watch(token: int, score: float) -> bool:
+            turn.hear(item)
             if listener(token, score):
                 writing.discard(item)
                 if not math.isnan(listener.score):  # the batch fails then, and says why
                     settle(item, _written(example, listener))
                 return True
             self.batcher.let_in()
-            return not lasts and turn.over
+            return not lasts and turn.over(item)
 
         return watch
 
