@@ -132,6 +132,38 @@ def test_brief_questions_are_let_in_by_a_long_batch_for_as_long_as_itself_takes(
     batcher.close()
 
 
+def test_a_job_at_once_waits_neither_for_a_long_batch_nor_for_what_waits() -> None:
+    running, begun, order = threading.Event(), threading.Event(), list[Any]()
+
+    def answer(items: Sequence[Item]) -> Iterator[tuple[Item, Any]]:
+        running.set()
+        assert begun.wait(200)
+        batcher.let_in()
+        for item in items:
+            order.append(item.question)
+            yield item, item.question
+
+    batcher = Batcher(answer)
+    long, behind = _items("long", "behind")
+    batcher.ask([long])
+    assert running.wait(200)
+    late = batcher.begin(lambda: order.append("job"))
+    batcher.ask([behind])
+    fault = batcher.begin(lambda: 1 / 0, at_once=True)
+    early = batcher.begin(lambda: order.append("at once"), at_once=True)
+    assert batcher.depth == 4
+    begun.set()
+    assert behind.answer.result(200) == "behind"
+    assert late.done() and early.done()
+    with pytest.raises(ZeroDivisionError):
+        fault.result(0)
+    assert order == ["at once", "long", "job", "behind"]
+    assert batcher.run(lambda: "alone", at_once=True) == "alone"
+    batcher.close()
+    with pytest.raises(Stopping):
+        batcher.run(lambda: None, at_once=True)
+
+
 def test_what_goes_on_is_asked_again_first_with_what_waits_and_before_the_next_job() -> None:
     batches, order = list[list[str]](), list[Any]()
     asked = threading.Event()

@@ -258,8 +258,9 @@ def test_what_takes_too_long_is_given_up_while_the_model_still_works(
     place: Path, local: Local, way: str
 ) -> None:
     handle, row = local.take_on("mood", servers.prompt(place, "mood")), servers.ROWS["mood"]
-    gate = threading.Event()
-    local.batcher.begin(lambda: gate.wait(30))
+    begun, gate = threading.Event(), threading.Event()
+    local.batcher.begin(lambda: (begun.set(), gate.wait(30)))
+    assert begun.wait(30)
 
     async def ask() -> None:
         wish = Wish(time.monotonic() + 0.05)
@@ -572,6 +573,48 @@ def test_a_long_answer_begins_while_another_one_goes_on(place: Path, local: Loca
     with local.base.model.register_forward_pre_hook(forward):
         asyncio.run(both())
     assert order.index("second ends") < order.index("first ends")
+
+
+def test_a_prompt_is_attached_and_looked_at_while_a_long_answer_is_written(
+    place: Path, local: Local
+) -> None:
+    local.base.model.config.eos_token_id = None
+    handle, row = local.take_on("capital", servers.prompt(place, "capital")), {"country": "Rome"}
+    long = answered(local, handle, row, limit=100)
+    order, forwards, asked = list[str](), list[int](), threading.Event()
+
+    def forward(*_: Any) -> None:
+        forwards.append(1)
+        if len(forwards) == 3:
+            asked.wait(60)
+        elif len(forwards) > 3 and len(order) < 2:
+            time.sleep(0.05)
+
+    async def ask() -> Any:
+        wish = Wish(time.monotonic() + 60, limit=100)
+        (answer,) = await local.answer(handle, [row], wish)
+        order.append("long")
+        return answer
+
+    async def take_on() -> None:
+        mood = await asyncio.to_thread(local.take_on, "mood", servers.prompt(place, "mood", 1))
+        order.append("attached")
+        assert (await local.nearest(mood, time.monotonic() + 60))[0]["nearest"]
+        order.append("looked at")
+
+    async def both() -> list[Any]:
+        first = asyncio.create_task(ask())
+        while len(forwards) < 3:
+            await asyncio.sleep(0)
+        second = asyncio.create_task(take_on())
+        while not local.depth:
+            await asyncio.sleep(0)
+        asked.set()
+        return await asyncio.gather(first, second)
+
+    with local.base.model.register_forward_pre_hook(forward):
+        assert asyncio.run(both())[0] == long
+    assert order == ["attached", "looked at", "long"]
 
 
 def test_free_answers_that_are_too_many_for_one_batch_take_turns(place: Path) -> None:

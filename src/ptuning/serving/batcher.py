@@ -1,10 +1,11 @@
 """One thread that owns the model, and the queue before it.
 
 Questions wait in the order in which they come. Whenever the model is free, all that wait, up to
-`most`, go as one batch, so batches grow with the load and a lone question waits for nothing. Jobs
-(attach a prompt, take it off) stand in the same queue: what was asked before is answered before.
-Only brief questions overtake: between two tokens of a long answer they are let in. And an answer
-that is not over yet can be put back in front, to go on in one batch with what waits.
+`most`, go as one batch, so batches grow with the load and a lone question waits for nothing. A job
+may stand in the same queue (take a prompt off): what was asked before is answered before. Brief
+questions overtake, and jobs that touch nothing that is asked (attach a prompt): between two tokens
+of a long answer they are let in. And an answer that is not over yet can be put back in front, to go
+on in one batch with what waits.
 
 Knows nothing of HTTP, prompts or models.
 """
@@ -82,6 +83,7 @@ class Batcher:
     ):
         self._answer, self._most, self._waiting = answer, most, waiting
         self._queue: deque[Item | Callable[[], None]] = deque()
+        self._at_once: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._closing = self._ended = False
         self._brief = 0  # of those that wait
@@ -111,13 +113,17 @@ class Batcher:
             self._changed.notify()
 
     def let_in(self) -> None:
-        """Answer brief questions that wait; for who answers to call, in the middle of a batch.
+        """Do jobs, and answer brief questions that wait; for who answers to call, in the middle of
+        a batch.
 
         They get as much time as the batch itself: after a second of theirs none come in for one.
         """
-        if self._interrupted or not self._brief or time.monotonic() < self._next_time:
+        waits = self._brief or self._at_once
+        if self._interrupted or not waits or time.monotonic() < self._next_time:
             return
         with self._changed:
+            jobs = [*self._at_once]
+            self._at_once.clear()
             waiting = (one for one in self._queue if isinstance(one, Item) and one.brief)
             items = list(islice(waiting, self._most))
             for item in items:
@@ -125,6 +131,8 @@ class Batcher:
             self._brief -= len(items)
         self._interrupted, begun = True, time.monotonic()
         try:
+            for job in jobs:
+                job()
             self._serve(items)
         finally:
             now = time.monotonic()
@@ -137,11 +145,17 @@ class Batcher:
             next_batch = takewhile(lambda one: isinstance(one, Item), self._queue)
             return any(not one.brief for one in next_batch)  # type: ignore[union-attr]
 
-    def run(self, job: Callable[[], Any]) -> Any:
-        """Run a job in the thread, behind what waits now; gives its result or raises its error."""
-        return self.begin(job).result()
+    def run(self, job: Callable[[], Any], at_once: bool = False) -> Any:
+        """Run a job in the thread, behind what waits now; gives its result or raises its error.
 
-    def begin(self, job: Callable[[], Any]) -> Future[Any]:
+        Args:
+            job: takes no arguments.
+            at_once: in front of what waits, and between two tokens of a long answer; it may change
+                nothing that questions need.
+        """
+        return self.begin(job, at_once).result()
+
+    def begin(self, job: Callable[[], Any], at_once: bool = False) -> Future[Any]:
         """As `run`, without waiting for it.
 
         Raises:
@@ -158,14 +172,14 @@ class Batcher:
         with self._changed:
             if self._ended:
                 raise Stopping("the server has stopped")
-            self._queue.append(run)
+            (self._at_once if at_once else self._queue).append(run)
             self._changed.notify()
         return done
 
     @property
     def depth(self) -> int:
         """How much waits."""
-        return len(self._queue)
+        return len(self._queue) + len(self._at_once)
 
     @property
     def alive(self) -> bool:
@@ -182,9 +196,9 @@ class Batcher:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._queue and not self._closing:
+                while not self.depth and not self._closing:
                     self._changed.wait()
-                if not self._queue:
+                if not self.depth:
                     self._ended = True
                     return
                 work = self._take()
@@ -194,7 +208,9 @@ class Batcher:
                 self._serve(work)
 
     def _take(self) -> Callable[[], None] | list[Item]:
-        """The job first in the queue, or the questions in front of the next job."""
+        """A job at once, or the one first in the queue, or the questions in front of the next."""
+        if self._at_once:
+            return self._at_once.popleft()
         if callable(self._queue[0]):
             return self._queue.popleft()  # type: ignore[return-value]
         taken: list[Item] = []

@@ -84,7 +84,7 @@ class Local:
         self.plain_chat = self._if_it_fits(PLAIN_CHAT) if causal else None
 
     def take_on(self, name: str, prompt: Prompt) -> Handle:
-        """Attach a prompt, behind the questions that wait.
+        """Attach a prompt, though long answers are being written.
 
         Raises:
             InputError: it was trained on other weights; another tokenizer is warned of.
@@ -95,7 +95,7 @@ class Local:
                 raise InputError(unlike)
             return self._handle(prompt)
 
-        return self.batcher.run(attached)
+        return self.batcher.run(attached, at_once=True)
 
     def let_go(self, handle: Handle) -> None:
         """Take a prompt off, behind the questions that wait."""
@@ -166,7 +166,7 @@ class Local:
             ]
 
         if handle.nearest is None or (handle.nearest.done() and handle.nearest.exception()):
-            handle.nearest = self.batcher.begin(look)
+            handle.nearest = self.batcher.begin(look, at_once=True)
         async with in_time(deadline):
             return await asyncio.shield(asyncio.wrap_future(handle.nearest))
 
