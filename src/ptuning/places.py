@@ -37,9 +37,10 @@ def entry(folder: Path, name: str) -> Path:
 
 
 def at_home(path: str) -> str:
-    """With the home folder for a ``~`` in front, as a shell writes it: none does in ``--data=~/x``,
-    in a run file or in Python, and a folder called ``~`` is not what anybody means."""
-    return os.path.expanduser(path) if path == "~" or path.startswith("~/") else path
+    """With the home folder for ``~/`` in front, as a shell writes it: none does in ``--data=~/x``,
+    in a run file or in Python, and a folder called ``~`` is not what anybody means. (``~`` alone
+    may be a separator.)"""
+    return os.path.expanduser(path) if path.startswith("~/") else path
 
 
 def named(path: str | Path) -> Path:

@@ -55,6 +55,7 @@ def saying(base: BaseModel, likely: dict[int, str]) -> Any:
     [
         ([0, 1], "label", True),
         ([1, 2, 3], "class", True),
+        (["0.0", "1.0"], "class", True),
         ([True, False], "target", True),
         (["LABEL_0", "LABEL_1"], "label", True),
         (["A", "B", "C"], "y", True),

@@ -24,7 +24,7 @@ _TRUTH = {
     **{"1": "yes", "true": "yes", "True": "yes", "TRUE": "yes"},
 }
 _SIGNS = {"-1": "negative", "0": "neutral", "1": "positive"}
-_NUMBERED = re.compile(r"([a-z]+[\W_]+|[a-z])?-?\d+|true|false|[a-z]", re.IGNORECASE)
+_NUMBERED = re.compile(r"([a-z]+[\W_]+|[a-z])?-?\d+(\.0)?|true|false|[a-z]", re.IGNORECASE)
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
