@@ -78,7 +78,7 @@ def test_a_byte_order_mark_says_the_encoding(tmp_path: Path, encoding: str) -> N
 @pytest.mark.parametrize("name", ["a.csv", "a.json"])
 def test_without_a_mark_utf16_is_refused_as_such(tmp_path: Path, encoding: str, name: str) -> None:
     (tmp_path / name).write_bytes(CONTENT.encode(encoding))
-    with pytest.raises(DataError, match=r"UTF-16 without a byte-order mark .* save .* UTF-8"):
+    with pytest.raises(DataError, match=r"as UTF-16 without a byte-order mark .* save .* UTF-8"):
         read_examples(tmp_path / name)
 
 

@@ -71,10 +71,10 @@ def opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     try:
         with _unpacked(path) as stream:
             encoding = _encoding(stream)
-            if encoding == "utf-8" and b"\0" in stream.peek(4)[:4]:
+            if encoding == "utf-8" and _is_utf_16(stream.peek(64)[:64]):
                 raise DataError(
-                    f"{path} begins with zero bytes, as UTF-16 without a byte-order mark does; "
-                    "save the file as UTF-8"
+                    f"{path} has a zero byte beside each letter, as UTF-16 without a byte-order "
+                    "mark has; save the file as UTF-8"
                 )
             yield io.TextIOWrapper(stream, encoding, newline=newline)
     except UnicodeError as error:
@@ -119,6 +119,12 @@ def read_text(path: Path, most: int = LONGEST_CELL) -> str:
 def _encoding(stream: io.BufferedReader) -> str:
     start = stream.peek(4)[:4]
     return next((name for mark, name in _ENCODINGS if start.startswith(mark)), "utf-8")
+
+
+def _is_utf_16(begin: bytes) -> bool:
+    """Every other byte of a beginning is zero (or three of four, in UTF-32)."""
+    one, other = begin[::2], begin[1::2]
+    return len(begin) >= 8 and any(begin) and not (any(one) and any(other))
 
 
 def _line_of_fault(path: Path, encoding: str) -> int:
