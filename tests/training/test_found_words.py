@@ -100,6 +100,24 @@ def test_words_that_tell_more_than_the_names_take_their_place(
     assert not prompt.nameless and prompt.name_words is None
 
 
+def test_a_long_table_that_is_sorted_is_looked_at_all_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base, seen = base_of(), list[Any]()
+    rows = [{"text": f"{n}", "label": int(n >= 900)} for n in range(1000)]
+    prompt = Prompt.for_rows(rows)
+    real = saying(base, {0: "Paris", 1: "Oslo"})
+
+    def said(*args: Any) -> torch.Tensor:
+        seen.extend(args[2])
+        return real(*args)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(found_words, "_said", said)
+    find_words(base, prompt, rows)
+    assert len(seen) == 400 and 20 < sum(row["label"] for row in seen) < 60
+    assert prompt.labels["0"][0] == "Paris" and prompt.labels["1"][0] == "Oslo"
+
+
 def test_names_that_tell_as_much_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     base, prompt = base_of(), Prompt.for_rows(ROWS)
     prompt.verbalizer = {"0": ("Paris",), "1": ("Oslo",)}

@@ -143,6 +143,8 @@ def train(
         dtype = loading.chosen(model, dtype, _format_of(how), usual=True, frozen=frozen)
         base, tokenizer = load_model(model, dtype=dtype, frozen=frozen)
         settle_words(trained, tokenizer, kind_of(base))
+        if trained.nameless:
+            console.say("the labels' names say nothing: words for them are looked for in examples")
         find_words(BaseModel.of(base, tokenizer), trained, rows)
         members = [member for _, member, _ in choices(trained, how, population, grid)]
         count, aside = len(rows) + len(dev_rows), bool(dev_rows) and not dev

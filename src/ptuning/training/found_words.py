@@ -11,6 +11,7 @@ they tell those of the other half apart better than the names do.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import distributed
 from ..backbone.base_model import BaseModel
 from ..backbone.modes import eval_mode
 from ..forward.engine import Engine
@@ -55,12 +57,20 @@ def find_words(base: BaseModel, prompt: Prompt, rows: Sequence[Example]) -> None
         return
     prompt.nameless = False
     settle_words(prompt, base.tokenizer, base.kind)
+    words = distributed.from_main(lambda: _words(base, prompt, rows))
+    if words is not None:
+        prompt.verbalizer = as_verbalizer(words)
+
+
+def _words(base: BaseModel, prompt: Prompt, rows: Sequence[Example]) -> dict[str, list[str]] | None:
+    """Label -> its words, if the examples tell some that tell more than the names."""
     tokens = ids_as_answer(prompt, base.tokenizer, base.kind)
     whole = [tokens(words[0]) for words in prompt.labels.values()]
     names = [list(ids[:1]) for ids in whole]
     if not all(names):
-        return
-    rows = rows[:_EXAMPLES]
+        return None
+    if len(rows) > _EXAMPLES:  # tables may be sorted
+        rows = random.Random(0).sample(rows, _EXAMPLES)
     labels = list(prompt.labels)
     own = torch.tensor([labels.index(answer) for answer in answers_of(prompt, rows)])
     said = _said(base, prompt, rows)
@@ -80,9 +90,10 @@ def find_words(base: BaseModel, prompt: Prompt, rows: Sequence[Example]) -> None
     of_several = any(
         its == name and len(ids) > 1 for its, name, ids in zip(found, names, whole, strict=True)
     )
-    if gain > 0 and not of_several:
-        words = [[_text(base.tokenizer, token) for token in its] for its in found]
-        prompt.verbalizer = as_verbalizer(dict(zip(labels, words, strict=True)))
+    if gain <= 0 or of_several:
+        return None
+    spelled = [[_text(base.tokenizer, token) for token in its] for its in found]
+    return dict(zip(labels, spelled, strict=True))
 
 
 @torch.no_grad()
