@@ -181,6 +181,14 @@ def test_reviews_of_0_and_1_get_words_of_praise_and_blame(smollm2: tuple[Any, An
     assert good > bad
 
 
+def test_trainers_of_others_train_with_the_words_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, prompt = base_of(), Prompt.for_rows(ROWS, num_virtual_tokens=4)
+    monkeypatch.setattr(found_words, "_said", saying(base, {0: "Paris", 1: "Oslo"}))
+    module, *_ = ptuning.trainer_parts(base.model, base.tokenizer, prompt, ROWS)
+    assert module.draft.labels["0"][0] == "Paris" and module.draft.labels["1"][0] == "Oslo"
+    module.close()
+
+
 def test_a_run_keeps_the_words_that_it_has_found(
     tmp_path: Path, model_folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

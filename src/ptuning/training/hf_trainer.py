@@ -28,6 +28,7 @@ from ..rendering.example import answer_column
 from ..rendering.render import Rendered, Renderer, render_all
 from . import guidance
 from .checks import check_some
+from .found_words import find_words
 from .members import answers_of, check_answer_lengths, learn_answer_length
 from .population import Member, Population
 from .rates import unit_for
@@ -178,6 +179,7 @@ def trainer_parts(
         warn(told)
     draft.others, draft.label_bias = (), None
     draft.answer = answer_column(draft, rows[0])
+    find_words(base, draft, rows)
     engine = Engine(base, plain=True)
     renderer = engine.renderer(draft)
     examples = render_all(renderer, rows, "training")
