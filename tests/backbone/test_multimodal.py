@@ -11,8 +11,11 @@ import torch
 import transformers
 
 import ptuning
+from ptuning.backbone.base_model import BaseModel
 from ptuning.backbone.kinds import kind_of
 from ptuning.backbone.traits import repeated_layers
+from ptuning.forward.engine import Engine
+from ptuning.forward.prefix_store import PrefixStore
 from ptuning.rendering.merged_text import fill
 
 from .. import tiny
@@ -149,3 +152,24 @@ def test_a_model_saved_without_its_head_is_refused(tmp_path: Path) -> None:
         ptuning.InputError, match="saved as LlavaModel, which has no language-model"
     ):
         ptuning.load_model(str(tmp_path))
+
+
+def test_text_behind_kept_keys_has_no_positions_of_a_generation_before(tmp_path: Path) -> None:
+    model, tokenizer = ptuning.load_model(_folder("qwen2_vl", tmp_path)[0])
+    prompt = ptuning.Prompt("{text} [P*3] [MASK]", answer_tokens=6)
+    prompt.vectors = torch.randn(3, 32, generator=torch.manual_seed(0)) * 0.3
+    renderer = Engine(BaseModel.of(model, tokenizer)).renderer(prompt)
+    example = renderer(
+        {"text": "it rains in Oslo and the capital of Italy is Rome"}, answered=False
+    )
+    said = []
+    with ptuning.attach(model, tokenizer, prompt) as attached, torch.no_grad():
+        for store in (None, PrefixStore(model, None)):
+            model.model.rope_deltas = torch.full((2, 1), 5)  # of two rows with images
+            engine = tiny.engine(model, tokenizer, store)
+            batch = engine.batch([(example, 0)], [attached.first_id(prompt)])
+            assert store is None or store.serves(batch)
+            said.append(engine.continue_greedily(batch, 6, []))
+    (ids, scores), (behind, their_scores) = said
+    assert torch.equal(ids, behind)
+    torch.testing.assert_close(scores, their_scores, atol=1e-5, rtol=1e-4)

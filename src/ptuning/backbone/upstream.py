@@ -113,6 +113,18 @@ def is_stateful(model: nn.Module) -> bool:
     return bool(getattr(model, "_is_stateful", False))
 
 
+def forget_rows(model: nn.Module) -> None:
+    """Before text is generated behind known keys and values: what a generation before has left of
+    its own rows' positions (Qwen2-VL) is not theirs. transformers counts them anew without it.
+
+    transformers 4.45: the attribute that ``generate`` looks at where a cache is given.
+    """
+    module: Any
+    for module in model.modules():
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None
+
+
 def commit_of(config: Any) -> str | None:
     """The hub commit that a configuration was read from; transformers 4.20, never public."""
     return getattr(config, "_commit_hash", None)

@@ -22,7 +22,7 @@ from transformers import (
 
 from ..backbone.base_model import BaseModel
 from ..backbone.traits import first_position
-from ..backbone.upstream import CACHE, uncompiled
+from ..backbone.upstream import CACHE, forget_rows, uncompiled
 from ..rendering.collate import Batch
 from . import plain
 from .attention import own_attention
@@ -80,6 +80,7 @@ def continue_greedily(
             return over[-1].repeat_interleave(counts)
 
         more["stopping_criteria"] = StoppingCriteriaList([enough])
+    forget_rows(model)
     with own_attention(model):
         sequences = _without_own_settings(model).generate(
             input_ids=batch.input_ids,
