@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 
 import ptuning
@@ -152,6 +153,25 @@ def test_a_label_for_which_nothing_is_found_keeps_a_name_of_one_token(
     found = ("Paris", "Oslo") if name == "does" else ("yes", "not")
     assert (prompt.labels["0"][0], prompt.labels["1"][0]) == found
     assert prompt.labels["2"] == (name,)
+
+
+def test_rows_are_read_alone_where_padding_would_change_them() -> None:
+    tokenizer = tiny.tokenizer(around=True)
+    config = transformers.ConvBertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        embedding_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        pad_token_id=0,
+    )
+    base = BaseModel.of(transformers.ConvBertForMaskedLM(config).eval(), tokenizer)
+    prompt = Prompt.for_rows(ROWS, num_virtual_tokens=4)
+    together = found_words._said(base, prompt, ROWS[:3])
+    for number, row in enumerate(ROWS[:3]):
+        alone = found_words._said(base, prompt, [row])
+        torch.testing.assert_close(together[number], alone[0])
 
 
 def test_given_words_and_trained_prompts_are_left_alone() -> None:

@@ -158,8 +158,8 @@ OF_PROMPT = Fields(
             str | None,
             None,
             "Words for the labels: yes=Yes,no=No; several with '|'; columns as {name}. auto: the "
-            "labels' names. Without labels answers are free text. [default: auto where the "
-            "template is]",
+            "labels' names, or words that are found where these say nothing (0, 1). Without labels "
+            "answers are free text. [default: auto where the template is]",
         ),
     },
     left_out={"label_bias": "it is measured: --calibrate"},

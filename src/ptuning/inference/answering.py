@@ -228,11 +228,13 @@ def _decode(engine: Engine, questions: list[Question], batch: Batch) -> list[Pre
     own = [of_row - shared for of_row in ends]
     watching = _watching([question.watch for question in questions], known, own)
     ids, scores = engine.continue_greedily(batch, max(known), sorted(shared), watching, sizes)
-    cut = [
-        list(takewhile(lambda token, of_row=of_row: token not in of_row, row[:limit]))  # type: ignore[misc]
-        for row, limit, of_row in zip(ids.tolist(), known, ends, strict=True)
-    ]
+    rows = zip(ids.tolist(), known, ends, strict=True)
+    cut = [_up_to(of_row, row[:limit]) for row, limit, of_row in rows]
     return _texts(engine.base.tokenizer, cut, scores)
+
+
+def _up_to(ends: set[int], ids: list[int]) -> list[int]:
+    return list(takewhile(lambda token: token not in ends, ids))
 
 
 def read_back(tokenizer: Any, text: str) -> str:

@@ -222,7 +222,7 @@ class Batcher:
     def _serve(self, items: list[Item]) -> None:
         for item in items:
             if item.over:
-                _settle(item, TooLate("the answer's time was over before its turn came"))
+                settle(item, TooLate("the answer's time was over before its turn came"))
         going_on = self._attempt([item for item in items if not item.answer.done()])
         for item in items:  # a batch that failed: each alone, so that one fault stays alone
             if not item.answer.done() and item not in going_on:
@@ -246,17 +246,14 @@ class Batcher:
         except BaseException as error:
             if last or len(items) == 1:
                 for item in items:
-                    _settle(item, error)
+                    settle(item, error)
         return going_on
 
 
 def settle(item: Item, result: Any) -> None:
-    """A result, which may come too late; it can be told before its batch is over."""
-    late = item.over and not isinstance(result, BaseException)
-    _settle(item, TooLate("the answer took too long") if late else result)
-
-
-def _settle(item: Item, result: Any) -> None:
+    """A result, which may come too late, or a fault; it can be told before its batch is over."""
+    if item.over and not isinstance(result, BaseException):
+        result = TooLate("the answer took too long")
     with suppress(InvalidStateError):  # its asker may have cancelled it
         if isinstance(result, BaseException):
             item.answer.set_exception(result)

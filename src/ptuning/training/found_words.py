@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import distributed
 from ..backbone.base_model import BaseModel
 from ..backbone.modes import eval_mode
+from ..backbone.traits import counts_columns, sees_padding
 from ..forward.engine import Engine
 from ..prompts.label_names import as_verbalizer
 from ..prompts.prompt import Prompt
@@ -105,8 +106,9 @@ def _said(base: BaseModel, prompt: Prompt, rows: Sequence[Example]) -> Tensor:
     renderer = engine.renderer(task)
     examples = render_all(renderer, rows, "training", answered=False)
     said: list[Any] = [None] * len(rows)
+    alone = counts_columns(base.model) or sees_padding(base.model)
     with eval_mode(base.model):
-        for chunk in engine.chunks(examples, None):
+        for chunk in engine.chunks(examples, 1 if alone else None):
             batch = engine.prediction_batch([(examples[n], 0) for n in chunk], [0])
             one = batch.answers.new_zeros(len(chunk), 1)
             logits = engine.logits(replace(batch, answers=one))[:, 0].float()
@@ -131,16 +133,18 @@ def _telling(
         tokenizer: gives a token's text.
         tokens: a word's ids as an answer.
     """
-    unlikely = said.float().logsumexp(0) < math.log(_LIKELY * len(said))
-    spread = said.float().std(0).nan_to_num()
+    numbers = said.float()
+    unlikely = numbers.logsumexp(0) < math.log(_LIKELY * len(said))
+    spread, total = numbers.std(0).nan_to_num(), numbers.sum(0)
     scores = []
     for label in range(count):
-        mine, others = said[own == label].float(), said[own != label].float()
-        if not len(mine) or not len(others):
+        mine = numbers[own == label]
+        others = len(said) - len(mine)
+        if not len(mine) or not others:
             scores.append(torch.full_like(spread, -torch.inf))
             continue
-        error = spread * math.sqrt(1 / len(mine) + 1 / len(others))
-        score = (mine.mean(0) - others.mean(0)) / (error + _ERROR)
+        error = spread * math.sqrt(1 / len(mine) + 1 / others)
+        score = (mine.mean(0) - (total - mine.sum(0)) / others) / (error + _ERROR)
         scores.append(score.masked_fill(unlikely, -torch.inf))
     best = torch.stack(scores).argmax(0)
     taken, found = set[str](), list[list[int]]()
