@@ -283,6 +283,17 @@ def test_a_separator_may_be_given_by_name(predict: Predict) -> None:
         assert code == 0 and json.loads(out)["country"] == "France", err
 
 
+def test_a_file_is_read_as_it_is_said_to_be_written(predict: Predict) -> None:
+    Path("a.csv").write_bytes("Frânce|été\nItaly|x\n".encode("cp1252"))
+    form = ("--encoding", "cp1252", "--columns", "country,x", "--separator", "|")
+    code, _, err = predict("out.csv", *form, data="a.csv")
+    assert code == 0, err
+    assert [(row["country"], row["x"]) for row in read_examples("out.csv")] == [
+        ("Frânce", "été"),
+        ("Italy", "x"),
+    ]
+
+
 def test_evaluate_takes_the_answers_column_and_finds_mistakes_first(
     run: Run,
     predict: Predict,

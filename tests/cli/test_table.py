@@ -95,6 +95,30 @@ def test_an_interrupted_run_goes_on_with_what_was_found(
     assert Prompt.load("out").trained_vectors().equal(undisturbed)
 
 
+@pytest.mark.usefixtures("on_cpu")
+def test_a_file_without_a_header_in_another_encoding_is_trained_on_and_gone_on_with(
+    train: Run, run: Run, ctrl_c_after: Callable[[int | None], None]
+) -> None:
+    _, *lines = Path("tickets.csv").read_text().splitlines()
+    Path("tickets.csv").write_bytes(
+        ("\n".join(lines) + "\n").replace(", help", " – hélp").encode("cp1252")
+    )
+    form = ("--encoding", "cp1252", "--columns", "number,subject,body,team")
+    code, _, err = train("--columns", "number,subject,body,team")
+    assert code == 2 and "tickets.csv line 1: no valid UTF-8" in err and "--encoding cp1252" in err
+    code, _, err = train("--encoding", "cp1252")
+    assert code == 0 and "if the file has no header, name its columns" in err
+    ctrl_c_after(1)
+    assert train("--overwrite", *form)[0] == 130
+    ctrl_c_after(None)
+    code, _, err = run("train", "--output", "out", "--resume")
+    assert code == 0, err
+    assert yaml.safe_load(Path("out/run.yaml").read_text())["columns"] == form[3]
+    assert Prompt.load("out").template.startswith("[P*20] Subject: {subject}\nBody: {body}")
+    code, out, err = run("evaluate", "out", "--data", "tickets.csv", *form, "--json")
+    assert code == 0 and json.loads(out)["examples"] == 30, err
+
+
 def test_where_folds_choose_nothing_is_set_aside(train: Run) -> None:
     code, _, err = train("--folds", "2", "--epochs", "1")
     assert code == 0, err

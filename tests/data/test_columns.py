@@ -38,6 +38,10 @@ def rows(**columns: list[Any]) -> list[dict[str, Any]]:
         ({"sent": [date(2024, 2, 28), date(2024, 2, 29)] * 12, "team": TEAMS}, "team"),
         ({"sent": ["3/1/2024 9:05", "12.11.2024 10:00", "4 Mar 2024"] * 8, "team": TEAMS}, "team"),
         ({"part": ["1 of 5", "2 of 5"] * 12}, "part"),
+        ({"air_sentiment": TEAMS, "airline": ["a", "b"] * 12, "n": [0, 1] * 12}, "air_sentiment"),
+        ({"score": [4.5, 3.0, "1,2"] * 8, "team": TEAMS}, "team"),
+        ({"score": [1.0, 0.0] * 12}, "score"),
+        ({"reply": ["Thanks a lot", "No, not that one"] * 12, "team": TEAMS}, "team"),
     ],
 )
 def test_the_answer_is_found(columns: dict[str, list[Any]], answer: str) -> None:
@@ -57,6 +61,7 @@ def test_the_answer_is_found(columns: dict[str, list[Any]], answer: str) -> None
             {"team": ["a"] * 24},
             ["no column has few values, and of 'team' all are one", "at least two"],
         ),
+        ({"team": TEAMS, "a": ["a", "b"] * 12}, ["several", "no header", "--columns"]),
         ({"reply": TEXTS}, ["no column has few values", "'text', 'reply'"]),
         ({"date": ["2024-02-28", "2024-02-29"] * 12}, ["no column has few values", "'date'"]),
         ({"date": ["2024-02-28", "2024-02-29", ""] * 8}, ["no column has few values", "'date'"]),
@@ -89,6 +94,8 @@ LEFT_OUT = {
     "ticket": ([7 * n for n in range(24)], "code"),
     "user_id": ([(n * 7) % 24 for n in range(24)], "code"),
     "userId": ([f"{'x' * n}" for n in range(1, 25)], "code"),
+    "#2 ID": ([f"{n * 7 % 11}" for n in range(24)], "as its name says"),
+    "index": ([n % 8 for n in range(24)], "as its name says"),
     "ref": ([f"A{n:03}-x" for n in range(24)], "code"),
     "source": (["web"] * 24, "always 'web'"),
     "note": ([None, ""] * 12, "empty"),
@@ -125,6 +132,12 @@ def test_columns_that_help_nobody_are_left_out(name: str) -> None:
 )
 def test_names_figures_and_kinds_are_read(cells: list[Any]) -> None:
     assert columns_of(rows(label=TEAMS, more=cells)).read == ("text", "more")
+
+
+@pytest.mark.parametrize("name", ["team_id", "number", "no"])
+def test_numbers_of_few_kinds_are_read_whatever_they_are_called(name: str) -> None:
+    cells = [n % (4 if name == "team_id" else 11) for n in range(24)]
+    assert columns_of(rows(label=TEAMS, **{name: cells})).read == ("text", name)
 
 
 def test_a_name_that_only_ends_like_one_of_codes_is_read() -> None:

@@ -309,11 +309,11 @@ def test_folder_is_an_error_that_names_it(tmp_path: Path, name: str) -> None:
     assert f"{name} is a folder" in message(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.xlsx", "csv", "a.jsonl.bak"])
+@pytest.mark.parametrize("name", ["a.doc", "a.xlsx", "csv", "a.jsonl.bak"])
 def test_unknown_ending_is_an_error_that_lists_the_known(tmp_path: Path, name: str) -> None:
     said = message(put(tmp_path, name, '{"a": 1}\n'))
     assert name in said
-    assert ".jsonl, .json, .csv, .tsv or .parquet" in said
+    assert ".jsonl, .json, .csv, .tsv, .txt or .parquet" in said
 
 
 def test_name_of_no_file_and_no_data_set_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ def converted(folder: Path, kind: str, rows: list[dict[str, Any]] = ROWS) -> Pat
     data.write_bytes(b"".join(map(json_line, rows)))
     added.write_bytes(b"".join(map(json_line, ADDED)))
     path = folder / f"out{kind}"
-    convert(path, kind, str(data), None, added, ["prediction", "p"], COLUMNS)
+    convert(path, kind, str(data), {}, added, ["prediction", "p"], COLUMNS)
     return path
 
 
@@ -98,7 +98,7 @@ def test_a_type_that_comes_late_is_that_of_the_column(tmp_path: Path) -> None:
     data, added = tmp_path / "data.jsonl", tmp_path / "added"
     data.write_bytes(b"".join(map(json_line, rows)))
     added.write_bytes(b"{}\n" * len(rows))
-    convert(tmp_path / "out.parquet", ".parquet", str(data), None, added, [], ["a", "big"])
+    convert(tmp_path / "out.parquet", ".parquet", str(data), {}, added, [], ["a", "big"])
     read = read_examples(tmp_path / "out.parquet")
     assert len(read) == 1501 and read[-1] == {"a": 2.5, "big": str(10**30)}
     assert read[0] == {"a": None, "big": "1"}

@@ -31,6 +31,7 @@ from . import (
     use,
 )
 from .fields import filled
+from .options import OF_FILES
 
 # Newer releases of typer bring a click of their own: take the class from what typer exports.
 UsageError: type[Any] = typer.BadParameter.__mro__[1]
@@ -93,12 +94,12 @@ def _options(
 # What stands behind the options of `train` are parts of its grid.
 app.command("train", context_settings={"allow_extra_args": True})(train.train)
 app.command("distill", context_settings={"allow_extra_args": True})(distill.distill)
-app.command("evaluate")(filled()(evaluate.evaluate))
-app.command("predict")(filled()(predict.predict))
+app.command("evaluate")(filled(form=OF_FILES)(evaluate.evaluate))
+app.command("predict")(filled(form=OF_FILES)(predict.predict))
 app.command("inspect")(filled()(use.inspect))
 app.command("merge")(filled(loads_model=False)(merge.merge))
 app.command("export")(filled(loads_model=False)(export.export))
-app.command("report")(filled()(report.report))
+app.command("report")(filled(form=OF_FILES)(report.report))
 app.command("serve")(filled()(serve.serve))
 app.command("lama")(lama.lama)
 app.command("superglue")(superglue.superglue)

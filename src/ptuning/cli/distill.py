@@ -15,6 +15,7 @@ from . import console, loading, run_files, training_report
 from .fields import filled
 from .options import (
     OF_DISTILLING,
+    OF_FILES,
     OF_LEARNER,
     PANELS,
     Config,
@@ -28,7 +29,6 @@ from .options import (
     Population,
     PopulationGrid,
     Resume,
-    Separator,
 )
 from .recorded import recorded
 from .train import found, grid_of, is_open, prompt_of
@@ -38,9 +38,10 @@ if TYPE_CHECKING:
     from ..prompts.prompt import Prompt
 
 
-@filled(PANELS, prompt=OF_LEARNER, settings=OF_DISTILLING)
+@filled(PANELS, form=OF_FILES, prompt=OF_LEARNER, settings=OF_DISTILLING)
 def distill(
     context: typer.Context,
+    form: dict[str, Any],
     prompt: dict[str, Any],
     settings: dict[str, Any],
     model: Model,
@@ -79,7 +80,6 @@ def distill(
             "them, and the labels taken for equally frequent.",
         ),
     ] = False,
-    separator: Separator = None,
     init_from: Annotated[
         Path | None, typer.Option(help="Continue from the vectors of this saved prompt.")
     ] = None,
@@ -156,13 +156,13 @@ def distill(
         grid = grid_of(population_grid, context.args)
         source = read_text(teacher) if trained is None else trained
         learner = prompt_of(context, prompt, init_from, [])
-        rows = read_examples(data, separator)
-        dev_rows = read_examples(dev, separator) if dev else []
+        rows = read_examples(data, **form)
+        dev_rows = read_examples(dev, **form) if dev else []
         check_whole(learner, rows, answered=False)
         long = teacher_of(source, learner)
         read = columns_asked(learner, long, how, population, grid)
         rows, dev_rows = with_dev(rows, dev_rows, read, how.seed)
-        held_out = read_examples(test, separator) if test else dev_rows
+        held_out = read_examples(test, **form) if test else dev_rows
         check_distillation(
             *(learner, long, rows, dev_rows, held_out, how, population, grid, label_weight),
             calibrate_teacher=calibrate_teacher,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import console, loading, saved_prompt
-from .options import Dtype, Frozen, Json, Separator
+from .options import Dtype, Frozen, Json
 from .saved_prompt import (
     AnswerColumn,
     Answered,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 def evaluate(
     prompt_folder: PromptFolder,
     data: Answered,
+    form: dict[str, Any],
     answer: AnswerColumn = None,
     model: Model = None,
     manual: Manual = None,
@@ -34,7 +35,6 @@ def evaluate(
     batch_size: BatchSize = None,
     dtype: Dtype = "auto",
     frozen: Frozen = "own",
-    separator: Separator = None,
     json_output: Json = False,
 ) -> None:
     """Measure a prompt on examples with answers.
@@ -49,7 +49,7 @@ def evaluate(
     prompt.answer = answer or prompt.answer
     chosen = saved_prompt.read_candidates(candidates)
     name = saved_prompt.base_name(prompt, model)
-    rows = saved_prompt.answered_rows(prompt, data, separator, manual)
+    rows = saved_prompt.answered_rows(prompt, data, form, manual)
     base, tokenizer = loading.base_model(name, dtype, frozen)
     result = measure(
         base,

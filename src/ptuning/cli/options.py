@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..data.file_form import FileForm
 from ..errors import InputError
 from ..experiments.lama.options import LamaOptions
 from ..experiments.superglue.options import SuperGlueOptions
@@ -37,13 +38,6 @@ Frozen = Annotated[
 ]
 DtypeAsSaved = Annotated[
     str, typer.Option(help="Of the model: auto (as it is saved), float32, bfloat16, float16.")
-]
-Separator = Annotated[
-    str | None,
-    typer.Option(
-        help="Between the cells of a CSV file, such as ';' or tab. [default: found in its header]",
-        callback=lambda text: {"tab": "\t", "\\t": "\t"}.get(text, text),
-    ),
 ]
 Encoders = Annotated[
     str,
@@ -106,8 +100,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on
 
 PANELS = {
     "Model and data": (
-        *("model", "teacher", "data", "dev", "dev_share", "test", "separator", "dtype", "frozen"),
-        *("device",),
+        *("model", "teacher", "data", "dev", "dev_share", "test"),
+        *("separator", "encoding", "columns", "dtype", "frozen", "device"),
     ),
     "Prompt": ("template", "answer", "labels", "init_from"),
     "Training": (
@@ -137,6 +131,18 @@ PANELS = {
 }
 """The headings of ``ptuning train --help``; other fields stand under their dataclass's own."""
 
+OF_FILES = Fields(
+    FileForm,
+    "Options",
+    written={
+        "columns": (
+            str | None,
+            None,
+            "Names of a CSV file's columns, as label,text, where it has no header. One name for a "
+            ".txt: each line is a text.",
+        )
+    },
+)
 OF_PROMPT = Fields(
     PromptSettings,
     "Prompt",

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +16,7 @@ import typer
 
 from ..errors import DataError, InputError
 from . import console, loading, saved_prompt
-from .options import Dtype, Frozen, Overwrite, Separator
+from .options import Dtype, Frozen, Overwrite
 from .saved_prompt import AnswerTokens, BatchSize, Candidates, Model, PromptFolder
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ _ROWS_AT_ONCE, _BATCHES_AT_ONCE = 256, 8
 def predict(
     prompt_folder: PromptFolder,
     data: Annotated[str, typer.Option(help="Examples: JSONL, CSV, Parquet, or a hub data set.")],
+    form: dict[str, Any],
     output: Annotated[
         Path,
         typer.Option(
@@ -45,7 +46,6 @@ def predict(
     batch_size: BatchSize = None,
     dtype: Dtype = "auto",
     frozen: Frozen = "own",
-    separator: Separator = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the interrupted run beside --output.")
     ] = False,
@@ -82,9 +82,9 @@ def predict(
     chosen = saved_prompt.read_candidates(candidates)
     name = saved_prompt.base_name(prompt, model)
     added = _ADDED if chosen or prompt.labels else _ADDED[:2]
-    count, columns = _survey(prompt, data, separator, added)
+    count, columns = _survey(prompt, data, form, added)
     options: Any = {"candidates": chosen, "answer_tokens": answer_tokens, "batch_size": batch_size}
-    rows = islice(stream_examples(data, separator), count)
+    rows = islice(stream_examples(data, **form), count)
     if place is None or place.special:
         base = loading.base_model(name, dtype, frozen)
         _print(place.path if place else None, _answered(base, prompt, rows, options, 0, count))
@@ -104,7 +104,7 @@ def predict(
                 partial.add(block)
         partial.finish(
             lambda path: convert(
-                path, place.kind, data, separator, partial.path, added, (*columns, *added)
+                path, place.kind, data, form, partial.path, added, (*columns, *added)
             )
         )
     if json_output:
@@ -129,7 +129,7 @@ def _format_of(place: Output, depends_on: dict[str, Any]) -> tuple[str, str] | N
 
 
 def _survey(
-    prompt: Prompt, data: str, separator: str | None, added: Sequence[str]
+    prompt: Prompt, data: str, form: Mapping[str, Any], added: Sequence[str]
 ) -> tuple[int, list[str]]:
     """How many rows there are, and their columns; all are fit to be answered."""
     from ..data.sources import stream_examples
@@ -138,7 +138,7 @@ def _survey(
     columns: dict[str, None] = {}
 
     def looked_at() -> Iterator[dict[str, Any]]:
-        for row in stream_examples(data, separator):
+        for row in stream_examples(data, **form):
             columns.update(dict.fromkeys(row))
             yield row
 

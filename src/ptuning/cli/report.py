@@ -9,7 +9,7 @@ import typer
 
 from ..errors import InputError
 from . import console, loading, saved_prompt
-from .options import Dtype, Frozen, Overwrite, Separator
+from .options import Dtype, Frozen, Overwrite
 from .saved_prompt import (
     AnswerColumn,
     Answered,
@@ -25,6 +25,7 @@ from .saved_prompt import (
 def report(
     prompt_folder: PromptFolder,
     data: Answered,
+    form: dict[str, Any],
     output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
     answer: AnswerColumn = None,
     model: Model = None,
@@ -34,7 +35,6 @@ def report(
     batch_size: BatchSize = None,
     dtype: Dtype = "auto",
     frozen: Frozen = "own",
-    separator: Separator = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write one HTML file about a prompt, to send around.
@@ -56,7 +56,7 @@ def report(
     prompt.answer = answer or prompt.answer
     chosen = saved_prompt.read_candidates(candidates)
     name = saved_prompt.base_name(prompt, model)
-    rows = saved_prompt.answered_rows(prompt, data, separator, manual)
+    rows = saved_prompt.answered_rows(prompt, data, form, manual)
     base, tokenizer = loading.base_model(name, dtype, frozen)
     options: dict[str, Any] = {"candidates": chosen, "answer_tokens": answer_tokens}
     result = evaluate(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -88,7 +89,7 @@ def base_name(prompt: Prompt, name: str | None) -> str:
 
 
 def answered_rows(
-    prompt: Prompt, data: str, separator: str | None, manual: str | None
+    prompt: Prompt, data: str, form: Mapping[str, Any], manual: str | None
 ) -> list[Row]:
     """Examples that a prompt and a manual template can be measured on.
 
@@ -99,7 +100,7 @@ def answered_rows(
     from ..rendering.example import check_rows
 
     by_hand = prompt.manual(manual)
-    rows = read_examples(data, separator)
+    rows = read_examples(data, **form)
     check_rows(prompt, rows, "evaluation")
     check_rows(by_hand, rows, "evaluation", answered=False)
     return rows

@@ -14,6 +14,7 @@ from ..prompts.from_table import AUTO
 from . import console, loading, run_files, run_folder, training_report
 from .fields import filled
 from .options import (
+    OF_FILES,
     OF_PROMPT,
     OF_TRAINING,
     PANELS,
@@ -28,7 +29,6 @@ from .options import (
     Population,
     PopulationGrid,
     Resume,
-    Separator,
 )
 from .recorded import recorded
 
@@ -38,9 +38,10 @@ if TYPE_CHECKING:
     from ..training.settings import TrainSettings
 
 
-@filled(PANELS, prompt=OF_PROMPT, settings=OF_TRAINING)
+@filled(PANELS, form=OF_FILES, prompt=OF_PROMPT, settings=OF_TRAINING)
 def train(
     context: typer.Context,
+    form: dict[str, Any],
     prompt: dict[str, Any],
     settings: dict[str, Any],
     model: Model,
@@ -62,7 +63,6 @@ def train(
             "0.2. [default: 0.2 where the template is made, at most 500 examples; else 0]"
         ),
     ] = None,
-    separator: Separator = None,
     init_from: Annotated[
         Path | None,
         typer.Option(
@@ -127,8 +127,8 @@ def train(
         grid = grid_of(population_grid, context.args)
         if dev and dev_share:
             dev, dev_share = _that_chooses(context, dev, dev_share)
-        rows = read_examples(data, separator)
-        dev_rows = read_examples(dev, separator) if dev else []
+        rows = read_examples(data, **form)
+        dev_rows = read_examples(dev, **form) if dev else []
         made = init_from is None and prompt["template"] in (None, AUTO)
         trained = prompt_of(context, prompt, init_from, rows, dev_rows)
         columns = columns_of(rows, trained.answer, dev=dev_rows) if made else None

@@ -17,17 +17,21 @@ from .rows import listed
 from .values import text_of
 
 _FIRST = ("answer", "label")
-_USUAL = ("labels", "class", "category", "target", "intent", "sentiment", "topic")
+_USUAL = re.compile(r"(?i:(?:^|[\W_])(labels?|class|category|target|intent|sentiment|topic))$")
 _MOST_LABELS, _LONGEST_LABEL = 500, 100
 _OFTEN = 4
 """Rows of each value by which two columns say the same, and do not only happen to."""
+_MANY = 50
+"""Codes that are more than that are no kinds of anything."""
 _MOST_READ = 12
 """Columns that are read; of more those with the longest texts."""
 _ID_NAME = re.compile(
     r"(?i:(?:^|[\W_])(?:id|uuid|guid|index|idx|key|nr|no|number))$|[a-z](?:Id|ID)$"
 )
+_REPEATED_ID = re.compile(r"(?i:(?:^|[\W_])(?:id|uuid|guid|index|idx))$|[a-z](?:Id|ID)$")
 _TWIN = "the answer in other words"
 _CODE = "a code of its own in every row"
+_CODES = "codes, as its name says"
 _NUMBER = "the row's number"
 _MOMENT = "a moment of its own in most rows"
 _TIME = (
@@ -101,7 +105,7 @@ def columns_of(
             left_out[name] = why
         else:
             read.append(name)
-    for reasons in ((_TWIN,), (_CODE, _NUMBER, _MOMENT)):  # they may be all there is
+    for reasons in ((_TWIN,), (_CODE, _CODES, _NUMBER, _MOMENT)):  # they may be all there is
         if not read and not unusable:
             read = [name for name, why in left_out.items() if why in reasons]
             left_out = {name: why for name, why in left_out.items() if name not in read}
@@ -149,17 +153,21 @@ def _answer(table: Mapping[str, list[str] | None], given: str | None) -> str:
             return wanted if wanted in alike else alike[0]
     few = [name for name, texts in table.items() if texts and _has_few_values(texts)]
     few = [name for name in few if all(table[name] or ())] or few  # every example has an answer
-    usual = [name for name in few if name.strip().lower() in _USUAL]
+    usual = [name for name in few if _USUAL.search(name.strip())]
     found = _without_twins(usual or few, table)
+    for unlikely in (_are_measures, are_prose):
+        found = [name for name in found if not unlikely(table[name] or [])] or found
     if len(found) == 1:
         return found[0]
     one = [name for name, texts in table.items() if texts and len(set(texts)) == 1 < len(texts)]
     seen = "several columns have few values" if found else "no column has few values"
     if one and not found:
         seen += f", and of {listed(map(repr, one))} all are one, where labels are at least two"
+    unnamed = any(name in (texts or ()) for name, texts in table.items())
+    hint = "; if the file has no header, name its columns (columns=, --columns)" if unnamed else ""
     raise DataError(
         f"it is not clear which column is the answer ({seen}): the data has "
-        f"{listed(map(repr, found or table))}; name it (answer=, --answer COLUMN)"
+        f"{listed(map(repr, found or table))}; name it (answer=, --answer COLUMN){hint}"
     )
 
 
@@ -175,6 +183,17 @@ def _without_twins(names: list[str], table: Mapping[str, list[str] | None]) -> l
     for name in sorted(names, key=lambda n: not have_letters(table[n] or [])):
         kept.setdefault(_order(table[name]) or name, name)
     return [name for name in names if name in kept.values()]
+
+
+def _are_measures(texts: list[str]) -> bool:
+    """Numbers, and not all of them whole."""
+    there = [text for text in texts if text]
+    return _are_numbers(there) and any(re.search(r"[.,]\d*[1-9]", text) for text in there)
+
+
+def are_prose(texts: Sequence[str]) -> bool:
+    """At least half of them have three words or more."""
+    return 2 * sum(len(text.split()) > 2 for text in texts) >= len(texts)
 
 
 def have_letters(texts: Iterable[str]) -> bool:
@@ -211,6 +230,8 @@ def _says_nothing(name: str, texts: list[str]) -> str | None:
     moments = [text for text in texts if text]
     if 2 * len(set(moments)) > len(moments) and all(map(_DATE_AND_TIME.fullmatch, moments)):
         return _MOMENT
+    if _REPEATED_ID.search(name) and _are_codes(moments):
+        return _CODES
     if len(set(texts)) < len(texts) or any(re.search(r"\s", t) for t in texts):
         return None
     if all(re.fullmatch(r"[+-]?\d{1,18}", text) for text in texts):
@@ -222,6 +243,13 @@ def _says_nothing(name: str, texts: list[str]) -> str | None:
     alike = len({len(text) for text in texts}) == 1
     coded = alike and all(re.search(r"\d", t) for t in texts) and not _are_numbers(texts)
     return _CODE if coded or (all(texts) and _ID_NAME.search(name)) else None
+
+
+def _are_codes(texts: list[str]) -> bool:
+    """Many, each one word with a digit in it, some of which come again."""
+    values = set(texts)
+    many = len(values) > _MANY or _OFTEN * len(values) > len(texts)
+    return many and len(values) < len(texts) and all(re.fullmatch(r"\S*\d\S*", v) for v in values)
 
 
 def _are_numbers(texts: list[str]) -> bool:

@@ -15,20 +15,24 @@ _CHUNK = 2**16
 _BLANK = " \t\n\r"
 
 
-def json_rows(path: Path) -> Iterator[Row]:
+def json_rows(path: Path, encoding: str | None = None) -> Iterator[Row]:
     """Rows of a file; NaN is read as null.
+
+    Args:
+        path: of the file.
+        encoding: of a file without a byte-order mark; by default UTF-8.
 
     Raises:
         DataError: malformed, with the line; a key stands twice in an object.
     """
-    with opened(path) as stream:
+    with opened(path, encoding=encoding) as stream:
         start = " "
         while start and start in _BLANK:
             start = stream.read(1)
     if start == "[":
-        yield from _elements(path)
+        yield from _elements(path, encoding)
         return
-    for number, line in enumerate(lines(path), 1):
+    for number, line in enumerate(lines(path, encoding=encoding), 1):
         if line.strip():
             try:
                 value = _DECODER.decode(line)
@@ -37,9 +41,9 @@ def json_rows(path: Path) -> Iterator[Row]:
             yield _row(path, f"line {number}", value, len(line))
 
 
-def _elements(path: Path) -> Iterator[Row]:
+def _elements(path: Path, encoding: str | None) -> Iterator[Row]:
     """The elements of one array, of which no more is in memory than one and a little."""
-    with opened(path) as stream:
+    with opened(path, encoding=encoding) as stream:
         text = _Pieces(path, stream)
         text.drop("[")
         number = 0

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..errors import DataError, excerpt
+from .file_form import FileForm
 from .rows import Row, listed
 from .text import LONGEST_CELL, lines
 
@@ -22,24 +23,24 @@ _SAYS = re.compile(r'"?sep=([^"\r\n])"?[\r\n]*', re.IGNORECASE)
 """A first line that names the separator, for Excel."""
 
 
-def separated_rows(path: Path, usual: str, separator: str | None = None) -> Iterator[Row]:
-    """Rows of a file with a header, all cells text.
+def separated_rows(path: Path, usual: str, form: FileForm) -> Iterator[Row]:
+    """Rows of a file with a header, or with columns that are named; all cells text.
 
     Args:
         path: of the file.
         usual: the separator that its ending promises.
-        separator: the true one; by default what a line ``sep=;`` before the header says, else
-            found in the header (`_found`).
+        form: what is known of it. Without a separator it is what a line ``sep=;`` at the top says,
+            else found (`_found`).
 
     Raises:
         DataError: malformed, with the line.
     """
-    says = _SAYS.fullmatch(next(lines(path, newline=""), ""))
-    separator = separator or (says[1] if says else _found(path, usual))
-    cut = records(path, separator)
+    says = _SAYS.fullmatch(next(lines(path, "", form.encoding), ""))
+    separator = form.separator or (says[1] if says else _found(path, usual, form))
+    cut = records(path, separator, form.encoding)
     if says:
         next(cut)
-    number, header = next(cut, (0, []))
+    number, header = (0, list(form.columns)) if form.columns else next(cut, (0, []))
     # A table of pandas has its index in front, under no name.
     if len(set(header)) < len(header) or not all(name.strip() for name in header[1:] or header):
         twice = [excerpt(name) for at, name in enumerate(header) if name and name in header[:at]]
@@ -51,21 +52,24 @@ def separated_rows(path: Path, usual: str, separator: str | None = None) -> Iter
         )
     for number, cells in cut:
         if len(cells) != len(header):
+            named = "names are given for" if form.columns else "the header has"
             raise DataError(
-                f"{path} line {number}: {len(cells)} cells, and the header has "
+                f"{path} line {number}: {len(cells)} cells, and {named} "
                 f"{len(header)} ({listed(header)}); quote cells that hold a {separator!r}, or "
                 "name the separator"
             )
         yield dict(zip(header, cells, strict=True))
 
 
-def records(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
+def records(
+    path: Path, separator: str, encoding: str | None = None
+) -> Iterator[tuple[int, list[str]]]:
     """The cells of each record, with the number of its last line; empty lines are none.
 
     Raises:
         DataError: malformed, with the line.
     """
-    source = enumerate(lines(path, newline=""), 1)
+    source = enumerate(lines(path, "", encoding), 1)
     for number, line in source:
         text = line.rstrip("\r\n")
         if not text:
@@ -131,18 +135,19 @@ def _too_long() -> str:
     return f"a cell is longer than {LONGEST_CELL:,} characters"
 
 
-def _found(path: Path, usual: str) -> str:
-    """The separator that cuts header and first record alike into several named cells."""
+def _found(path: Path, usual: str, form: FileForm) -> str:
+    """The separator that cuts header and first record alike into several named cells, or the first
+    two records into as many as there are names."""
     for separator in (usual, *_OTHERS):
         try:
-            first = [cells for _, cells in islice(records(path, separator), 2)]
+            first = [cells for _, cells in islice(records(path, separator, form.encoding), 2)]
         except DataError:
             continue  # not with this one
-        header = first[0] if first else []
+        header = form.columns or (first[0] if first else [])
         if (
             len(header) > 1
             and all(name.strip() for name in header[1:])
-            and (len(first) < 2 or len(first[1]) == len(header))
+            and all(len(cells) == len(header) for cells in first)
         ):
             return separator
     return usual

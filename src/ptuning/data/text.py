@@ -57,41 +57,46 @@ class Swelling:
 
 
 @contextmanager
-def opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+def opened(path: Path, newline: str | None = None, encoding: str | None = None) -> Iterator[TextIO]:
     """A text file to read from; its faults become errors that name it.
 
     Args:
         path: of the file, packed or not.
         newline: None makes every line end ``\\n``, the empty text leaves them as they are.
+        encoding: of a file without a byte-order mark; by default UTF-8.
 
     Raises:
         DataError: it cannot be read, is damaged or is no text.
     """
-    encoding = "utf-8"
+    used = encoding or "utf-8"
     try:
         with _unpacked(path) as stream:
-            encoding = _encoding(stream)
-            if encoding == "utf-8" and _is_utf_16(stream.peek(64)[:64]):
+            used = _marked(stream) or used
+            if used == "utf-8" and _is_utf_16(stream.peek(64)[:64]):
                 raise DataError(
                     f"{path} has a zero byte beside each letter, as UTF-16 without a byte-order "
-                    "mark has; save the file as UTF-8"
+                    "mark has; save the file as UTF-8, or name its encoding (encoding=, "
+                    "--encoding utf-16-le)"
                 )
-            yield io.TextIOWrapper(stream, encoding, newline=newline)
+            yield io.TextIOWrapper(stream, used, newline=newline)
     except UnicodeError as error:
-        line = _line_of_fault(path, encoding)
-        name = encoding.removesuffix("-sig").upper()
-        raise DataError(f"{path} line {line}: no valid {name}; save the file as UTF-8") from error
+        line = _line_of_fault(path, used)
+        name = used.removesuffix("-sig").upper()
+        raise DataError(
+            f"{path} line {line}: no valid {name}; save the file as UTF-8, or name its encoding "
+            "(encoding=, --encoding cp1252 for one of Windows)"
+        ) from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def lines(path: Path, newline: str | None = None) -> Iterator[str]:
+def lines(path: Path, newline: str | None = None, encoding: str | None = None) -> Iterator[str]:
     """The lines of a text file with their ends; a line separator inside a text is none.
 
     Raises:
         DataError: as `opened`; or a line is longer than `LONGEST_ROW`.
     """
-    with opened(path, newline) as stream:
+    with opened(path, newline, encoding) as stream:
         number = 1
         while line := stream.readline(LONGEST_ROW + 1):
             if len(line) > LONGEST_ROW:
@@ -116,9 +121,10 @@ def read_text(path: Path, most: int = LONGEST_CELL) -> str:
     return text
 
 
-def _encoding(stream: io.BufferedReader) -> str:
+def _marked(stream: io.BufferedReader) -> str | None:
+    """The encoding that a byte-order mark names."""
     start = stream.peek(4)[:4]
-    return next((name for mark, name in _ENCODINGS if start.startswith(mark)), "utf-8")
+    return next((name for mark, name in _ENCODINGS if start.startswith(mark)), None)
 
 
 def _is_utf_16(begin: bytes) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def convert(
     path: Path,
     kind: str,
     data: str,
-    separator: str | None,
+    form: Mapping[str, Any],
     added: Path,
     names: Sequence[str],
     columns: Sequence[str],
@@ -39,7 +39,8 @@ def convert(
     Args:
         path: of the new file.
         kind: its ending.
-        data: what `stream_examples` reads, with `separator`.
+        data: what `stream_examples` reads.
+        form: the fields of a `FileForm`.
         added: JSON lines, one for each row, that have the further columns.
         names: of the further columns.
         columns: all columns in their order, the further ones behind.
@@ -52,7 +53,7 @@ def convert(
                 yield {name: row[name] for name in names if name in row}
 
     def rows() -> Iterator[Row]:
-        pairs = zip(stream_examples(data, separator), further(), strict=False)
+        pairs = zip(stream_examples(data, **form), further(), strict=False)
         return ({**row, **more} for row, more in pairs)
 
     if kind in SEPARATORS:

@@ -77,7 +77,7 @@ def from_table(
     if words and columns.answer in words:
         warn(
             f"the answer's column is called {columns.answer!r}, as one of its labels is: if the "
-            "file has no line with the columns' names, write one before the first row"
+            "file has no header, name its columns (columns=, --columns)"
         )
     made = template or template_of(columns, virtual or VIRTUAL, words is not None)
     telling = telling_words(words, rows, columns) if words else {}
