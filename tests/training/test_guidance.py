@@ -93,6 +93,11 @@ def test_a_training_that_taught_nothing_says_so(base: tuple[Any, Any]) -> None:
         trained(base, learning_rate=1e-9)
 
 
+def test_a_training_whose_time_was_over_is_told_to_go_on(base: tuple[Any, Any]) -> None:
+    with pytest.warns(UserWarning, match=r"nothing was learnt: .* the time was over: go on with"):
+        trained(base, [ROWS[2]], learning_rate=1e-9, max_minutes=1e-6)
+
+
 def test_words_that_may_be_the_best_as_they_are_are_not_called_useless(
     base: tuple[Any, Any],
 ) -> None:

@@ -32,6 +32,7 @@ def nothing_learnt(
     dev_answers: Sequence[str],
     majority: str,
     right: str = "right",
+    complete: bool = True,
 ) -> str | None:
     """Why the trained prompt looks useless, or None where it does not.
 
@@ -41,10 +42,13 @@ def nothing_learnt(
         dev_answers: right answers of the dev examples, if there are any.
         majority: the most frequent answer of the training.
         right: what counts as such, where a teacher says it.
+        complete: False where the time was over first.
     """
     advice = (
         "try another learning rate (3 times as high, a third), more epochs, words in the template, "
         "or several seeds (population)"
+        if complete
+        else "the time was over: go on with more of it (max_minutes, resume)"
     )
     if dev_answers and "dev_accuracy" in best:
         always = sum(answer == majority for answer in dev_answers) / len(dev_answers)

@@ -126,7 +126,7 @@ def train(
         folds = outcome.folds
         best = {**learner.figures(), **(folds.best if folds else {})}
         if not variant.has_start:  # what begins as something good may stay as it is
-            _advise(_nothing_learnt(plan, learner.history, best), verbose)
+            _advise(_nothing_learnt(plan, learner.history, best, outcome.complete), verbose)
         return TrainResult(
             history=learner.history,
             best=best,
@@ -199,13 +199,13 @@ def _described(prompt: Prompt, plan: Plan) -> dict[str, Any]:
 
 
 def _nothing_learnt(
-    plan: Plan, history: list[dict[str, float]], best: dict[str, Any]
+    plan: Plan, history: list[dict[str, float]], best: dict[str, Any], complete: bool
 ) -> str | None:
     """What to try where a training has learnt nothing."""
     asked = plan.answers if plan.settings.folds else plan.dev_answers
     right = "right" if plan.about is None else "as the teacher says"
     majority = majority_answer(plan.answers)
-    return guidance.nothing_learnt(history, best, asked, majority, right)
+    return guidance.nothing_learnt(history, best, asked, majority, right, complete)
 
 
 def _advise(text: str | None, verbose: bool) -> None:
