@@ -4,6 +4,7 @@ import csv
 import io
 import tempfile
 import threading
+import warnings
 from pathlib import Path
 
 import pandas
@@ -62,6 +63,20 @@ def test_what_can_be_no_separator_is_refused(tmp_path: Path, separator: str) -> 
     (tmp_path / "a.csv").write_text("a\nb\n")
     with pytest.raises(DataError, match="one character"):
         read_examples(tmp_path / "a.csv", separator)
+
+
+def test_columns_without_a_name_are_left_out_and_what_stands_there_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('v1,v2,,, \nham,"Go on, then",,,\n')
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_examples(path) == [{"v1": "ham", "v2": "Go on, then"}]
+    path.write_text("v1,,v2\nham,,one\nspam,more,two\nham,still more,three\n")
+    with pytest.warns(
+        UserWarning, match="line 3: 'more' stands in a column without a name"
+    ) as said:
+        rows = read_examples(path)
+    assert len(said) == 1 and [*rows[1].values()] == ["spam", "two"]
 
 
 @pytest.mark.parametrize("separator", [",", ";"])

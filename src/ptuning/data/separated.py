@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from ..errors import DataError, excerpt
+from ..errors import DataError, briefly, excerpt, warn
 from .file_form import FileForm
 from .rows import Row, listed
 from .text import LONGEST_CELL, lines
@@ -41,15 +41,11 @@ def separated_rows(path: Path, usual: str, form: FileForm) -> Iterator[Row]:
     if says:
         next(cut)
     number, header = (0, list(form.columns)) if form.columns else next(cut, (0, []))
-    # A table of pandas has its index in front, under no name.
-    if len(set(header)) < len(header) or not all(name.strip() for name in header[1:] or header):
-        twice = [excerpt(name) for at, name in enumerate(header) if name and name in header[:at]]
-        unnamed = [at for at, name in enumerate(header, 1) if not name.strip()]
-        wrong = f"{twice[0]!r} stands twice" if twice else f"column {unnamed[-1]} has none"
-        raise DataError(
-            f"{path} line {number}: column names must be there and differ, and {wrong} "
-            f"({listed(header)}); correct the header"
-        )
+    _check_names(path, number, header)
+    # Spreadsheets end in columns without a name; a table of pandas has its index in front.
+    unnamed = [at for at, name in enumerate(header) if at and not name.strip()]
+    names = [name for at, name in enumerate(header) if at not in unnamed]
+    told = False
     for number, cells in cut:
         if len(cells) != len(header):
             named = "names are given for" if form.columns else "the header has"
@@ -58,7 +54,27 @@ def separated_rows(path: Path, usual: str, form: FileForm) -> Iterator[Row]:
                 f"{len(header)} ({listed(header)}); quote cells that hold a {separator!r}, or "
                 "name the separator"
             )
-        yield dict(zip(header, cells, strict=True))
+        lost = next((cells[at] for at in unnamed if cells[at].strip()), None)
+        if lost is not None and not told:
+            told = True
+            warn(
+                f"{path} line {number}: {briefly(lost)} stands in a column without a name and is "
+                "left out"
+            )
+        for at in reversed(unnamed):
+            del cells[at]
+        yield dict(zip(names, cells, strict=True))
+
+
+def _check_names(path: Path, number: int, header: list[str]) -> None:
+    there = [name for name in header if name.strip()]
+    twice = [excerpt(name) for at, name in enumerate(there) if name in there[:at]]
+    if twice or (header and not there):
+        wrong = f"{twice[0]!r} stands twice" if twice else "none has one"
+        raise DataError(
+            f"{path} line {number}: column names must be there and differ, and {wrong} "
+            f"({listed(header)}); correct the header"
+        )
 
 
 def records(
