@@ -61,32 +61,6 @@ def test_a_fault_of_one_question_stays_with_it() -> None:
     batcher.close()
 
 
-def test_a_job_runs_behind_what_was_asked_before_it() -> None:
-    model = Model()
-    model.gate.clear()
-    batcher = Batcher(model)
-    order: list[Any] = []
-    running, before, after = _items(0, 1, 2)
-    for item in (running, before, after):
-        item.answer.add_done_callback(lambda done: order.append(done.result()))
-    batcher.ask([running])
-    while not model.batches:
-        time.sleep(0.001)
-    batcher.ask([before])
-    jobs = threading.Thread(target=batcher.run, args=[lambda: order.append("job")])
-    jobs.start()
-    while batcher.depth < 2:
-        time.sleep(0.001)
-    batcher.ask([after])
-    model.gate.set()
-    after.answer.result(200)
-    jobs.join(200)
-    assert order == [0, 2, "job", 4]
-    with pytest.raises(ZeroDivisionError):
-        batcher.run(lambda: 1 / 0)
-    batcher.close()
-
-
 def test_brief_questions_are_let_in_by_a_long_batch_for_as_long_as_itself_takes() -> None:
     order: list[Any] = []
     running, asked = threading.Event(), threading.Event()
@@ -132,7 +106,7 @@ def test_brief_questions_are_let_in_by_a_long_batch_for_as_long_as_itself_takes(
     batcher.close()
 
 
-def test_a_job_at_once_waits_neither_for_a_long_batch_nor_for_what_waits() -> None:
+def test_a_job_waits_neither_for_a_long_batch_nor_for_what_waits() -> None:
     running, begun, order = threading.Event(), threading.Event(), list[Any]()
 
     def answer(items: Sequence[Item]) -> Iterator[tuple[Item, Any]]:
@@ -147,24 +121,23 @@ def test_a_job_at_once_waits_neither_for_a_long_batch_nor_for_what_waits() -> No
     long, behind = _items("long", "behind")
     batcher.ask([long])
     assert running.wait(200)
-    late = batcher.begin(lambda: order.append("job"))
     batcher.ask([behind])
-    fault = batcher.begin(lambda: 1 / 0, at_once=True)
-    early = batcher.begin(lambda: order.append("at once"), at_once=True)
-    assert batcher.depth == 4
+    fault = batcher.begin(lambda: 1 / 0)
+    job = batcher.begin(lambda: order.append("job"))
+    assert batcher.depth == 3
     begun.set()
     assert behind.answer.result(200) == "behind"
-    assert late.done() and early.done()
+    assert job.done()
     with pytest.raises(ZeroDivisionError):
         fault.result(0)
-    assert order == ["at once", "long", "job", "behind"]
-    assert batcher.run(lambda: "alone", at_once=True) == "alone"
+    assert order == ["job", "long", "behind"]
+    assert batcher.run(lambda: "alone") == "alone"
     batcher.close()
     with pytest.raises(Stopping):
-        batcher.run(lambda: None, at_once=True)
+        batcher.run(lambda: None)
 
 
-def test_what_goes_on_is_asked_again_first_with_what_waits_and_before_the_next_job() -> None:
+def test_what_goes_on_is_asked_again_first_with_what_waits() -> None:
     batches, order = list[list[str]](), list[Any]()
     asked = threading.Event()
     left = {"long": 4, "two": 2, "poison": 2}
@@ -187,45 +160,22 @@ def test_what_goes_on_is_asked_again_first_with_what_waits_and_before_the_next_j
     batcher.ask(items[:1])
     while not batches:
         time.sleep(0.001)
-    batcher.ask(items[1:4])
-    job = batcher.begin(lambda: order.append("job"))
-    batcher.ask(items[4:])
+    batcher.ask(items[1:])
     assert batcher.others_wait
     asked.set()
     assert items[-1].answer.result(200) == "behind"
-    assert job.done() and order == ["one", "two", "long", "job", "behind"]
+    assert order == ["one", "two", "long", "behind"]
     with pytest.raises(RuntimeError, match="poisoned"):
         items[3].answer.result(0)
     assert batches == [
         ["long"],
         ["long", "two", "one"],
         ["long", "two", "poison"],
-        ["long", "poison"],
+        ["long", "poison", "behind"],
         ["poison"],
         ["behind"],
     ]
     assert not batcher.others_wait
-    batcher.close()
-
-
-def test_a_job_keeps_what_is_behind_it_from_the_next_batch() -> None:
-    batcher = Batcher(lambda items: ((item, item.question) for item in items))
-    held, gate = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        held.set()
-        assert gate.wait(200)
-
-    batcher.begin(hold)
-    assert held.wait(200)
-    brief, behind = _items("brief", "behind")
-    brief.brief = True
-    batcher.ask([brief])
-    batcher.begin(lambda: None)
-    batcher.ask([behind])
-    assert not batcher.others_wait
-    gate.set()
-    assert behind.answer.result(200) == "behind"
     batcher.close()
 
 

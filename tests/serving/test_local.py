@@ -24,7 +24,7 @@ from ptuning.backbone.traits import remembers_rows
 from ptuning.serving import local as module
 from ptuning.serving.asking import Desk
 from ptuning.serving.backend import Gone, Wish
-from ptuning.serving.batcher import Item, TooLate
+from ptuning.serving.batcher import Item, Overloaded, TooLate
 from ptuning.serving.gate import Limits, Refused
 from ptuning.serving.listening import Listener, Turn
 from ptuning.serving.local import Local
@@ -615,6 +615,55 @@ def test_a_prompt_is_attached_and_looked_at_while_a_long_answer_is_written(
     with local.base.model.register_forward_pre_hook(forward):
         assert asyncio.run(both())[0] == long
     assert order == ["attached", "looked at", "long"]
+
+
+def test_a_prompt_is_taken_off_when_what_was_asked_of_it_is_answered_and_not_later(
+    place: Path, local: Local
+) -> None:
+    local.base.model.config.eos_token_id = None
+    one, other = (local.take_on("capital", servers.prompt(place, "capital", n)) for n in range(2))
+    row = servers.ROWS["capital"]
+    long = answered(local, one, row, limit=30)
+    forwards, order, taken_off = list[int](), list[str](), threading.Event()
+
+    def forward(*_: Any) -> None:
+        forwards.append(1)
+        if len(forwards) == 20:  # the other is taken off long before the text ends
+            assert taken_off.wait(60)
+
+    async def ask() -> Any:
+        (answer,) = await local.answer(one, [row], Wish(time.monotonic() + 60, limit=30))
+        order.append("answered")
+        return answer
+
+    async def let_go(handle: Any, name: str) -> None:
+        await asyncio.to_thread(local.let_go, handle)
+        order.append(name)
+        taken_off.set()
+
+    async def all_three() -> Any:
+        asked = asyncio.create_task(ask())
+        while len(forwards) < 3:
+            await asyncio.sleep(0)
+        await asyncio.gather(let_go(one, "one is off"), let_go(other, "other is off"))
+        return await asked
+
+    with local.base.model.register_forward_pre_hook(forward):
+        assert asyncio.run(all_three()) == long
+    assert order[0] == "other is off" and set(order[1:]) == {"answered", "one is off"}
+    assert not local.base.model.get_input_embeddings()._forward_hooks
+    with pytest.raises(Gone):
+        answered(local, one, row)
+
+
+def test_questions_that_were_refused_keep_no_prompt(place: Path) -> None:
+    local = Local(BaseModel.of(*servers.model(place)), waiting=1)
+    handle = local.take_on("mood", servers.prompt(place, "mood"))
+    with pytest.raises(Overloaded):
+        asyncio.run(local.answer(handle, [servers.ROWS["mood"]] * 2, Wish(time.monotonic() + 60)))
+    local.let_go(handle)
+    assert handle.gone
+    asyncio.run(local.close())
 
 
 def test_free_answers_that_are_too_many_for_one_batch_take_turns(place: Path) -> None:

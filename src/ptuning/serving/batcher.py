@@ -1,11 +1,10 @@
 """One thread that owns the model, and the queue before it.
 
 Questions wait in the order in which they come. Whenever the model is free, all that wait, up to
-`most`, go as one batch, so batches grow with the load and a lone question waits for nothing. A job
-may stand in the same queue (take a prompt off): what was asked before is answered before. Brief
-questions overtake, and jobs that touch nothing that is asked (attach a prompt): between two tokens
-of a long answer they are let in. And an answer that is not over yet can be put back in front, to go
-on in one batch with what waits.
+`most`, go as one batch, so batches grow with the load and a lone question waits for nothing. Brief
+questions overtake, and jobs, which touch nothing that is asked (attach a prompt, take one off that
+nobody asks): between two tokens of a long answer they are let in. And an answer that is not over
+yet can be put back in front, to go on in one batch with what waits.
 
 Knows nothing of HTTP, prompts or models.
 """
@@ -19,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice, takewhile
+from itertools import islice
 from typing import Any
 
 from ..errors import PtuningError
@@ -82,8 +81,8 @@ class Batcher:
         waiting: int = 1024,
     ):
         self._answer, self._most, self._waiting = answer, most, waiting
-        self._queue: deque[Item | Callable[[], None]] = deque()
-        self._at_once: deque[Callable[[], None]] = deque()
+        self._queue: deque[Item] = deque()
+        self._jobs: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._closing = self._ended = False
         self._brief = 0  # of those that wait
@@ -118,14 +117,13 @@ class Batcher:
 
         They get as much time as the batch itself: after a second of theirs none come in for one.
         """
-        waits = self._brief or self._at_once
+        waits = self._brief or self._jobs
         if self._interrupted or not waits or time.monotonic() < self._next_time:
             return
         with self._changed:
-            jobs = [*self._at_once]
-            self._at_once.clear()
-            waiting = (one for one in self._queue if isinstance(one, Item) and one.brief)
-            items = list(islice(waiting, self._most))
+            jobs = [*self._jobs]
+            self._jobs.clear()
+            items = list(islice((item for item in self._queue if item.brief), self._most))
             for item in items:
                 self._queue.remove(item)
             self._brief -= len(items)
@@ -140,22 +138,22 @@ class Batcher:
 
     @property
     def others_wait(self) -> bool:
-        """A question waits that is not let in, and would be in the next batch."""
+        """A question waits that is not let in."""
         with self._changed:
-            next_batch = takewhile(lambda one: isinstance(one, Item), self._queue)
-            return any(not one.brief for one in next_batch)  # type: ignore[union-attr]
+            return self._brief < len(self._queue)
 
-    def run(self, job: Callable[[], Any], at_once: bool = False) -> Any:
-        """Run a job in the thread, behind what waits now; gives its result or raises its error.
+    def run(self, job: Callable[[], Any]) -> Any:
+        """Run a job in the thread, in front of what waits and between two tokens of a long answer.
 
         Args:
-            job: takes no arguments.
-            at_once: in front of what waits, and between two tokens of a long answer; it may change
-                nothing that questions need.
-        """
-        return self.begin(job, at_once).result()
+            job: takes no arguments, and changes nothing that questions need.
 
-    def begin(self, job: Callable[[], Any], at_once: bool = False) -> Future[Any]:
+        Returns:
+            Its result; its error is raised.
+        """
+        return self.begin(job).result()
+
+    def begin(self, job: Callable[[], Any]) -> Future[Any]:
         """As `run`, without waiting for it.
 
         Raises:
@@ -172,14 +170,14 @@ class Batcher:
         with self._changed:
             if self._ended:
                 raise Stopping("the server has stopped")
-            (self._at_once if at_once else self._queue).append(run)
+            self._jobs.append(run)
             self._changed.notify()
         return done
 
     @property
     def depth(self) -> int:
         """How much waits."""
-        return len(self._queue) + len(self._at_once)
+        return len(self._queue) + len(self._jobs)
 
     @property
     def alive(self) -> bool:
@@ -208,14 +206,10 @@ class Batcher:
                 self._serve(work)
 
     def _take(self) -> Callable[[], None] | list[Item]:
-        """A job at once, or the one first in the queue, or the questions in front of the next."""
-        if self._at_once:
-            return self._at_once.popleft()
-        if callable(self._queue[0]):
-            return self._queue.popleft()  # type: ignore[return-value]
-        taken: list[Item] = []
-        while self._queue and len(taken) < self._most and isinstance(self._queue[0], Item):
-            taken.append(self._queue.popleft())  # type: ignore[arg-type]
+        """A job, or as many questions as a batch has."""
+        if self._jobs:
+            return self._jobs.popleft()
+        taken = [self._queue.popleft() for _ in range(min(self._most, len(self._queue)))]
         self._brief -= sum(item.brief for item in taken)
         return taken
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..backbone.kinds import ModelKind
@@ -27,6 +27,7 @@ class Handle:
         attachment: of a prompt.
         by_hand: the task without virtual tokens; made when it is first asked.
         nearest: what `nearest_words` says, once it was asked.
+        asked: the answers to come.
         gone: it was let go.
     """
 
@@ -35,6 +36,7 @@ class Handle:
     attachment: Attachment | None = None
     by_hand: Handle | None = None
     nearest: Future[list[dict[str, Any]]] | None = None
+    asked: set[Future[Any]] = field(default_factory=set)
     gone: bool = False
 
     @property

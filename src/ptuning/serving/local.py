@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,24 +96,28 @@ class Local:
                 raise InputError(unlike)
             return self._handle(prompt)
 
-        return self.batcher.run(attached, at_once=True)
+        return self.batcher.run(attached)
 
     def let_go(self, handle: Handle) -> None:
-        """Take a prompt off, behind the questions that wait."""
+        """Take a prompt off when what was asked of it is answered; others' questions go on."""
 
-        def detach() -> None:
+        def detached() -> bool:
+            if handle.asked:
+                return False
             handle.gone = True
             if handle.attachment is not None:
                 handle.attachment.detach()
             self._renew()
+            return True
 
-        self.batcher.run(detach)
+        while not self.batcher.run(detached):
+            wait(handle.asked.copy())
 
     async def answer(self, handle: Handle, rows: Sequence[Row], wish: Wish) -> list[Answer]:
         """An answer for each row."""
         brief = self._is_brief(handle, wish)
         items = [Item(_Asked(handle, row, wish), wish.deadline, brief) for row in rows]
-        self.batcher.ask(items)
+        self._ask(handle, items)
         try:
             async with in_time(wish.deadline):
                 return list(await asyncio.gather(*(asyncio.wrap_future(i.answer) for i in items)))
@@ -135,7 +140,7 @@ class Local:
         brief = self._is_brief(handle, wish)
         item = Item(_Asked(handle, row, wish, heard), wish.deadline, brief)
         item.answer.add_done_callback(lambda _: loop.call_soon_threadsafe(parts.put_nowait, None))
-        self.batcher.ask([item])
+        self._ask(handle, [item])
         said = ""
         try:
             while True:
@@ -166,7 +171,7 @@ class Local:
             ]
 
         if handle.nearest is None or (handle.nearest.done() and handle.nearest.exception()):
-            handle.nearest = self.batcher.begin(look, at_once=True)
+            handle.nearest = self.batcher.begin(look)
         async with in_time(deadline):
             return await asyncio.shield(asyncio.wrap_future(handle.nearest))
 
@@ -182,6 +187,17 @@ class Local:
     async def close(self) -> None:
         """Answer what waits, and end the thread."""
         await asyncio.to_thread(self.batcher.close)
+
+    def _ask(self, handle: Handle, items: Sequence[Item]) -> None:
+        for item in items:
+            handle.asked.add(item.answer)
+            item.answer.add_done_callback(handle.asked.discard)
+        try:
+            self.batcher.ask(items)
+        except PtuningError:
+            for item in items:
+                item.answer.cancel()
+            raise
 
     def _if_it_fits(self, task: Task) -> Handle | None:
         """A task that not every model can do: a masked one writes no text."""
