@@ -95,6 +95,8 @@ LEFT_OUT = {
     "user_id": ([(n * 7) % 24 for n in range(24)], "code"),
     "userId": ([f"{'x' * n}" for n in range(1, 25)], "code"),
     "#2 ID": ([f"{n * 7 % 11}" for n in range(24)], "as its name says"),
+    "review_id": ([f"{'xyz'[n % 3]}_{'q' * (n % 21)}-k" for n in range(24)], "as its name says"),
+    "coordinates": (["", "", *["N 12"] * 2, *[""] * 20], "it is empty in 22 of 24 rows"),
     "index": ([n % 8 for n in range(24)], "as its name says"),
     "ref": ([f"A{n:03}-x" for n in range(24)], "code"),
     "source": (["web"] * 24, "always 'web'"),
@@ -106,6 +108,7 @@ LEFT_OUT = {
     "Created": ([f"2024-03-05 {max(n, 3):02}:10:59" for n in range(24)], "moment"),
     "Timestamp": ([f"3/{n + 1}/2024 14:32:10" for n in range(24)], "moment"),
     "Updated": ([f"{n + 1}/Nov/24 3:04 PM" for n in range(24)], "moment"),
+    "posted": ([f"{n + 1}-02-2015 9.3{n % 9}" for n in range(24)], "moment"),
     "Solved at": ([f"2024-03-05T{n:02}:10:59Z" if n % 2 else "" for n in range(24)], "moment"),
 }
 

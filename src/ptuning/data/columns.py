@@ -21,6 +21,8 @@ _USUAL = re.compile(r"(?i:(?:^|[\W_])(labels?|class|category|target|intent|senti
 _MOST_LABELS, _LONGEST_LABEL = 500, 100
 _OFTEN = 4
 """Rows of each value by which two columns say the same, and do not only happen to."""
+_SELDOM = 10
+"""Of so many rows one at least has to have something in a column."""
 _MANY = 50
 """Codes that are more than that are no kinds of anything."""
 _MOST_READ = 12
@@ -35,7 +37,7 @@ _CODES = "codes, as its name says"
 _NUMBER = "the row's number"
 _MOMENT = "a moment of its own in most rows"
 _TIME = (
-    r"[T, ]+\d{1,2}:\d\d(:\d\d([.,]\d+)?)?"
+    r"[T, ]+\d{1,2}[:.]\d\d([:.]\d\d([.,]\d+)?)?"
     r"(\s?[AaPp]\.?[Mm]\.?)?(\s?(Z|UTC|GMT|[+-]\d\d:?\d\d))?"
 )
 _DATE_AND_TIME = re.compile(rf"\d{{1,4}}[-/. ]\w{{1,9}}[-/. ]\d{{1,4}}{_TIME}")
@@ -227,10 +229,12 @@ def _says_nothing(name: str, texts: list[str]) -> str | None:
         return f"it is always {excerpt(texts[0], most=40)!r}"
     if len(texts) < 3:
         return None
-    moments = [text for text in texts if text]
-    if 2 * len(set(moments)) > len(moments) and all(map(_DATE_AND_TIME.fullmatch, moments)):
+    there = [text for text in texts if text]
+    if _SELDOM * len(there) < len(texts):
+        return f"it is empty in {len(texts) - len(there)} of {len(texts)} rows"
+    if 2 * len(set(there)) > len(there) and all(map(_DATE_AND_TIME.fullmatch, there)):
         return _MOMENT
-    if _REPEATED_ID.search(name) and _are_codes(moments):
+    if _REPEATED_ID.search(name) and _are_codes(there):
         return _CODES
     if len(set(texts)) < len(texts) or any(re.search(r"\s", t) for t in texts):
         return None
@@ -246,10 +250,10 @@ def _says_nothing(name: str, texts: list[str]) -> str | None:
 
 
 def _are_codes(texts: list[str]) -> bool:
-    """Many, each one word with a digit in it, some of which come again."""
+    """Many of one word each, some of which come again."""
     values = set(texts)
     many = len(values) > _MANY or _OFTEN * len(values) > len(texts)
-    return many and len(values) < len(texts) and all(re.fullmatch(r"\S*\d\S*", v) for v in values)
+    return many and len(values) < len(texts) and all(re.fullmatch(r"\S+", v) for v in values)
 
 
 def _are_numbers(texts: list[str]) -> bool:
