@@ -37,6 +37,7 @@ def rows(**columns: list[Any]) -> list[dict[str, Any]]:
         ({"date": ["2024-02-28", "2024-02-29", ""] * 8, "team": TEAMS}, "team"),
         ({"sent": [date(2024, 2, 28), date(2024, 2, 29)] * 12, "team": TEAMS}, "team"),
         ({"sent": ["3/1/2024 9:05", "12.11.2024 10:00", "4 Mar 2024"] * 8, "team": TEAMS}, "team"),
+        ({"sent": ["31-Jul-18", "3/1/24", "4 Mar 24 9.30"] * 8, "team": TEAMS}, "team"),
         ({"part": ["1 of 5", "2 of 5"] * 12}, "part"),
         ({"air_sentiment": TEAMS, "airline": ["a", "b"] * 12, "n": [0, 1] * 12}, "air_sentiment"),
         ({"score": [4.5, 3.0, "1,2"] * 8, "team": TEAMS}, "team"),

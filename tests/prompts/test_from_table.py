@@ -319,6 +319,16 @@ def test_each_label_gets_words_of_one_token(names: list[str], known: str, words:
     assert ["|".join(of) for of in (chosen(*names, known=known) or {}).values()] == words
 
 
+def test_of_a_name_in_capitals_and_in_small_letters_that_counts_which_begins_with_more() -> None:
+    ids = {"NEUTRAL": (1,), "ENTAILMENT": (2, 9), "EN": (2,)}
+    ids |= {"entailment": (3, 4), "entail": (3,)}
+    texts = {1: "NEUTRAL", 2: "EN", 3: "entail"}
+    names = {label: label for label in ("ENTAILMENT", "NEUTRAL")}
+    parts = {label: (label,) for label in names}
+    words = one_token_words(names, parts, lambda word: ids.get(word, ()), texts.__getitem__)
+    assert words == {"ENTAILMENT": ("entail",), "NEUTRAL": ("NEUTRAL",)}
+
+
 def test_labels_that_begin_alike_stay_apart_and_many_find_words() -> None:
     many = [f"intent {n}" for n in range(77)]
     pairs = " ".join(f"{a}{b}" for a in "ABC" for b in "ABCDEFGHIJKLMNOPQRSTUVWXYZ")

@@ -41,8 +41,9 @@ _TIME = (
     r"(\s?[AaPp]\.?[Mm]\.?)?(\s?(Z|UTC|GMT|[+-]\d\d:?\d\d))?"
 )
 _DATE_AND_TIME = re.compile(rf"\d{{1,4}}[-/. ]\w{{1,9}}[-/. ]\d{{1,4}}{_TIME}")
-_DATE = re.compile(  # with its year in full: "1 of 5" may be a label
-    r"(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/. ](\d{1,2}|[A-Za-z]{3,9})\.?[-/. ]\d{4})"
+_DATE = re.compile(  # "1 of 5" and "1-2-10" may be labels
+    r"(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/. ](\d{1,2}|[A-Za-z]{3,9})\.?[-/. ]\d{4}"
+    r"|\d{1,2}[-/. ][A-Za-z]{3,9}\.?[-/. ]\d\d|\d{1,2}/\d{1,2}/\d\d)"
     rf"({_TIME})?"
 )
 

@@ -91,9 +91,12 @@ def one_token_words(
 
     def options(label: str) -> dict[int, str]:
         """One-token words for a label by their ids, the best first."""
-        candidates = names[label], *known[label]
-        begins = [text(tokens(word)[0]) for word in candidates if tokens(word)]
-        spelled = [form for word in candidates for form in (word, word.lower())]
+        forms = [(word, word.lower()) for word in (names[label], *known[label])]
+        begins = [
+            max((text(tokens(form)[0]) for form in both if tokens(form)), key=len, default="")
+            for both in forms
+        ]
+        spelled = itertools.chain.from_iterable(forms)
         return _single((*spelled, *(word for word in begins if len(word) > 1)), tokens)
 
     whole_first = sorted(names, key=lambda label: len(tokens(names[label])) != 1)
