@@ -73,6 +73,14 @@ def briefly(value: object) -> str:
     return excerpt(" ".join(repr(value).split()), most=100)
 
 
+def a_kind(value: object) -> str:
+    """Of what kind a thing is that came, for a message: "an int"."""
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}"
+
+
 def in_one_line(error: BaseException) -> str:
     """What an error of somebody else says first, or its kind where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -89,8 +89,8 @@ def test_training_predicting_and_measuring_take_every_kind() -> None:
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        (None, "a NoneType came"),
-        (5, "an? int came"),
+        (None, "and None came"),
+        (5, "and an int came"),
         ({"text": "good"}, "put a single row into a list"),
         ({"text": ["a"], "label": ["b", "c"]}, "text has 1, label has 2"),
         (["good"], "row 1 is a str"),

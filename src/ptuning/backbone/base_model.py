@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import InputError
+from ..errors import InputError, a_kind
 from .identity import check_same, describe
 from .kinds import ModelKind, kind_of
 from .lookups import input_embedding
@@ -96,7 +96,7 @@ def _check_bare(model: nn.Module) -> None:
     of_prompts = adapters.values() if isinstance(adapters, dict) else ()
     if any(getattr(adapter, "is_prompt_learning", False) for adapter in of_prompts):
         raise InputError(
-            f"model is a {type(model).__name__}, which puts a prompt of its own in front of all "
+            f"model is {a_kind(model)}, which puts a prompt of its own in front of all "
             "that it reads; call it itself, or give the model in it (get_base_model())"
         )
 

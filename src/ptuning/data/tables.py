@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, a_kind
 from .hub import dataset_rows
 from .rows import Row, unique_names
 from .sources import stream_examples
@@ -57,7 +57,7 @@ def _rows_of(source: Any) -> Iterator[Row]:
         return _from_columns(source)
     if not isinstance(source, Iterable) or isinstance(source, bytes):
         raise DataError(
-            f"rows are expected, such as [{{'country': 'France'}}], and a {type(source).__name__} "
+            f"rows are expected, such as [{{'country': 'France'}}], and {a_kind(source)} "
             "came; give a list of rows, a dict of columns, a data frame or a data set"
         )
     return _each(source)
@@ -68,7 +68,7 @@ def _each(source: Iterable[Any]) -> Iterator[Row]:
         if type(row) is not dict:
             if not (isinstance(row, Mapping) or hasattr(row, "keys")):
                 raise DataError(
-                    f"row {number} is a {type(row).__name__}; each row must be column -> value, "
+                    f"row {number} is {a_kind(row)}; each row must be column -> value, "
                     "such as {'country': 'France'}"
                 )
             row = {name: row[name] for name in row.keys()}  # noqa: SIM118  (sqlite3.Row)
@@ -90,7 +90,7 @@ def _from_columns(source: Mapping[Any, Any]) -> Iterator[Row]:
             )
         if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
             raise DataError(
-                f"the column {str(name)!r} is a {type(values).__name__}, and a dict of columns "
+                f"the column {str(name)!r} is {a_kind(values)}, and a dict of columns "
                 "needs a list for each; put a single row into a list: [{...}]"
             )
         columns[str(name)] = list(values)

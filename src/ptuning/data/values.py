@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from ..errors import DataError, excerpt
+from ..errors import DataError, a_kind, excerpt
 
 
 def plain(value: Any) -> Any:
@@ -58,7 +58,7 @@ def text_of(column: str, value: Any) -> str:
 def _written(column: str, value: Any) -> str:
     if isinstance(value, Iterable):  # lists, dicts, sets, bytes, arrays
         raise DataError(
-            f"the column {column!r} holds a {type(value).__name__} where one text is expected: "
+            f"the column {column!r} holds {a_kind(value)} where one text is expected: "
             f"{_begin(value)}; put the text that is meant into a column of its own"
         )
     try:
@@ -74,7 +74,7 @@ def _written(column: str, value: Any) -> str:
     writes: Any = type(value).__str__
     if writes is object.__str__ and not is_number:
         raise DataError(
-            f"the column {column!r} holds a {type(value).__name__}, which has no text of its own; "
+            f"the column {column!r} holds {a_kind(value)}, which has no text of its own; "
             "give text or a number"
         )
     try:

@@ -18,7 +18,7 @@ from ..backbone.base_model import BaseModel
 from ..backbone.identity import difference
 from ..backbone.lookups import input_embedding
 from ..devices import on_cpu_by_default
-from ..errors import InputError, PromptFileError, briefly
+from ..errors import InputError, PromptFileError, a_kind, briefly
 from ..prompts.prompt import Prompt
 from ..rendering.merged_text import merged_text, names_of
 from .merged_files import Merged
@@ -137,7 +137,7 @@ def _check(
     base: BaseModel, prompts: Mapping[str, Prompt], table: Mapping[str, Any], before: set[int]
 ) -> None:
     if not isinstance(prompts, Mapping):
-        raise InputError(f"prompts is a {type(prompts).__name__}; give name -> trained prompt")
+        raise InputError(f"prompts is {a_kind(prompts)}; give name -> trained prompt")
     width = input_embedding(base.model).embedding_dim
     for name, prompt in prompts.items():
         check_name(name)
@@ -147,7 +147,7 @@ def _check(
                 "one first"
             )
         if not isinstance(prompt, Prompt):
-            raise InputError(f"{name!r} is a {type(prompt).__name__}; give a trained Prompt")
+            raise InputError(f"{name!r} is {a_kind(prompt)}; give a trained Prompt")
         prompt.check_alone("merged into a model")
         vectors = prompt.trained_vectors()
         if prompt.modules:

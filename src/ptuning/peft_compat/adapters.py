@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..backbone.lookups import input_embedding
 from ..backbone.spans import Span
-from ..errors import InputError, warn
+from ..errors import InputError, a_kind, warn
 from ..prompts.encoder import PromptEncoder
 from ..prompts.encoder_config import PeftType, PromptEncoderConfig, TaskType
 from .insertion import Insertion
@@ -58,9 +58,7 @@ def checked(config: Any) -> PromptEncoderConfig:
         return config
     to_dict = getattr(config, "to_dict", None)
     if to_dict is None or not hasattr(config, "peft_type"):
-        raise InputError(
-            f"the configuration is a {type(config).__name__}; give a PromptEncoderConfig"
-        )
+        raise InputError(f"the configuration is {a_kind(config)}; give a PromptEncoderConfig")
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind != PeftType.P_TUNING:
         raise InputError(

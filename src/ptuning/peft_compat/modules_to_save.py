@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..backbone.upstream import checkpointing_of, offloading_of, set_checkpointing
-from ..errors import InputError, warn
+from ..errors import InputError, a_kind, warn
 from ..prompts.recognised import Recognised
 from .adapter_names import AdapterDict, escaped
 
@@ -179,7 +179,7 @@ def _together(parts: list[Any], order: Tensor) -> Any:
     if first is None:
         return None
     raise InputError(
-        f"rows with different trained modules would share one that gives a {type(first).__name__}; "
+        f"rows with different trained modules would share one that gives {a_kind(first)}; "
         "run them in batches of their own"
     )
 
@@ -254,7 +254,7 @@ def find(model: nn.Module, names: Sequence[str], embedding: nn.Module) -> list[s
             )
         if isinstance(inner, nn.ModuleList | nn.ModuleDict):
             raise InputError(
-                f"modules_to_save names {path}, a {type(inner).__name__}, which is never called; "
+                f"modules_to_save names {path}, {a_kind(inner)}, which is never called; "
                 "name the modules in it"
             )
     return list(outer)

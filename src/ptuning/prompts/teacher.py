@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import InputError, TemplateError, excerpt
+from ..errors import InputError, TemplateError, a_kind, excerpt
 from .task import Task
 from .template import Template, Text, parse
 
@@ -61,7 +61,7 @@ class Teacher(Task):
 def _parsed(text: str) -> Template:
     if not isinstance(text, str):
         raise InputError(
-            f"the teacher is a {type(text).__name__}; give its text (Path(…).read_text() of a file)"
+            f"the teacher is {a_kind(text)}; give its text (Path(…).read_text() of a file)"
         )
     if not text.strip():
         raise InputError(

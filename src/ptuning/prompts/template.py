@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..errors import InputError, TemplateError
+from ..errors import InputError, TemplateError, a_kind
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def parse(text: str) -> Template:
 
 def _check_size(text: str) -> None:
     if not isinstance(text, str):
-        raise InputError(f"a template is text, and a {type(text).__name__} came: {text!r}")
+        raise InputError(f"a template is text, and {a_kind(text)} came: {text!r}")
     if len(text) > MOST_CHARACTERS:
         raise TemplateError(
             f"a template has at most {MOST_CHARACTERS:,} characters, and this one has "
