@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from ..errors import DataError, excerpt
-from .rows import listed
+from .rows import listed, names_in
 from .values import text_of
 
 _FIRST = ("answer", "label")
@@ -88,6 +88,11 @@ def columns_of(
     if not rows:
         raise DataError("there is no example to look at; give at least one")
     table = {name: _texts(rows, name) for name in dict.fromkeys(n for row in rows for n in row)}
+    if all(texts is None for texts in table.values()):
+        raise DataError(
+            f"no column holds text in every row: the data has {names_in(rows[0])}; give a table "
+            "with a column of text and one of answers"
+        )
     answer = _answer(table, answer)
     answers = _order(table[answer])
     read, left_out, twin = [], {}, None

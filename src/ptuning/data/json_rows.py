@@ -37,7 +37,9 @@ def json_rows(path: Path, encoding: str | None = None) -> Iterator[Row]:
             try:
                 value = _DECODER.decode(line)
             except (ValueError, RecursionError) as error:
-                raise _malformed(path, number, error) from error
+                cut = getattr(error, "pos", -1) >= len(line.rstrip())
+                reason = ValueError("the line ends before the object does") if cut else error
+                raise _malformed(path, number, reason) from error
             yield _row(path, f"line {number}", value, len(line))
 
 

@@ -51,3 +51,12 @@ def listed(names: Iterable[Any]) -> str:
     texts = [excerpt(str(name), most=60) for name in names]
     more = f", and {len(texts) - 20} more" if len(texts) > 20 else ""
     return ", ".join(texts[:20]) + more
+
+
+def names_in(row: Mapping[str, Any]) -> str:
+    """The columns of a row for a message, which says so where the row may be a whole table, as
+    ``{"data": [...]}`` and pandas' ``to_json()`` write one."""
+    names = listed(map(repr, row)) or "none"
+    if row and all(isinstance(cell, list | Mapping) for cell in row.values()):
+        return f"{names}, with lists or objects only: if that is a whole table, give its rows"
+    return names

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from ..data.rows import listed
+from ..data.rows import listed, names_in
 from ..data.values import text_of
 from ..errors import DataError, excerpt
 from ..prompts.task import Task, as_label, named_fields
@@ -72,7 +72,7 @@ def column_texts(example: Example, names: Iterable[str], what: str) -> dict[str,
         if name not in example:
             raise DataError(
                 f"the {what} names the column {name!r}, and the example has "
-                f"{listed(map(repr, example)) or 'none'}; rename one of the two"
+                f"{names_in(example)}; rename one of the two"
             )
     return {name: text_of(name, example[name]) for name in names}
 
@@ -94,7 +94,7 @@ def answer_column(task: Task, example: Example) -> str:
     )
     raise DataError(
         f"the example has no answer column {' or '.join(map(repr, choices))}; it has "
-        f"{listed(map(repr, example)) or 'none'}; {remedy}"
+        f"{names_in(example)}; {remedy}"
     )
 
 
