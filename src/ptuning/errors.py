@@ -86,6 +86,12 @@ def in_one_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def unreadable(path: object, error: OSError) -> str:
+    """That the system lets nobody read a file or folder, or not this user, for a message."""
+    remedy = "; let this user read it" if isinstance(error, PermissionError) else ""
+    return f"{path} cannot be read: {error.strerror or error}{remedy}"
+
+
 def repeated(names: Iterable[str]) -> str | None:
     """The first name that has stood before; None where all differ."""
     seen: set[str] = set()

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .errors import PromptFileError, repeated
+from .errors import PromptFileError, repeated, unreadable
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _MOST_BYTES, _MOST_LEVELS = 64 * 2**20, 50
@@ -65,7 +65,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             with open(path, "rb") as raw:
                 start = raw.read(3)
         except OSError as refused:
-            raise PromptFileError(f"{path} cannot be read: {refused.strerror}") from None
+            raise PromptFileError(unreadable(path, refused)) from None
         # A pickle's protocol, and its first instruction. A damaged safetensors file begins with its
         # header's length, which may look like the protocol; its third byte is far below "(".
         if start[:2] == b"PK" or (start[:1] == b"\x80" and start[2:] >= b"("):
@@ -123,14 +123,22 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise PromptFileError(f"{path} does not exist; give the folder of a saved prompt") from None
     except OSError as error:
-        raise PromptFileError(f"{path} cannot be read: {error.strerror}") from error
+        raise PromptFileError(unreadable(path, error)) from error
     except ValueError as error:
-        raise PromptFileError(f"{path} cannot be read as JSON: {error}") from error
-    return parse_json(text, str(path))
+        raise PromptFileError(f"{path} cannot be read as JSON: {error}{_ANEW}") from error
+    return parse_json(text, str(path), _ANEW)
 
 
-def parse_json(text: str, place: str) -> dict[str, Any]:
+_ANEW = "; copy it again, or make it anew"
+
+
+def parse_json(text: str, place: str, remedy: str = "") -> dict[str, Any]:
     """A JSON object.
+
+    Args:
+        text: of it.
+        place: where it stands, for a message.
+        remedy: what to do where it is none, for a message.
 
     Raises:
         PromptFileError: no JSON, no object, a key twice, deeper than `_MOST_LEVELS`, or text that
@@ -139,12 +147,12 @@ def parse_json(text: str, place: str) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=distinct)
         if not isinstance(value, dict):
-            raise PromptFileError(f"{place} holds no JSON object")
+            raise PromptFileError(f"{place} holds no JSON object{remedy}")
         _check_nested(value)
     except (ValueError, RecursionError) as error:
         if isinstance(error, PromptFileError):
             raise
-        raise PromptFileError(f"{place} cannot be read as JSON: {error}") from error
+        raise PromptFileError(f"{place} cannot be read as JSON: {error}{remedy}") from error
     return value
 
 

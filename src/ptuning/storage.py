@@ -26,7 +26,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .errors import InputError, PromptFileError, PtuningError
+from .errors import InputError, PromptFileError, PtuningError, unreadable
 from .formats import pack_json, read_json
 from .places import held, real
 
@@ -333,7 +333,7 @@ def _complete(folder: Path) -> bool:
     try:
         return (folder / _SAVED / _MANIFEST).is_file()
     except OSError as error:
-        raise PromptFileError(f"{folder} cannot be read: {error.strerror}") from None
+        raise PromptFileError(unreadable(folder, error)) from None
 
 
 def _clear(folder: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import threading
 import time
@@ -19,6 +20,20 @@ from ptuning.backbone.load import cache_folder, made_once
 from ptuning.backbone.traits import context_length
 
 from .. import tiny
+
+
+def test_a_model_of_which_a_file_may_not_be_read_is_refused_by_that_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.model().save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.chmod(0)
+    if os.access(weights, os.R_OK):  # root reads everything
+        weights.write_bytes(b"")
+        monkeypatch.setattr("os.access", lambda path, mode: path != weights)
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be read; let this user"):
+        load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))

@@ -733,11 +733,11 @@ def test_unknown_keys_warn_and_are_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", "cannot be read as JSON"),
-        (b"", "cannot be read as JSON"),
-        (b"\xff\xfe{}", "cannot be read as JSON"),
-        (b"[1]", "holds no JSON object"),
-        (b"null", "holds no JSON object"),
+        (b"{", "cannot be read as JSON: .*; copy it again, or make it anew"),
+        (b"", "cannot be read as JSON: .*; copy it again, or make it anew"),
+        (b"\xff\xfe{}", "cannot be read as JSON: .*; copy it again, or make it anew"),
+        (b"[1]", "holds no JSON object; copy it again, or make it anew"),
+        (b"null", "holds no JSON object; copy it again, or make it anew"),
     ],
 )
 def test_a_damaged_description_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
@@ -1287,7 +1287,9 @@ def test_a_prompt_that_may_not_be_read_says_so(
     (tmp_path / "p" / which).chmod(0)
     if os.access(tmp_path / "p" / which, os.R_OK):  # root reads everything
         _refuse_reading(tmp_path / "p" / which, monkeypatch)
-    with pytest.raises(PromptFileError, match=r"cannot be read: Permission denied"):
+    with pytest.raises(
+        PromptFileError, match="cannot be read: Permission denied; let this user read it"
+    ):
         ptuning.Prompt.load(tmp_path / "p")
 
 

@@ -142,6 +142,12 @@ def _readable(name: str) -> Iterator[None]:
                 "model and tokenizer to ptuning.train or ptuning.predict"
             ) from error
         reason = in_one_line(error)
+        # Of such a file safetensors says that it is not there.
+        hidden = [path for path in Path(name).glob("*") if not os.access(path, os.R_OK)]
+        if hidden:
+            raise InputError(
+                f"cannot load the model {name!r}: {hidden[0]} cannot be read; let this user read it"
+            ) from error
         raise InputError(
             f"cannot load the model {name!r} ({reason}); give smollm2 or minilm (ptuning fetch), a "
             "folder with a transformers model, a .gguf file, or a hub name"

@@ -12,7 +12,7 @@ import yaml
 from yaml.constructor import BaseConstructor, SafeConstructor
 
 from ..data.text import read_text
-from ..errors import InputError, PromptFileError, repeated
+from ..errors import InputError, PromptFileError, repeated, unreadable
 from ..places import at_home
 
 _BETWEEN = {"template": "|", "population_grid": " "}
@@ -87,7 +87,7 @@ def read(path: Path) -> dict[str, Any]:
             kind = BaseConstructor if as_text else SafeConstructor
             values[str(key.value)] = kind().construct_document(value)
     except OSError as error:
-        raise InputError(f"run file {path} cannot be read: {error.strerror}") from None
+        raise InputError(unreadable(f"run file {path}", error)) from None
     except (yaml.YAMLError, ValueError) as error:
         if isinstance(error, InputError):
             raise

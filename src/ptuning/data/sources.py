@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..errors import DataError, InputError, excerpt
+from ..errors import DataError, InputError, excerpt, unreadable
 from ..places import named
 from .file_form import FileForm
 from .hub import hub_rows
@@ -83,9 +83,7 @@ def _rows(source: str | Path, form: FileForm) -> Iterator[Row]:
     try:
         exists, is_file, is_folder = path.exists(), path.is_file(), path.is_dir()
     except OSError as error:
-        raise DataError(
-            f"data file {excerpt(str(source))} cannot be read: {error.strerror}"
-        ) from None
+        raise DataError(unreadable(f"data file {excerpt(str(source))}", error)) from None
     if kind not in (*KINDS, *_PLAIN) and not exists:
         return hub_rows(str(source))
     if not is_file:

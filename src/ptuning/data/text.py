@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from ..errors import DataError
+from ..errors import DataError, unreadable
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 """Endings of packed files; they stand behind the ending of the kind, as in ``rows.csv.gz``."""
@@ -87,7 +87,7 @@ def opened(path: Path, newline: str | None = None, encoding: str | None = None) 
             "(encoding=, --encoding cp1252 for one of Windows)"
         ) from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise DataError(unreadable(path, error)) from error
 
 
 def lines(path: Path, newline: str | None = None, encoding: str | None = None) -> Iterator[str]:

@@ -173,11 +173,13 @@ def _check_table(
             "everything); copy it again or retrain"
         )
     if vectors is None or vectors.dim() != 2:
-        raise PromptFileError(f"{folder}/{_TENSORS} has no table of {name}")
+        raise PromptFileError(
+            f"{folder}/{_TENSORS} has no table of {name}; copy it again or retrain"
+        )
     if len(vectors) != description.get("num_virtual_tokens"):
         raise PromptFileError(
             f"{folder}: prompt.json names {description.get('num_virtual_tokens')} virtual "
-            f"tokens, prompt.safetensors holds {len(vectors)}"
+            f"tokens, prompt.safetensors holds {len(vectors)}; copy both again or retrain"
         )
 
 
