@@ -91,6 +91,7 @@ def test_training_predicting_and_measuring_take_every_kind() -> None:
     [
         (None, "and None came"),
         (5, "and an int came"),
+        ("France", r"'France' came, .* no file here; .*ptuning.read_examples\('France'\)"),
         ({"text": "good"}, "put a single row into a list"),
         ({"text": ["a"], "label": ["b", "c"]}, "text has 1, label has 2"),
         (["good"], "row 1 is a str"),

@@ -7,18 +7,21 @@ as_rows(row for row in source)       as_rows("rows.csv")       whatever `read_ex
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, a_kind
+from ..errors import DataError, a_kind, excerpt
 from .hub import dataset_rows
 from .rows import Row, unique_names
 from .sources import stream_examples
 
 Rows = Iterable[Any] | Path
 """What `as_rows` takes."""
+_WORD = re.compile(r"[\w-]+")
+"""Text that was meant as a row, more likely than the name of a data set."""
 
 
 def as_rows(source: Rows) -> list[Row]:
@@ -39,6 +42,12 @@ def as_rows(source: Rows) -> list[Row]:
 
 
 def _rows_of(source: Any) -> Iterator[Row]:
+    if isinstance(source, str) and _WORD.fullmatch(source) and not Path(source).exists():
+        raise DataError(  # the hub would be asked for long where it cannot be reached
+            f"rows are expected, and {excerpt(repr(source), most=60)} came, which is no file here; "
+            "give a list of rows, such as [{'country': 'France'}], or of a data set of the hub "
+            f"ptuning.read_examples({excerpt(repr(source), most=60)})"
+        )
     if isinstance(source, str | PathLike):
         return stream_examples(source)  # type: ignore[arg-type]
     columns = getattr(source, "columns", None)
