@@ -29,6 +29,7 @@ from ptuning.experiments.lama.relations import (
     read_facts,
     read_relations,
 )
+from ptuning.experiments.superglue.options import SuperGlueOptions
 from ptuning.forward import batching
 from ptuning.rendering.render import Renderer
 
@@ -139,6 +140,18 @@ def test_worded_templates_begin_as_their_manual_template(kind: str) -> None:
 def test_without_words_to_begin_with_the_template_is_anchored(manual: str) -> None:
     made = templates.worded_template(manual, "causal", 4)
     assert made == templates.anchored_template(manual, "causal", 4)
+
+
+@pytest.mark.parametrize("options", [LamaOptions, SuperGlueOptions])
+def test_a_grid_without_encoders_has_the_default_one_and_any_other_is_looked_at(
+    options: Any,
+) -> None:
+    assert options(grid={}).grid == options().grid == {"encoder": ["none"]}
+    rates = options(grid={"learning_rate": (1e-3, 1e-2)}).grid
+    assert rates == {"learning_rate": [1e-3, 1e-2], "encoder": ["none"]}
+    for grid, said in (({"encoder": []}, r"gives \[\] for encoder"), ({"lr": [1]}, "has 'lr'")):
+        with pytest.raises(InputError, match=f"the grid {said}"):
+            options(grid=grid)
 
 
 @pytest.mark.parametrize(("facts", "epochs"), [(28, 10), (246, 5), (800, 3)])

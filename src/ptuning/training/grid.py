@@ -78,16 +78,7 @@ def choices(
     if population is None:
         raise InputError("population is None; give a whole number of at least 1, or leave it out")
     at_least_one("population", population)
-    if grid is not None and not isinstance(grid, Mapping):
-        raise InputError(f"the grid is {grid!r}; give key -> list of values")
-    grid = dict(grid or {})
-    unknown = sorted(set(grid) - set(KEYS))
-    if unknown:
-        raise InputError(f"the grid has {unknown[0]!r}; it may vary {', '.join(KEYS)}")
-    for key, values in grid.items():
-        if not isinstance(values, list | tuple) or not values:
-            raise InputError(f"the grid gives {values!r} for {key}; give a list of values")
-        grid[key] = [plain(value) for value in values]  # numpy's, which names are written of
+    grid = checked_grid(grid)
     if population == 1 and not grid:
         return [({"seed": settings.seed}, prompt, settings)]
     result = []
@@ -98,6 +89,26 @@ def choices(
             changed = replace(settings, **own, seed=seed)
             result.append(({**chosen, "seed": seed}, _prompt(prompt, chosen), changed))
     return result
+
+
+def checked_grid(grid: Mapping[str, Sequence[Any]] | None) -> dict[str, list[Any]]:
+    """What members differ in: key -> values.
+
+    Raises:
+        InputError: it is none, has an unknown key, or no list of values for one.
+    """
+    if grid is not None and not isinstance(grid, Mapping):
+        raise InputError(f"the grid is {grid!r}; give key -> list of values")
+    grid = grid or {}
+    unknown = sorted(set(grid) - set(KEYS))
+    if unknown:
+        raise InputError(f"the grid has {unknown[0]!r}; it may vary {', '.join(KEYS)}")
+    found = {}
+    for key, values in grid.items():
+        if not isinstance(values, list | tuple) or not values:
+            raise InputError(f"the grid gives {values!r} for {key}; give a list of values")
+        found[key] = [plain(value) for value in values]  # numpy's, which names are written of
+    return found
 
 
 def columns_read(members: Iterable[Named]) -> tuple[str, ...]:

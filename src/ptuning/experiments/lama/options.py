@@ -8,6 +8,7 @@ from typing import Any
 from ...errors import InputError
 from ...prompts.prompt_settings import PromptSettings
 from ...prompts.task import at_least_one
+from ...training.grid import checked_grid
 from ...training.settings import TrainSettings
 from .relations import OBJECT, SUBJECT, Facts
 from .templates import plain_template
@@ -24,7 +25,8 @@ class LamaOptions:
         templates: ``own`` (virtual tokens among the words of LAMA's template), ``best`` (of the
             manual template that is best on dev), ``own-words`` and ``best-words`` (virtual tokens
             that begin as these words), ``plain`` (no words), or templates with ``{sub_label}``.
-        grid: what members differ in beside it: ``encoder`` and others of `train`'s keys.
+        grid: what members differ in beside it: ``encoder`` (by default ``none``) and others of
+            `train`'s keys.
         virtual_tokens: virtual tokens of each group.
         population: seeds of each template, encoder and rate.
         together: all members that are about as good on dev as the best one answer together; else
@@ -34,11 +36,11 @@ class LamaOptions:
 
     Raises:
         InputError: a template is neither a known form nor names the subject; or no template, or
-            no encoder.
+            no encoder; or a grid of what cannot vary.
     """
 
     templates: tuple[str, ...] = ("own", "best")
-    grid: dict[str, list[Any]] = field(default_factory=lambda: {"encoder": ["none"]})
+    grid: dict[str, list[Any]] = field(default_factory=dict)
     virtual_tokens: int = 10
     population: int = 1
     together: bool = True
@@ -48,6 +50,9 @@ class LamaOptions:
     )
 
     def __post_init__(self) -> None:
+        grid = checked_grid(self.grid)
+        grid.setdefault("encoder", ["none"])
+        object.__setattr__(self, "grid", grid)
         if self.settings.word_noise is None:  # the published figures were made without
             object.__setattr__(self, "settings", replace(self.settings, word_noise=0.0))
         for name in ("virtual_tokens", "population", "epochs"):

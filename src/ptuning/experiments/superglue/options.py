@@ -9,6 +9,7 @@ from ...errors import DataError, InputError
 from ...prompts.prompt_settings import PromptSettings
 from ...prompts.task import at_least_one
 from ...rendering.example import check_rows
+from ...training.grid import checked_grid
 from ...training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -23,19 +24,20 @@ class SuperGlueOptions:
     Args:
         templates: of prompts; by default the task's own.
         best_templates: so many of the task's own templates: those best on dev as words alone.
-        grid: what members differ in beside it: ``encoder`` and others of `train`'s keys.
+        grid: what members differ in beside it: ``encoder`` (by default ``none``) and others of
+            `train`'s keys.
         population: seeds of each template, encoder and rate.
         together: all members that are about as good on dev as the best one answer together, with a
             bias for each label that is learned there; else the best one alone.
         settings: how to train.
 
     Raises:
-        InputError: a count below 1.
+        InputError: a count below 1, or a grid of what cannot vary.
     """
 
     templates: tuple[str, ...] = ()
     best_templates: int = 3
-    grid: dict[str, list[Any]] = field(default_factory=lambda: {"encoder": ["none"]})
+    grid: dict[str, list[Any]] = field(default_factory=dict)
     population: int = 1
     together: bool = True
     settings: TrainSettings = field(
@@ -45,6 +47,9 @@ class SuperGlueOptions:
     )
 
     def __post_init__(self) -> None:
+        grid = checked_grid(self.grid)
+        grid.setdefault("encoder", ["none"])
+        object.__setattr__(self, "grid", grid)
         if self.settings.word_noise is None:  # the published figures were made without
             object.__setattr__(self, "settings", replace(self.settings, word_noise=0.0))
         for name in ("best_templates", "population"):
