@@ -192,6 +192,14 @@ def test_the_first_prompt_that_was_given_says_which_model_it_is(
         assert backend.registry(*folders).base_model() == f"model of {first}"
 
 
+def test_a_folder_without_prompts_is_told_where_no_model_was_named(
+    backend: Backend, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"no saved prompt in .*empty; give one or more .*--model"):
+        backend.registry(tmp_path / "empty").base_model()
+
+
 def test_clients_see_no_paths_of_the_server(backend: Backend, folder: Path) -> None:
     tensors = folder / "mood" / "prompt.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-40])

@@ -151,10 +151,11 @@ class Registry:
         """The model that the first prompt that can be read was trained on, in the order given.
 
         Raises:
-            InputError: no prompt says it.
+            InputError: there is no prompt, or none says it.
         """
         reasons = []
-        found = self._found().prompts
+        look = self._found()
+        found = look.prompts
         for given, place in self._given:
             for name, folder in found.items():
                 if name != given and (given is not None or folder.parent != place):
@@ -166,6 +167,12 @@ class Registry:
                     continue
                 if saved:
                     return str(saved)
+        if not found:
+            nowhere = ", ".join(str(place) for _, place in self._given)
+            reasons = [*look.astray.values()] or [
+                f"there is no saved prompt in {nowhere}; give one or more of them, or say with "
+                "--model which model those are for that will be put there"
+            ]
         raise InputError("; ".join(reasons) or "no prompt says which model it is for; give --model")
 
     def check_named(self) -> None:
