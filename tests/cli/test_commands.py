@@ -415,6 +415,23 @@ def test_a_run_of_an_older_release_goes_on_without_noise_on_words(
     assert not torch.equal(Prompt.load("usual").trained_vectors(), resumed.trained_vectors())
 
 
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_folder_whose_training_has_not_ended_is_told_as_such(
+    train: Run, run: Run, here: Path, ctrl_c_after: Callable[[int | None], None], steps: int
+) -> None:
+    ctrl_c_after(2)
+    assert train()[0] == 130
+    ctrl_c_after(None)
+    if not steps:
+        shutil.rmtree(here / "out/checkpoints")
+    for command in (["predict", "out", "--data", "dev.jsonl"], ["inspect", "out"]):
+        code, _, err = run(*command)
+        assert code == 2
+        assert_one_line(err, "out holds a training that has not come to its end", "--resume")
+    assert train("--resume")[0] == 0
+    assert run("inspect", "out")[0] == 0
+
+
 def test_resume_refuses_where_there_is_nothing_to_resume(
     train: Run, run: Run, here: Path, ctrl_c_after: Callable[[int | None], None]
 ) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import InputError
 from ..prompts.from_table import AUTO
-from . import console, loading, run_files, training_report
+from . import console, loading, run_files, saved_prompt, training_report
 from .fields import filled
 from .options import (
     OF_DISTILLING,
@@ -142,7 +142,7 @@ def distill(
                 f"--teacher {teacher} does not exist; give a text file, or the folder of a saved "
                 "prompt"
             )
-        trained = Prompt.load(teacher) if teacher.is_dir() else None
+        trained = saved_prompt.load(teacher) if teacher.is_dir() else None
         if trained is not None and init_from is None:
             if prompt["template"] is None:
                 init_from = teacher

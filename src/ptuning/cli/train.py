@@ -11,7 +11,7 @@ import typer
 
 from ..errors import InputError
 from ..prompts.from_table import AUTO
-from . import console, loading, run_files, run_folder, training_report
+from . import console, loading, run_files, run_folder, saved_prompt, training_report
 from .fields import filled
 from .options import (
     OF_FILES,
@@ -280,7 +280,7 @@ def prompt_of(
             return Prompt.for_rows(rows, dev=dev_rows, **{**chosen, "template": template})
         return Prompt(**chosen)
     given = {field: chosen[field] for field in OF_PROMPT.given(context)}
-    start = Prompt.load(start_folder)
+    start = saved_prompt.load(start_folder)
     prompt = Prompt(**{**start.settings(), "label_bias": None, **given})
     prompt.begin_from(start)
     return prompt
