@@ -140,6 +140,28 @@ def test_a_shell_can_complete_commands() -> None:
     assert done.stdout.split() == ["train"] and done.stderr == ""
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of a file")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_a_full_stdout_has_no_room_for_is_not_lost_unheard(
+    tmp_path: Path, unbuffered: str
+) -> None:
+    program = """if True:
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        from ptuning.cli import app, console
+        app.app = lambda *_, **__: console.print_json(["x" * 9000])
+        app.main()
+    """
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open(tmp_path / "out", "wb") as out:
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, stdout=out, stderr=subprocess.PIPE
+        )
+    assert done.returncode == 1
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith("error: what stdout goes to is full (File too large)")
+
+
 def test_a_full_stdout_is_said_in_words(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

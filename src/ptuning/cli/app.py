@@ -61,6 +61,7 @@ Try it: `ptuning demo`""",
 
 _ALONE = ("evaluate", "predict", "inspect", "merge", "export", "report", "serve", "fetch")
 """Commands of one process; each of several would do all of it."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _INTERRUPTED = 130
 """What typer makes of Ctrl-C."""
 
@@ -137,8 +138,9 @@ def main() -> None:
         text = str(error).strip().splitlines()
         reason = f"{type(error).__name__}: {text[0] if text else 'no message'}"
         reason += " (run again with --debug for the traceback)"
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
-            reason = "what stdout goes to is full (No space left on device); free space there"
+        if isinstance(error, OSError) and error.errno in _FULL and not error.filename:
+            reason = f"what stdout goes to is full ({error.strerror}); free space there"
+            console.drop_stdout()
         _complain(error, reason)
         code = 1
     if code == _INTERRUPTED:

@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,22 @@ def quiet_libraries() -> None:
 
 def write_to_any_stdout() -> None:
     """What the encoding of stdout does not have is written as an escape, as on stderr: a file that
-    output goes to has on Windows that of the country."""
+    output goes to has on Windows that of the country. Nor is anything lost unheard where Python has
+    no buffer (PYTHONUNBUFFERED, as in containers): what a disk has no room for is written again."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+        raw: Any = sys.stdout.buffer
+        if isinstance(raw, io.RawIOBase):
+            encoding, errors = sys.stdout.encoding, sys.stdout.errors
+            sys.stdout.detach()
+            buffer = io.BufferedWriter(raw)
+            sys.stdout = io.TextIOWrapper(buffer, encoding, errors, line_buffering=True)
+
+
+def drop_stdout() -> None:
+    """What stdout still holds goes nowhere: it takes no more, and at the end Python would try."""
+    with suppress(io.UnsupportedOperation):  # it is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def program() -> str:

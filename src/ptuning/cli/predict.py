@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -203,7 +202,7 @@ def _print(device: Path | None, blocks: Iterator[list[dict[str, Any]]]) -> None:
                 console.print_json(json.loads(json_line(row)), indent=None)
             sys.stdout.flush()
     except BrokenPipeError:  # such as head, which has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        console.drop_stdout()
 
 
 def _digest(prompt: Prompt) -> str:
