@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from ptuning.data import read_examples, writing
-from ptuning.data.partial import Output, Partial, begun
+from ptuning.data.partial import Output, Partial, begun, refused
 from ptuning.data.rows import Row
 from ptuning.data.writing import SEPARATORS, convert, json_line, write_parquet, write_separated
 from ptuning.errors import DataError, InputError, PtuningError
@@ -346,3 +348,16 @@ def test_a_row_group_has_some_rows_or_some_bytes_whichever_come_first(
     writing.write_tables(tmp_path / "a.parquet", table.schema, [table] * 10)
     told = pyarrow.parquet.ParquetFile(tmp_path / "a.parquet").metadata
     assert [told.row_group(n).num_rows for n in range(told.num_row_groups)] == groups
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, "; choose another place, or free space there and go on with --resume"),
+        (errno.EACCES, "; choose another place"),
+    ],
+)
+def test_to_free_space_is_advised_where_there_is_none(number: int, said: str) -> None:
+    with pytest.raises(PtuningError) as caught, refused(Path("out.csv")):
+        raise OSError(number, os.strerror(number))
+    assert str(caught.value) == f"cannot write to out.csv: {os.strerror(number)}{said}"

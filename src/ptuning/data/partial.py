@@ -8,6 +8,7 @@ there it becomes the output by one rename.
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -198,10 +199,10 @@ def refused(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise PtuningError(
-            f"cannot write to {place}: {error.strerror or error}; choose another place, or free "
-            "space there and go on with --resume"
-        ) from error
+        what = "choose another place"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what += ", or free space there and go on with --resume"
+        raise PtuningError(f"cannot write to {place}: {error.strerror or error}; {what}") from error
 
 
 def _before(row: Row, added: str) -> bytes:
