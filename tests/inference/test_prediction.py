@@ -362,6 +362,8 @@ def test_the_nearest_words_of_a_word_are_itself() -> None:
     neighbours, mean = ptuning.nearest_words(model, tokenizer, prompt, 2)
     with pytest.raises(InputError, match="prompt is 'capital/'; expected a Prompt"):
         ptuning.nearest_words(model, tokenizer, "capital/", 2)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="prompt is 'capital/'; expected a Prompt"):
+        ptuning.predict(model, tokenizer, "capital/", [])  # type: ignore[arg-type]
     for index, neighbour in zip(ids, neighbours, strict=True):
         assert neighbour.words[0][1] == pytest.approx(1, abs=1e-5)
         word = tokenizer.decode([index]).strip() or repr(tokenizer.decode([index]))

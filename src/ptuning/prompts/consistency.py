@@ -21,7 +21,7 @@ def check_kind(prompt: Any, kind: type) -> None:
     """
     if not isinstance(prompt, kind):
         raise InputError(
-            f"prompt is {briefly(prompt)}; expected a {kind.__name__} (Prompt.load reads a folder)"
+            f"prompt is {briefly(prompt)}; expected a Prompt (Prompt.load reads a folder)"
         )
 
 
