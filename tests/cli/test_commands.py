@@ -545,7 +545,7 @@ FILES = [
     ("bytes.csv", b"country,capital\nFr\xff,Paris\n", ["line 2", "UTF-8"]),
     ("blank.jsonl", '{"country": "a", "capital": " "}\n', ["training example 1", "empty"]),
     ("lacks.csv", "country,city\nFrance,Paris\n", ["'capital'", "'city'"]),
-    ("notes.txt", "France Paris\n", ["unknown kind", ".jsonl"]),
+    ("notes.doc", "France Paris\n", ["unknown kind", ".jsonl"]),
     ("bad.parquet", "no parquet", ["bad.parquet cannot be read as Parquet"]),
 ]
 

@@ -72,6 +72,15 @@ def test_a_plain_text_may_be_a_table(tmp_path: Path) -> None:
     assert read_examples(path) == [{"id": "1", "text": "one, two"}]
 
 
+def test_a_lone_line_is_told_to_be_taken_for_a_header(tmp_path: Path) -> None:
+    path = put(tmp_path, "a.txt", b"France Paris\n")
+    with pytest.raises(
+        DataError, match=r"holds no example but a header \(France Paris\).*columns="
+    ):
+        read_examples(path)
+    assert read_examples(path, columns="text") == [{"text": "France Paris"}]
+
+
 def test_other_than_so_many_cells_are_told(tmp_path: Path) -> None:
     path = put(tmp_path, "a.csv", b"1,2,3\n")
     with pytest.raises(

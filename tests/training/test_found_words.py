@@ -60,12 +60,14 @@ def saying(base: BaseModel, likely: dict[int, str]) -> Any:
         ([True, False], "target", True),
         (["LABEL_0", "LABEL_1"], "label", True),
         (["A", "B", "C"], "y", True),
-        ([0, 1], "spam", False),  # "Spam: yes" says what it means
+        ([0, 1], "sentiment", True),
+        ([1, 2, 3, 4, 5], "stars", True),
+        (["yes", "no"], "spam", False),
         (["good", "bad"], "label", False),
         (["0", "other"], "label", False),
     ],
 )
-def test_numbers_in_a_column_that_says_nothing_have_no_names(
+def test_numbers_truths_and_letters_have_no_names(
     labels: list[Any], column: str, nameless: bool
 ) -> None:
     rows = [{"text": f"{t} {n}", column: labels[n % len(labels)]} for n in range(9) for t in TEXTS]

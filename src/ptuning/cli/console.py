@@ -57,12 +57,12 @@ def write_to_any_stdout() -> None:
     no buffer (PYTHONUNBUFFERED, as in containers): what a disk has no room for is written again."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-        raw: Any = sys.stdout.buffer
-        if isinstance(raw, io.RawIOBase):
-            encoding, errors = sys.stdout.encoding, sys.stdout.errors
-            sys.stdout.detach()
-            buffer = io.BufferedWriter(raw)
-            sys.stdout = io.TextIOWrapper(buffer, encoding, errors, line_buffering=True)
+        buffer: Any = sys.stdout.buffer
+        if isinstance(buffer, io.FileIO):  # its owner, such as a test's capture, may need it later
+            raw = io.FileIO(buffer.fileno(), "w", closefd=False)
+            sys.stdout = io.TextIOWrapper(
+                io.BufferedWriter(raw), sys.stdout.encoding, sys.stdout.errors, line_buffering=True
+            )
 
 
 def drop_stdout() -> None:

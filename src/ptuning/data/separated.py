@@ -45,7 +45,7 @@ def separated_rows(path: Path, usual: str, form: FileForm) -> Iterator[Row]:
     # Spreadsheets end in columns without a name; a table of pandas has its index in front.
     unnamed = [at for at, name in enumerate(header) if at and not name.strip()]
     names = [name for at, name in enumerate(header) if at not in unnamed]
-    told = False
+    told, at_header = False, number
     for number, cells in cut:
         if len(cells) != len(header):
             named = "names are given for" if form.columns else "the header has"
@@ -64,6 +64,11 @@ def separated_rows(path: Path, usual: str, form: FileForm) -> Iterator[Row]:
         for at in reversed(unnamed):
             del cells[at]
         yield dict(zip(names, cells, strict=True))
+    if header and number == at_header and not form.columns:
+        raise DataError(
+            f"{path} holds no example but a header ({listed(header)}); give at least one, or, if "
+            "that line is one, name the columns (columns=, --columns)"
+        )
 
 
 def _check_names(path: Path, number: int, header: list[str]) -> None:

@@ -81,14 +81,14 @@ def from_table(
         )
     made = template or template_of(columns, virtual or VIRTUAL, words is not None)
     telling = telling_words(words, rows, columns) if words else {}
-    nameless = _is_vague(columns) and columns.twin is None and say_nothing(words or ())
+    nameless = columns.twin is None and say_nothing(words or ())
     return FromTable(columns, made, words, telling, nameless)
 
 
 def template_of(columns: Columns, virtual: int, labelled: bool) -> str:
     """Virtual tokens around what is read, and the answer's name before the answer."""
     read = columns.read
-    vague = labelled and _is_vague(columns)
+    vague = labelled and columns.answer.strip().casefold() in _SAY_NOTHING
     texts = [f"{{{name}}}" for name in read]
     if len(read) > 1:
         texts = [f"{_caption(name)}: {text}" for name, text in zip(read, texts, strict=True)]
@@ -96,10 +96,6 @@ def template_of(columns: Columns, virtual: int, labelled: bool) -> str:
     front, back = (f"[P*{n}]" if n else "" for n in (virtual // 2, virtual - virtual // 2))
     asked = _CAPTION if vague else _caption(columns.answer)
     return f"{front} {body} {back} {asked}: [MASK]".lstrip()
-
-
-def _is_vague(columns: Columns) -> bool:
-    return columns.answer.strip().casefold() in _SAY_NOTHING
 
 
 def _caption(name: str) -> str:
