@@ -27,10 +27,11 @@ _MANY = 50
 """Codes that are more than that are no kinds of anything."""
 _MOST_READ = 12
 """Columns that are read; of more those with the longest texts."""
-_ID_NAME = re.compile(
-    r"(?i:(?:^|[\W_])(?:id|uuid|guid|index|idx|key|nr|no|number))$|[a-z](?:Id|ID)$"
+_ID = "id|uuid|guid|index|idx"
+_ID_NAME, _MAY_BE_ID = (
+    re.compile(rf"(?i:(?:^|[\W_])(?:{words}))$|[a-z](?:Id|ID)$")
+    for words in (_ID, f"{_ID}|key|nr|no|number")
 )
-_REPEATED_ID = re.compile(r"(?i:(?:^|[\W_])(?:id|uuid|guid|index|idx))$|[a-z](?:Id|ID)$")
 _TWIN = "the answer in other words"
 _CODE = "a code of its own in every row"
 _CODES = "codes, as its name says"
@@ -240,7 +241,7 @@ def _says_nothing(name: str, texts: list[str]) -> str | None:
         return f"it is empty in {len(texts) - len(there)} of {len(texts)} rows"
     if 2 * len(set(there)) > len(there) and all(map(_DATE_AND_TIME.fullmatch, there)):
         return _MOMENT
-    if _REPEATED_ID.search(name) and _are_codes(there):
+    if _ID_NAME.search(name) and _are_codes(there):
         return _CODES
     if len(set(texts)) < len(texts) or any(re.search(r"\s", t) for t in texts):
         return None
@@ -249,10 +250,10 @@ def _says_nothing(name: str, texts: list[str]) -> str | None:
         if set(steps) == {1}:
             return _NUMBER
         rises = min(steps) > 0
-        return _CODE if rises or _ID_NAME.search(name) else None
+        return _CODE if rises or _MAY_BE_ID.search(name) else None
     alike = len({len(text) for text in texts}) == 1
     coded = alike and all(re.search(r"\d", t) for t in texts) and not _are_numbers(texts)
-    return _CODE if coded or (all(texts) and _ID_NAME.search(name)) else None
+    return _CODE if coded or (all(texts) and _MAY_BE_ID.search(name)) else None
 
 
 def _are_codes(texts: list[str]) -> bool:
