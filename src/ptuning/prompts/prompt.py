@@ -47,7 +47,8 @@ class Prompt(PromptSettings):
         name_words: where its label words are the labels' own names (`for_rows`): the words of each
             name, the most telling first. The first tokenizer that the prompt meets may bring words
             of one token in the names' place.
-        nameless: these names say nothing (`for_rows`, labels 0 and 1): the training looks for words that do (`training.found_words`).
+        nameless: these names say nothing (`for_rows`, labels 0 and 1): the training looks for words
+            that do (`training.found_words`).
 
     Raises:
         InputError, TemplateError: settings that contradict each other or the template language.
