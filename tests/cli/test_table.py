@@ -107,7 +107,8 @@ def test_a_file_without_a_header_in_another_encoding_is_trained_on_and_gone_on_w
     code, _, err = train("--columns", "number,subject,body,team")
     assert code == 2 and "tickets.csv line 1: no valid UTF-8" in err and "--encoding cp1252" in err
     code, _, err = train("--encoding", "cp1252")
-    assert code == 0 and "if the file has no header, name its columns" in err
+    assert code == 2 and "the table has no header: the answer's column is called 'billing'" in err
+    assert "another 'I was charged on day 0" in err and "--columns label,text" in err
     ctrl_c_after(1)
     assert train("--overwrite", *form)[0] == 130
     ctrl_c_after(None)

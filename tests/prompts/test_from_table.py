@@ -244,6 +244,9 @@ def test_whole_numbers_are_the_same_labels_as_each_kind_of_file_writes_them() ->
 def test_a_first_row_that_is_taken_for_names_is_warned_of() -> None:
     with pytest.warns(PtuningWarning, match=r"column is called 'good', as one of its labels is"):
         prompt_for(["good", "bad"], "good")
+    sentence = {"what a joy it was": TEXTS, "good": ["good", "bad"] * 12}
+    with pytest.raises(DataError, match=r"has no header: .*'good'.*'what a joy it was'; name its"):
+        Prompt.for_rows(sentence)
 
 
 def test_what_is_given_is_not_looked_for() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..data.columns import Columns, columns_of
 from ..data.rows import listed
-from ..errors import warn
+from ..errors import DataError, excerpt, warn
 from .label_names import label_words, readable, say_nothing, telling_words
 from .task import Task, at_least_one
 from .template import heading
@@ -30,6 +30,8 @@ Chosen on dev examples of four tasks (benchmarks/README.md, "A template that is 
 _SAY_NOTHING = frozenset(("answer", "class", "gold", "label", "labels", "output", "target", "y"))
 _CAPTION = "Type"
 """Before a label whose column is named so."""
+_SENTENCE = 5
+"""Words that no name of a column beside such an answer has."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +70,15 @@ def from_table(
         dev: other rows, whose labels count too, and which have to have what is read.
 
     Raises:
-        DataError: the table does not say enough (`columns_of`), or all answers are one.
+        DataError: the table does not say enough (`columns_of`), all answers are one, or its names
+            are plainly an example.
     """
     at_least_one("num_virtual_tokens", virtual)
     columns = columns_of(rows, answer, reads=template is None, dev=dev)
     rows = [*rows, *(row for row in dev if columns.answer in row)]
     words = label_words(rows, columns)
     if words and columns.answer in words:
-        warn(
-            f"the answer's column is called {columns.answer!r}, as one of its labels is: if the "
-            "file has no header, name its columns (columns=, --columns)"
-        )
+        _check_header(columns)
     made = template or template_of(columns, virtual or VIRTUAL, words is not None)
     telling = telling_words(words, rows, columns) if words else {}
     nameless = columns.twin is None and say_nothing(words or ())
@@ -96,6 +96,18 @@ def template_of(columns: Columns, virtual: int, labelled: bool) -> str:
     front, back = (f"[P*{n}]" if n else "" for n in (virtual // 2, virtual - virtual // 2))
     asked = _CAPTION if vague else _caption(columns.answer)
     return f"{front} {body} {back} {asked}: [MASK]".lstrip()
+
+
+def _check_header(columns: Columns) -> None:
+    """What to say of a table whose answers' column is called as one of its labels."""
+    called = f"the answer's column is called {columns.answer!r}, as one of its labels is"
+    sentences = [name for name in columns.read if len(name.split()) >= _SENTENCE]
+    if sentences:
+        raise DataError(
+            f"the table has no header: {called}, and another {excerpt(sentences[0], most=60)!r}; "
+            "name its columns (columns=, --columns label,text)"
+        )
+    warn(f"{called}: if the file has no header, name its columns (columns=, --columns label,text)")
 
 
 def _caption(name: str) -> str:
