@@ -695,7 +695,7 @@ def bad_inputs() -> list[Any]:
         pytest.param(lora, {}, "peft_type is LORA", id="lora"),
         pytest.param(prompt_tuning, {}, "peft_type is PROMPT_TUNING", id="prompt tuning"),
         pytest.param({"task_type": "SEQ_CLS"}, {}, "is a dict", id="dict"),
-        pytest.param(None, {}, "NoneType", id="none"),
+        pytest.param(None, {}, "configuration is None", id="none"),
         pytest.param(
             PromptEncoderConfig(task_type="SEQ_CLS"),
             {},
