@@ -164,7 +164,7 @@ def _answer(table: Mapping[str, list[str] | None], given: str | None) -> str:
     few = [name for name in few if all(table[name] or ())] or few  # every example has an answer
     usual = [name for name in few if _USUAL.search(name.strip())]
     found = _without_twins(usual or few, table)
-    for unlikely in (_are_measures, are_prose):
+    for unlikely in (_are_measures, _are_prose):
         found = [name for name in found if not unlikely(table[name] or [])] or found
     if len(found) == 1:
         return found[0]
@@ -200,7 +200,7 @@ def _are_measures(texts: list[str]) -> bool:
     return _are_numbers(there) and any(re.search(r"[.,]\d*[1-9]", text) for text in there)
 
 
-def are_prose(texts: Sequence[str]) -> bool:
+def _are_prose(texts: Sequence[str]) -> bool:
     """At least half of them have three words or more."""
     return 2 * sum(len(text.split()) > 2 for text in texts) >= len(texts)
 

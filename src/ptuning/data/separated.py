@@ -54,15 +54,14 @@ def separated_rows(path: Path, usual: str, form: FileForm) -> Iterator[Row]:
                 f"{len(header)} ({listed(header)}); quote cells that hold a {separator!r}, or "
                 "name the separator"
             )
-        lost = next((cells[at] for at in unnamed if cells[at].strip()), None)
-        if lost is not None and not told:
-            told = True
-            warn(
-                f"{path} line {number}: {briefly(lost)} stands in a column without a name and is "
-                "left out"
-            )
         for at in reversed(unnamed):
-            del cells[at]
+            lost = cells.pop(at)
+            if lost.strip() and not told:
+                told = True
+                warn(
+                    f"{path} line {number}: {briefly(lost)} stands in a column without a name and "
+                    "is left out"
+                )
         yield dict(zip(names, cells, strict=True))
     if header and number == at_header and not form.columns:
         raise DataError(
