@@ -223,6 +223,34 @@ def _asked(where: str, family: str = "llama", free: bool = False, **options: Any
     return [[(one.answer, one.probability) for one in of_prompt] for of_prompt in found]
 
 
+def _distilled(where: str, words: Any = None) -> Any:
+    model, prompt = _model(where, "llama"), _prompt(FRONT, words, answer_tokens=None)
+    said = ptuning.distill(
+        model, TOKENIZER, prompt, ROWS[:12], ROWS[12:], teacher="France and {text}: it is [MASK]",
+        epochs=2, batch_size=4, calibrate_teacher=bool(words), verbose=False,
+    )  # fmt: skip
+    return [said.training.best["dev_loss"], said.agreement.agreement, said.agreement.examples]
+
+
+def _table(where: str) -> Any:
+    rows = [{"text": row["text"], "label": str(n % 2)} for n, row in enumerate(ROWS)]
+    model, prompt = _model(where, "llama"), ptuning.Prompt.for_rows(rows)
+    settings: dict[str, Any] = {"epochs": 2, "batch_size": 4, "folds": 2, "verbose": False}
+    result = ptuning.train(model, TOKENIZER, prompt, rows, **settings)
+    figures = ptuning.evaluate(model, TOKENIZER, prompt, rows[:6])
+    return [result.best["dev_loss"], sorted(prompt.verbalizer), figures.loss]
+
+
+def _attached(where: str) -> Any:
+    model, prompt = _model(where, "llama"), _prompt(FRONT)
+    prompt.vectors = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[5, 9, 7], [8, 6, 4]]).to(where)
+    with ptuning.attach(model, TOKENIZER, prompt) as attached:
+        inputs = attached.prepend(prompt, ids)
+        said: list[list[int]] = model.generate(**inputs, max_new_tokens=4, do_sample=False).tolist()
+    return said
+
+
 def _compat(where: str, family: str, task: str) -> Any:
     config = peft_compat.PromptEncoderConfig(
         task_type=task, num_virtual_tokens=4, encoder_hidden_size=16
@@ -265,6 +293,10 @@ CASES: dict[str, Case] = {
     },
     "free answers": partial(_asked, free=True),
     "candidates": partial(_asked, free=True, candidates=["Paris", "Rome", "Oslo now"]),
+    "the model's own generate": _attached,
+    "a table of labels without names, in folds": _table,
+    "a long prompt distilled": _distilled,
+    "a long prompt distilled, label words": partial(_distilled, words=WORDS),
     "peft_compat, causal": partial(_compat, family="llama", task="CAUSAL_LM"),
     "peft_compat, encoder-decoder": partial(_compat, family="t5", task="SEQ_2_SEQ_LM"),
 }  # fmt: skip

@@ -97,7 +97,7 @@ def test_the_real_models_load(smollm2: tuple[Any, Any], minilm_folder: Path) -> 
     model, tokenizer = smollm2
     assert model.get_input_embeddings().weight.shape == (49152, 576)
     assert context_length(model, tokenizer) == 8192
-    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids.to(model.device)
     with torch.no_grad():
         assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
     assert (minilm_folder / "model.safetensors").stat().st_size > 80_000_000

@@ -240,6 +240,7 @@ def test_the_command_probes_relations_and_goes_on_where_it_stopped(
     assert code == 0, err
 
 
+@pytest.mark.usefixtures("on_cpu")  # a GPU replays other steps then, which round otherwise
 def test_a_training_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
     lama: Run,
     tmp_path: Path,

@@ -294,6 +294,7 @@ def test_the_command_measures_tasks_and_goes_on_where_it_stopped(
     assert code == 2 and "epochs=2" in err
 
 
+@pytest.mark.usefixtures("on_cpu")  # a GPU replays other steps then, which round otherwise
 def test_a_training_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
     superglue: Run, tmp_path: Path, ctrl_c_after: Callable[[int | None], None]
 ) -> None:

@@ -174,6 +174,7 @@ def test_another_thread_has_the_model_s_own(monkeypatch: pytest.MonkeyPatch) -> 
     assert seen == []
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_a_training_uses_them_and_gives_what_plain_norms_give(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -114,6 +114,24 @@ def test_a_training_that_taught_something_is_not_called_useless() -> None:
     assert guidance.nothing_learnt(history, best, ["Paris", "Rome"], "Paris") is None
 
 
+def test_a_training_that_ends_before_it_has_learnt_its_examples_is_told_so(
+    base: tuple[Any, Any],
+) -> None:
+    losses = [3.0, 1.9, 1.5, 1.2, 0.93]
+    history = [{"epoch": n, "loss": loss} for n, loss in enumerate(losses, 1)]
+    said = guidance.still_learning(history, 5, 5)
+    assert said == (
+        "dev was best in the last of 5 epochs, and the training's loss is still 0.93: more of "
+        "them (15) may give more"
+    )
+    assert guidance.still_learning(history, 4, 5) is None
+    assert guidance.still_learning(history, 5, 10) is None  # stopped before its end
+    assert guidance.still_learning(history[:2], 2, 2) is None
+    assert guidance.still_learning([*history[:4], {"epoch": 5, "loss": 0.1}], 5, 5) is None
+    with pytest.warns(UserWarning, match=r"best in the last of 5 epochs.*\(15\) may give more"):
+        trained(base, [ROWS[2]], epochs=5, choose_by="loss")
+
+
 def test_where_all_dev_answers_are_one_and_right_dev_cannot_tell() -> None:
     best = {"epoch": 1, "loss": 1.0, "dev_accuracy": 1.0}
     said = guidance.nothing_learnt([best], best, ["Paris", "Paris"], "Paris", "as the teacher says")

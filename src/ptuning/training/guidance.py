@@ -8,6 +8,11 @@ from typing import Any
 
 _FELL = 0.95
 """A loss that is still this share of the first epoch's has hardly fallen."""
+_UNSURE = 0.5
+"""A loss of training (nats for each answer) at which much is left to learn: of easy tables it ends
+below 0.2."""
+_SHORT = 5
+"""Whoever asks for fewer epochs than this knows that they are few."""
 
 
 def without_dev(members: int, patience: int | None) -> str:
@@ -68,6 +73,25 @@ def nothing_learnt(
             f"{best['loss']:.4f}; {advice}"
         )
     return None
+
+
+def still_learning(history: Sequence[dict[str, float]], best: float, epochs: int) -> str | None:
+    """That more epochs may give more, or None: the last one was the best on dev, and the training
+    examples are not known yet.
+
+    Args:
+        history: one record per epoch.
+        best: the epoch that was kept.
+        epochs: those of the whole training.
+    """
+    if best != epochs or epochs < _SHORT or len(history) < epochs:
+        return None
+    if history[-1]["loss"] < _UNSURE:
+        return None
+    return (
+        f"dev was best in the last of {epochs} epochs, and the training's loss is still "
+        f"{history[-1]['loss']:.2f}: more of them ({3 * epochs}) may give more"
+    )
 
 
 def members_go(had: int, wanted: int) -> str | None:

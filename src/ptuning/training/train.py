@@ -127,6 +127,9 @@ def train(
         best = {**learner.figures(), **(folds.best if folds else {})}
         if not variant.has_start:  # what begins as something good may stay as it is
             _advise(_nothing_learnt(plan, learner.history, best, outcome.complete), verbose)
+        if plan.dev and plan.about is None and folds is None:
+            epochs = plan.settings.settled_epochs
+            _advise(guidance.still_learning(learner.history, best["epoch"], epochs), verbose)
         return TrainResult(
             history=learner.history,
             best=best,
