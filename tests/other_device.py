@@ -224,7 +224,8 @@ def _asked(where: str, family: str = "llama", free: bool = False, **options: Any
 
 
 def _distilled(where: str, words: Any = None) -> Any:
-    model, prompt = _model(where, "llama"), _prompt(FRONT, words, answer_tokens=None if words else 4)
+    model, most = _model(where, "llama"), None if words else 4
+    prompt = _prompt(FRONT, words, answer_tokens=most)
     said = ptuning.distill(
         model, TOKENIZER, prompt, ROWS[:12], ROWS[12:], teacher="France and {text}: it is [MASK]",
         epochs=2, batch_size=4, calibrate_teacher=bool(words), verbose=False,

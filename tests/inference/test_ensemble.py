@@ -51,7 +51,7 @@ def setting(
     for number in range(count):
         prompt = Prompt(templates[number % 2], **options)
         size = (prompt.num_virtual_tokens, embedding.shape[1])
-        prompt.vectors = 3 * torch.randn(size) * embedding.std().detach()
+        prompt.vectors = 3 * torch.randn(size) * float(embedding.std())
         members.append(prompt)
     return model, tokenizer, members
 

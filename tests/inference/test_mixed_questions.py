@@ -42,7 +42,7 @@ def _setting(family: str) -> tuple[Any, Any, list[Task]]:
     for template, options in TASKS:
         prompt = Prompt(template, **options)
         count = prompt.num_virtual_tokens
-        prompt.vectors = torch.randn(count, embedding.shape[1]) * embedding.std().detach()
+        prompt.vectors = torch.randn(count, embedding.shape[1]) * float(embedding.std())
         tasks.append(prompt)
     return model, tokenizer, tasks
 

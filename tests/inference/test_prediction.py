@@ -39,7 +39,7 @@ def setting(family: str, **options: Any) -> tuple[Any, Any, Prompt]:
     model = tiny.model(family, vocab_size=len(tokenizer))
     prompt = Prompt(**{"template": TEMPLATE, "answer": "capital", "answer_tokens": 4, **options})
     embedding = model.get_input_embeddings().weight
-    prompt.vectors = torch.randn(4, embedding.shape[1]) * embedding.std().detach()
+    prompt.vectors = torch.randn(4, embedding.shape[1]) * float(embedding.std())
     return model, tokenizer, prompt
 
 

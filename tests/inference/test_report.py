@@ -116,7 +116,7 @@ def _setting(labels: bool = True) -> tuple[Any, Any, Prompt, list[dict[str, Any]
         options["answer_tokens"] = 3
     prompt = Prompt(f"[P*2] {{text}} {EVIL} [P] so [MASK]", **options)
     weight = model.get_input_embeddings().weight
-    prompt.vectors = torch.randn(3, weight.shape[1]) * weight.std().detach()
+    prompt.vectors = torch.randn(3, weight.shape[1]) * float(weight.std())
     prompt.training = {"majority_answer": EVIL, "note": EVIL}
     rows = [{"text": f"{EVIL} {n}", "kind": EVIL if n % 3 else "bad"} for n in range(30)]
     return model, tokenizer, prompt, rows

@@ -67,7 +67,7 @@ def prompt(place: Path, name: str, seed: int = 0) -> Prompt:
     weight = base.get_input_embeddings().weight
     random = torch.Generator().manual_seed(seed)
     shape = (made.num_virtual_tokens or 0, weight.shape[1])
-    made.vectors = torch.randn(*shape, generator=random) * weight.std().detach()
+    made.vectors = torch.randn(*shape, generator=random) * float(weight.std())
     made.base_model = describe(base, tokenizer)
     return made
 

@@ -464,7 +464,7 @@ def test_brief_questions_are_answered_between_the_tokens_of_a_long_answer(
     weight, prompts = made.get_input_embeddings().weight, []
     for options in ({"verbalizer": {"good": "Paris", "bad": "Rome"}}, {"answer_tokens": 4}, {}):
         prompt = Prompt("[P*2] {text} [P]: [MASK]", **options)
-        prompt.vectors = torch.randn(3, weight.shape[1]) * weight.std().detach()
+        prompt.vectors = torch.randn(3, weight.shape[1]) * float(weight.std())
         prompt.base_model = describe(made, tokenizer)
         prompts.append(prompt)
     local, row = Local(BaseModel.of(made, tokenizer)), {"text": "it rains in Oslo"}
@@ -720,7 +720,7 @@ def test_masked_and_encoder_decoder_models_answer_as_in_predict(family: str) -> 
     masked = family == "bert"
     for options in ({"verbalizer": {"good": "Paris", "bad": "Rome"}}, {}):
         prompt = Prompt("[P*2] {text} [P]: [MASK].", **options)
-        prompt.vectors = torch.randn(3, weight.shape[1]) * weight.std().detach()
+        prompt.vectors = torch.randn(3, weight.shape[1]) * float(weight.std())
         prompt.base_model = describe(model, tokenizer)
         handle = local.take_on("mood", prompt)
         for limit in (None, 3):
