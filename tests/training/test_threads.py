@@ -149,6 +149,7 @@ def test_a_training_that_changes_the_weights_is_refused_beside_another() -> None
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_what_a_trainer_drives_may_stay_open_beside_a_training() -> None:
     model = tiny.model()
     alone = trained(model)
