@@ -128,8 +128,9 @@ def test_a_training_that_ends_before_it_has_learnt_its_examples_is_told_so(
     assert guidance.still_learning(history, 5, 10) is None  # stopped before its end
     assert guidance.still_learning(history[:2], 2, 2) is None
     assert guidance.still_learning([*history[:4], {"epoch": 5, "loss": 0.1}], 5, 5) is None
+    prompt = Prompt("[P:it is] {country} [MASK]", answer="capital", encoder="none")
     with pytest.warns(UserWarning, match=r"best in the last of 5 epochs.*\(15\) may give more"):
-        trained(base, [ROWS[2]], epochs=5, choose_by="loss")
+        train(*base, prompt, ROWS[:2], ROWS[:2], epochs=5, learning_rate=1e-3, choose_by="loss")
 
 
 def test_where_all_dev_answers_are_one_and_right_dev_cannot_tell() -> None:

@@ -9,8 +9,9 @@ from typing import Any
 _FELL = 0.95
 """A loss that is still this share of the first epoch's has hardly fallen."""
 _UNSURE = 0.5
-"""A loss of training (nats for each answer) at which much is left to learn: of easy tables it ends
-below 0.2."""
+"""A loss of training (nats for each label, or token of a free answer) at which much is left to
+learn: where more epochs gained it ended at 0.94, where they did not at 0.25 (benchmarks/README.md,
+"Labels without names")."""
 _SHORT = 5
 """Whoever asks for fewer epochs than this knows that they are few."""
 
@@ -77,7 +78,7 @@ def nothing_learnt(
 
 def still_learning(history: Sequence[dict[str, float]], best: float, epochs: int) -> str | None:
     """That more epochs may give more, or None: the last one was the best on dev, and the training
-    examples are not known yet.
+    examples are not known by heart yet.
 
     Args:
         history: one record per epoch.

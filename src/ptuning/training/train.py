@@ -125,11 +125,13 @@ def train(
         variant, learner = outcome.best_ones[0]
         folds = outcome.folds
         best = {**learner.figures(), **(folds.best if folds else {})}
+        advice = None
         if not variant.has_start:  # what begins as something good may stay as it is
-            _advise(_nothing_learnt(plan, learner.history, best, outcome.complete), verbose)
-        if plan.dev and plan.about is None and folds is None:
+            advice = _nothing_learnt(plan, learner.history, best, outcome.complete)
+        if advice is None and plan.dev and plan.about is None and folds is None:
             epochs = plan.settings.settled_epochs
-            _advise(guidance.still_learning(learner.history, best["epoch"], epochs), verbose)
+            advice = guidance.still_learning(learner.history, best["epoch"], epochs)
+        _advise(advice, verbose)
         return TrainResult(
             history=learner.history,
             best=best,
