@@ -1,13 +1,16 @@
-"""Rows of JSON: one object per line, or one array of objects, read piece by piece."""
+"""Rows of JSON: one object per line, or one array of objects, read piece by piece; or one object
+that is a whole table."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import DataError, repeated
+from .json_tables import table_rows
 from .rows import Row
 from .text import LONGEST_CELL, LONGEST_ROW, lines, opened
 
@@ -32,6 +35,18 @@ def json_rows(path: Path, encoding: str | None = None) -> Iterator[Row]:
     if start == "[":
         yield from _elements(path, encoding)
         return
+    rows = _lines(path, encoding)
+    begin = list(islice(rows, 2))
+    table = table_rows(*begin) if len(begin) == 1 else None
+    if table is None:
+        yield from chain(begin, rows)
+    else:
+        for number, row in enumerate(table, 1):
+            yield _checked(path, f"row {number}", row)
+
+
+def _lines(path: Path, encoding: str | None) -> Iterator[Row]:
+    """The objects of a file that has one on each line."""
     for number, line in enumerate(lines(path, encoding=encoding), 1):
         if line.strip():
             try:
@@ -150,14 +165,16 @@ def _row(path: Path, place: str, value: Any, length: int) -> Row:
             f"{path} {place}: {type(value).__name__} where an object with the columns is "
             'expected, such as {"country": "France", "capital": "Paris"}'
         )
-    if length > LONGEST_CELL:
-        for name, cell in value.items():
-            if isinstance(cell, str) and len(cell) > LONGEST_CELL:
-                raise DataError(
-                    f"{path} {place}: the column {name!r} holds more than {LONGEST_CELL:,} "
-                    "characters"
-                )
-    return value
+    return value if length <= LONGEST_CELL else _checked(path, place, value)
+
+
+def _checked(path: Path, place: str, row: Row) -> Row:
+    for name, cell in row.items():
+        if isinstance(cell, str) and len(cell) > LONGEST_CELL:
+            raise DataError(
+                f"{path} {place}: the column {name!r} holds more than {LONGEST_CELL:,} characters"
+            )
+    return row
 
 
 def _malformed(path: Path, line: int, error: Exception) -> DataError:

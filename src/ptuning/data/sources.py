@@ -36,10 +36,10 @@ def read_examples(
     """All examples of a file or a hub data set, column -> value.
 
     Args:
-        source: a path that ends in ``.jsonl``, ``.json`` (lines or one array), ``.csv``, ``.tsv``
-            or ``.parquet``, or a table in a ``.txt``; the text kinds also packed (``.csv.gz``,
-            ``.bz2``, ``.xz``, ``.zst``); or a hub data set as ``NAME[,CONFIG][:SPLIT]`` (split
-            ``train`` by default).
+        source: a path that ends in ``.jsonl``, ``.json`` (lines, one array, or one object that is
+            the table), ``.csv``, ``.tsv`` or ``.parquet``, or a table in a ``.txt``; the text kinds
+            also packed (``.csv.gz``, ``.bz2``, ``.xz``, ``.zst``); or a hub data set as
+            ``NAME[,CONFIG][:SPLIT]`` (split ``train`` by default).
         separator: of a CSV file's cells; by default found in its first lines.
         encoding: of a text file; by default UTF-8, or what a byte-order mark says.
         columns: names of a CSV file's columns where it has no header. One name for a ``.txt``
