@@ -277,6 +277,7 @@ CASES: dict[str, Case] = {
     "every encoder without a recurrence": partial(
         _trained, grid={"encoder": ["mlp", "none", "residual", "mixture"]}
     ),
+    "a label matrix": partial(_trained, words=WORDS, label_matrix=True, population=2),
     "starts at examples": partial(_trained, words=WORDS, init="examples"),
     "the model too": partial(_trained, tune_model=True),
     "a masked model": partial(_trained, family="bert", words=WORDS),
@@ -287,6 +288,9 @@ CASES: dict[str, Case] = {
     ),
     "replayed steps and noise": partial(
         _trained, graphs=True, words=WORDS, refit=True, word_noise=0.2
+    ),
+    "replayed steps and label matrices": partial(
+        _trained, graphs=True, words=WORDS, label_matrix=True, population=2
     ),
     **{
         f"predictions of two prompts, {family}": partial(_asked, family=family)

@@ -76,7 +76,7 @@ def trained(family: str = "llama", rows: Any = ROWS, **options: Any) -> Outcome:
         Loop.train = original  # type: ignore[method-assign]
     return {
         "vectors": prompt.vectors,
-        "members": [learner.vectors() for learner in learners],
+        "members": [learner.made()["vectors"] for learner in learners],
         "history": [learner.history for learner in learners],
         "dropped": [member["dropped"] for member in result.members],
         "winner": result.winner,

@@ -79,7 +79,7 @@ def test_all_that_a_user_may_choose_is_offered() -> None:
     results = {f.name for f in dataclasses.fields(Prompt)} - chosen
     assert results == {
         "vectors", "encoder_weights", "base_model", "training", "modules", "peft_config",
-        "others", "name_words", "nameless",
+        "others", "label_matrix", "name_words", "nameless",
     }  # fmt: skip
     owners = {of.owner for _, of in FILLED}
     assert owners == {PromptSettings, TrainSettings, LamaOptions, SuperGlueOptions}

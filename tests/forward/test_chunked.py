@@ -14,6 +14,7 @@ from torch import nn
 import ptuning
 from ptuning.backbone.injection import Injector
 from ptuning.forward import batching, chunked, output_head
+from ptuning.forward.label_scores import Words
 from ptuning.forward.plain import answer_logits, example_losses, examples_right, word_scores
 from ptuning.forward.prefix_store import PrefixStore
 from ptuning.rendering.collate import IGNORED, Batch
@@ -164,7 +165,7 @@ def test_short_answers_and_labels_take_the_plain_path(
     labelled = batch_of(
         "llama", [Rendered(((e.sequences[0]),) * 2, label=0) for e in examples_for("causal")]
     )
-    chunked.losses(model, labelled, torch.tensor([0, 1]))
+    chunked.losses(model, labelled, Words.of([0, 1]))
     assert chunks == [6]
 
 
@@ -179,7 +180,7 @@ def test_label_words_of_several_tokens_in_chunks_equal_the_plain_twin(
     kind = KIND[family]
     texts, words = [(20, 21, 22), (40, 41)], [(50, 51), (30,), (70, 71, 72)]
     examples = [Rendered(tuple(sequence(kind, t, w) for w in words), label=1) for t in texts]
-    batch, owner = batch_of(family, examples), torch.arange(3)
+    batch, owner = batch_of(family, examples), Words.of(range(3))
     expected = word_scores(answer_logits(model, batch), batch, 3)
     torch.testing.assert_close(chunked.word_scores(model, batch, 3), expected, atol=1e-5, rtol=1e-5)
     assert chunks == [12]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ptuning.forward import chunked, divergence
+from ptuning.forward.label_scores import Words
 from ptuning.forward.plain import answer_logits, example_losses, examples_right
 from ptuning.rendering.layout import Sequence
 from ptuning.rendering.lesson import Lesson
@@ -76,7 +77,7 @@ def test_of_tokens_the_others_count_as_one_more(family: str) -> None:
     torch.testing.assert_close(grad, plain_grad, atol=1e-5, rtol=1e-5)
 
 
-WORDS = torch.tensor([0, 0, 1, 2])
+WORDS = Words.of([0, 0, 1, 2])
 """The first label has two words."""
 
 

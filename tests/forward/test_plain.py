@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ptuning.backbone.injection import Injector
 from ptuning.backbone.lookups import input_embedding
 from ptuning.errors import InputError
+from ptuning.forward.label_scores import Words, by_label
 from ptuning.forward.plain import (
     answer_logits,
     answer_nll,
-    by_label,
     example_losses,
     examples_right,
     position_ids,
@@ -269,9 +269,9 @@ def test_single_token_label_scores_equal_the_sequence_path(family: str, owner: l
         assert len(batch.input_ids) == (2 if examples is fast else 6)
         logits = answer_logits(model, batch)
         scores = label_scores(logits, batch, words)
-        losses = example_losses(logits, batch, words)
+        losses = example_losses(logits, batch, Words(words))
         (grad,) = torch.autograd.grad(losses.sum(), rows)
-        right_ones = examples_right(logits, batch, words)
+        right_ones = examples_right(logits, batch, Words(words))
         results.append((scores.log_softmax(1), losses, grad, right_ones))
         assert scores.shape == (2, max(owner) + 1)
         assert torch.equal(right_ones, scores.argmax(1) == torch.tensor(right))

@@ -16,7 +16,8 @@ import ptuning
 from ptuning.backbone.base_model import BaseModel
 from ptuning.errors import DataError, InputError
 from ptuning.forward.engine import Engine
-from ptuning.forward.plain import by_label, word_scores
+from ptuning.forward.label_scores import by_label
+from ptuning.forward.plain import word_scores
 from ptuning.inference import distillation, kept_answers, teaching
 from ptuning.inference.agreement import compare
 from ptuning.inference.attachment import all_placed

@@ -715,11 +715,11 @@ def test_lost_tensors_are_an_error(tmp_path: Path) -> None:
         ptuning.Prompt.load(tmp_path)
 
 
-@pytest.mark.parametrize("version", [3, 99, None, "1"])
+@pytest.mark.parametrize("version", [4, 99, None, "1"])
 def test_another_format_version_is_an_error(version: Any, tmp_path: Path) -> None:
     trained().save(tmp_path)
     change_json(tmp_path, format_version=version)
-    with pytest.raises(PromptFileError, match=f"format version {version!r}.*reads up to 2"):
+    with pytest.raises(PromptFileError, match=f"format version {version!r}.*reads up to 3"):
         ptuning.Prompt.load(tmp_path)
 
 

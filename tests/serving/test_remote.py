@@ -517,6 +517,28 @@ def test_a_server_behind_that_compares_no_labels_is_told_of(
         asyncio.run(remote.answer(handle, [row], _wish()))
 
 
+def test_a_label_matrix_is_applied_to_what_the_server_tells_of_the_words(
+    place: Path, merged: Path, there: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = Remote(there[0], str(merged))
+    matrix = torch.tensor([[0.0, 0.5], [-1.0, 2.0]])
+    handle = remote.take_on("mood", replace(servers.prompt(place, "mood"), label_matrix=matrix))
+
+    async def post(body: dict[str, Any], wish: Wish) -> Any:
+        told = []
+        for number, ids in enumerate(body["prompt"]):
+            known = [{str(i): {"logprob": 0.0}} for i in ids]
+            known[-1][str(ids[-1])]["logprob"] = (-2.0, -1.0)[number]
+            told.append({"index": number, "prompt_logprobs": known})
+        return told
+
+    monkeypatch.setattr(remote, "_post", post)
+    (answer,) = asyncio.run(remote.answer(handle, [servers.ROWS["mood"]], _wish()))
+    # Around their mean of -1.5: -2 + 0.5 * 0.5 and -1 + 0.5 + 2 * 0.5.
+    expected = torch.tensor([-1.75, 0.5]).softmax(0).tolist()
+    assert list(answer.probabilities.values()) == pytest.approx(expected)
+
+
 def test_a_large_bias_is_weighed_against_as_small_a_share(
     place: Path, merged: Path, there: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

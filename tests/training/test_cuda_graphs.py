@@ -120,6 +120,12 @@ class Trained:
         {"words": {"yes": "of", "no": "not"}, "template": AFTER},
         {"words": {"yes": "not a city", "no": "Ra"}},
         {"words": WORDS, "refit": True, "word_noise": 0.5},
+        {"words": WORDS, "label_matrix": True, "refit": True},
+        {
+            **{"words": {"yes": "of", "no": "not"}, "template": AFTER},
+            **{"label_matrix": True, "population": 3},
+        },
+        {"words": WORDS, "label_matrix": True, "grid": {"encoder": ["mlp", "none", "lstm"]}},
         {"words": {"yes": "of", "no": "not"}, "template": AFTER, "refit": True},
         {"words": WORDS, "taught": True},
         {"words": {"yes": "not a city", "no": "Ra"}, "taught": True},
@@ -160,6 +166,10 @@ def test_a_training_with_replayed_steps_is_the_plain_one(
     torch.testing.assert_close(
         graphed.prompt.trained_vectors(), plain.prompt.trained_vectors(), atol=1e-5, rtol=0
     )
+    if "label_matrix" in options:
+        made, expected = (one.prompt.label_matrix for one in (graphed, plain))
+        assert made is not None and made.abs().max() > 1e-2
+        torch.testing.assert_close(made, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,9 @@ def test_a_member_learns_what_it_learns_alone(
         (alone,) = seen.pop()
         # A GPU adds up the products of all members' mixtures in another order.
         close = 1e-4 if encoder == "mixture" and torch.cuda.is_available() else 1e-5
-        torch.testing.assert_close(learner.vectors(), alone.vectors(), atol=close, rtol=0)
+        torch.testing.assert_close(
+            learner.made()["vectors"], alone.made()["vectors"], atol=close, rtol=0
+        )
         assert learner.history == [pytest.approx(record, abs=1e-4) for record in alone.history]
 
 
@@ -99,8 +101,8 @@ def test_who_stays_is_not_touched_by_who_leaves(monkeypatch: pytest.MonkeyPatch)
         if member["dropped"] is None:
             run(**member["name"])
             (alone,) = seen.pop()
-            vectors = together[number].vectors()
-            torch.testing.assert_close(vectors, alone.vectors(), atol=1e-5, rtol=0)
+            vectors = together[number].made()["vectors"]
+            torch.testing.assert_close(vectors, alone.made()["vectors"], atol=1e-5, rtol=0)
 
 
 def test_the_best_by_dev_becomes_the_prompt(tmp_path: Path) -> None:

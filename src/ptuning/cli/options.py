@@ -231,6 +231,7 @@ _ELSEWHERE = {
     "folds": "each has a dev set",
     "init": "the published figures were made as the encoder begins: it is encoder here",
     "word_noise": "the published figures were made without: it is 0 here",
+    "label_matrix": "the published figures were made without",
     "refit": "the published figures were made without",
 }
 OF_LAMA = Fields(

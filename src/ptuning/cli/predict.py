@@ -209,5 +209,7 @@ def _digest(prompt: Prompt) -> str:
     digest = hashlib.sha256()
     for member in prompt.members:
         digest.update(repr(member.settings()).encode(errors="backslashreplace"))
-        digest.update(member.trained_vectors().detach().cpu().contiguous().numpy().tobytes())
+        for tensor in (member.trained_vectors(), member.label_matrix):
+            if tensor is not None:
+                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

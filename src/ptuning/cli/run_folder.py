@@ -41,7 +41,7 @@ def _older(output: Path) -> dict[str, Any]:
     from ..training.settings import LATER
 
     known = run_files.read(output / SETTINGS)
-    before = {"word_noise": LATER["word_noise"], "refit": False}
+    before = {**{name: LATER[name] for name in ("word_noise", "label_matrix")}, "refit": False}
     return {name: value for name, value in before.items() if name not in known}
 
 

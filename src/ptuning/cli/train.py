@@ -112,6 +112,7 @@ def train(
     from ..training.checks import check_run, check_whole
     from ..training.found_words import find_words
     from ..training.grid import choices, columns_read
+    from ..training.label_matrix import settled_matrix
     from ..training.refit import settled_refit
     from ..training.settings import TrainSettings
     from ..training.train import train as train_prompt
@@ -156,7 +157,8 @@ def train(
         # The chosen format is the run's, on whatever machine it goes on.
         chosen = {
             **{"dev": dev, "dev_share": dev_share, "dtype": dtype},
-            **{"word_noise": settled_noise(how, members)},
+            "word_noise": settled_noise(how, members),
+            "label_matrix": settled_matrix(how, members),
             **found(trained, prompt, init_from),
         }
         run_file = run_files.as_yaml({**run_files.settings_of(context), **chosen})

@@ -108,6 +108,8 @@ def tell(
             line += f", dev {console.percent(result.ensemble['dev_accuracy'])} %"
     if result.refit:
         line += f"; then on with all {result.refit['examples']} examples"
+    if prompt.label_matrix is not None:
+        line += "; with a label matrix"
     if prompt.label_bias:
         line += f"; labels calibrated by {result.calibrated['method']}"
         if "dev_accuracy" in result.calibrated:

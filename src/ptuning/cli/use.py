@@ -41,6 +41,7 @@ def inspect(
     lines = [
         ("template", prompt.template or "(in front)"),
         ("base model", prompt.base_model.get("name", "unknown")),
+        *([] if prompt.label_matrix is None else [("label matrix", "of all label words")]),
         *(("bias", f"{label} {bias:+.3f}") for label, bias in (prompt.label_bias or {}).items()),
         *([("ensemble", f"{len(prompt.members)} members")] if prompt.others else []),
         *(("label", f"{label} = {' | '.join(words)}") for label, words in prompt.labels.items()),

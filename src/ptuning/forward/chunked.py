@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..rendering.collate import IGNORED, Batch
 from . import divergence
+from .label_scores import Words, losses_of_labels
 from .label_words import label_word_scores
 from .output_head import compared, frozen_head, logits_of, seeing
 from .plain import (
@@ -31,7 +32,6 @@ from .plain import (
     answer_outputs,
     example_losses,
     examples_right,
-    losses_of_labels,
 )
 from .plain import word_scores as plain_word_scores
 from .vocabulary import vocabulary_logits
@@ -56,14 +56,14 @@ class _Unread:
 
 
 def losses(
-    model: nn.Module, batch: Batch, words: Tensor | None, shortener: Shortener | None = None
+    model: nn.Module, batch: Batch, words: Words | None, shortener: Shortener | None = None
 ) -> Tensor:
     """The loss ``(N,)`` of each example, as `plain.example_losses` gives it.
 
     Args:
         model: the base model; the chunks serve it where it is frozen.
         batch: its inputs.
-        words: for label comparison the label of each word, else None.
+        words: that label comparison compares, else None.
         shortener: as for `plain.answer_logits`.
     """
     if batch.labels is not None and words is not None:
@@ -76,7 +76,7 @@ def losses(
 
 @torch.no_grad()
 def losses_and_right(
-    model: nn.Module, batch: Batch, words: Tensor | None, shortener: Shortener | None = None
+    model: nn.Module, batch: Batch, words: Words | None, shortener: Shortener | None = None
 ) -> tuple[Tensor, Tensor]:
     """`losses`, and as `plain.examples_right` says which examples ``(N,)`` are answered right."""
     if batch.labels is not None and words is not None:
@@ -103,10 +103,10 @@ def word_scores(
 
 
 def _of_labels(
-    model: nn.Module, batch: Batch, labels: Tensor, words: Tensor, shortener: Shortener | None
+    model: nn.Module, batch: Batch, labels: Tensor, words: Words, shortener: Shortener | None
 ) -> tuple[Tensor, Tensor]:
     scores = word_scores(model, batch, len(words), shortener)
-    return losses_of_labels(scores, labels, words, batch.taught)
+    return losses_of_labels(scores, labels, words, batch.member, batch.taught)
 
 
 def _by_position(unread: _Unread, batch: Batch) -> tuple[Tensor, Tensor]:

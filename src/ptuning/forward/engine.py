@@ -44,6 +44,7 @@ from .compiled_on_cpu import LayersOnCpu as LayersOnCpu
 from .graphed_scores import graphed_scores
 from .greedy import continue_greedily
 from .kv_cache import pooled_cache
+from .label_scores import Words
 from .packing import pack
 from .plain import Shortened, Shortener
 from .prefix_store import Common, PrefixStore, for_prediction, in_common
@@ -223,18 +224,18 @@ class Engine:
         return vocabulary_logits(self.base.model, batch.to(self.base.device), self._shorten)
 
     def losses(
-        self, batch: Batch, words: Tensor | None, shortener: Shortener | None = None
+        self, batch: Batch, words: Words | None, shortener: Shortener | None = None
     ) -> Tensor:
         """The loss ``(N,)`` of each example, as `plain.example_losses`.
 
         Args:
             batch: on the model's device.
-            words: ``(W,)`` for label comparison the label of each word, else None.
+            words: that label comparison compares, else None.
             shortener: instead of the engine's own choice.
         """
         return chunked.losses(self.base.model, batch, words, shortener or self._shorten)
 
-    def losses_and_right(self, batch: Batch, words: Tensor | None) -> tuple[Tensor, Tensor]:
+    def losses_and_right(self, batch: Batch, words: Words | None) -> tuple[Tensor, Tensor]:
         """`losses`, and which examples ``(N,)`` are answered right, as `plain.examples_right`."""
         return chunked.losses_and_right(self.base.model, batch, words, self._shorten)
 

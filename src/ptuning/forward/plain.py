@@ -2,8 +2,7 @@
 
 vocabulary loss   -log p(answer token | before it)             summed over answer tokens
 label loss        -log softmax(score of each label)[right one] one per example
-                  of a teacher's distribution instead: `divergence`
-score(label)      = log sum over its words of p(word | input)
+                  (`label_scores`)
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from ..errors import InputError
 from ..rendering.collate import IGNORED, Batch
 from . import divergence
 from .attention import own_attention
+from .label_scores import Words, losses_of_labels
 from .norms import own_norms
 
 
@@ -187,52 +187,20 @@ def word_scores(logits: Tensor, batch: Batch, words: int) -> Tensor:
     return -answer_nll(logits, batch.answers).sum(1).view(-1, words)
 
 
-def by_label(scores: Tensor, words: Tensor) -> Tensor:
-    """From scores ``(N, W)`` of words, whose labels are `words`, to ``(N, labels)``."""
-    owner = words.tolist()
-    if max(owner) + 1 == len(owner):
-        return scores
-    columns = scores.unbind(1)  # not a mask: its size would have to come from the device
-    pooled = [
-        torch.stack([c for c, o in zip(columns, owner, strict=True) if o == label], 1).logsumexp(1)
-        for label in range(max(owner) + 1)
-    ]
-    return torch.stack(pooled, dim=1)
-
-
-def losses_of_labels(
-    scores: Tensor, labels: Tensor, words: Tensor, taught: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """From the scores ``(N, W)`` of label words to each example's loss, and whether the best label
-    is the right one.
-
-    Args:
-        scores: of the words.
-        labels: ``(N,)`` the right ones.
-        words: ``(W,)`` the label of each word.
-        taught: ``(N, labels)`` a teacher's shares, which the loss is against then.
-    """
-    scores = by_label(scores, words)
-    right = scores.argmax(1).eq(labels)
-    if taught is not None:
-        return divergence.of_labels(scores, taught), right
-    return F.cross_entropy(scores, labels, reduction="none"), right
-
-
-def example_losses(logits: Tensor, batch: Batch, words: Tensor | None) -> Tensor:
+def example_losses(logits: Tensor, batch: Batch, words: Words | None) -> Tensor:
     """The loss ``(N,)`` of each example, a sum over its answer tokens."""
     if batch.labels is not None and words is not None:
         scores = word_scores(logits, batch, len(words))
-        return losses_of_labels(scores, batch.labels, words, batch.taught)[0]
+        return losses_of_labels(scores, batch.labels, words, batch.member, batch.taught)[0]
     if batch.taught is not None and batch.likely is not None:
         return divergence.of_tokens(logits, batch.taught, batch.likely).sum(1)
     return answer_nll(logits, batch.answers).sum(1)
 
 
 @torch.no_grad()
-def examples_right(logits: Tensor, batch: Batch, words: Tensor | None) -> Tensor:
+def examples_right(logits: Tensor, batch: Batch, words: Words | None) -> Tensor:
     """``(N,)``: the best label is the right one, or greedy decoding gives the whole answer."""
     if batch.labels is not None and words is not None:
         scores = word_scores(logits, batch, len(words))
-        return losses_of_labels(scores, batch.labels, words)[1]
+        return losses_of_labels(scores, batch.labels, words, batch.member)[1]
     return ((logits.argmax(-1) == batch.answers) | (batch.answers == IGNORED)).all(1)

@@ -19,7 +19,8 @@ from ..rendering.collate import IGNORED, Batch
 from ..rendering.render import Rendered, Renderer
 from . import divergence
 from .engine import Engine
-from .plain import answer_nll, by_label, losses_of_labels
+from .label_scores import Words, by_label, losses_of_labels, matrices_of, mixed
+from .plain import answer_nll
 from .together import biased, first_rows, mean_log_probabilities
 
 _LARGEST = 2**27
@@ -42,13 +43,13 @@ def score(
         first_id: id of the prompt's first virtual token; 0 for a manual template.
         batch_size: examples per forward (`batching.chunks_by_length`).
     """
-    if renderer.compares and renderer.bias is not None:
+    if renderer.compares and (renderer.bias is not None or renderer.matrix is not None):
         return score_together(engine, [renderer], [examples], [first_id], batch_size)
     batches = (
         engine.batch([(examples[i], 0) for i in chunk], [first_id])
         for chunk in engine.chunks(examples, batch_size)
     )
-    words = torch.tensor(renderer.owner) if renderer.compares else None
+    words = Words.of(renderer.owner) if renderer.compares else None
     ((right, loss),) = sums(engine, batches, 1, words).tolist()
     return right / len(examples), loss / sum(example.weight for example in examples)
 
@@ -58,7 +59,7 @@ def sums(
     engine: Engine,
     batches: Iterable[Batch],
     members: int,
-    words: Tensor | None,
+    words: Words | None,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Tensor:
     """How many examples are answered right, and the sum of their losses: for each member
@@ -68,7 +69,7 @@ def sums(
         engine: its model has the prompts attached and is in eval mode.
         batches: of answered examples, on the model's device; they are made as they are needed.
         members: how many prompts the examples are of (`Batch.member`).
-        words: ``(W,)`` for label comparison the label of each word, else None.
+        words: that label comparison compares, else None.
         autocast: accelerate's mixed precision.
     """
     total = torch.zeros(members, 2, dtype=torch.float64)
@@ -109,7 +110,9 @@ def score_together(
         right = torch.tensor([example.label for example in examples[0]])
         shares = [example.lesson.shares for example in examples[0] if example.lesson is not None]
         taught = torch.from_numpy(numpy.stack(shares)) if shares else None
-        losses, hits = losses_of_labels(found, right, torch.arange(found.shape[1]), taught)
+        losses, hits = losses_of_labels(
+            found, right, Words.of(range(found.shape[1])), taught=taught
+        )
         return float(hits.double().mean()), float(losses.double().mean())
     total = torch.zeros(2, dtype=torch.float64)
     most = _LARGEST // input_embedding(engine.base.model).num_embeddings
@@ -142,10 +145,13 @@ def label_log_probabilities(
     need no answers.
     """
     renderer = renderers[0]
-    words = torch.tensor(renderer.owner)
+    words, matrices = Words.of(renderer.owner), matrices_of([r.matrix for r in renderers])
     found = torch.zeros(len(examples[0]), len(renderer.labels), dtype=torch.float32)
     for batch, sizes, chunk in batches_together(engine, examples, first_ids, batch_size):
-        scores = by_label(engine.word_scores(batch, len(words)).cpu(), words)
+        scores = engine.word_scores(batch, len(words)).cpu()
+        if matrices is not None:  # the members' rows of an example stand together
+            scores = mixed(scores, matrices.repeat(len(chunk), 1, 1))
+        scores = by_label(scores, words.owner)
         found[chunk] = biased(mean_log_probabilities(scores, sizes), renderer.bias)
     return found
 

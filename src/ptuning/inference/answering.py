@@ -19,7 +19,7 @@ from ..backbone.kinds import ModelKind
 from ..devices import fetched
 from ..errors import InputError, PtuningError
 from ..forward.engine import Engine
-from ..forward.plain import by_label
+from ..forward.label_scores import by_label, mixed
 from ..forward.together import biased, first_rows, mean_log_probabilities
 from ..rendering.collate import Batch
 from ..rendering.render import Rendered, Renderer
@@ -193,6 +193,7 @@ def _compared(questions: list[Question], scores: Tensor) -> list[Prediction]:
     """
     sizes = [len(question.readings) for question in questions]
     first = first_rows(sizes)
+    scores = _mixed([reading for question in questions for reading in question.readings], scores)
     of_task: dict[int, list[int]] = {}
     for number, question in enumerate(questions):
         of_task.setdefault(id(question.renderer), []).append(number)
@@ -209,6 +210,19 @@ def _compared(questions: list[Question], scores: Tensor) -> list[Prediction]:
             probabilities = dict(zip(labels, shares, strict=True))
             predictions[number] = Prediction(labels[best], shares[best], probabilities)
     return predictions
+
+
+def _mixed(readings: list[Reading], scores: Tensor) -> Tensor:
+    """The scores ``(R, words)`` of readings by the label matrices of their prompts."""
+    by_matrix: dict[int, list[int]] = {}
+    for row, reading in enumerate(readings):
+        if reading.renderer.matrix is not None:
+            by_matrix.setdefault(id(reading.renderer), []).append(row)
+    for rows in by_matrix.values():
+        matrix = readings[rows[0]].renderer.matrix
+        assert matrix is not None
+        scores = scores.float().index_copy(0, torch.tensor(rows), mixed(scores[rows], matrix))
+    return scores
 
 
 def _decode(engine: Engine, questions: list[Question], batch: Batch) -> list[Prediction]:

@@ -218,6 +218,8 @@ def _about_member(member: Task) -> dict[str, Any]:
         told["system"] = member.system
     if isinstance(member, Prompt):
         told["vectors"] = member.trained_vectors().double().sum().item()
+        if member.label_matrix is not None:
+            told["label_matrix"] = member.label_matrix.double().sum().item()
     return told
 
 

@@ -30,6 +30,7 @@ from ..prompts.prompt import Prompt
 from ..rendering.chat import in_jinja
 from ..rendering.merged_text import merged_text, names_of, special_tokens_around
 from .merged_tokenizer import with_names
+from .merging import scaling
 
 _JOINED = """\
 {%- set joined = namespace(messages=[], said="") %}
@@ -86,7 +87,7 @@ def _peft(prompt: Prompt, base: BaseModel) -> dict[str, bytes]:
             "PEFT puts virtual tokens in front of everything, special tokens too, and this prompt "
             f"has them elsewhere: {prompt.template}; merge it instead (ptuning merge)"
         )
-    peft_files.tell_of_bias(prompt.label_bias)
+    peft_files.tell_of_labels(prompt.label_bias, prompt.label_matrix)
     vectors = prompt.trained_vectors().float()
     config = prompt.encoder_config(vectors.shape[1])
     return peft_files.pack(vectors, config, base.kind)
@@ -141,9 +142,8 @@ def _pieces(prompt: Prompt, base: BaseModel, chat: bool = True) -> tuple[Any, li
 
 
 def _labels(prompt: Prompt, text: Any) -> dict[str, Any]:
-    """The words that a client compares, and what it adds to the labels' log-probabilities."""
-    bias = {"label_bias": dict(prompt.label_bias)} if prompt.label_bias else {}
-    return {"labels": text.labels, **bias}
+    """The words that a client compares, and what it makes of their log-probabilities."""
+    return {"labels": text.labels, **scaling(prompt)}
 
 
 def _packed(vectors: Tensor, dtype: torch.dtype) -> str:

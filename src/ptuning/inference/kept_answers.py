@@ -67,8 +67,10 @@ def _told(member: Task) -> dict[str, Any]:
     """What its answers depend on."""
     if not isinstance(member, Prompt):
         return member.settings()
-    vectors = formats.pack_tensors({"vectors": member.trained_vectors()}, {})
-    return {**member.settings(), "vectors": formats.sha256(vectors)}
+    tensors = {"vectors": member.trained_vectors()}
+    if member.label_matrix is not None:
+        tensors["label_matrix"] = member.label_matrix
+    return {**member.settings(), "vectors": formats.sha256(formats.pack_tensors(tensors, {}))}
 
 
 def delete_all(output: Path) -> None:

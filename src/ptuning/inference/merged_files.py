@@ -47,8 +47,8 @@ class Merged(NamedTuple):
         model: with the prompts' rows; it shares all other weights with the model it was made from.
         tokenizer: with the prompts' virtual tokens, ``<|NAME:0|>`` and so on.
         prompts: what ``prompts.json`` says: name -> ``text`` (its fields in braces),
-            ``virtual_ids``, ``labels`` and ``vectors`` (`merging.fingerprint`), and ``label_bias``
-            where the client has to add one to the labels' log-probabilities.
+            ``virtual_ids``, ``labels`` and ``vectors`` (`merging.fingerprint`), and what a client
+            has to make of the label words' log-probabilities (`merging.scaling`).
     """
 
     model: Any

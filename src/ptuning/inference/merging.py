@@ -18,7 +18,7 @@ from ..backbone.base_model import BaseModel
 from ..backbone.identity import difference
 from ..backbone.lookups import input_embedding
 from ..devices import on_cpu_by_default
-from ..errors import InputError, PromptFileError, a_kind, briefly
+from ..errors import InputError, PromptFileError, a_kind, briefly, warn
 from ..prompts.prompt import Prompt
 from ..rendering.merged_text import merged_text, names_of
 from .merged_files import Merged
@@ -76,8 +76,7 @@ def merge(
             **{"text": text.text, "virtual_ids": own, "labels": text.labels},
             "vectors": fingerprint(prompt),
         }
-        if prompt.label_bias:
-            table[name]["label_bias"] = dict(prompt.label_bias)
+        table[name] |= scaling(prompt)
         if not text.add_special_tokens:
             table[name]["add_special_tokens"] = False
         if text.turn is not None:
@@ -88,6 +87,26 @@ def merge(
     if tied and (config := getattr(twin, "generation_config", None)) is not None:
         config.suppress_tokens = sorted({*(config.suppress_tokens or []), *before, *ids})
     return Merged(twin, merged_tokenizer, table)
+
+
+def scaling(prompt: Prompt) -> dict[str, Any]:
+    """What a client makes of label words' log-probabilities: ``label_matrix``, of all words in
+    their order (`forward.label_scores`), and ``label_bias``, of labels; nothing of most prompts.
+
+    Warns:
+        UserWarning: of a matrix, without which fewer answers are right.
+    """
+    told: dict[str, Any] = {}
+    if prompt.label_matrix is not None:
+        warn(
+            "this prompt compares its labels by a matrix (label_matrix, beside its labels): a "
+            "client that only reads how likely label words are gets fewer right; for such clients "
+            "train without (--no-label-matrix)"
+        )
+        told["label_matrix"] = prompt.label_matrix.tolist()
+    if prompt.label_bias:
+        told["label_bias"] = dict(prompt.label_bias)
+    return told
 
 
 def fingerprint(prompt: Prompt) -> str:

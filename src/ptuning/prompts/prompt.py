@@ -16,9 +16,9 @@ from torch import Tensor
 from .. import formats, places, storage
 from ..backbone.identity import fingerprint
 from ..data import Rows, as_rows
-from ..errors import InputError, PromptFileError, PtuningError, warn
+from ..errors import InputError, PromptFileError, warn
 from . import peft_files, prompt_files
-from .consistency import check_alike, check_vectors
+from .consistency import check_alike, check_matrix, check_vectors
 from .encoder_config import CONFIG_NAME, PromptEncoderConfig, PromptEncoderReparameterizationType
 from .encoder_width import hidden_size
 from .from_table import ENCODER, from_table
@@ -26,7 +26,9 @@ from .label_names import as_verbalizer
 from .prompt_settings import PromptSettings
 from .task import check_type
 from .transfer import groups_of, resampled
+from .upload import upload
 
+_NOT_DESCRIBED = {"modules", "others", "label_matrix", "name_words", "nameless"}
 _OF_ALL = ("members", "dev_accuracy", "dev_loss", "calibrate")  # facts of an ensemble
 
 
@@ -44,6 +46,9 @@ class Prompt(PromptSettings):
         peft_config: the configuration that `peft_compat` made it from; empty for others.
         others: further members of an ensemble, which answer together with this one; empty for a
             prompt alone.
+        label_matrix: ``(words, words)`` float32, of all label words in their order: what each one's
+            score gets of the others' (`forward.label_scores`), trained with the vectors; None for
+            prompts without.
         name_words: where its label words are the labels' own names (`for_rows`): the words of each
             name, the most telling first. The first tokenizer that the prompt meets may bring words
             of one token in the names' place.
@@ -66,6 +71,7 @@ class Prompt(PromptSettings):
     modules: dict[str, Tensor] = field(default_factory=dict, repr=False)
     peft_config: dict[str, Any] = field(default_factory=dict, repr=False)
     others: Sequence[Prompt] = field(default=(), repr=False)
+    label_matrix: Tensor | None = field(default=None, repr=False)
     name_words: dict[str, tuple[str, ...]] | None = field(default=None, repr=False)
     nameless: bool = field(default=False, repr=False)
     _begins = False  # at vectors of another prompt, before its own words are tokens
@@ -80,6 +86,7 @@ class Prompt(PromptSettings):
             check_alike(self, other)
         if self.vectors is not None:
             check_vectors(self.vectors, self.num_virtual_tokens)
+        check_matrix(self.label_matrix, self.labels)
 
     @property
     def members(self) -> list[Prompt]:
@@ -255,10 +262,11 @@ class Prompt(PromptSettings):
         vectors = self.trained_vectors().float()
         kind = self.base_model.get("kind", "causal")
         fits_peft = self.special_tokens == "after" and kind in peft_files.TASK_TYPES
-        means_the_same = fits_peft and not self.others and not self.label_bias
+        scaled = bool(self.label_bias) or self.label_matrix is not None
+        means_the_same = fits_peft and not self.others and not scaled
         if means_the_same if peft is None else peft:
             self.check_alone("written in PEFT's form")
-            peft_files.tell_of_bias(self.label_bias)
+            peft_files.tell_of_labels(self.label_bias, self.label_matrix)
             config = self.encoder_config(vectors.shape[1])
             content |= peft_files.pack(vectors, config, kind)
         return content
@@ -283,6 +291,9 @@ class Prompt(PromptSettings):
             formats.check_numbers(other.trained_vectors(), f"member {number}: vectors")
             own = other.trained_vectors().float().clone()  # members may share a tensor
             tensors[prompt_files.of_member(number)] = own
+        tensors |= prompt_files.matrices(
+            [self.label_matrix, *(o.label_matrix for o in self.others)]
+        )
         base = self.base_model
         description = {
             **_described(self),
@@ -321,7 +332,7 @@ class Prompt(PromptSettings):
         tensors: dict[str, Tensor],
         edited: list[str],
     ) -> Prompt:
-        known = {f.name for f in fields(cls)} - {"modules", "others", "name_words", "nameless"}
+        known = {f.name for f in fields(cls)} - _NOT_DESCRIBED
         members = description.pop(prompt_files.ENSEMBLE, [])
         described = set(description).union(*members) - known
         if ignored := sorted(described - set(prompt_files.OF_FILES)):
@@ -338,6 +349,8 @@ class Prompt(PromptSettings):
         for number, other in enumerate(prompt.others, 1):
             other.base_model, other.encoder_weights = prompt.base_model, None
             other.vectors = tensors[prompt_files.of_member(number)]
+        for number, member in enumerate((prompt, *prompt.others)):
+            member.label_matrix = prompt_files.matrix(folder, tensors, number, member.labels)
         prompt.vectors = tensors["vectors"]
         prompt.encoder_weights = prompt_files.starting(tensors, "encoder.") or None
         prompt.modules = prompt_files.starting(tensors, "module.")
@@ -367,22 +380,7 @@ class Prompt(PromptSettings):
         Raises:
             PtuningError: no connection, no permission, or no such name.
         """
-        import tempfile
-
-        from huggingface_hub import HfApi
-
-        with tempfile.TemporaryDirectory() as folder:
-            self.save(folder)
-            try:
-                api = HfApi(**options)
-                name = api.create_repo(repository, private=private, exist_ok=True).repo_id
-                return str(api.upload_folder(repo_id=name, folder_path=folder))
-            except Exception as error:  # the hub's, httpx's and the system's many kinds
-                reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-                raise PtuningError(
-                    f"cannot upload to {repository!r} ({type(error).__name__}: {reason}); check "
-                    "the connection, the name and who is logged in (hf auth whoami)"
-                ) from error
+        return upload(self.save, repository, private=private, **options)
 
 
 def _described(prompt: Prompt) -> dict[str, Any]:

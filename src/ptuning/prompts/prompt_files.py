@@ -4,14 +4,16 @@
 of either is noticed. Releases before the checksum could be cut off between the two files: then the
 copy counts.
 
-A folder says the lowest version whose readers give its answers: 2 where several members answer
-together (their vectors are ``member.N.vectors``) or labels have a bias, else 1.
+A folder says the lowest version whose readers give its answers: 3 where label words have a matrix,
+2 where several members answer together (their vectors are ``member.N.vectors``) or labels have a
+bias, else 1.
 """
 
 from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,15 +22,17 @@ from torch import Tensor
 
 from .. import formats, places
 from ..errors import InputError, PromptFileError, warn
+from .consistency import check_matrix
 from .model_card import HEADING, model_card
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """The newest that is read."""
 ENSEMBLE = "ensemble"
 """Key of ``prompt.json``: the settings of each further member."""
 BIAS = "label_bias"
 """Key of ``prompt.json``: what is added to the labels' log-probabilities."""
 _SINCE_2 = (ENSEMBLE, BIAS)
+_MATRIX = "label_matrix"
 _DESCRIPTION, _TENSORS = "prompt.json", "prompt.safetensors"
 CARD = "README.md"
 NAMES = (_TENSORS, _DESCRIPTION, CARD)
@@ -44,6 +48,7 @@ def pack(description: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, b
     """
     _check_tensors(tensors, "the prompt")
     version = 2 if any(key in description for key in _SINCE_2) else 1
+    version = 3 if any(name.endswith(_MATRIX) for name in tensors) else version
     whole = {"format_version": version, "save_id": uuid.uuid4().hex, **description}
     metadata = {"format": "pt", "prompt": json.dumps(whole, ensure_ascii=False)}
     packed = formats.pack_tensors(tensors, metadata)
@@ -116,6 +121,35 @@ def beside(vectors: Tensor, weights: dict[str, Tensor] | None) -> dict[str, Tens
 def of_member(number: int) -> str:
     """The tensor that holds the vectors of an ensemble's further member, counted from 1."""
     return f"member.{number}.vectors"
+
+
+def matrices(each: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    """The tensors that hold label matrices, of a prompt and of further members."""
+    return {
+        _matrix_of(number): matrix.float().clone()
+        for number, matrix in enumerate(each)
+        if matrix is not None
+    }
+
+
+def matrix(
+    folder: Path, tensors: Mapping[str, Tensor], number: int, labels: Mapping[str, Sequence[str]]
+) -> Tensor | None:
+    """The label matrix ``(words, words)`` of a member, counted from 0, in float32; None without.
+
+    Raises:
+        PromptFileError: it is not of these labels' words.
+    """
+    found = tensors.get(_matrix_of(number))
+    try:
+        check_matrix(found, labels)
+    except InputError as error:
+        raise PromptFileError(f"{folder}/{_DESCRIPTION}: {error}") from None
+    return None if found is None else found.float()
+
+
+def _matrix_of(number: int) -> str:
+    return f"member.{number}.{_MATRIX}" if number else _MATRIX
 
 
 def starting(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -95,7 +95,7 @@ class Renderer:
         groups: for each group of virtual tokens the ids that initialise them, or None.
         labels: label -> words that are compared; empty for free answers.
         owner: for each word that is compared the index of its label.
-        bias: for each label what is added to its log-probability; None where nothing is.
+        bias, matrix: the task's, in the order of labels and of words; None without.
         limit: the longest input in tokens, or None.
         known_tokens: how many ids the model has rows for, where the tokenizer has more; else None.
         layout: makes ids of one string.
@@ -132,8 +132,9 @@ class Renderer:
         self.labels = {c: (c,) for c in candidates} if candidates else task.labels
         self.compares = bool(candidates) or (bool(task.labels) and task.label_mode == "labels")
         self.owner = [n for n, words in enumerate(self.labels.values()) for _ in words]
-        given = None if candidates else task.label_bias
-        self.bias = None if given is None else [given[label] for label in self.labels]
+        bias = None if candidates else task.label_bias
+        self.bias = None if bias is None else [bias[label] for label in self.labels]
+        self.matrix = task.label_matrix if isinstance(task, Prompt) and not candidates else None
         self._in_words = () if candidates else columns_in_words(task)
         self._literal = bool(candidates)
         self._told_alike = False

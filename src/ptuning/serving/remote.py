@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 import transformers
 
 from .. import formats
 from ..backbone.kinds import ModelKind
 from ..errors import InputError, PtuningError
+from ..forward.label_scores import mixed
 from ..inference.merged_tokenizer import free_names, without_names
 from ..inference.merging import fingerprint
 from ..prompts.prompt import Prompt
@@ -286,6 +288,8 @@ class Remote:
             raise Unreachable(
                 "vLLM does not answer as it should: it tells no prompt_logprobs of the label words"
             ) from None
+        if renderer.matrix is not None:
+            scores = mixed(torch.tensor(scores, dtype=torch.float32), renderer.matrix).tolist()
         shares, bias = [0.0] * len(renderer.labels), renderer.bias or [0.0] * len(renderer.labels)
         scores = [s + bias[label] for label, s in zip(renderer.owner, scores, strict=True)]
         best = max(scores)

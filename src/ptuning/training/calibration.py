@@ -27,7 +27,7 @@ from ..backbone.modes import eval_mode
 from ..backbone.tokens import first_free_id
 from ..errors import InputError
 from ..forward.engine import Engine
-from ..forward.plain import losses_of_labels
+from ..forward.label_scores import Words, losses_of_labels
 from ..forward.scoring import label_log_probabilities
 from ..forward.together import biased
 from ..prompts.prompt import Prompt
@@ -142,7 +142,7 @@ def calibrate(
     if not dev:
         return {}
     found, labels = biased(on_dev[0], bias.tolist()), torch.tensor(on_dev[1])
-    losses, right = losses_of_labels(found, labels, torch.arange(found.shape[1]))
+    losses, right = losses_of_labels(found, labels, Words.of(range(found.shape[1])))
     return {"dev_accuracy": float(right.double().mean()), "dev_loss": float(losses.mean())}
 
 

@@ -48,6 +48,7 @@ def trained(variant: Variant, learner: Learner, base: BaseModel) -> Prompt:
     """A member as a prompt of its own, without the encoder's weights."""
     prompt = copy.copy(variant.prompt)
     prompt.vectors, prompt.encoder_weights = learner.best["vectors"], None
+    prompt.label_matrix = learner.best.get("label_matrix")
     prompt.base_model = base.describe()
     prompt.training = {"seed": variant.settings.seed, **learner.figures()}
     return prompt
@@ -65,7 +66,8 @@ def dev_figures(
         batch_size: rows of a forward.
     """
     engine = Engine(base)
-    renderers, examples = [v.renderer for v in variants], [v.dev for v in variants]
+    renderers = [engine.renderer(member) for member in members]
+    examples = [v.dev for v in variants]
     with attached(base, members) as first_ids:
         accuracy, loss = score_together(engine, renderers, examples, first_ids, batch_size)
     return {"dev_accuracy": accuracy, "dev_loss": loss}

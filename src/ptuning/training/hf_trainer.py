@@ -134,7 +134,7 @@ class PromptModule(Population):
         self.eval()
         encoder = self.roster[0].encoder
         prompt.become(self.draft)
-        prompt.others, prompt.training = (), dict(self.facts)
+        prompt.others, prompt.training, prompt.label_matrix = (), dict(self.facts), None
         prompt.vectors = encoder.table().float().cpu().clone()
         weights = encoder.weights()
         prompt.encoder_weights = {k: v.detach().cpu().clone() for k, v in weights.items()}
@@ -177,7 +177,7 @@ def trainer_parts(
     draft = prompt.checked()
     if told := guidance.members_go(len(prompt.members), 1):
         warn(told)
-    draft.others, draft.label_bias = (), None
+    draft.others, draft.label_bias, draft.label_matrix = (), None, None
     draft.answer = answer_column(draft, rows[0])
     find_words(base, draft, rows)
     engine = Engine(base, plain=True)

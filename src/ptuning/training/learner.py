@@ -16,6 +16,7 @@ from torch.optim import AdamW
 
 from ..backbone.upstream import skip_failed_steps
 from ..prompts.encoder_config import PromptEncoderReparameterizationType
+from .label_matrix import RATE
 from .population import Member
 from .rates import usual_rate
 from .settings import TrainSettings
@@ -36,8 +37,8 @@ class Learner:
         rate: the highest learning rate, in the encoder's unit.
         active: still in training.
         dropped: the epoch at whose end it fell out of a population, or None.
-        best: the best record so far, with the ``vectors`` and ``weights`` of its epoch, and the
-            ``model``'s where they are trained; empty before the first.
+        best: the best record so far, with the ``vectors``, ``label_matrix`` and ``weights`` of its
+            epoch, and the ``model``'s where they are trained; empty before the first.
         history: one record per epoch.
     """
 
@@ -52,6 +53,8 @@ class Learner:
         self.member, self.settings, self.accelerator = member, settings, accelerator
         self.model = model
         self.rate = settings.learning_rate or usual_rate(member.encoder)
+        if settings.label_matrix:
+            member.add_matrix(RATE / self.rate)
         groups: list[dict[str, Any]] = [{"params": list(member.parameters())}]
         if weights := list(self._model_weights().values()):
             groups.append({"params": weights, "lr": settings.model_learning_rate})
@@ -143,13 +146,13 @@ class Learner:
         self.history.append(record)
         if not math.isfinite(record.get("dev_loss", 0.0)):
             return f"the dev loss is {record['dev_loss']}"
-        vectors = self.vectors()
-        if not torch.isfinite(vectors).all():
+        made = self.made()
+        if not all(torch.isfinite(tensor).all() for tensor in made.values()):
             return "virtual tokens are not finite"
         latest = not self.best or "dev_loss" not in record
         gain = latest or self._is_gain(record)
         if latest or self.rank(record) > self.rank(self.best):
-            self._keep(record, vectors)
+            self._keep(record, made)
         solved = self.best.get("dev_accuracy") == 1
         waits = gain or (self._noise_grows and not solved)
         self.without_gain = 0 if waits else self.without_gain + 1
@@ -179,10 +182,10 @@ class Learner:
     def note_start(self, figures: dict[str, float]) -> None:
         """Take in the dev figures before the first step: the best so far, as epoch 0."""
         if math.isfinite(figures["dev_loss"]):
-            self._keep({"epoch": 0, **figures}, self.vectors())
+            self._keep({"epoch": 0, **figures}, self.made())
 
-    def _keep(self, record: dict[str, float], vectors: Tensor) -> None:
-        self.best = {**record, "weights": _copy(self.weights()), "vectors": vectors}
+    def _keep(self, record: dict[str, float], made: dict[str, Tensor]) -> None:
+        self.best = {**record, "weights": _copy(self.weights()), **made}
         if self.model is not None:
             self.best["model"] = _copy(self._model_weights())
 
@@ -201,28 +204,35 @@ class Learner:
 
     def figures(self) -> dict[str, float]:
         """The best record's numbers."""
-        return {k: v for k, v in self.best.items() if k not in ("weights", "vectors", "model")}
+        tensors = ("weights", "vectors", "label_matrix", "model")
+        return {k: v for k, v in self.best.items() if k not in tensors}
 
     def weights(self) -> dict[str, Tensor]:
         """The encoder's weights, ``(…)`` by name."""
         return self.member.encoder.weights()
 
     @torch.no_grad()
-    def vectors(self) -> Tensor:
-        """The vectors ``(virtual tokens, width)`` that the encoder makes now, without
-        dropout, on the CPU."""
-        training = self.member.training
-        self.member.eval()
+    def made(self) -> dict[str, Tensor]:
+        """The ``vectors`` ``(virtual tokens, width)`` that the encoder makes now, without dropout,
+        and the ``label_matrix`` ``(W, W)`` if there is one, on the CPU."""
+        member, training = self.member, self.member.training
+        member.eval()
         try:
-            return self.member.table().float().cpu().clone()
+            table = member.table().float().cpu()
         finally:
-            self.member.train(training)
+            member.train(training)
+        made = {"vectors": table[: member.encoder.total_virtual_tokens].clone()}
+        if member.matrix is not None:
+            made["label_matrix"] = member.matrix_in(table).clone()
+        return made
 
     def state(self) -> dict[str, Any]:
         """All that training depends on, for a checkpoint."""
-        model = {} if self.model is None else {"model": dict(self._model_weights())}
+        more: dict[str, Any] = {} if self.model is None else {"model": dict(self._model_weights())}
+        if self.member.matrix is not None:
+            more["matrix"] = self.member.matrix
         return {
-            **model,
+            **more,
             "encoder": self.weights(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.steps_taken,
@@ -244,6 +254,8 @@ class Learner:
         self.member.encoder.load_weights(state["encoder"])
         if self.model is not None:
             self.model.load_state_dict(state["model"], strict=False)
+        if self.member.matrix is not None:
+            self.member.matrix.data.copy_(state["matrix"])
         self._load_optimizer(state["optimizer"])
         self.steps_taken = state["schedule"]
         self.member.random_state = state["random_state"]

@@ -77,7 +77,7 @@ def become(prompt: Prompt, outcome: Outcome, base: BaseModel) -> None:
     (variant, learner), *others = outcome.best_ones
     learner.put_best_into_model()
     prompt.become(variant.prompt)
-    prompt.vectors = learner.best["vectors"]
+    prompt.vectors, prompt.label_matrix = learner.best["vectors"], learner.best.get("label_matrix")
     prompt.encoder_weights = learner.best["weights"]
     prompt.base_model = base.describe()
     prompt.training = {

@@ -22,6 +22,7 @@ from . import guidance
 from .checks import check_run, check_some, check_whole
 from .found_words import find_words
 from .grid import Named, Variant, choices, columns_read
+from .label_matrix import settled_matrix
 from .members import answers_of, with_examples
 from .refit import settled_refit
 from .settings import TrainSettings
@@ -100,10 +101,10 @@ def planned(
     chosen = choices(draft, settings, population, grid)
     prompts, count = [one for _, one, _ in chosen], len(rows) + len(dev)
     noise = settled_noise(settings, prompts, lessons is not None)
+    matrix = settled_matrix(settings, prompts, lessons is not None)
     goes_on = lessons is None and settled_refit(settings, prompts, count, aside)
-    chosen = [
-        (name, one, replace(how, word_noise=noise, refit=goes_on)) for name, one, how in chosen
-    ]
+    settled: dict[str, Any] = {"word_noise": noise, "label_matrix": matrix, "refit": goes_on}
+    chosen = [(name, one, replace(how, **settled)) for name, one, how in chosen]
     if not dev and not settings.folds:
         advice.append(guidance.without_dev(len(chosen), settings.patience))
     learnt = (None, None) if lessons is None else (lessons.training, lessons.dev)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -23,11 +24,13 @@ from ..backbone.modes import eval_mode, in_training
 from ..backbone.tokens import first_free_id
 from ..errors import PromptFileError
 from ..forward.engine import Engine
+from ..forward.label_scores import Words
 from ..forward.plain import Shortener
 from ..prompts.encoder import PromptEncoder, initialise
 from ..prompts.prompt import Prompt
 from ..rendering.collate import Batch
 from ..threads import CHANGING
+from .label_matrix import packed, rows_of, unpacked
 from .settings import AT_WORDS
 from .word_noise import WordNoise
 
@@ -44,6 +47,8 @@ class Member(nn.Module):
 
     Attributes:
         draws: its vectors in training are random: the encoder has dropout.
+        matrix: what its label matrix is made of, ``(W, W)``, or None (`add_matrix`).
+        matrix_scale: the label matrix is so many times `matrix`.
     """
 
     def __init__(
@@ -63,6 +68,11 @@ class Member(nn.Module):
             self._initialise(prompt, embedding, words)
             self.random_state = torch.get_rng_state()
         self.draws = prompt.encoder == "lstm" and prompt.encoder_dropout > 0
+        count = sum(map(len, prompt.labels.values()))
+        begun = torch.zeros(count, count, dtype=torch.float32)
+        self._begun_matrix = begun if prompt.label_matrix is None else prompt.label_matrix.float()
+        self.matrix: nn.Parameter | None = None
+        self.matrix_scale = 1.0
 
     def _initialise(
         self, prompt: Prompt, embedding: nn.Embedding, words: Sequence[int | None]
@@ -89,8 +99,44 @@ class Member(nn.Module):
             rows, ids = (torch.tensor(column) for column in zip(*named, strict=True))
             initialise(self.encoder, vectors_of(embedding, ids), rows)
 
+    def add_matrix(self, scale: float) -> None:
+        """Have a label matrix, zero or the prompt's own, which is so many times its parameter."""
+        self.matrix_scale = scale
+        begun = self._begun_matrix.to(self.encoder.embedding.weight.device)
+        self.matrix = nn.Parameter(begun / scale)
+
+    @property
+    def rows(self) -> int:
+        """Of its `table`."""
+        count = self.encoder.total_virtual_tokens
+        if self.matrix is None:
+            return count
+        return count + rows_of(len(self.matrix), self.encoder.token_dim)
+
     def table(self) -> Tensor:
-        """The vectors ``(virtual tokens, width)``, with the member's own dropout."""
+        """The vectors ``(virtual tokens, width)``, and behind them the label matrix, if there is
+        one (`label_matrix.packed`)."""
+        if self.matrix is None:
+            return self._vectors()
+        return torch.cat([self._vectors(), self.packed_matrix()])
+
+    def packed_matrix(self) -> Tensor:
+        """The label matrix as rows of the table."""
+        assert self.matrix is not None
+        return packed(self.matrix_scale * self.matrix, self.encoder.token_dim)
+
+    def give_gradient(self, rows: Tensor) -> None:
+        """The label matrix gets the gradient of its rows of the table, where an optimizer looks."""
+        assert self.matrix is not None
+        self.matrix.grad = self.matrix_scale * unpacked(rows, len(self.matrix)).contiguous()
+
+    def matrix_in(self, table: Tensor) -> Tensor:
+        """The label matrix ``(W, W)`` that is in such a table."""
+        assert self.matrix is not None
+        return unpacked(table[self.encoder.total_virtual_tokens :], len(self.matrix))
+
+    def _vectors(self) -> Tensor:
+        """The vectors, with the member's own dropout."""
         if not (self.draws and self.training):
             return self.encoder.table()
         device = self.encoder.embedding.weight.device
@@ -115,7 +161,8 @@ class Population(nn.Module):
         engine: computes on the base model, which is always in eval mode here, its parameters frozen
             meanwhile.
         members: one or more.
-        words: for label comparison the label of each word (`Renderer.owner`), else None.
+        words: for label comparison the label of each word (`Renderer.owner`), else None; all
+            members have a label matrix, or none has.
         tune_model: the base model's parameters are trained too, and ask for gradients meanwhile.
         noise: on words' vectors in training, as a share of their size.
     """
@@ -133,7 +180,7 @@ class Population(nn.Module):
         self.base, self.engine = model, engine
         self.noise = WordNoise(model, tokenizer, noise) if noise else None
         self.members = nn.ModuleList(members)
-        self.words = None if words is None else torch.tensor(words)
+        self.words = None if words is None else Words.of(words)
         for member in members:
             member.eval()  # a member's random state moves only when it trains
         with torch.no_grad():
@@ -150,7 +197,7 @@ class Population(nn.Module):
         self.register_load_state_dict_post_hook(_expect_no_base)
 
     def tables(self) -> Tensor:
-        """All members' vectors ``(virtual tokens, width)``, one member behind the other."""
+        """All members' tables ``(rows, width)``, one member behind the other."""
         return torch.cat([member.table() for member in self.roster])
 
     @property
@@ -159,8 +206,8 @@ class Population(nn.Module):
         return [member for member in self.members if isinstance(member, Member)]
 
     def rows_of_members(self) -> list[slice]:
-        """For each member where its vectors stand in `tables`."""
-        sizes = [member.encoder.total_virtual_tokens for member in self.roster]
+        """For each member where its rows stand in `tables`, the vectors first."""
+        sizes = [member.rows for member in self.roster]
         ends = list(accumulate(sizes))
         return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
@@ -180,7 +227,9 @@ class Population(nn.Module):
     def write_tables(self) -> None:
         """Put the encoders' present output into the embedding, for evaluation."""
         with torch.no_grad():
-            self._injector.write(self._span, self.tables())
+            tables = self.tables()
+            self._injector.write(self._span, tables)
+            self.words = self._words_with(tables)
 
     def step(self, batch: Batch) -> Tensor:
         """Each member's loss ``(members,)``, summed over its answer tokens (or its examples)."""
@@ -195,7 +244,7 @@ class Population(nn.Module):
     ) -> Iterator[Tensor]:
         """A micro-batch whose parts share one run of the encoders, and so each member's dropout.
 
-        Gives the table ``(virtual tokens of all, width)``, a leaf. The parts' `losses` bring their
+        Gives the table ``(rows of all, width)``, a leaf. The parts' `losses` bring their
         gradients to it, and at the end they go on into the encoders together.
 
         Args:
@@ -212,10 +261,23 @@ class Population(nn.Module):
 
     @contextmanager
     def written(self, table: Tensor) -> Iterator[None]:
-        """The table ``(virtual tokens of all, width)`` in the embedding, for this thread:
-        others never meet its graph."""
-        with self._injector.serving({self._span: table}, alone=True, words=self.noise):
-            yield
+        """The table ``(rows of all, width)`` in the embedding, and its label matrices in `words`,
+        for this thread: others never meet its graph."""
+        before, self.words = self.words, self._words_with(table)
+        try:
+            with self._injector.serving({self._span: table}, alone=True, words=self.noise):
+                yield
+        finally:
+            self.words = before
+
+    def _words_with(self, table: Tensor) -> Words | None:
+        """The label words with the matrices that are in the table, if the members have some."""
+        if self.words is None or self.roster[0].matrix is None:
+            return self.words
+        pairs = zip(self.roster, self.rows_of_members(), strict=True)
+        return replace(
+            self.words, matrices=torch.stack([one.matrix_in(table[rows]) for one, rows in pairs])
+        )
 
     def losses(self, batch: Batch, shortener: Shortener | None = None) -> Tensor:
         """Each member's loss ``(members,)`` with the table that is in the embedding now.

@@ -125,7 +125,8 @@ def refit(
         warn(f"{_FAILED}: its numbers are not finite")
         return {}, True
     for (_, learner), new in zip(going, again, strict=True):
-        learner.best |= {name: new.best[name] for name in ("weights", "vectors")}
+        names = {"weights", "vectors", "label_matrix"} & new.best.keys()
+        learner.best |= {name: new.best[name] for name in names}
     for variant, _ in chosen:
         learn_answer_length(variant.prompt, variant.renderer, variant.dev)
     return {"examples": count, "epochs": epochs, "loss": again[0].history[-1]["loss"]}, True
@@ -153,6 +154,7 @@ def _going_on(variant: Variant, learner: Learner, minutes: float | None) -> Vari
     """A member that begins as dev liked it best."""
     prompt, before = copy.copy(variant.prompt), variant.settings
     prompt.vectors, prompt.encoder_weights = learner.best["vectors"], learner.best["weights"]
+    prompt.label_matrix = learner.best.get("label_matrix")
     settings = replace(
         before,
         epochs=before.refit_epochs,

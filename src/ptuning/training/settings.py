@@ -34,7 +34,7 @@ CHANGE_NO_RESULT = (
 """Settings that a run may be resumed with others of."""
 LATER = {
     **{"ensemble": 1, "calibrate": "none", "folds": 0, "init": None, "label_bias": None},
-    "word_noise": 0.0,
+    **{"word_noise": 0.0, "label_matrix": False},
 }
 """Settings that older releases do not have: at its default one is no part of a run's identity."""
 _EPOCHS, _STEPS, _MOST_EPOCHS = 10, 200, 50
@@ -111,6 +111,9 @@ class TrainSettings:
             no prefix is kept meanwhile. By default 0.5 for labels behind templates that begin with
             virtual tokens, as a made one does; else 0, so with a teacher, and where the model is
             trained.
+        label_matrix: train, with the virtual tokens, a matrix by which each label word's score
+            gets some of the others', for labels that their words alone tell apart badly. By default
+            from 12 label words on, but not with a teacher.
         prefix_cache: keep the keys and values of text before the first virtual token: ``auto``
             (part of the free memory), ``off`` (every row is computed as a whole), or bytes such as
             ``2G``. Changes no result.
@@ -151,6 +154,7 @@ class TrainSettings:
     refit: bool | None = None
     init: str | None = None
     word_noise: float | None = None
+    label_matrix: bool | None = None
     prefix_cache: str = "auto"
     tune_model: bool = False
     model_learning_rate: float = 1e-5
@@ -235,7 +239,7 @@ def with_options(settings: TrainSettings, options: dict[str, Any]) -> TrainSetti
 def _check(name: str, value: Any, default: Any) -> None:
     """Refuse what a setting cannot be."""
     whole = isinstance(value, int) and not isinstance(value, bool)
-    if isinstance(default, bool) or name == "refit":
+    if isinstance(default, bool) or name in ("refit", "label_matrix"):
         fits, wanted = isinstance(value, bool), "expected True or False"
     elif name in _ONE_OF:
         fits, wanted = value in _ONE_OF[name], f"expected one of {', '.join(_ONE_OF[name])}"

@@ -2,6 +2,8 @@
 
     gradient of the tables -> encoders backward -> each member: clip, AdamW -> encoders forward
 
+A label matrix is a part of its member's table that no encoder makes.
+
 What is not finite is found where it is: a member with such a loss or gradient takes no step any
 more, and the host reads that later. So all of it can be one CUDA graph. The plain twin is
 `Learner.update` of each member.
@@ -127,7 +129,7 @@ class Update:
     Args:
         learners: all of them.
         active: the numbers of those in training.
-        rows: for each learner where its vectors stand in `table`.
+        rows: for each learner where its rows stand in `table`.
         table: of all members' vectors; gets the new ones.
         gradient: of `table`; zeros afterwards.
         losses: of all members ``(members,)``; zeros afterwards.
@@ -152,7 +154,16 @@ class Update:
         self.table, self.gradient, self.losses, self.failed = table, gradient, losses, failed
         self.encoders = Encoders([learner.member.encoder for learner in self.learners])
         places = torch.arange(len(table))
-        self._rows = torch.cat([places[rows[number]] for number in active]).to(table.device)
+        members = [learner.member for learner in self.learners]
+        counts = [member.encoder.total_virtual_tokens for member in members]
+        own = [places[rows[number]] for number in active]
+        of_vectors = [o[:count] for o, count in zip(own, counts, strict=True)]
+        self._rows = torch.cat(of_vectors).to(table.device)
+        self._matrices = [
+            (member, slice(rows[number].start + count, rows[number].stop))
+            for member, number, count in zip(members, active, counts, strict=True)
+            if member.matrix is not None
+        ]
         self._active = torch.tensor(active, device=table.device)
         self.rates = torch.zeros_like(failed)
         self.report = torch.stack([losses, failed])
@@ -162,9 +173,13 @@ class Update:
     def __call__(self) -> None:
         """Take the step."""
         self.encoders.backward(self.gradient[self._rows])
+        for member, rows in self._matrices:
+            member.give_gradient(self.gradient[rows])
         with torch.no_grad():
             self._step()
             self.table.index_copy_(0, self._rows, self.encoders.tables())
+            for member, rows in self._matrices:
+                self.table[rows].copy_(member.packed_matrix())
             self.report.copy_(torch.stack([self.losses, self.failed]))
             self.gradient.zero_()
             self.losses.zero_()
