@@ -217,6 +217,15 @@ def test_training_goes_on_from_it_or_without() -> None:
     )
     assert again.history[0]["loss"] < first.history[0]["loss"]
     assert not torch.equal(prompt.label_matrix, before)  # type: ignore[arg-type]
+    begun = fresh("[P*4] {text} [MASK]")
+    begun.begin_from(prompt)
+    assert begun.label_matrix is prompt.label_matrix
+    other = replace(fresh(), verbalizer={**WORDS, "c": "Madrid"})
+    other.begin_from(prompt)
+    assert other.label_matrix is None
+    # Without a word on it training goes on as it began.
+    ptuning.train(model, tokenizer, prompt, ROWS, ROWS[:4], **HOW)
+    assert prompt.label_matrix is not None
     ptuning.train(model, tokenizer, prompt, ROWS, ROWS[:4], **HOW, label_matrix=False)
     assert prompt.label_matrix is None
 
@@ -287,13 +296,15 @@ def many(count: int) -> Prompt:
 @pytest.mark.parametrize(
     ("count", "usual"), [(2, False), (11, False), (12, True), (MOST + 1, False)]
 )
-def test_from_twelve_words_on_there_is_one_by_default(count: int, usual: bool) -> None:
+def test_from_twelve_labels_on_there_is_one_by_default(count: int, usual: bool) -> None:
     assert settled_matrix(TrainSettings(), [many(count)]) is usual
     assert settled_matrix(TrainSettings(), [many(count)], taught=True) is False
     assert settled_matrix(TrainSettings(label_matrix=False), [many(count)]) is False
     if count <= MOST:
         assert settled_matrix(TrainSettings(label_matrix=True), [many(count)], taught=True) is True
     assert settled_matrix(TrainSettings(), [many(count), many(2)]) is False
+    wordy = {label: [f"{label}{n}" for n in range(8)] for label in "ab"}
+    assert settled_matrix(TrainSettings(), [Prompt("[P] {text} [MASK]", verbalizer=wordy)]) is False
 
 
 def refused(prompt: Prompt) -> str:

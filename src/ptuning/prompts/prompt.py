@@ -200,7 +200,8 @@ class Prompt(PromptSettings):
         return self.vectors
 
     def begin_from(self, start: Prompt) -> None:
-        """Let training begin at another prompt's vectors, and its encoder's weights if it fits.
+        """Let training begin at another prompt's vectors, and at its encoder's weights and its
+        label matrix where they fit.
 
         Where there are more or fewer virtual tokens here, each begins at one that stands at a like
         place there (`transfer`).
@@ -218,6 +219,8 @@ class Prompt(PromptSettings):
         fits &= all(getattr(self, name) == getattr(start, name) for name in shape)
         self.vectors, self.base_model = vectors, start.base_model
         self.encoder_weights = start.encoder_weights if fits else None
+        if self.labels == start.labels:
+            self.label_matrix = start.label_matrix
         self._begins = self.num_virtual_tokens is None
 
     def set_count(self, count: int) -> None:

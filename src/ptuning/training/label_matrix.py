@@ -25,13 +25,14 @@ RATE = 1e-2
 MOST = 256
 """Label words up to which there is one: it has a number for each two of them."""
 _FROM = 12
-"""Label words from which on there is one by default (benchmarks/README.md, "A label matrix")."""
+"""Labels from which on there is one by default (benchmarks/README.md, "A label matrix")."""
 
 
 def settled_matrix(
     settings: TrainSettings, prompts: Iterable[Prompt], taught: bool = False
 ) -> bool:
-    """Whether the members' label words get a matrix, as it is asked for or as it is usual.
+    """Whether the members' label words get a matrix, as it is asked for or as it is usual: for
+    many labels, and for prompts that have one.
 
     Args:
         settings: of the training.
@@ -41,9 +42,12 @@ def settled_matrix(
     Raises:
         InputError: it is asked for, and these labels can have none.
     """
+    prompts = list(prompts)
     why = next(filter(None, map(_obstacle, prompts)), None)
     if settings.label_matrix is None:
-        return why is None and not taught and all(len(_words(one)) >= _FROM for one in prompts)
+        usual = [not taught and len(one.labels) >= _FROM for one in prompts]
+        begun = [one.label_matrix is not None for one in prompts]
+        return why is None and (all(usual) or all(begun))
     if settings.label_matrix and why is not None:
         raise InputError(f"label_matrix is given, and {why}; leave it out")
     return settings.label_matrix
