@@ -69,6 +69,10 @@ def test_a_words_score_gets_shares_of_the_others_whatever_is_added_to_all() -> N
     torch.testing.assert_close(mixed(scores, torch.zeros(3, 3)), scores)
     each = torch.stack([matrix, torch.zeros(3, 3)])
     torch.testing.assert_close(mixed(scores, each), torch.stack([found[0], scores[1]]))
+    odd, other = torch.randn(5, 3), torch.randn(3, 3)
+    exact = mixed(odd, other)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(mixed(odd, other), exact)
     assert matrices_of([None, None]) is None
     assert torch.equal(matrices_of([matrix, None]), each)  # type: ignore[arg-type]
 

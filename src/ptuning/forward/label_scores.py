@@ -54,7 +54,8 @@ def mixed(scores: Tensor, matrices: Tensor) -> Tensor:
     """Scores ``(N, W)`` of words by the label matrix of each row, ``(N, W, W)``, or one of all."""
     scores = scores.float()
     centred = scores - scores.mean(-1, keepdim=True)
-    return scores + (matrices.to(scores) @ centred.unsqueeze(-1)).squeeze(-1)
+    with torch.autocast(scores.device.type, enabled=False):  # which would round the products
+        return scores + (matrices.to(scores) @ centred.unsqueeze(-1)).squeeze(-1)
 
 
 def by_label(scores: Tensor, words: Tensor) -> Tensor:
