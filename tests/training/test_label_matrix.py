@@ -198,6 +198,7 @@ def test_prompts_with_and_without_one_answer_in_one_batch() -> None:
     )
 
 
+@pytest.mark.usefixtures("on_cpu")  # replayed steps round as their shapes come
 def test_a_resumed_training_is_the_undisturbed_one(tmp_path: Path) -> None:
     how = {"output": tmp_path, "checkpoint_seconds": 0, "population": 2, "word_noise": 0.0}
     _, _, expected, whole = trained(**{**how, "output": None})
