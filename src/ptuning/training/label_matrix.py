@@ -4,8 +4,8 @@
                           M, packed          (ceil(W W / width), width) ]   of W label words
 
 So all that drives a table (parts, CUDA graphs, clipping, AdamW) drives the matrix, too. It begins
-at zero, where labels are compared as they are without (`forward.label_scores`), and has a rate of
-its own, whatever the encoder's is.
+at zero, where labels are compared as they are without (`forward.label_scores`), and its rate is in
+proportion to the encoder's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..prompts.task import named_fields
 from .settings import TrainSettings
 
 RATE = 1e-2
-"""AdamW's for the matrix; its numbers have no unit."""
+"""AdamW's for the matrix where the encoder has its usual one; its numbers have no unit."""
 MOST = 256
 """Label words up to which there is one: it has a number for each two of them."""
 _FROM = 12

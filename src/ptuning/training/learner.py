@@ -54,7 +54,7 @@ class Learner:
         self.model = model
         self.rate = settings.learning_rate or usual_rate(member.encoder)
         if settings.label_matrix:
-            member.add_matrix(RATE / self.rate)
+            member.add_matrix(RATE / usual_rate(member.encoder))
         groups: list[dict[str, Any]] = [{"params": list(member.parameters())}]
         if weights := list(self._model_weights().values()):
             groups.append({"params": weights, "lr": settings.model_learning_rate})
