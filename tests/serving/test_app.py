@@ -64,6 +64,13 @@ def test_models_are_the_prompts_and_then_the_base_model(client: Any) -> None:
         assert client.get(f"/v1/models/{entry['id']}").json() == entry
 
 
+@pytest.mark.parametrize("path", ["/v1/models/%s", "/v1/prompts/%s", "/%s"])
+def test_a_long_name_of_nothing_is_told_short(client: Any, path: str) -> None:
+    response = client.get(path % ("x" * 5000))
+    assert response.status_code == 404 and len(response.content) < 600
+    assert "xxx" in _message(response)
+
+
 def test_a_client_that_sends_all_before_it_listens_hears_why_it_is_refused(
     server: servers.Server,
 ) -> None:

@@ -23,7 +23,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from ..errors import InputError
+from ..errors import InputError, briefly, excerpt
 from ..inference.report import training_history
 from ..reporting import versions
 from . import openai_api
@@ -168,7 +168,7 @@ def _around(app: FastAPI, desk: Desk) -> None:
         """One of them."""
         served = registry.served.get(name)
         if served is None and name != backend.name:
-            raise Refused(404, f"there is no model {name!r} here; GET /v1/models lists them")
+            raise Refused(404, f"there is no model {briefly(name)} here; GET /v1/models lists them")
         return _as_model(name, served)
 
     @app.get("/health", tags=["server"])
@@ -205,7 +205,7 @@ def _errors(app: FastAPI) -> None:
         return Json(error_body(422, in_words(error.errors())), 422)
 
     async def other(request: Request, error: Any) -> Response:
-        message = f"{request.method} {request.url.path}: {error.detail}; see /docs"
+        message = f"{request.method} {excerpt(request.url.path)}: {error.detail}; see /docs"
         return Json(error_body(error.status_code, message), error.status_code)
 
     app.add_exception_handler(Refused, refused)

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import InputError, PromptFileError
+from ..errors import InputError, PromptFileError, briefly
 from .backend import Answer, Backend, Gone, Row, Unreachable, Wish
 from .batcher import Overloaded, Stopping, TooLate
 from .gate import Limits, Refused
@@ -44,7 +44,9 @@ class Desk:
             why = self.registry.refused.get(name)
             if why is not None:
                 raise Refused(404, f"the prompt {name!r} cannot be served: {why}")
-            raise Refused(404, f"there is no prompt {name!r} here; GET /v1/models lists them")
+            raise Refused(
+                404, f"there is no prompt {briefly(name)} here; GET /v1/models lists them"
+            )
         return found
 
     def wish(

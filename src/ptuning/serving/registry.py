@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import places
-from ..errors import InputError, PromptFileError, PtuningError
+from ..errors import InputError, PromptFileError, PtuningError, briefly
 from ..prompts import peft_files, prompt_files
 from ..prompts.prompt import Prompt
 from ..rendering.example import all_columns
@@ -229,7 +229,7 @@ class Registry:
         """
         with self._changing:
             if name not in self.served:
-                raise NoPrompt(f"there is no prompt {name!r} here")
+                raise NoPrompt(f"there is no prompt {briefly(name)} here")
             self._withheld.add(name)
             self._drop(name, "taken off, as was asked")
 
