@@ -27,6 +27,49 @@ def test_what_pandas_writes_is_read(tmp_path: Path, orient: Any) -> None:
     assert read(tmp_path, FRAME.to_json(orient=orient)) == ROWS
     shuffled = FRAME.iloc[[2, 0]].to_json(orient=orient)
     assert read(tmp_path, shuffled) == [ROWS[2], ROWS[0]]
+    assert read(tmp_path, FRAME.to_json(orient=orient, indent=2)) == ROWS
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_objects_with_an_indent_are_read(tmp_path: Path, count: int) -> None:
+    """As `json.dump(…, indent=1)` and jq write them."""
+    text = "\n".join(json.dumps(row, indent=1) for row in ROWS[:count])
+    assert read(tmp_path, text, "a.jsonl") == ROWS[:count]
+    assert read(tmp_path, f"\n\n{text}\n\n") == ROWS[:count]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{\n "a": 1,\n "b" 2\n}', r"line 3: malformed JSON \(Expecting ':'"),
+        ('{\n "a": 1,\n "b": 2\n', "line 4: malformed JSON"),
+        ('{\n "a": 1\n}\n{\n "a": 1,\n "a": 2\n}', "the key 'a' stands twice"),
+        ('{\n "a": 1\n}\n7\n', "object 2: int where an object"),
+        ('{"a": 1\n{"a": 2}', "line 1: malformed JSON .the line ends before the object"),
+    ],
+)
+def test_faults_of_objects_with_an_indent_name_their_place(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    with pytest.raises(DataError, match=said):
+        read(tmp_path, text)
+
+
+@pytest.mark.parametrize("orient", ["columns", "index"])
+@pytest.mark.parametrize(
+    "index",
+    [[-1, 0, 1], [0.5, 1.0, 1e7], pandas.date_range("2020-01-01", periods=3, tz="UTC")],
+    ids=["negative", "fractions", "times"],
+)
+def test_an_index_may_be_any_numbers_or_times(tmp_path: Path, orient: Any, index: Any) -> None:
+    frame = FRAME.set_index(pandas.Index(index))
+    assert read(tmp_path, frame.to_json(orient=orient, date_format="iso")) == ROWS
+
+
+@pytest.mark.parametrize("orient", ["split", "table"])
+def test_a_table_without_rows_holds_no_example(tmp_path: Path, orient: Any) -> None:
+    with pytest.raises(DataError, match="holds no example"):
+        read(tmp_path, FRAME.iloc[:0].to_json(orient=orient))
 
 
 def test_a_table_with_its_schema_keeps_the_index_as_a_column(tmp_path: Path) -> None:

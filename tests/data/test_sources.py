@@ -209,7 +209,7 @@ def test_parquet_without_rows_is_an_error(tmp_path: Path) -> None:
         ('{"a": 1}\n"text"\n', 2, "str where an object"),
         ("1\n", 1, "int where an object"),
         ('{"a": 1}\n{"a": ' + "[" * 100_000 + "\n", 2, "malformed JSON"),
-        ('{\n  "a": 1\n}\n', 1, "malformed JSON (the line ends before the object does)"),
+        ('{"a": 1\n}\n', 1, "malformed JSON (the line ends before the object does)"),
     ],
 )
 def test_malformed_json_lines_name_the_line(

@@ -1,5 +1,5 @@
 """Rows of JSON: one object per line, or one array of objects, read piece by piece; or one object
-that is a whole table."""
+that is a whole table. Objects may stand on several lines, as with an indent."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from .text import LONGEST_CELL, LONGEST_ROW, lines, opened
 
 _CHUNK = 2**16
 _BLANK = " \t\n\r"
+_GOES_ON = ("{", "[", ",", ":")
+"""What a line ends with whose object is spread over several."""
 
 
 def json_rows(path: Path, encoding: str | None = None) -> Iterator[Row]:
@@ -32,10 +34,12 @@ def json_rows(path: Path, encoding: str | None = None) -> Iterator[Row]:
         start = " "
         while start and start in _BLANK:
             start = stream.read(1)
+        first = start + stream.readline(_CHUNK)
     if start == "[":
         yield from _elements(path, encoding)
         return
-    rows = _lines(path, encoding)
+    spread = start == "{" and first.endswith("\n") and first.rstrip().endswith(_GOES_ON)
+    rows = _spread(path, encoding) if spread else _lines(path, encoding)
     begin = list(islice(rows, 2))
     table = table_rows(*begin) if len(begin) == 1 else None
     if table is None:
@@ -56,6 +60,16 @@ def _lines(path: Path, encoding: str | None) -> Iterator[Row]:
                 reason = ValueError("the line ends before the object does") if cut else error
                 raise _malformed(path, number, reason) from error
             yield _row(path, f"line {number}", value, len(line))
+
+
+def _spread(path: Path, encoding: str | None) -> Iterator[Row]:
+    """The objects of a file in which they stand on several lines each."""
+    with opened(path, encoding=encoding) as stream:
+        text, number = _Pieces(path, stream), 0
+        while text.next():
+            number += 1
+            value, length = text.value()
+            yield _row(path, f"object {number}", value, length)
 
 
 def _elements(path: Path, encoding: str | None) -> Iterator[Row]:

@@ -9,6 +9,7 @@ lists     {"text": ["good", "bad"], …}                       a dict of columns
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ from .rows import Row, unique_names
 
 _BESIDE = {"schema", "index", "columns"}
 """What pandas writes beside ``data``."""
+_PLACE = re.compile(r"-?\d[-+.:\dTZ]*")
+"""An index of pandas: a number, or a time."""
 
 
 def table_rows(table: Mapping[str, Any]) -> list[Row] | None:
@@ -26,7 +29,8 @@ def table_rows(table: Mapping[str, Any]) -> list[Row] | None:
     """
     cells = list(table.values())
     data = table.get("data")
-    if data and isinstance(data, list) and not any(map(_is_nested, _others(table))):
+    known = data or len(_BESIDE & table.keys()) > 0  # of no rows the names beside them tell
+    if known and isinstance(data, list) and not any(map(_is_nested, _others(table))):
         return _listed(table.get("columns"), data)
     if not cells or not all(map(_is_nested, cells)):
         return None
@@ -52,13 +56,13 @@ def _listed(columns: Any, data: list[Any]) -> list[Row] | None:
 
 
 def _of_objects(table: Mapping[str, Mapping[str, Any]]) -> list[Row] | None:
-    """Columns by the rows' numbers, or rows by their numbers."""
+    """Columns by the rows' places, or rows by their places."""
     first = next(iter(table.values()))
     if not first or any(cells.keys() != first.keys() for cells in table.values()):
         return None
-    if all(map(str.isdecimal, first)):
-        return [{name: cells[number] for name, cells in table.items()} for number in first]
-    if all(map(str.isdecimal, table)):
+    if all(map(_PLACE.fullmatch, first)):
+        return [{name: cells[place] for name, cells in table.items()} for place in first]
+    if all(map(_PLACE.fullmatch, table)):
         return [dict(row) for row in table.values()]
     return None
 
