@@ -226,10 +226,14 @@ def test_training_goes_on_from_it_or_without() -> None:
     assert not torch.equal(prompt.label_matrix, before)  # type: ignore[arg-type]
     begun = fresh("[P*4] {text} [MASK]")
     begun.begin_from(prompt)
-    assert begun.label_matrix is prompt.label_matrix
+    assert torch.equal(begun.label_matrix, prompt.label_matrix)  # type: ignore[arg-type]
     other = replace(fresh(), verbalizer={**WORDS, "c": "Madrid"})
     other.begin_from(prompt)
     assert other.label_matrix is None
+    backwards = replace(fresh(), verbalizer=dict(reversed(WORDS.items())))
+    backwards.begin_from(prompt)
+    found = shares(model, tokenizer, backwards).flip(1)
+    torch.testing.assert_close(found, shares(model, tokenizer, prompt), atol=1e-6, rtol=1e-5)
     # Without a word on it training goes on as it began.
     ptuning.train(model, tokenizer, prompt, ROWS, ROWS[:4], **HOW)
     assert prompt.label_matrix is not None
@@ -255,6 +259,58 @@ def test_a_saved_one_comes_back_and_its_folder_is_of_version_three(
     (tmp_path / "prompt.json").write_text(json.dumps(description))
     with pytest.raises(PromptFileError, match=r"label_matrix is \(4, 4\), and the labels have 3"):
         Prompt.load(tmp_path)
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_a_description_by_hand_has_the_same_words_in_any_order(
+    members: int, tmp_path: Path
+) -> None:
+    """As a program that sorts keys leaves it."""
+    words = {"z": "Paris", "b": ["Rome", "Oslo"], "c": "Berlin"}
+    rows = [{**row, "label": "zbc"[n % 3]} for n, row in enumerate(ROWS)]
+    model, tokenizer, prompt = tiny.model("llama"), tiny.tokenizer(), fresh()
+    prompt.verbalizer = Prompt(TEMPLATE, verbalizer=words).verbalizer
+    how = {**HOW, "population": members, "ensemble": members, "label_matrix": True}
+    ptuning.train(model, tokenizer, prompt, rows, rows[:4], **how)
+    prompt.save(tmp_path)
+    path = tmp_path / "prompt.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))
+    with pytest.warns(UserWarning, match="another verbalizer than its copy"):
+        loaded = Prompt.load(tmp_path)
+    assert list(loaded.labels) == ["b", "c", "z"]
+    found = shares(model, tokenizer, loaded)[:, [2, 0, 1]]
+    torch.testing.assert_close(found, shares(model, tokenizer, prompt), atol=1e-6, rtol=1e-5)
+    description = json.loads(path.read_text())
+    for one in (description, *description.get("ensemble", [])):
+        one["verbalizer"]["c"] = ["Madrid"]
+    path.write_text(json.dumps(description))
+    with pytest.raises(PromptFileError, match=r"other label words than the label matrix in .*give"):
+        Prompt.load(tmp_path)
+
+
+NAMED = [{"text": text, "label": f"{text} yes"} for text in ("Paris", "Oslo does", "capital")] * 3
+
+
+def test_labels_that_get_other_words_in_training_begin_without_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a prompt whose words are the names they find the matrix no more."""
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    names = Prompt.for_rows(NAMED)
+    words = {label: list(of_label) for label, of_label in names.labels.items()}
+    by_name = Prompt(names.template, "label", words, encoder="none")
+    ptuning.train(model, tokenizer, by_name, NAMED, **HOW, label_matrix=True)
+    assert by_name.label_matrix is not None and len(by_name.label_matrix) == 3
+    begun = Prompt.for_rows(NAMED)
+    begun.begin_from(by_name)
+    ptuning.train(model, tokenizer, begun, NAMED, **HOW, label_matrix=True)
+    count = sum(map(len, begun.labels.values()))
+    assert begun.label_matrix is not None and begun.label_matrix.shape == (count, count) != (3, 3)
+    # How many words there are is counted when they are found, too.
+    monkeypatch.setattr("ptuning.training.label_matrix.MOST", 3)
+    fresh_one = Prompt.for_rows(NAMED)
+    with pytest.raises(InputError, match=f"there are {count} label words, more than the 3"):
+        ptuning.train(model, tokenizer, fresh_one, NAMED, **HOW, label_matrix=True)
 
 
 def test_a_matrix_of_other_words_is_refused() -> None:

@@ -25,7 +25,7 @@ from .from_table import ENCODER, from_table
 from .label_names import as_verbalizer
 from .prompt_settings import PromptSettings
 from .task import check_type
-from .transfer import groups_of, resampled
+from .transfer import groups_of, reordered, resampled
 from .upload import upload
 
 _NOT_DESCRIBED = {"modules", "others", "label_matrix", "name_words", "nameless"}
@@ -168,9 +168,8 @@ class Prompt(PromptSettings):
         found = from_table(as_rows(rows), answer, template, virtual, as_rows(dev))
         prompt = cls(found.template, found.columns.answer, verbalizer, **settings)
         if verbalizer is None and found.words is not None:
-            prompt.verbalizer = as_verbalizer(
-                {label: [name] for label, name in found.words.items()}
-            )
+            names = {label: [name] for label, name in found.words.items()}
+            prompt.verbalizer = as_verbalizer(names)
             prompt.name_words, prompt.nameless = found.telling, found.nameless
         return prompt
 
@@ -219,8 +218,8 @@ class Prompt(PromptSettings):
         fits &= all(getattr(self, name) == getattr(start, name) for name in shape)
         self.vectors, self.base_model = vectors, start.base_model
         self.encoder_weights = start.encoder_weights if fits else None
-        if self.labels == start.labels:
-            self.label_matrix = start.label_matrix
+        if self.labels == start.labels and start.label_matrix is not None:
+            self.label_matrix = reordered(start.label_matrix, start.labels, self.labels)
         self._begins = self.num_virtual_tokens is None
 
     def set_count(self, count: int) -> None:
@@ -232,6 +231,11 @@ class Prompt(PromptSettings):
                 self.encoder_weights = None
             self._begins = False
             check_vectors(self.vectors, count)
+
+    def set_words(self, verbalizer: Mapping[str, Sequence[str]]) -> None:
+        """Let the labels have other words; a label matrix of those before has to go."""
+        before, self.verbalizer = self.labels, verbalizer
+        self.label_matrix = self.label_matrix if self.labels == before else None
 
     def become(self, other: Prompt) -> None:
         """Take over another prompt's settings, such as the winner's of a population."""
@@ -333,8 +337,9 @@ class Prompt(PromptSettings):
         folder: Path,
         description: dict[str, Any],
         tensors: dict[str, Tensor],
-        edited: list[str],
+        copy: dict[str, Any],
     ) -> Prompt:
+        edited = prompt_files.edited(description, copy)
         known = {f.name for f in fields(cls)} - _NOT_DESCRIBED
         members = description.pop(prompt_files.ENSEMBLE, [])
         described = set(description).union(*members) - known
@@ -352,8 +357,8 @@ class Prompt(PromptSettings):
         for number, other in enumerate(prompt.others, 1):
             other.base_model, other.encoder_weights = prompt.base_model, None
             other.vectors = tensors[prompt_files.of_member(number)]
-        for number, member in enumerate((prompt, *prompt.others)):
-            member.label_matrix = prompt_files.matrix(folder, tensors, number, member.labels)
+        for n, one in enumerate((prompt, *prompt.others)):
+            one.label_matrix = prompt_files.matrix(folder, tensors, n, one.labels, copy)
         prompt.vectors = tensors["vectors"]
         prompt.encoder_weights = prompt_files.starting(tensors, "encoder.") or None
         prompt.modules = prompt_files.starting(tensors, "module.")

@@ -24,6 +24,7 @@ from .. import formats, places
 from ..errors import InputError, PromptFileError, warn
 from .consistency import check_matrix
 from .model_card import HEADING, model_card
+from .transfer import reordered
 
 FORMAT_VERSION = 3
 """The newest that is read."""
@@ -73,12 +74,12 @@ def are_in(folder: Path) -> bool:
     return any((folder / name).exists() for name in (_DESCRIPTION, _TENSORS))
 
 
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
     """Description and tensors of a saved prompt; ``vectors`` ``(virtual tokens, width)`` is among
     them, in float32.
 
     Returns:
-        with the two the keys in which the description differs from its copy beside the vectors.
+        with the two the description's copy beside the vectors.
 
     Raises:
         PromptFileError: missing, damaged, or of a newer format.
@@ -105,10 +106,15 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
             f"{_DESCRIPTION}); copy it again or retrain"
         )
     tensors |= {name: tensors[name].float() for name in tables}
+    return description, tensors, copy
+
+
+def edited(description: dict[str, Any], copy: dict[str, Any]) -> list[str]:
+    """The keys in which a description differs from its copy beside the vectors."""
     texts = {
         key: (json.dumps(value), json.dumps(description.get(key))) for key, value in copy.items()
     }
-    return description, tensors, [key for key, (one, other) in texts.items() if one != other]
+    return [key for key, (one, other) in texts.items() if one != other]
 
 
 def beside(vectors: Tensor, weights: dict[str, Tensor] | None) -> dict[str, Tensor]:
@@ -133,19 +139,39 @@ def matrices(each: Sequence[Tensor | None]) -> dict[str, Tensor]:
 
 
 def matrix(
-    folder: Path, tensors: Mapping[str, Tensor], number: int, labels: Mapping[str, Sequence[str]]
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    number: int,
+    labels: Mapping[str, Sequence[str]],
+    copy: Mapping[str, Any],
 ) -> Tensor | None:
     """The label matrix ``(words, words)`` of a member, counted from 0, in float32; None without.
+
+    Args:
+        folder: of the prompt.
+        tensors: all of it.
+        number: the member.
+        labels: the member's, as the description has them: in any order.
+        copy: the description beside the tensors, whose words the matrix is of.
 
     Raises:
         PromptFileError: it is not of these labels' words.
     """
     found = tensors.get(_matrix_of(number))
+    if found is None:
+        return None
     try:
         check_matrix(found, labels)
     except InputError as error:
         raise PromptFileError(f"{folder}/{_DESCRIPTION}: {error}") from None
-    return None if found is None else found.float()
+    before = [copy, *copy.get(ENSEMBLE, [])][number].get("verbalizer") if copy else labels
+    placed = reordered(found.float(), before, labels)
+    if placed is None:
+        raise PromptFileError(
+            f"{folder}/{_DESCRIPTION} has other label words than the label matrix in {_TENSORS}: "
+            "give those again, or train again with these"
+        )
+    return placed
 
 
 def _matrix_of(number: int) -> str:

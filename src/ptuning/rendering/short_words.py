@@ -41,7 +41,7 @@ def settle_words(prompt: Prompt, tokenizer: Any, kind: str) -> None:
         return str(tokenizer.decode([token])).strip()
 
     if words := one_token_words(names, parts, tokens, text):
-        prompt.verbalizer = as_verbalizer(words)
+        prompt.set_words(as_verbalizer(words))
 
 
 def ids_as_answer(prompt: Prompt, tokenizer: Any, kind: str) -> Callable[[str], tuple[int, ...]]:

@@ -60,7 +60,7 @@ def find_words(base: BaseModel, prompt: Prompt, rows: Sequence[Example]) -> None
     settle_words(prompt, base.tokenizer, base.kind)
     words = distributed.from_main(lambda: _words(base, prompt, rows))
     if words is not None:
-        prompt.verbalizer = as_verbalizer(words)
+        prompt.set_words(as_verbalizer(words))
 
 
 def _words(base: BaseModel, prompt: Prompt, rows: Sequence[Example]) -> dict[str, list[str]] | None:

@@ -30,7 +30,7 @@ def with_examples(
     """The members with their examples; those of one template share them."""
     made: dict[str | None, tuple[Renderer, list[Rendered], list[Rendered]]] = {}
     variants = []
-    prompts = _settled(base, [prompt for _, prompt, _ in chosen])
+    prompts = settled(base, [prompt for _, prompt, _ in chosen])
     for (name, _, settings), prompt in zip(chosen, prompts, strict=True):
         if prompt.template not in made:
             renderer = Engine(base).renderer(prompt)
@@ -54,7 +54,7 @@ def with_examples(
     return variants
 
 
-def _settled(base: BaseModel, prompts: Sequence[Prompt]) -> list[Prompt]:
+def settled(base: BaseModel, prompts: Sequence[Prompt]) -> list[Prompt]:
     """Copies of members' prompts (which may be rendered again, with other examples) whose label
     words stand fast: those of one template have the same, and a label has as many in each template,
     since the rows of all are compared side by side."""
@@ -68,7 +68,7 @@ def _settled(base: BaseModel, prompts: Sequence[Prompt]) -> list[Prompt]:
         prompt.name_words = None
         if own := words[prompt.template]:
             least = {label: min(len(of[label]) for of in words.values()) for label in own}
-            prompt.verbalizer = {label: own[label][: least[label]] for label in own}
+            prompt.set_words({label: own[label][: least[label]] for label in own})
     return prompts
 
 

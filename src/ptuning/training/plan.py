@@ -23,7 +23,7 @@ from .checks import check_run, check_some, check_whole
 from .found_words import find_words
 from .grid import Named, Variant, choices, columns_read
 from .label_matrix import settled_matrix
-from .members import answers_of, with_examples
+from .members import answers_of, settled, with_examples
 from .refit import settled_refit
 from .settings import TrainSettings
 from .word_noise import settled_noise
@@ -99,12 +99,15 @@ def planned(
         find_words(base, draft, rows)
     draft.nameless = False
     chosen = choices(draft, settings, population, grid)
-    prompts, count = [one for _, one, _ in chosen], len(rows) + len(dev)
+    prompts, count = settled(base, [one for _, one, _ in chosen]), len(rows) + len(dev)
     noise = settled_noise(settings, prompts, lessons is not None)
     matrix = settled_matrix(settings, prompts, lessons is not None)
     goes_on = lessons is None and settled_refit(settings, prompts, count, aside)
-    settled: dict[str, Any] = {"word_noise": noise, "label_matrix": matrix, "refit": goes_on}
-    chosen = [(name, one, replace(how, **settled)) for name, one, how in chosen]
+    same: dict[str, Any] = {"word_noise": noise, "label_matrix": matrix, "refit": goes_on}
+    chosen = [
+        (name, one, replace(how, **same))
+        for (name, _, how), one in zip(chosen, prompts, strict=True)
+    ]
     if not dev and not settings.folds:
         advice.append(guidance.without_dev(len(chosen), settings.patience))
     learnt = (None, None) if lessons is None else (lessons.training, lessons.dev)
