@@ -10,6 +10,7 @@ import torch
 
 import ptuning
 from ptuning.errors import DataError
+from ptuning.forward.label_scores import Words
 from ptuning.forward.plain import answer_logits, example_losses
 from ptuning.inference.evaluation import teacher_forced
 from ptuning.prompts.task import fill, named_fields
@@ -38,16 +39,16 @@ def test_each_example_compares_its_own_words(family: str) -> None:
     renderer = Renderer(tokenizer, task(), KINDS[family])
     examples = [renderer(row) for row in ROWS]
     batch = tiny.batch(model, renderer, examples, [0] * len(ROWS))
-    owner = torch.tensor(renderer.owner)
+    words_of_labels = Words.of(renderer.owner)
     with torch.no_grad():
-        got = example_losses(answer_logits(model, batch), batch, owner)
+        got = example_losses(answer_logits(model, batch), batch, words_of_labels)
         for row, loss in zip(ROWS[:3], got, strict=False):
             words = {"0": row["choice1"], "1": row["choice2"]}
             alone = Renderer(
                 tokenizer, ptuning.Task("{premise} so [MASK]", verbalizer=words), KINDS[family]
             )
             one = tiny.batch(model, alone, [alone(row)], [0])
-            expected = example_losses(answer_logits(model, one), one, owner)[0]
+            expected = example_losses(answer_logits(model, one), one, words_of_labels)[0]
             assert float(loss) == pytest.approx(float(expected), abs=1e-5)
     assert float(got[3]) == pytest.approx(float(torch.log(torch.tensor(2.0))), abs=1e-5)
 
