@@ -68,9 +68,7 @@ class Member(nn.Module):
             self._initialise(prompt, embedding, words)
             self.random_state = torch.get_rng_state()
         self.draws = prompt.encoder == "lstm" and prompt.encoder_dropout > 0
-        count = sum(map(len, prompt.labels.values()))
-        begun = torch.zeros(count, count, dtype=torch.float32)
-        self._begun_matrix = begun if prompt.label_matrix is None else prompt.label_matrix.float()
+        self._words, self._begun_matrix = sum(map(len, prompt.labels.values())), prompt.label_matrix
         self.matrix: nn.Parameter | None = None
         self.matrix_scale = 1.0
 
@@ -102,8 +100,11 @@ class Member(nn.Module):
     def add_matrix(self, scale: float) -> None:
         """Have a label matrix, zero or the prompt's own, which is so many times its parameter."""
         self.matrix_scale = scale
-        begun = self._begun_matrix.to(self.encoder.embedding.weight.device)
-        self.matrix = nn.Parameter(begun / scale)
+        begun = torch.zeros(self._words, self._words)
+        if self._begun_matrix is not None:
+            begun = self._begun_matrix.detach()
+        own = begun.to(self.encoder.embedding.weight.device, torch.float32)
+        self.matrix = nn.Parameter(own / scale)
 
     @property
     def rows(self) -> int:
