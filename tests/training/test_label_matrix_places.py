@@ -4,13 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ptuning import Prompt
+from ptuning.forward.label_scores import mixed
 from ptuning.training.population import Member
 
 from .. import tiny
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_under_mixed_precision_it_counts_in_float32(dtype: torch.dtype) -> None:
+    """Scores of words of several tokens are in the hundreds, and their differences small."""
+    made = torch.Generator().manual_seed(0)
+    scores = torch.randn(4, 14, generator=made) * 50 - 200
+    matrix = torch.randn(14, 14, generator=made, requires_grad=True)
+    expected = mixed(scores, matrix)
+    (wanted,) = torch.autograd.grad(expected.sum() * 2**16, matrix)
+    with torch.autocast("cpu", dtype=dtype):
+        found = mixed(scores, matrix)
+    (gradient,) = torch.autograd.grad(found.sum() * 2**16, matrix)
+    assert torch.equal(found, expected) and torch.equal(gradient, wanted)
 
 
 class Largest(TorchFunctionMode):
