@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,11 +13,15 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+import ptuning
 from ptuning import Prompt
+from ptuning.backbone.identity import describe
 from ptuning.forward.label_scores import mixed
 from ptuning.training.population import Member
 
 from .. import tiny
+
+WORDS = {"a": "Paris", "b": "Oslo"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -55,3 +63,32 @@ def test_a_member_without_one_takes_no_room_for_it() -> None:
     member.add_matrix(2.0)
     assert member.matrix is not None and member.matrix.shape == (1000, 1000)
     assert not member.matrix.any()
+
+
+def with_one(**settings: Any) -> Prompt:
+    prompt = Prompt("[P*2] {text} [MASK]", answer="label", verbalizer=WORDS, **settings)
+    prompt.vectors = torch.zeros(2, 32)
+    return prompt
+
+
+def test_what_merge_says_of_it_names_the_prompt() -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    prompts = {"first": with_one(label_matrix=torch.eye(2)), "second": with_one()}
+    with pytest.warns(UserWarning, match="the prompt 'first' compares its labels by a matrix"):
+        ptuning.merge(model, tokenizer, prompts)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_inspect_tells_of_one_of_any_member(
+    own: bool, tmp_path: Path, model_folder: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    model, tokenizer = ptuning.load_model(str(model_folder))
+    one, other = with_one(label_matrix=torch.eye(2)), with_one()
+    prompt = replace(one, others=[other]) if own else replace(other, others=[one])
+    prompt.base_model = describe(model, tokenizer)
+    for members, told in ((prompt, True), (replace(other, base_model=prompt.base_model), False)):
+        members.save(tmp_path / "out")
+        code, said, err = run("inspect", tmp_path / "out")
+        assert code == 0 and ("label matrix" in said) is told, err
+        code, said, err = run("inspect", tmp_path / "out", "--json")
+        assert code == 0 and json.loads(said)["label_matrix"] is told, err

@@ -24,12 +24,14 @@ def inspect(
     prompt = saved_prompt.load(prompt_folder)
     base, tokenizer = loading.base_model(saved_prompt.base_name(prompt, model), dtype)
     neighbours, mean_norm = nearest_words(base, tokenizer, prompt, words)
+    matrix = any(member.label_matrix is not None for member in prompt.members)
     if json_output:
         tokens = [{"norm": n.norm, "nearest": [list(w) for w in n.words]} for n in neighbours]
         console.print_json(
             {
                 **prompt.settings(),
                 "num_virtual_tokens": len(neighbours),
+                "label_matrix": matrix,
                 "members": len(prompt.members),
                 "base_model": prompt.base_model.get("name"),
                 "training": prompt.training,
@@ -41,7 +43,7 @@ def inspect(
     lines = [
         ("template", prompt.template or "(in front)"),
         ("base model", prompt.base_model.get("name", "unknown")),
-        *([] if prompt.label_matrix is None else [("label matrix", "of all label words")]),
+        *([("label matrix", "of all label words")] if matrix else []),
         *(("bias", f"{label} {bias:+.3f}") for label, bias in (prompt.label_bias or {}).items()),
         *([("ensemble", f"{len(prompt.members)} members")] if prompt.others else []),
         *(("label", f"{label} = {' | '.join(words)}") for label, words in prompt.labels.items()),

@@ -76,7 +76,7 @@ def merge(
             **{"text": text.text, "virtual_ids": own, "labels": text.labels},
             "vectors": fingerprint(prompt),
         }
-        table[name] |= scaling(prompt)
+        table[name] |= scaling(prompt, f"the prompt {name!r}")
         if not text.add_special_tokens:
             table[name]["add_special_tokens"] = False
         if text.turn is not None:
@@ -89,9 +89,13 @@ def merge(
     return Merged(twin, merged_tokenizer, table)
 
 
-def scaling(prompt: Prompt) -> dict[str, Any]:
+def scaling(prompt: Prompt, named: str = "this prompt") -> dict[str, Any]:
     """What a client makes of label words' log-probabilities: ``label_matrix``, of all words in
     their order (`forward.label_scores`), and ``label_bias``, of labels; nothing of most prompts.
+
+    Args:
+        prompt: that is asked for.
+        named: how to speak of it.
 
     Warns:
         UserWarning: of a matrix, without which fewer answers are right.
@@ -99,7 +103,7 @@ def scaling(prompt: Prompt) -> dict[str, Any]:
     told: dict[str, Any] = {}
     if prompt.label_matrix is not None:
         warn(
-            "this prompt compares its labels by a matrix (label_matrix, beside its labels): a "
+            f"{named} compares its labels by a matrix (label_matrix, beside its labels): a "
             "client that only reads how likely label words are gets fewer right; for such clients "
             "train without (--no-label-matrix)"
         )
