@@ -17,6 +17,7 @@ from ptuning import InputError, Prompt, PromptFileError, TrainSettings
 from ptuning.backbone.base_model import BaseModel
 from ptuning.forward.label_scores import matrices_of, mixed
 from ptuning.inference import exports
+from ptuning.training.grid import choices
 from ptuning.training.label_matrix import MOST, packed, rows_of, settled_matrix, unpacked
 from ptuning.training.loop import Loop
 
@@ -234,6 +235,10 @@ def test_training_goes_on_from_it_or_without() -> None:
     backwards.begin_from(prompt)
     found = shares(model, tokenizer, backwards).flip(1)
     torch.testing.assert_close(found, shares(model, tokenizer, prompt), atol=1e-6, rtol=1e-5)
+    grid = {"template": [TEMPLATE, "[P*4] {text} [MASK]"]}
+    of_grid = choices(prompt, TrainSettings(), 1, grid)
+    begun_ones = [(one.vectors is None, one.label_matrix is None) for _, one, _ in of_grid]
+    assert begun_ones == [(False, False), (True, True)]
     # Without a word on it training goes on as it began.
     ptuning.train(model, tokenizer, prompt, ROWS, ROWS[:4], **HOW)
     assert prompt.label_matrix is not None

@@ -130,7 +130,7 @@ def _prompt(prompt: Prompt, chosen: dict[str, Any]) -> Prompt:
     if changes:
         changes["encoder_weights"] = None
         if template != prompt.template:
-            changes |= {"num_virtual_tokens": None, "vectors": None}
+            changes |= {"num_virtual_tokens": None, "vectors": None, "label_matrix": None}
     return prompt.checked(**changes)
 
 
