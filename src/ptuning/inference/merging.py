@@ -104,8 +104,8 @@ def scaling(prompt: Prompt, named: str = "this prompt") -> dict[str, Any]:
     if prompt.label_matrix is not None:
         warn(
             f"{named} compares its labels by a matrix (label_matrix, beside its labels): a "
-            "client that only reads how likely label words are gets fewer right; for such clients "
-            "train without (--no-label-matrix)"
+            "client that only reads how likely label words are gets far fewer right; for such "
+            "clients train without (--no-label-matrix)"
         )
         told["label_matrix"] = prompt.label_matrix.tolist()
     if prompt.label_bias:
