@@ -137,7 +137,7 @@ class Fuzz:
 
     @staticmethod
     def _ensemble(trained: ptuning.Prompt) -> ptuning.Prompt:
-        """Two members that compare labels, with a bias."""
+        """Two members that compare labels, with a bias and a label matrix."""
         words: Any = {"a": "Paris", "b": ["Rome", "it is"]}
         first, other = (
             ptuning.Prompt(
@@ -148,6 +148,7 @@ class Fuzz:
             )
             for _ in range(2)
         )
+        other.label_matrix = torch.eye(3)
         return replace(first, others=[other], label_bias={"a": 0.5, "b": -1.0})
 
     def case(self, number: int) -> str | None:

@@ -17,6 +17,7 @@ from ptuning import InputError, Prompt, PromptFileError, TrainSettings
 from ptuning.backbone.base_model import BaseModel
 from ptuning.forward.label_scores import matrices_of, mixed
 from ptuning.inference import exports
+from ptuning.prompts import prompt_files
 from ptuning.training.grid import choices
 from ptuning.training.label_matrix import MOST, packed, rows_of, settled_matrix, unpacked
 from ptuning.training.loop import Loop
@@ -316,6 +317,15 @@ def test_labels_that_get_other_words_in_training_begin_without_one(
     fresh_one = Prompt.for_rows(NAMED)
     with pytest.raises(InputError, match=f"there are {count} label words, more than the 3"):
         ptuning.train(model, tokenizer, fresh_one, NAMED, **HOW, label_matrix=True)
+
+
+@pytest.mark.parametrize("told", [{"verbalizer": None}, {}, {"verbalizer": {"a": 1}}])
+def test_tensors_that_do_not_say_of_which_words_it_is_are_refused(
+    told: dict[str, Any], tmp_path: Path
+) -> None:
+    tensors, labels = {"label_matrix": torch.zeros(1, 1)}, {"a": ["Paris"]}
+    with pytest.raises(PromptFileError, match="does not say of which label words"):
+        prompt_files.matrix(tmp_path, tensors, 0, labels, {"save_id": "x", **told})
 
 
 def test_a_matrix_of_other_words_is_refused() -> None:

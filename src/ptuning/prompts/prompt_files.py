@@ -164,8 +164,14 @@ def matrix(
         check_matrix(found, labels)
     except InputError as error:
         raise PromptFileError(f"{folder}/{_DESCRIPTION}: {error}") from None
-    before = [copy, *copy.get(ENSEMBLE, [])][number].get("verbalizer") if copy else labels
-    placed = reordered(found.float(), before, labels)
+    try:
+        before = [copy, *copy.get(ENSEMBLE, [])][number]["verbalizer"] if copy else labels
+        placed = reordered(found.float(), before, labels)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise PromptFileError(
+            f"{folder}/{_TENSORS} does not say of which label words its label matrix is; copy it "
+            "again or retrain"
+        ) from None
     if placed is None:
         raise PromptFileError(
             f"{folder}/{_DESCRIPTION} has other label words than the label matrix in {_TENSORS}: "

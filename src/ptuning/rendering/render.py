@@ -132,8 +132,8 @@ class Renderer:
         self.labels = {c: (c,) for c in candidates} if candidates else task.labels
         self.compares = bool(candidates) or (bool(task.labels) and task.label_mode == "labels")
         self.owner = [n for n, words in enumerate(self.labels.values()) for _ in words]
-        bias = None if candidates else task.label_bias
-        self.bias = None if bias is None else [bias[label] for label in self.labels]
+        given = None if candidates else task.label_bias
+        self.bias = None if given is None else [given[label] for label in self.labels]
         self.matrix = task.label_matrix if isinstance(task, Prompt) and not candidates else None
         self._in_words = () if candidates else columns_in_words(task)
         self._literal = bool(candidates)

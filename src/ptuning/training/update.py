@@ -153,17 +153,13 @@ class Update:
         self.learners = [learners[number] for number in active]
         self.table, self.gradient, self.losses, self.failed = table, gradient, losses, failed
         self.encoders = Encoders([learner.member.encoder for learner in self.learners])
-        places = torch.arange(len(table))
-        members = [learner.member for learner in self.learners]
-        counts = [member.encoder.total_virtual_tokens for member in members]
-        own = [places[rows[number]] for number in active]
-        of_vectors = [o[:count] for o, count in zip(own, counts, strict=True)]
+        of_vectors, self._matrices = [], []
+        for learner, own in zip(self.learners, (rows[number] for number in active), strict=True):
+            behind = own.start + learner.member.encoder.total_virtual_tokens
+            of_vectors.append(torch.arange(own.start, behind))
+            if learner.member.matrix is not None:
+                self._matrices.append((learner.member, slice(behind, own.stop)))
         self._rows = torch.cat(of_vectors).to(table.device)
-        self._matrices = [
-            (member, slice(rows[number].start + count, rows[number].stop))
-            for member, number, count in zip(members, active, counts, strict=True)
-            if member.matrix is not None
-        ]
         self._active = torch.tensor(active, device=table.device)
         self.rates = torch.zeros_like(failed)
         self.report = torch.stack([losses, failed])
