@@ -1,11 +1,13 @@
 """How far an answer depends on the seed: one prompt, the best of four, four together.
 
     python benchmarks/steady.py --data everyday/ --dtype bfloat16 --output out/
+    python benchmarks/steady.py --data everyday/ --dtype bfloat16 --output made/ --template auto
 
 `everyday/TASK/{train,dev,test}.jsonl` hold `text` and `label`. Five times four seeds are trained on
 the same examples; the deviations are over the five. From the same prompts: their vectors averaged,
 and the label biases of ``--calibrate``. Epochs and members are chosen on dev, the figures are from
-test and, for what might become a default, from dev. A run that was stopped goes on.
+test and, for what might become a default, from dev. A run that was stopped goes on; several with
+one folder and other `--groups` share the work.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ TEMPLATES = {
     "subj": "{text} [P*6] This is [MASK]",
 }
 """Texts come first, so that a population computes them once."""
+MADE = "auto"
+"""Instead of a template: the one that a table gets without one."""
 GROUPS, MEMBERS = 5, 4
 Figures = dict[str, Any]
 
@@ -43,12 +47,15 @@ def measure(base: tuple[Any, Any], folder: Path, template: str, first_seed: int)
     Args:
         base: model and tokenizer.
         folder: of the task's rows.
-        template: of all members.
+        template: of all members, or `MADE`.
         first_seed: of the population.
     """
     parts = {p: ptuning.read_examples(folder / f"{p}.jsonl") for p in ("train", "dev", "test")}
     labels = sorted({str(row["label"]) for row in parts["train"]})
-    prompt = Prompt(template, answer="label", verbalizer={label: label for label in labels})
+    if template == MADE:
+        prompt = Prompt.for_rows([*parts["train"], *parts["dev"]], answer="label")
+    else:
+        prompt = Prompt(template, answer="label", verbalizer={label: label for label in labels})
     settings = TrainSettings(seed=first_seed, halving=False, ensemble=MEMBERS)
     result = ptuning.train(
         *base, prompt, parts["train"], parts["dev"], settings=settings, population=MEMBERS,
@@ -131,13 +138,16 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tasks", nargs="+", default=list(TEMPLATES), choices=list(TEMPLATES))
+    parser.add_argument("--template", choices=[MADE], help="the made one instead of ours")
+    parser.add_argument("--groups", nargs="+", type=int, default=range(GROUPS))
     options = parser.parse_args()
-    decisive = {"model": options.model, "dtype": options.dtype, "templates": TEMPLATES}
+    templates = {task: options.template or ours for task, ours in TEMPLATES.items()}
+    decisive = {"model": options.model, "dtype": options.dtype, "templates": templates}
     ledger, found = Ledger(options.output, decisive), {}
     base: Any = None
-    for group in range(GROUPS):
+    for group in options.groups:
         for task in options.tasks:
-            name, template = f"{task}-{group}", TEMPLATES[task]
+            name, template = f"{task}-{group}", templates[task]
             figures = ledger.get(name, digest(template))
             if figures is None:
                 base = base or ptuning.load_model(options.model, dtype=options.dtype)

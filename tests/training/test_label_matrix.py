@@ -146,6 +146,20 @@ def test_its_step_is_the_derivative_of_the_loss() -> None:
     )
 
 
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_the_loss_is_that_with_it_and_that_without_in_equal_parts(family: str) -> None:
+    model, tokenizer, begun, _ = trained(family)
+    assert begun.label_matrix is not None
+    begun.label_matrix = 20 * begun.label_matrix
+    plain = replace(begun, label_matrix=None)
+    both = [ptuning.evaluate(model, tokenizer, prompt, ROWS).loss for prompt in (begun, plain)]
+    assert abs(both[0] - both[1]) > 0.05  # type: ignore[operator]
+    how = {**HOW, "epochs": 1, "learning_rate": 1e-12, "batch_size": 6, "word_noise": 0.0}
+    result = ptuning.train(model, tokenizer, begun, ROWS, ROWS, **how)
+    assert result.history[0]["loss"] == pytest.approx(sum(both) / 2, abs=1e-5)  # type: ignore[arg-type]
+    assert result.history[0]["dev_loss"] == pytest.approx(both[0], abs=1e-4)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..rendering.collate import IGNORED, Batch
 from . import divergence
-from .label_scores import Words, losses_of_labels
+from .label_scores import Words, losses_of_labels, training_losses
 from .label_words import label_word_scores
 from .output_head import compared, frozen_head, logits_of, seeing
 from .plain import (
@@ -67,7 +67,8 @@ def losses(
         shortener: as for `plain.answer_logits`.
     """
     if batch.labels is not None and words is not None:
-        return _of_labels(model, batch, batch.labels, words, shortener)[0]
+        scores = word_scores(model, batch, len(words), shortener)
+        return training_losses(scores, batch.labels, words, batch.member, batch.taught)
     read = _read(model, batch, shortener, LARGEST)
     if isinstance(read, Tensor):
         return example_losses(read, batch, None)
@@ -80,7 +81,8 @@ def losses_and_right(
 ) -> tuple[Tensor, Tensor]:
     """`losses`, and as `plain.examples_right` says which examples ``(N,)`` are answered right."""
     if batch.labels is not None and words is not None:
-        return _of_labels(model, batch, batch.labels, words, shortener)
+        scores = word_scores(model, batch, len(words), shortener)
+        return losses_of_labels(scores, batch.labels, words, batch.member, batch.taught)
     read = _read(model, batch, shortener, LARGEST)
     if isinstance(read, Tensor):
         return example_losses(read, batch, None), examples_right(read, batch, None)
@@ -100,13 +102,6 @@ def word_scores(
         return plain_word_scores(read, batch, words)
     untaught = replace(batch, taught=None, likely=None)  # a lesson is of labels, not of tokens
     return -_by_position(read, untaught)[0].sum(1).view(-1, words)
-
-
-def _of_labels(
-    model: nn.Module, batch: Batch, labels: Tensor, words: Words, shortener: Shortener | None
-) -> tuple[Tensor, Tensor]:
-    scores = word_scores(model, batch, len(words), shortener)
-    return losses_of_labels(scores, labels, words, batch.member, batch.taught)
 
 
 def _by_position(unread: _Unread, batch: Batch) -> tuple[Tensor, Tensor]:

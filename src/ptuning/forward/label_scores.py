@@ -6,7 +6,8 @@
 
 s are the words' log-probabilities, up to one constant per example. M ``(words, words)`` is trained
 with a prompt's virtual tokens (`training.label_matrix`): matrix scaling (Guo et al. 2017, arXiv
-1706.04599, section 4.2) around the identity.
+1706.04599, section 4.2) around the identity. What is trained is the mean of the loss with M and the
+one without.
 """
 
 from __future__ import annotations
@@ -69,6 +70,23 @@ def by_label(scores: Tensor, words: Tensor) -> Tensor:
         for label in range(max(owner) + 1)
     ]
     return torch.stack(pooled, dim=1)
+
+
+def training_losses(
+    scores: Tensor,
+    labels: Tensor,
+    words: Words,
+    member: Tensor | None = None,
+    taught: Tensor | None = None,
+) -> Tensor:
+    """The loss ``(N,)`` of each example that is trained with; the arguments are those of
+    `losses_of_labels`. Where there are matrices it is the mean of that with them and that without,
+    so that the virtual tokens are worth something to who leaves the matrix out, too."""
+    losses = losses_of_labels(scores, labels, words, member, taught)[0]
+    if words.matrices is None or member is None:
+        return losses
+    without = losses_of_labels(scores, labels, Words(words.owner), taught=taught)[0]
+    return (losses + without) / 2
 
 
 def losses_of_labels(

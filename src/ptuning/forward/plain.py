@@ -23,7 +23,7 @@ from ..errors import InputError
 from ..rendering.collate import IGNORED, Batch
 from . import divergence
 from .attention import own_attention
-from .label_scores import Words, losses_of_labels
+from .label_scores import Words, losses_of_labels, training_losses
 from .norms import own_norms
 
 
@@ -191,7 +191,7 @@ def example_losses(logits: Tensor, batch: Batch, words: Words | None) -> Tensor:
     """The loss ``(N,)`` of each example, a sum over its answer tokens."""
     if batch.labels is not None and words is not None:
         scores = word_scores(logits, batch, len(words))
-        return losses_of_labels(scores, batch.labels, words, batch.member, batch.taught)[0]
+        return training_losses(scores, batch.labels, words, batch.member, batch.taught)
     if batch.taught is not None and batch.likely is not None:
         return divergence.of_tokens(logits, batch.taught, batch.likely).sum(1)
     return answer_nll(logits, batch.answers).sum(1)

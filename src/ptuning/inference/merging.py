@@ -103,9 +103,9 @@ def scaling(prompt: Prompt, named: str = "this prompt") -> dict[str, Any]:
     told: dict[str, Any] = {}
     if prompt.label_matrix is not None:
         warn(
-            f"{named} compares its labels by a matrix (label_matrix, beside its labels): a "
-            "client that only reads how likely label words are gets far fewer right; for such "
-            "clients train without (--no-label-matrix)"
+            f"{named} compares its labels by a matrix, which clients have to apply (label_matrix, "
+            "beside its labels): who only reads how likely label words are, or lets the model "
+            "write one, gets as many right as with a prompt trained without (--no-label-matrix)"
         )
         told["label_matrix"] = prompt.label_matrix.tolist()
     if prompt.label_bias:

@@ -112,8 +112,9 @@ class TrainSettings:
             virtual tokens, as a made one does; else 0, so with a teacher, and where the model is
             trained.
         label_matrix: train, with the virtual tokens, a matrix by which each label word's score
-            gets some of the others', for labels that their words alone tell apart badly. By default
-            from 12 labels on, but not with a teacher, and for a prompt that has one.
+            gets some of the others', for labels that their words alone tell apart badly; half of
+            the loss stays that without it. By default from 12 labels on, but not with a teacher,
+            and for a prompt that has one.
         prefix_cache: keep the keys and values of text before the first virtual token: ``auto``
             (part of the free memory), ``off`` (every row is computed as a whole), or bytes such as
             ``2G``. Changes no result.
