@@ -6,6 +6,7 @@ import ast
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,19 @@ main()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "stopped\n")
+
+
+def test_ctrl_c_while_it_ends_shows_no_traceback() -> None:
+    script = """
+import atexit, os, signal, sys
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+sys.argv = ["ptuning", "--version"]
+from ptuning.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"ptuning {ptuning.__version__}\n", "")
+    assert done.returncode == -signal.SIGINT
 
 
 def test_a_shell_can_complete_commands() -> None:
