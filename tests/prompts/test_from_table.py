@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -139,10 +140,15 @@ def test_truths_of_two_kinds_of_files_are_the_same_labels(written: str) -> None:
         assert words_of(Prompt.for_rows(text, dev=own)) == {written: "yes", other: "no"}
 
 
-def test_labels_that_differ_only_in_case_are_two_and_said() -> None:
-    with pytest.warns(UserWarning, match="'Spam' and 'spam' differ only in case"):
-        prompt = prompt_for(["Spam", "spam"])
-    assert words_of(prompt) == {"Spam": "Spam", "spam": "spam"}
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("Spam", "spam"), ("caf\u00e9", "cafe\u0301"), ("top up", "top\u00a0up"), ("a b", "a  b")],
+)
+def test_labels_that_hardly_differ_are_two_and_said(one: str, other: str) -> None:
+    told = re.escape(f"the labels {one!r} and {other!r} differ only in case, spaces or the coding")
+    with pytest.warns(UserWarning, match=told):
+        prompt = prompt_for([one, other])
+    assert words_of(prompt) == {one: one, other: other}
 
 
 def test_texts_tell_which_word_of_a_name_stands_for_its_label() -> None:

@@ -13,6 +13,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
+from unicodedata import normalize
 
 from ..data.columns import Columns, are_labels, have_letters
 from ..data.values import plain, text_of
@@ -49,10 +50,10 @@ def label_words(rows: Sequence[Mapping[str, Any]], columns: Columns) -> dict[str
         )
     if not (are_labels(labels) or all(isinstance(cell, bool) for cell in cells)):
         return None
-    if pair := _alike_but_for_case(known):
+    if pair := _alike(known):
         warn(
-            f"the labels {pair[0]!r} and {pair[1]!r} differ only in case, and count as two; make "
-            "them one in the data if that is what they are"
+            f"the labels {pair[0]!r} and {pair[1]!r} differ only in case, spaces or the coding of "
+            "letters, and count as two; make them one in the data if that is what they are"
         )
     names = _names(known)
     if columns.twin is not None and not have_letters(known):
@@ -157,11 +158,12 @@ def readable(name: str) -> str:
     return " ".join(spaced.split())
 
 
-def _alike_but_for_case(labels: Sequence[str]) -> tuple[str, str] | None:
-    """The first two labels that differ in case alone."""
+def _alike(labels: Sequence[str]) -> tuple[str, str] | None:
+    """The first two labels that differ in case, spaces or the coding of letters alone."""
     first: dict[str, str] = {}
     for label in labels:
-        if (other := first.setdefault(label.casefold(), label)) != label:
+        read = " ".join(normalize("NFC", label.casefold()).split())
+        if (other := first.setdefault(read, label)) != label:
             return other, label
     return None
 
