@@ -95,6 +95,7 @@ def test_of_many_prompts_the_first_are_named(run: Run) -> None:
 def test_mistakes_are_one_line_and_change_nothing(run: Run) -> None:
     Path("full").mkdir()
     Path("full/mine.txt").write_text("x")
+    shutil.copytree("one", "my one")
     assert run("one", "--output", "merged")[0] == 0
     before = _table()
     for arguments, told in [
@@ -102,6 +103,7 @@ def test_mistakes_are_one_line_and_change_nothing(run: Run) -> None:
         (["one", "other/one", "--output", "x"], "would both be called 'one'"),
         (["one", "--name", "a", "--name", "b", "--output", "x"], "2 times for 1 prompts"),
         (["one", "--name", "../a", "--output", "x"], "cannot name a merged prompt"),
+        (["my one", "--output", "x"], "ptuning merge --name gives another"),
         (["one", "--output", "full"], "holds no merged model"),
         (["one", "--output", "full/mine.txt"], "is a file"),
         (["two", "--output", "merged", "--model", "base"], "is a merged model; leave --model"),

@@ -66,14 +66,13 @@ def export(
 def _merged(folder: str, model: str | None, dtype: str, alone: bool) -> Merged:
     """The merged model of a folder, or one with the folder's prompt in it."""
     from ..inference.merged_files import Merged, holds_merged
-    from ..inference.merging import check_name, merge
+    from ..inference.merging import merge
 
     if holds_merged(folder):
         if model is not None:
             raise InputError(f"{folder} is a merged model; --model goes with a saved prompt")
         return Merged.load(folder, dtype)
-    name = saved_prompt.last_part(folder)
-    check_name(name)
+    name = saved_prompt.merged_name(folder)
     prompt = saved_prompt.load_one(folder, alone, "merged into a model")
     return merge(*_base(prompt, model, dtype), {name: prompt})
 

@@ -91,8 +91,10 @@ def _names(folders: list[str], names: list[str]) -> dict[str, str]:
             "none"
         )
     found: dict[str, str] = {}
-    for folder, name in zip(folders, names or map(saved_prompt.last_part, folders), strict=True):
+    for name in names:
         check_name(name)
+    names = names or [saved_prompt.merged_name(folder) for folder in folders]
+    for folder, name in zip(folders, names, strict=True):
         if name in found:
             raise InputError(
                 f"{found[name]} and {folder} would both be called {name!r}; give --name for each"

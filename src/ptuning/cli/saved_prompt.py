@@ -74,6 +74,24 @@ def last_part(folder: str) -> str:
     return path.resolve().name if path.is_dir() else path.name
 
 
+def merged_name(folder: str) -> str:
+    """What a prompt is called in a merged model if nobody names it.
+
+    Raises:
+        InputError: its folder's name cannot be a merged prompt's.
+    """
+    from ..inference.merging import check_name
+
+    name = last_part(folder)
+    try:
+        check_name(name)
+    except InputError as error:
+        raise InputError(
+            f"{error}; this is the name of the prompt's folder: ptuning merge --name gives another"
+        ) from None
+    return name
+
+
 def load_one(folder: str, alone: bool, what: str) -> Prompt:
     """A prompt for what an ensemble cannot be.
 
