@@ -86,6 +86,22 @@ def test_training_predicting_and_measuring_take_every_kind() -> None:
         assert torch.equal(got[0], vectors) and got[1:] == (said, loss), kind
 
 
+def test_none_is_no_dev_examples_as_a_trainers_eval_dataset() -> None:
+    model, tokenizer, rows = (
+        tiny.model("llama"),
+        tiny.tokenizer(),
+        [{"text": "France", "answer": "Paris"}],
+    )
+    prompts = [ptuning.Prompt("[P] {text} [MASK]", encoder="none") for _ in range(2)]
+    for prompt, dev in zip(prompts, (None, ()), strict=True):
+        ptuning.train(model, tokenizer, prompt, rows, dev, epochs=1, verbose=False)
+    assert torch.equal(prompts[0].trained_vectors(), prompts[1].trained_vectors())
+    table = [{"text": word, "label": "ab"[n % 2]} for n, word in enumerate(("up", "on") * 4)]
+    assert ptuning.Prompt.for_rows(table, dev=None).template == "[P*20] {text} [P*20] Type: [MASK]"
+    with pytest.raises(DataError, match=r"rows are expected.*None came"):
+        ptuning.train(model, tokenizer, prompts[0], None, verbose=False)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [

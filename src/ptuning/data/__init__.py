@@ -2,6 +2,6 @@
 
 from .rows import Row
 from .sources import read_examples, stream_examples
-from .tables import Rows, as_rows
+from .tables import Rows, as_rows, optional_rows
 
-__all__ = ["Row", "Rows", "as_rows", "read_examples", "stream_examples"]
+__all__ = ["Row", "Rows", "as_rows", "optional_rows", "read_examples", "stream_examples"]

@@ -41,6 +41,12 @@ def as_rows(source: Rows) -> list[Row]:
     return list(_rows_of(source))
 
 
+def optional_rows(source: Rows | None) -> list[Row]:
+    """The rows of a table that need not be there: None has none, as a `Trainer`'s
+    ``eval_dataset``."""
+    return [] if source is None else as_rows(source)
+
+
 def _rows_of(source: Any) -> Iterator[Row]:
     if isinstance(source, str) and _WORD.fullmatch(source) and not Path(source).exists():
         raise DataError(  # the hub would be asked for long where it cannot be reached

@@ -20,7 +20,7 @@ from torch import nn
 
 from .. import distributed
 from ..backbone.base_model import BaseModel
-from ..data import Row, Rows, as_rows
+from ..data import Row, Rows, as_rows, optional_rows
 from ..data.rows import listed
 from ..data.setting_aside import set_aside, usual_share
 from ..data.values import plain
@@ -67,10 +67,10 @@ def distill(
     tokenizer: Any,
     prompt: Prompt,
     rows: Rows,
-    dev: Rows = (),
+    dev: Rows | None = (),
     *,
     teacher: str | Prompt,
-    test: Rows = (),
+    test: Rows | None = (),
     label_weight: float = 0.0,
     calibrate_teacher: bool = False,
     output: str | Path | None = None,
@@ -125,8 +125,8 @@ def distill(
         rows = as_rows(rows)
         check_whole(prompt, rows, answered=False)
         read = columns_asked(prompt, long, settings, population, grid)
-        training, choosing = with_dev(rows, as_rows(dev), read, settings.seed)
-        held_out = as_rows(test) or choosing
+        training, choosing = with_dev(rows, optional_rows(dev), read, settings.seed)
+        held_out = optional_rows(test) or choosing
         check_distillation(
             *(prompt, long, training, choosing, held_out, settings, population, grid, label_weight),
             calibrate_teacher=calibrate_teacher,

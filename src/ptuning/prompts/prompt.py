@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import formats, places, storage
 from ..backbone.identity import fingerprint
-from ..data import Rows, as_rows
+from ..data import Rows, as_rows, optional_rows
 from ..errors import InputError, PromptFileError, warn
 from . import peft_files, prompt_files
 from .consistency import check_alike, check_matrix, check_vectors
@@ -137,7 +137,7 @@ class Prompt(PromptSettings):
         template: str | None = None,
         verbalizer: Mapping[str, str | Sequence[str]] | None = None,
         *,
-        dev: Rows = (),
+        dev: Rows | None = (),
         **settings: Any,
     ) -> Prompt:
         """A prompt for a table: its template is made of the columns' names, its label words of the
@@ -165,7 +165,7 @@ class Prompt(PromptSettings):
         virtual = settings.get("num_virtual_tokens")
         if template is None:
             settings = {"encoder": ENCODER, **settings}
-        found = from_table(as_rows(rows), answer, template, virtual, as_rows(dev))
+        found = from_table(as_rows(rows), answer, template, virtual, optional_rows(dev))
         prompt = cls(found.template, found.columns.answer, verbalizer, **settings)
         if verbalizer is None and found.words is not None:
             names = {label: [name] for label, name in found.words.items()}

@@ -11,7 +11,7 @@ from torch import nn
 from ..backbone.base_model import BaseModel
 from ..backbone.eight_bits import frozen_format
 from ..backbone.modes import check_free
-from ..data import Row, Rows, as_rows
+from ..data import Row, Rows, optional_rows
 from ..data.setting_aside import set_aside
 from ..data.values import plain
 from ..errors import InputError
@@ -65,7 +65,7 @@ def planned(
     tokenizer: Any,
     prompt: Prompt,
     rows: Sequence[Row],
-    dev: Rows | float,
+    dev: Rows | float | None,
     settings: TrainSettings,
     *,
     population: int,
@@ -87,7 +87,7 @@ def planned(
         read = columns_read(choices(draft, settings, population, grid))
         rows, dev = set_aside(rows, read, answer_column(prompt, rows[0]), dev, settings.seed)
         aside = bool(dev)
-    dev = as_rows(dev)
+    dev = optional_rows(dev)
     check_run(prompt, rows, dev, settings, population, grid, answered=lessons is None)
     settings = settings.for_examples(len(rows))
     base = BaseModel.of(model, tokenizer)

@@ -44,7 +44,7 @@ def train(
     tokenizer: Any,
     prompt: Prompt,
     rows: Rows,
-    dev: Rows | float = (),
+    dev: Rows | float | None = (),
     *,
     output: str | Path | None = None,
     resume: bool = False,
