@@ -87,11 +87,8 @@ def test_training_predicting_and_measuring_take_every_kind() -> None:
 
 
 def test_none_is_no_dev_examples_as_a_trainers_eval_dataset() -> None:
-    model, tokenizer, rows = (
-        tiny.model("llama"),
-        tiny.tokenizer(),
-        [{"text": "France", "answer": "Paris"}],
-    )
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    rows = [{"text": "France", "answer": "Paris"}]
     prompts = [ptuning.Prompt("[P] {text} [MASK]", encoder="none") for _ in range(2)]
     for prompt, dev in zip(prompts, (None, ()), strict=True):
         ptuning.train(model, tokenizer, prompt, rows, dev, epochs=1, verbose=False)

@@ -170,7 +170,7 @@ def test_a_training_with_replayed_steps_is_the_plain_one(
         made, expected = (one.prompt.label_matrix for one in (graphed, plain))
         assert made is not None and made.abs().max() > 1e-2
         # Its numbers are ten times as large as those of vectors.
-        torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

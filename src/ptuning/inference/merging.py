@@ -105,7 +105,7 @@ def scaling(prompt: Prompt, named: str = "this prompt") -> dict[str, Any]:
         warn(
             f"{named} compares its labels by a matrix, which clients have to apply (label_matrix, "
             "beside its labels): who only reads how likely label words are, or lets the model "
-            "write one, gets as many right as with a prompt trained without (--no-label-matrix)"
+            "write one, gets fewer right; for such clients train without (--no-label-matrix)"
         )
         told["label_matrix"] = prompt.label_matrix.tolist()
     if prompt.label_bias:

@@ -31,8 +31,8 @@ def tell_of_labels(bias: Mapping[str, float] | None, matrix: Tensor | None) -> N
     if matrix is not None:
         warn(
             "PEFT's files have no place for the prompt's label matrix, so its labels are compared "
-            "without, and fewer answers are right, as of a prompt trained without (label_matrix="
-            "False, --no-label-matrix); apply prompt.label_matrix yourself"
+            "without, and fewer answers are right; train with label_matrix=False "
+            "(--no-label-matrix) for PEFT, or apply prompt.label_matrix yourself"
         )
     if bias:
         warn(
