@@ -89,6 +89,17 @@ def engine_of(family: str, model: Any = None) -> tuple[Any, Any, Engine]:
 # What a teacher is.
 
 
+def test_none_is_no_texts_of_their_own_to_choose_and_to_measure_with() -> None:
+    prompts = prompt_of(), prompt_of()
+    results = [
+        distilled("llama", prompt, epochs=1, dev=none, test=none)[2]
+        for prompt, none in zip(prompts, (None, ()), strict=True)
+    ]
+    assert torch.equal(prompts[0].trained_vectors(), prompts[1].trained_vectors())
+    told = [(r.agreement.examples, r.agreement.agreement) for r in results]
+    assert told[0] == told[1]
+
+
 @pytest.mark.parametrize(
     ("text", "template"),
     [
