@@ -36,6 +36,7 @@ from pyarrow import parquet
 import ptuning
 from ptuning.cli import run_files
 from ptuning.peft_compat import PeftModel
+from ptuning.prompts.label_matrix import LabelMatrix
 from ptuning.training import checkpoint
 
 from . import tiny
@@ -148,7 +149,7 @@ class Fuzz:
             )
             for _ in range(2)
         )
-        other.label_matrix = torch.eye(3)
+        other.label_matrix = LabelMatrix(("Paris", "Rome", "it is"), torch.eye(3))
         return replace(first, others=[other], label_bias={"a": 0.5, "b": -1.0})
 
     def case(self, number: int) -> str | None:

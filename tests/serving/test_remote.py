@@ -29,6 +29,7 @@ import ptuning
 from ptuning.errors import InputError
 from ptuning.inference.merged_tokenizer import free_names
 from ptuning.inference.merging import unmerge
+from ptuning.prompts.label_matrix import LabelMatrix
 from ptuning.serving.backend import Answer, Unreachable, Wish
 from ptuning.serving.batcher import Overloaded, Stopping, TooLate
 
@@ -522,7 +523,9 @@ def test_a_label_matrix_is_applied_to_what_the_server_tells_of_the_words(
 ) -> None:
     remote = Remote(there[0], str(merged))
     matrix = torch.tensor([[0.0, 0.5], [-1.0, 2.0]])
-    handle = remote.take_on("mood", replace(servers.prompt(place, "mood"), label_matrix=matrix))
+    mood = servers.prompt(place, "mood")
+    mood.label_matrix = LabelMatrix.trained(matrix, mood.labels)
+    handle = remote.take_on("mood", mood)
 
     async def post(body: dict[str, Any], wish: Wish) -> Any:
         told = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from ptuning.backbone.base_model import BaseModel
 from ptuning.forward.label_scores import matrices_of, mixed
 from ptuning.inference import exports
 from ptuning.prompts import prompt_files
+from ptuning.prompts.label_matrix import LabelMatrix
 from ptuning.training.grid import choices
 from ptuning.training.label_matrix import MOST, packed, rows_of, settled_matrix, unpacked
 from ptuning.training.loop import Loop
@@ -34,6 +36,18 @@ HOW: dict[str, Any] = {"epochs": 4, "batch_size": 2, "learning_rate": 1e-2, "ver
 
 def fresh(template: str = TEMPLATE, **settings: Any) -> Prompt:
     return Prompt(template, answer="label", verbalizer=WORDS, **{"encoder": "none", **settings})
+
+
+def matrix_of(numbers: Tensor) -> LabelMatrix:
+    """Of all words of `fresh`."""
+    return LabelMatrix(("Paris", "Rome", "Oslo", "Berlin"), numbers)
+
+
+def same(one: Prompt, other: Prompt) -> bool:
+    """Both have a label matrix, with equal numbers."""
+    both = one.label_matrix, other.label_matrix
+    found = [None if matrix is None else matrix.numbers for matrix in both]
+    return found[0] is not None and found[1] is not None and torch.equal(found[0], found[1])
 
 
 def trained(
@@ -57,7 +71,7 @@ def by_hand(model: Any, tokenizer: Any, prompt: Prompt) -> Tensor:
     scores = shares(model, tokenizer, plain).double().log()
     assert prompt.label_matrix is not None
     centred = scores - scores.mean(1, keepdim=True)
-    p = (scores + centred @ prompt.label_matrix.double().T).exp()
+    p = (scores + centred @ prompt.label_matrix.numbers.double().T).exp()
     by_label = torch.stack([p[:, 0], p[:, 1] + p[:, 2], p[:, 3]], dim=1)
     return (by_label / by_label.sum(1, keepdim=True)).float()
 
@@ -89,8 +103,8 @@ def test_it_is_packed_into_rows_and_comes_back(words: int, width: int, rows: int
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "bert", "roberta", "t5", "bart"])
 def test_every_kind_of_model_trains_one_and_answers_with_it(family: str) -> None:
     model, tokenizer, prompt, result = trained(family)
-    assert prompt.label_matrix is not None and prompt.label_matrix.abs().max() > 1e-3
-    assert prompt.label_matrix.shape == (4, 4)
+    assert prompt.label_matrix is not None and prompt.label_matrix.numbers.abs().max() > 1e-3
+    assert prompt.label_matrix.numbers.shape == (4, 4)
     expected = by_hand(model, tokenizer, prompt)
     torch.testing.assert_close(shares(model, tokenizer, prompt), expected, atol=1e-5, rtol=1e-4)
     figures = ptuning.evaluate(model, tokenizer, prompt, ROWS[:4])
@@ -120,7 +134,7 @@ def test_it_begins_at_zero_and_learns_beside_the_vectors() -> None:
         how = {"epochs": 1, "learning_rate": rate, "schedule": "constant", "warmup": 0.0}
         _, _, made, _ = trained(prompt=fresh(encoder=encoder), **how)
         assert made.label_matrix is not None
-        assert 0.5 * steps < float(made.label_matrix.abs().max()) <= 1.03 * steps
+        assert 0.5 * steps < float(made.label_matrix.numbers.abs().max()) <= 1.03 * steps
 
 
 def test_its_step_is_the_derivative_of_the_loss() -> None:
@@ -129,7 +143,7 @@ def test_its_step_is_the_derivative_of_the_loss() -> None:
         epochs=1, batch_size=6, schedule="constant", warmup=0.0, learning_rate=1e-5
     )
     assert prompt.label_matrix is not None
-    start = replace(prompt, label_matrix=torch.zeros(4, 4))
+    start = replace(prompt, label_matrix=matrix_of(torch.zeros(4, 4)))
     plain = replace(start, label_matrix=None)
     plain.verbalizer = {word: (word,) for words in prompt.labels.values() for word in words}
     scores = shares(model, tokenizer, plain).log()
@@ -142,7 +156,7 @@ def test_its_step_is_the_derivative_of_the_loss() -> None:
     clear = gradient.abs() > 1e-4
     assert clear.sum() >= 8
     torch.testing.assert_close(
-        prompt.label_matrix[clear], -1e-5 * gradient.sign()[clear], atol=1e-6, rtol=0
+        prompt.label_matrix.numbers[clear], -1e-5 * gradient.sign()[clear], atol=1e-6, rtol=0
     )
 
 
@@ -150,7 +164,7 @@ def test_its_step_is_the_derivative_of_the_loss() -> None:
 def test_the_loss_is_that_with_it_and_that_without_in_equal_parts(family: str) -> None:
     model, tokenizer, begun, _ = trained(family)
     assert begun.label_matrix is not None
-    begun.label_matrix = 20 * begun.label_matrix
+    begun.label_matrix = matrix_of(20 * begun.label_matrix.numbers)
     plain = replace(begun, label_matrix=None)
     both = [ptuning.evaluate(model, tokenizer, prompt, ROWS).loss for prompt in (begun, plain)]
     assert abs(both[0] - both[1]) > 0.05  # type: ignore[operator]
@@ -225,7 +239,7 @@ def test_a_resumed_training_is_the_undisturbed_one(tmp_path: Path) -> None:
     _, _, prompt, result = trained(**how, resume=True)
     assert result.history == whole.history
     assert torch.equal(prompt.vectors, expected.vectors)  # type: ignore[arg-type]
-    assert torch.equal(prompt.label_matrix, expected.label_matrix)  # type: ignore[arg-type]
+    assert same(prompt, expected)
     with pytest.raises(Stopped):
         trained(**how, listener=stop_after(7))
     with pytest.raises(InputError, match=r"label_matrix differs .*then true, now false"):
@@ -234,15 +248,15 @@ def test_a_resumed_training_is_the_undisturbed_one(tmp_path: Path) -> None:
 
 def test_training_goes_on_from_it_or_without() -> None:
     model, tokenizer, prompt, first = trained()
-    before = prompt.label_matrix
+    before = copy.copy(prompt)
     again = ptuning.train(
         model, tokenizer, prompt, ROWS, ROWS[:4], **{**HOW, "epochs": 1}, label_matrix=True
     )
     assert again.history[0]["loss"] < first.history[0]["loss"]
-    assert not torch.equal(prompt.label_matrix, before)  # type: ignore[arg-type]
+    assert not same(prompt, before)
     begun = fresh("[P*4] {text} [MASK]")
     begun.begin_from(prompt)
-    assert torch.equal(begun.label_matrix, prompt.label_matrix)  # type: ignore[arg-type]
+    assert same(begun, prompt)
     other = replace(fresh(), verbalizer={**WORDS, "c": "Madrid"})
     other.begin_from(prompt)
     assert other.label_matrix is None
@@ -269,7 +283,7 @@ def test_a_saved_one_comes_back_and_its_folder_is_of_version_three(
     prompt.save(tmp_path)
     loaded = Prompt.load(tmp_path)
     for one, other in zip(prompt.members, loaded.members, strict=True):
-        assert torch.equal(one.label_matrix, other.label_matrix)  # type: ignore[arg-type]
+        assert same(one, other)
     assert torch.equal(shares(model, tokenizer, loaded), shares(model, tokenizer, prompt))
     description = json.loads((tmp_path / "prompt.json").read_text())
     assert description["format_version"] == 3 and "label_matrix" not in description
@@ -277,7 +291,7 @@ def test_a_saved_one_comes_back_and_its_folder_is_of_version_three(
     for one in (description, *description.get("ensemble", [])):
         one["verbalizer"]["b"] = ["Rome"]
     (tmp_path / "prompt.json").write_text(json.dumps(description))
-    with pytest.raises(PromptFileError, match=r"label_matrix is \(4, 4\), and the labels have 3"):
+    with pytest.raises(PromptFileError, match="other label words than the label matrix"):
         Prompt.load(tmp_path)
 
 
@@ -320,12 +334,12 @@ def test_labels_that_get_other_words_in_training_begin_without_one(
     words = {label: list(of_label) for label, of_label in names.labels.items()}
     by_name = Prompt(names.template, "label", words, encoder="none")
     ptuning.train(model, tokenizer, by_name, NAMED, **HOW, label_matrix=True)
-    assert by_name.label_matrix is not None and len(by_name.label_matrix) == 3
+    assert by_name.label_matrix is not None and len(by_name.label_matrix.words) == 3
     begun = Prompt.for_rows(NAMED)
     begun.begin_from(by_name)
     ptuning.train(model, tokenizer, begun, NAMED, **HOW, label_matrix=True)
     count = sum(map(len, begun.labels.values()))
-    assert begun.label_matrix is not None and begun.label_matrix.shape == (count, count) != (3, 3)
+    assert begun.label_matrix is not None and len(begun.label_matrix.words) == count != 3
     # How many words there are is counted when they are found, too.
     monkeypatch.setattr("ptuning.training.label_matrix.MOST", 3)
     fresh_one = Prompt.for_rows(NAMED)
@@ -343,12 +357,42 @@ def test_tensors_that_do_not_say_of_which_words_it_is_are_refused(
 
 
 def test_a_matrix_of_other_words_is_refused() -> None:
-    with pytest.raises(InputError, match=r"label_matrix is \(3, 3\), and the labels have 4 words"):
-        fresh(label_matrix=torch.zeros(3, 3))
-    with pytest.raises(InputError, match="label_matrix is list, and the labels have 4 words"):
-        fresh(label_matrix=[[0.0]])
-    with pytest.raises(InputError, match=r"\(1, 1\), and the labels have 0 words"):
-        Prompt("[P] {x} [MASK]", label_matrix=torch.zeros(1, 1))
+    with pytest.raises(InputError, match=r"numbers are \(3, 3\), for 4 words"):
+        matrix_of(torch.zeros(3, 3))
+    with pytest.raises(InputError, match=r"numbers are list, for 1 words"):
+        LabelMatrix(("a",), [[0.0]])  # type: ignore[arg-type]
+    one = LabelMatrix(("Paris",), torch.zeros(1, 1))
+    with pytest.raises(
+        InputError, match=r"words \['Paris'\], and the labels have \['Paris', 'Rome'"
+    ):
+        fresh(label_matrix=one)
+    with pytest.raises(InputError, match=r"words \['Paris'\], and the labels have \[\]"):
+        Prompt("[P] {x} [MASK]", label_matrix=one)
+    with pytest.raises(InputError, match=r"label_matrix is tensor\(.*; expected a LabelMatrix"):
+        fresh(label_matrix=torch.zeros(4, 4))
+
+
+def test_it_goes_with_its_words_when_others_are_given() -> None:
+    """As many others would be compared by numbers that were never theirs."""
+    model, tokenizer, prompt, _ = trained()
+    turned = replace(prompt, verbalizer={"c": "Berlin", "b": ["Oslo", "Rome"], "a": "Paris"})
+    found = shares(model, tokenizer, turned).flip(1)
+    torch.testing.assert_close(found, shares(model, tokenizer, prompt), atol=1e-6, rtol=1e-5)
+    of_others = {**WORDS, "c": "Madrid"}
+    with pytest.raises(InputError, match=r"and the labels have .*'Madrid'.*take label_matrix out"):
+        replace(prompt, verbalizer=of_others)
+    assigned = copy.copy(prompt)
+    assigned.verbalizer = {"a": ["Paris"], "b": ["Rome", "Oslo"], "c": ["Madrid"]}
+    for use in (
+        lambda: shares(model, tokenizer, assigned),
+        lambda: ptuning.merge(model, tokenizer, {"kind": assigned}),
+        lambda: assigned.files("anywhere"),
+        lambda: ptuning.train(model, tokenizer, assigned, ROWS, **HOW),
+    ):
+        with pytest.raises(InputError, match="take label_matrix out"):
+            use()
+    without = replace(prompt, verbalizer=of_others, label_matrix=None)
+    assert shares(model, tokenizer, without).shape == (6, 3)
 
 
 def test_what_goes_to_others_tells_it_and_pefts_files_cannot() -> None:
@@ -356,11 +400,11 @@ def test_what_goes_to_others_tells_it_and_pefts_files_cannot() -> None:
     assert prompt.label_matrix is not None
     with pytest.warns(UserWarning, match=r"label_matrix, beside its labels.*--no-label-matrix"):
         merged = ptuning.merge(model, tokenizer, {"kind": prompt})
-    assert merged.prompts["kind"]["label_matrix"] == prompt.label_matrix.tolist()
+    assert merged.prompts["kind"]["label_matrix"] == prompt.label_matrix.numbers.tolist()
     base = BaseModel.of(model, tokenizer)
     with pytest.warns(UserWarning, match="label_matrix, beside its labels"):
         parts = json.loads(exports.export(prompt, base, "vllm-embeds")["vllm_embeds.json"])
-    assert parts["label_matrix"] == prompt.label_matrix.tolist()
+    assert parts["label_matrix"] == prompt.label_matrix.numbers.tolist()
     front = fresh("[P*5] {text} [MASK]", label_matrix=prompt.label_matrix)
     front.vectors = prompt.vectors
     with pytest.warns(UserWarning, match=r"no place for the prompt's label matrix.*--no-label"):

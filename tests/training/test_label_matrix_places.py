@@ -17,11 +17,13 @@ import ptuning
 from ptuning import Prompt
 from ptuning.backbone.identity import describe
 from ptuning.forward.label_scores import mixed
+from ptuning.prompts.label_matrix import LabelMatrix
 from ptuning.training.population import Member
 
 from .. import tiny
 
 WORDS = {"a": "Paris", "b": "Oslo"}
+EYE = LabelMatrix(("Paris", "Oslo"), torch.eye(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -73,7 +75,7 @@ def with_one(**settings: Any) -> Prompt:
 
 def test_what_merge_says_of_it_names_the_prompt() -> None:
     model, tokenizer = tiny.model("llama"), tiny.tokenizer()
-    prompts = {"first": with_one(label_matrix=torch.eye(2)), "second": with_one()}
+    prompts = {"first": with_one(label_matrix=EYE), "second": with_one()}
     with pytest.warns(UserWarning, match="the prompt 'first' compares its labels by a matrix"):
         ptuning.merge(model, tokenizer, prompts)
 
@@ -83,7 +85,7 @@ def test_inspect_tells_of_one_of_any_member(
     own: bool, tmp_path: Path, model_folder: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:
     model, tokenizer = ptuning.load_model(str(model_folder))
-    one, other = with_one(label_matrix=torch.eye(2)), with_one()
+    one, other = with_one(label_matrix=EYE), with_one()
     prompt = replace(one, others=[other]) if own else replace(other, others=[one])
     prompt.base_model = describe(model, tokenizer)
     for members, told in ((prompt, True), (replace(other, base_model=prompt.base_model), False)):

@@ -209,7 +209,9 @@ def _digest(prompt: Prompt) -> str:
     digest = hashlib.sha256()
     for member in prompt.members:
         digest.update(repr(member.settings()).encode(errors="backslashreplace"))
-        for tensor in (member.trained_vectors(), member.label_matrix):
-            if tensor is not None:
-                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        tensors = [member.trained_vectors()]
+        if member.label_matrix is not None:
+            tensors.append(member.label_matrix.of(member.labels))
+        for tensor in tensors:
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -219,7 +219,7 @@ def _about_member(member: Task) -> dict[str, Any]:
     if isinstance(member, Prompt):
         told["vectors"] = member.trained_vectors().double().sum().item()
         if member.label_matrix is not None:
-            told["label_matrix"] = member.label_matrix.double().abs().sum().item()
+            told["label_matrix"] = member.label_matrix.numbers.double().abs().sum().item()
     return told
 
 

@@ -69,7 +69,7 @@ def _told(member: Task) -> dict[str, Any]:
         return member.settings()
     tensors = {"vectors": member.trained_vectors()}
     if member.label_matrix is not None:
-        tensors["label_matrix"] = member.label_matrix
+        tensors["label_matrix"] = member.label_matrix.of(member.labels)
     return {**member.settings(), "vectors": formats.sha256(formats.pack_tensors(tensors, {}))}
 
 

@@ -102,12 +102,12 @@ def scaling(prompt: Prompt, named: str = "this prompt") -> dict[str, Any]:
     """
     told: dict[str, Any] = {}
     if prompt.label_matrix is not None:
+        told["label_matrix"] = prompt.label_matrix.of(prompt.labels).tolist()
         warn(
             f"{named} compares its labels by a matrix, which clients have to apply (label_matrix, "
             "beside its labels): who only reads how likely label words are, or lets the model "
             "write one, gets fewer right; for such clients train without (--no-label-matrix)"
         )
-        told["label_matrix"] = prompt.label_matrix.tolist()
     if prompt.label_bias:
         told["label_bias"] = dict(prompt.label_bias)
     return told

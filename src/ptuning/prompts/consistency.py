@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -41,23 +40,6 @@ def check_vectors(vectors: Tensor, count: int | None) -> None:
         raise InputError(
             f"the prompt has {count} virtual tokens, and its vectors are {len(vectors)}: they "
             "belong to another template"
-        )
-
-
-def check_matrix(matrix: Tensor | None, labels: Mapping[str, Sequence[str]]) -> None:
-    """Refuse what is no label matrix of these labels' words.
-
-    Raises:
-        InputError: says what came.
-    """
-    if matrix is None:
-        return
-    words = sum(map(len, labels.values()))
-    shape = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
-    if shape != (words, words) or not words:
-        raise InputError(
-            f"label_matrix is {shape}, and the labels have {words} words: it belongs to other "
-            "words; give these again, or take label_matrix out (None) and train again"
         )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import formats
 from ..errors import PromptFileError, warn
 from .encoder_config import CONFIG_NAME, PromptEncoderConfig, TaskType
+from .label_matrix import LabelMatrix
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _OLD_NAME = "adapter_model.bin"
@@ -26,13 +27,13 @@ TASK_TYPES = {"causal": TaskType.CAUSAL_LM, "seq2seq": TaskType.SEQ_2_SEQ_LM}
 """PEFT has no P-tuning for masked LMs, and without a task type it leaves the prompt out."""
 
 
-def tell_of_labels(bias: Mapping[str, float] | None, matrix: Tensor | None) -> None:
+def tell_of_labels(bias: Mapping[str, float] | None, matrix: LabelMatrix | None) -> None:
     """Warn that PEFT's files say nothing of a label bias or a label matrix."""
     if matrix is not None:
         warn(
             "PEFT's files have no place for the prompt's label matrix, so its labels are compared "
             "without, and fewer answers are right; train with label_matrix=False "
-            "(--no-label-matrix) for PEFT, or apply prompt.label_matrix yourself"
+            "(--no-label-matrix) for PEFT, or apply prompt.label_matrix.numbers yourself"
         )
     if bias:
         warn(

@@ -18,14 +18,15 @@ from ..backbone.identity import fingerprint
 from ..data import Rows, as_rows, optional_rows
 from ..errors import InputError, PromptFileError, warn
 from . import peft_files, prompt_files
-from .consistency import check_alike, check_matrix, check_vectors
+from .consistency import check_alike, check_vectors
 from .encoder_config import CONFIG_NAME, PromptEncoderConfig, PromptEncoderReparameterizationType
 from .encoder_width import hidden_size
 from .from_table import ENCODER, from_table
+from .label_matrix import LabelMatrix, check_matrix
 from .label_names import as_verbalizer
 from .prompt_settings import PromptSettings
 from .task import check_type
-from .transfer import groups_of, reordered, resampled
+from .transfer import groups_of, resampled
 from .upload import upload
 
 _NOT_DESCRIBED = {"modules", "others", "label_matrix", "name_words", "nameless"}
@@ -46,9 +47,8 @@ class Prompt(PromptSettings):
         peft_config: the configuration that `peft_compat` made it from; empty for others.
         others: further members of an ensemble, which answer together with this one; empty for a
             prompt alone.
-        label_matrix: ``(words, words)`` float32, of all label words in their order: what each one's
-            score gets of the others' (`forward.label_scores`), trained with the vectors; None for
-            prompts without.
+        label_matrix: what each label word's score gets of the others' (`LabelMatrix`), trained with
+            the vectors; None for prompts without.
         name_words: where its label words are the labels' own names (`for_rows`): the words of each
             name, the most telling first. The first tokenizer that the prompt meets may bring words
             of one token in the names' place.
@@ -71,7 +71,7 @@ class Prompt(PromptSettings):
     modules: dict[str, Tensor] = field(default_factory=dict, repr=False)
     peft_config: dict[str, Any] = field(default_factory=dict, repr=False)
     others: Sequence[Prompt] = field(default=(), repr=False)
-    label_matrix: Tensor | None = field(default=None, repr=False)
+    label_matrix: LabelMatrix | None = field(default=None, repr=False)
     name_words: dict[str, tuple[str, ...]] | None = field(default=None, repr=False)
     nameless: bool = field(default=False, repr=False)
     _begins = False  # at vectors of another prompt, before its own words are tokens
@@ -218,8 +218,8 @@ class Prompt(PromptSettings):
         fits &= all(getattr(self, name) == getattr(start, name) for name in shape)
         self.vectors, self.base_model = vectors, start.base_model
         self.encoder_weights = start.encoder_weights if fits else None
-        if self.labels == start.labels and start.label_matrix is not None:
-            self.label_matrix = reordered(start.label_matrix, start.labels, self.labels)
+        if self.labels == start.labels:
+            self.label_matrix = start.label_matrix
         self._begins = self.num_virtual_tokens is None
 
     def set_count(self, count: int) -> None:
@@ -299,7 +299,7 @@ class Prompt(PromptSettings):
             own = other.trained_vectors().float().clone()  # members may share a tensor
             tensors[prompt_files.of_member(number)] = own
         tensors |= prompt_files.matrices(
-            [self.label_matrix, *(o.label_matrix for o in self.others)]
+            [(one.label_matrix, one.labels) for one in (self, *self.others)]
         )
         base = self.base_model
         description = {

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from .. import formats, places
 from ..errors import InputError, PromptFileError, warn
-from .consistency import check_matrix
+from .label_matrix import LabelMatrix, Labels, check_matrix
 from .model_card import HEADING, model_card
-from .transfer import reordered
 
 FORMAT_VERSION = 3
 """The newest that is read."""
@@ -129,11 +128,12 @@ def of_member(number: int) -> str:
     return f"member.{number}.vectors"
 
 
-def matrices(each: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    """The tensors that hold label matrices, of a prompt and of further members."""
+def matrices(each: Sequence[tuple[LabelMatrix | None, Labels]]) -> dict[str, Tensor]:
+    """The tensors that hold label matrices, of a prompt and of further members; beside each are the
+    labels whose order it is written in."""
     return {
-        _matrix_of(number): matrix.float().clone()
-        for number, matrix in enumerate(each)
+        _matrix_of(number): matrix.of(labels).float().clone()
+        for number, (matrix, labels) in enumerate(each)
         if matrix is not None
     }
 
@@ -142,10 +142,10 @@ def matrix(
     folder: Path,
     tensors: Mapping[str, Tensor],
     number: int,
-    labels: Mapping[str, Sequence[str]],
+    labels: Labels,
     copy: Mapping[str, Any],
-) -> Tensor | None:
-    """The label matrix ``(words, words)`` of a member, counted from 0, in float32; None without.
+) -> LabelMatrix | None:
+    """The label matrix of a member, counted from 0, in float32; None without.
 
     Args:
         folder: of the prompt.
@@ -161,23 +161,21 @@ def matrix(
     if found is None:
         return None
     try:
-        check_matrix(found, labels)
-    except InputError as error:
-        raise PromptFileError(f"{folder}/{_DESCRIPTION}: {error}") from None
-    try:
         before = [copy, *copy.get(ENSEMBLE, [])][number]["verbalizer"] if copy else labels
-        placed = reordered(found.float(), before, labels)
-    except (AttributeError, IndexError, KeyError, TypeError):
+        read = LabelMatrix.trained(found.float(), before)
+    except (AttributeError, IndexError, KeyError, TypeError, InputError):
         raise PromptFileError(
             f"{folder}/{_TENSORS} does not say of which label words its label matrix is; copy it "
             "again or retrain"
         ) from None
-    if placed is None:
+    try:
+        check_matrix(read, labels)
+    except InputError:
         raise PromptFileError(
             f"{folder}/{_DESCRIPTION} has other label words than the label matrix in {_TENSORS}: "
             "give those again, or train again with these"
-        )
-    return placed
+        ) from None
+    return read
 
 
 def _matrix_of(number: int) -> str:

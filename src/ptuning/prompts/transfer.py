@@ -1,5 +1,4 @@
-"""One prompt's vectors as the start of another's, whose template has other numbers of them; and its
-label matrix, whose labels stand in another order.
+"""One prompt's vectors as the start of another's, whose template has other numbers of them.
 
 A prompt that was trained on another task is a good start (Vu et al. 2022, SPoT, arXiv 2110.07904).
 Group by group, where the templates have as many groups of virtual tokens, each new token begins at
@@ -8,8 +7,7 @@ the old one that stands at the same part of its group's length.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import chain
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,22 +30,6 @@ def resampled(vectors: Tensor, before: Sequence[int], after: Sequence[int]) -> T
         chosen += [first + ((2 * place + 1) * old) // (2 * new) for place in range(new)]
         first += old
     return vectors[torch.tensor(chosen)]
-
-
-def reordered(
-    matrix: Tensor, before: Mapping[str, Sequence[str]], after: Mapping[str, Sequence[str]]
-) -> Tensor | None:
-    """A label matrix ``(words, words)`` of some labels' words for the same words in another order;
-    None where they are other words."""
-    old, new = (
-        sorted((word, place) for place, word in enumerate(chain.from_iterable(labels.values())))
-        for labels in (before, after)
-    )
-    if [word for word, _ in old] != [word for word, _ in new]:
-        return None
-    found = {there: here for (_, here), (_, there) in zip(old, new, strict=True)}
-    order = torch.tensor([found[place] for place in range(len(new))], device=matrix.device)
-    return matrix[order][:, order]
 
 
 def groups_of(task: Task, count: int) -> list[int]:

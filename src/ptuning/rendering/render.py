@@ -134,10 +134,10 @@ class Renderer:
         self.owner = [n for n, words in enumerate(self.labels.values()) for _ in words]
         given = None if candidates else task.label_bias
         self.bias = None if given is None else [given[label] for label in self.labels]
-        self.matrix = task.label_matrix if isinstance(task, Prompt) and not candidates else None
+        matrix = task.label_matrix if isinstance(task, Prompt) and not candidates else None
+        self.matrix = None if matrix is None else matrix.of(self.labels)
         self._in_words = () if candidates else columns_in_words(task)
-        self._literal = bool(candidates)
-        self._told_alike = False
+        self._literal, self._told_alike = bool(candidates), False
         self._longest_answer = longest_answer
         fewer = known_tokens is not None and known_tokens < len(tokenizer)
         self.known_tokens = known_tokens if fewer else None

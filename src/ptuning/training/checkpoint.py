@@ -160,7 +160,7 @@ def identity_of(
     start = first.prompt.vectors
     chosen["the prompt to begin from"] = None if start is None else start.double().sum().item()
     if (matrix := first.prompt.label_matrix) is not None:  # older releases have none
-        chosen["the label matrix to begin from"] = matrix.double().abs().sum().item()
+        chosen["the label matrix to begin from"] = matrix.numbers.double().abs().sum().item()
     chosen["the base model"] = sample_of(base.model)["values"]
     if teacher is not None:  # the examples have its answers: another one's are other data
         chosen["the teacher"] = teacher

@@ -14,6 +14,7 @@ from ..backbone.base_model import BaseModel
 from ..errors import InputError
 from ..forward.engine import Engine
 from ..forward.scoring import score_together
+from ..prompts.label_matrix import LabelMatrix
 from ..prompts.prompt import Prompt
 from .calibration import attached
 from .grid import Variant
@@ -48,7 +49,7 @@ def trained(variant: Variant, learner: Learner, base: BaseModel) -> Prompt:
     """A member as a prompt of its own, without the encoder's weights."""
     prompt = copy.copy(variant.prompt)
     prompt.vectors, prompt.encoder_weights = learner.best["vectors"], None
-    prompt.label_matrix = learner.best.get("label_matrix")
+    prompt.label_matrix = LabelMatrix.trained(learner.best.get("label_matrix"), prompt.labels)
     prompt.base_model = base.describe()
     prompt.training = {"seed": variant.settings.seed, **learner.figures()}
     return prompt

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..backbone.base_model import BaseModel
+from ..prompts.label_matrix import LabelMatrix
 from ..prompts.prompt import Prompt
 from .ensemble import dev_figures, trained
 from .folds import FoldResult
@@ -77,8 +78,8 @@ def become(prompt: Prompt, outcome: Outcome, base: BaseModel) -> None:
     (variant, learner), *others = outcome.best_ones
     learner.put_best_into_model()
     prompt.become(variant.prompt)
-    prompt.vectors, prompt.label_matrix = learner.best["vectors"], learner.best.get("label_matrix")
-    prompt.encoder_weights = learner.best["weights"]
+    prompt.vectors, prompt.encoder_weights = learner.best["vectors"], learner.best["weights"]
+    prompt.label_matrix = LabelMatrix.trained(learner.best.get("label_matrix"), prompt.labels)
     prompt.base_model = base.describe()
     prompt.training = {
         "learning_rate": learner.rate_as_given,

@@ -68,7 +68,7 @@ class Member(nn.Module):
             self._initialise(prompt, embedding, words)
             self.random_state = torch.get_rng_state()
         self.draws = prompt.encoder == "lstm" and prompt.encoder_dropout > 0
-        self._words, self._begun_matrix = sum(map(len, prompt.labels.values())), prompt.label_matrix
+        self._labels, self._begun_matrix = prompt.labels, prompt.label_matrix
         self.matrix: nn.Parameter | None = None
         self.matrix_scale = 1.0
 
@@ -100,9 +100,10 @@ class Member(nn.Module):
     def add_matrix(self, scale: float) -> None:
         """Have a label matrix, zero or the prompt's own, which is so many times its parameter."""
         self.matrix_scale = scale
-        begun = torch.zeros(self._words, self._words)
         if self._begun_matrix is not None:
-            begun = self._begun_matrix.detach()
+            begun = self._begun_matrix.of(self._labels).detach()
+        else:
+            begun = torch.zeros(2 * (sum(map(len, self._labels.values())),))
         own = begun.to(self.encoder.embedding.weight.device, torch.float32)
         self.matrix = nn.Parameter(own / scale)
 

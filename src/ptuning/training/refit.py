@@ -22,6 +22,7 @@ import torch
 from .. import distributed
 from ..backbone.base_model import BaseModel
 from ..errors import InputError, TrainingError, warn
+from ..prompts.label_matrix import LabelMatrix
 from ..prompts.prompt import Prompt
 from . import checkpoint
 from .grid import Variant
@@ -154,7 +155,7 @@ def _going_on(variant: Variant, learner: Learner, minutes: float | None) -> Vari
     """A member that begins as dev liked it best."""
     prompt, before = copy.copy(variant.prompt), variant.settings
     prompt.vectors, prompt.encoder_weights = learner.best["vectors"], learner.best["weights"]
-    prompt.label_matrix = learner.best.get("label_matrix")
+    prompt.label_matrix = LabelMatrix.trained(learner.best.get("label_matrix"), prompt.labels)
     settings = replace(
         before,
         epochs=before.refit_epochs,
