@@ -146,10 +146,12 @@ def forget_accelerate() -> None:
 def end_capture_pool(device: int, pool: Any) -> None:
     """Let go of the memory pool of a CUDA graph whose capture failed.
 
-    torch 2.1: ``torch.cuda.graph`` leaves the allocator in the pool then.
+    torch 2.1: ``torch.cuda.graph`` leaves the allocator in the pool then, and counts the graph as
+    one that holds it for ever. Where torch has ended it itself the first call fails.
     """
     with suppress(RuntimeError, AttributeError):
         torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
 
 
 class ReadsOtherwise(Protocol):

@@ -25,7 +25,7 @@ from ..backbone.kinds import ModelKind, kind_of
 from ..backbone.traits import is_spread, layer_weights, looks_at_lengths
 from ..backbone.upstream import has_foreign_hooks, is_compiled
 from ..rendering.collate import Batch
-from .graphs import MOST, CudaGraph, Graph
+from .graphs import MOST, CudaGraph, Graph, Pool
 from .label_words import label_word_scores
 from .static_shapes import LITTLE, Grain, Shape, StaticInputs, shape_of
 
@@ -162,7 +162,7 @@ def graphed_scores(model: nn.Module) -> GraphedScores | None:
     if device.index not in (None, torch.cuda.current_device()):
         return None
     exact = getattr(model, "dtype", None) == torch.float32 and not frozen_format(model)
-    new_graph = partial(CudaGraph, torch.cuda.graph_pool_handle(), device)
+    new_graph = partial(CudaGraph, Pool(), device)
     # Half precision rounds differently in the kernels of another shape.
     return GraphedScores(model, new_graph, 1e-4 if exact else 0.02)
 

@@ -30,11 +30,27 @@ class Graph(Protocol):
         """Do it again; the outputs are the same tensors each time."""
 
 
-class CudaGraph:
-    """`torch.cuda.CUDAGraph`; all of one training or prediction share a pool.
+class Pool:
+    """Memory of the graphs of one training or prediction.
 
-    That is safe since each replay's outputs are used before the next replay. Of the threads of a
-    process one captures at a time: a capture has the device's random state.
+    They may share it since each replay's outputs are used before the next replay.
+
+    Attributes:
+        handle: torch's name for it.
+    """
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """Graphs to come have other memory: where a capture has failed torch may take no other."""
+        self.handle = torch.cuda.graph_pool_handle()
+
+
+class CudaGraph:
+    """`torch.cuda.CUDAGraph`.
+
+    Of the threads of a process one captures at a time: a capture has the device's random state.
 
     Args:
         pool: of memory.
@@ -46,7 +62,7 @@ class CudaGraph:
     _streams: ClassVar[dict[torch.device, Any]] = {}
     """Of each device one: memory of a pool is reused on the stream that it was taken on."""
 
-    def __init__(self, pool: Any, device: torch.device):
+    def __init__(self, pool: Pool, device: torch.device):
         self._pool, self._device = pool, device
         self._graph = torch.cuda.CUDAGraph()
 
@@ -64,14 +80,16 @@ class CudaGraph:
         torch.cuda.current_stream().wait_stream(stream)
         outer = torch.cuda.current_stream()
         try:
-            options: Any = {"pool": self._pool, "capture_error_mode": "thread_local"}
+            options: Any = {"pool": self._pool.handle, "capture_error_mode": "thread_local"}
             with torch.cuda.graph(self._graph, stream=stream, **options):
                 self._outputs = function()
         except Exception:  # torch stays on the capture's stream then, and in its pool
-            torch.cuda.set_stream(outer)
-            end_capture_pool(outer.device_index, self._pool)
             with suppress(RuntimeError):
                 self._graph.reset()  # not while another thread captures
+            end_capture_pool(outer.device_index, self._pool.handle)
+            self._pool.renew()
+            _capture_nothing(stream)
+            torch.cuda.set_stream(outer)
             raise
         CudaGraph._libraries_are_up = True
 
@@ -79,3 +97,13 @@ class CudaGraph:
         """Do it again."""
         self._graph.replay()
         return self._outputs
+
+
+def _capture_nothing(stream: Any) -> None:
+    """A capture that ends: before torch 2.13 one that failed keeps the device's generator, so that
+    nobody could draw numbers there any more."""
+    graph: Any = torch.cuda.graph(
+        torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"
+    )
+    with suppress(RuntimeError), graph:
+        torch.zeros((), device=stream.device)

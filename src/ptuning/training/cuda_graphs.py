@@ -34,7 +34,7 @@ from ..backbone.traits import (
 from ..backbone.upstream import has_foreign_hooks
 from ..errors import in_one_line
 from ..forward.engine import CompiledLayers, Work
-from ..forward.graphs import MOST, CudaGraph, Graph
+from ..forward.graphs import MOST, CudaGraph, Graph, Pool
 from ..forward.plain import Shortened, behind
 from ..forward.static_shapes import Shape, StaticInputs, grain_for, shape_of
 from ..rendering.collate import Batch
@@ -299,7 +299,7 @@ def graphs_or_plain(
     exact = base.dtype == torch.float32 and accelerator.mixed_precision == "no"
     # Half precision rounds differently in the kernels of another shape.
     tolerance = 1e-3 if exact and not frozen_format(base) else 0.1
-    new_graph = partial(CudaGraph, torch.cuda.graph_pool_handle(), device_of(base))
+    new_graph = partial(CudaGraph, Pool(), device_of(base))
     return GraphedStep(population, plain, accelerator.autocast, new_graph, tolerance, say)
 
 
