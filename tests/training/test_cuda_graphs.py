@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -341,13 +342,20 @@ def test_a_shape_that_is_off_runs_plain_where_another_has_agreed(
 
 def test_where_memory_is_short_graphs_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Trained(None, monkeypatch)
-    original, failed = GraphedStep._plain, []
+    original, failed, graphs = GraphedStep._plain, [], []
+
+    class Seen(Again):
+        def __init__(self) -> None:
+            graphs.append(weakref.ref(self))
 
     def short(self: GraphedStep, batch: Any, divisor: Any) -> Any:
         own = self.plain
 
         def once(*arguments: Any) -> Any:
+            there = sum(graph() is not None for graph in graphs)
+            assert not (failed and there), "a graph holds the memory of all"
             if self.replays > 2 and not failed:
+                assert there == len(self.shapes) + 1  # the update's
                 failed.append(1)
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return own(*arguments)
@@ -359,7 +367,7 @@ def test_where_memory_is_short_graphs_make_room(monkeypatch: pytest.MonkeyPatch)
             self.plain = own
 
     monkeypatch.setattr(GraphedStep, "_plain", short)
-    graphed = Trained(Again, monkeypatch)
+    graphed = Trained(Seen, monkeypatch)
     assert failed and not graphed.made[0].shapes and "too little memory" in graphed.notes[-1]
     torch.testing.assert_close(
         graphed.prompt.trained_vectors(), plain.prompt.trained_vectors(), atol=1e-5, rtol=0

@@ -69,6 +69,7 @@ class GraphedStep:
         losses: of the members ``(members,)``: what the parts since the last `clear` add up to.
         replays: how many parts were replayed.
         fast_layers: what captured steps run the layers by; None for the layers as they are.
+        update: the graph of what comes behind a step's parts (`steps`), if there is one.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class GraphedStep:
         self.fast_layers: CompiledLayers | None = None
         self._trims = False
         self.shapes: dict[Shape, tuple[StaticInputs, Graph]] = {}
+        self.update: Graph | None = None
         self.replays = 0
         self.table = population.tables().detach().clone()
         self.device = self.table.device
@@ -272,6 +274,7 @@ class GraphedStep:
     def _refuse(self, why: str) -> None:
         self._refused = True
         self._forget(kept=False)
+        self.update = None  # a pool is given back when none of its graphs is left
         torch.cuda.empty_cache()
         self.say(f"CUDA graphs are off: {why}; every step runs plain")
 

@@ -138,7 +138,6 @@ class ReplayedSteps:
         self.part, self.accelerator = part, accelerator
         self._failed = torch.zeros_like(part.losses)
         self._update: Update | None = None
-        self._graph: Graph | None = None
         self._captures = True
         self._of: list[int] = []
         self._reader = _Reader(part.device)
@@ -175,17 +174,17 @@ class ReplayedSteps:
             self._update = Update(
                 self.learners, active, spans, part.table, part.gradient, part.losses, self._failed
             )
-            self._of, self._graph, self._rates = active, None, []
+            self._of, part.update, self._rates = active, None, []
             self._set_rates()
             self._update()
         else:
             self._set_rates()
-            if self._graph is None and self._captures and self.part.shapes:
-                self._graph = self._captured(self._update)
-            if self._graph is None:
+            if part.update is None and self._captures and part.shapes:
+                part.update = self._captured(self._update)
+            if part.update is None:
                 self._update()
             else:
-                self._graph.replay()
+                part.update.replay()
         for number in active:
             self.learners[number].steps_taken += 1
 
