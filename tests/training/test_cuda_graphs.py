@@ -18,6 +18,7 @@ import ptuning
 from ptuning.errors import InputError
 from ptuning.forward import chunked, compiled, engine, static_shapes
 from ptuning.forward.compiled import Work
+from ptuning.forward.graphs import CudaGraph
 from ptuning.forward.prefix_store import PrefixStore
 from ptuning.forward.static_shapes import COARSE, FINE, StaticInputs, rows_for, shape_of
 from ptuning.rendering.collate import IGNORED, Batch
@@ -310,6 +311,16 @@ def test_a_wrong_graph_is_refused_and_training_goes_on(
     torch.testing.assert_close(
         refused.prompt.trained_vectors(), plain.prompt.trained_vectors(), atol=1e-5, rtol=0
     )
+
+
+def test_memory_is_given_back_while_no_thread_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch raises an error otherwise, which would end the training."""
+    waited: list[bool] = []
+    monkeypatch.setattr(
+        torch.cuda, "empty_cache", lambda: waited.append(CudaGraph.capturing.locked())
+    )
+    Trained(Failing, monkeypatch, epochs=1)
+    assert waited == [True]
 
 
 def test_a_shape_that_is_off_runs_plain_where_another_has_agreed(

@@ -58,7 +58,7 @@ class CudaGraph:
     """
 
     _libraries_are_up = False
-    _capturing = threading.Lock()
+    capturing = threading.Lock()
     _streams: ClassVar[dict[torch.device, Any]] = {}
     """Of each device one: memory of a pool is reused on the stream that it was taken on."""
 
@@ -68,7 +68,7 @@ class CudaGraph:
 
     def capture(self, function: Callable[[], Any]) -> None:
         """Record, after runs on another stream: some that set libraries up, later one."""
-        with CudaGraph._capturing, torch.cuda.device(self._device):
+        with CudaGraph.capturing, torch.cuda.device(self._device):
             self._capture(function)
 
     def _capture(self, function: Callable[[], Any]) -> None:
@@ -97,6 +97,12 @@ class CudaGraph:
         """Do it again."""
         self._graph.replay()
         return self._outputs
+
+
+def give_back_memory() -> None:
+    """What torch keeps for later goes to all; while a thread captures torch refuses that."""
+    with CudaGraph.capturing:
+        torch.cuda.empty_cache()
 
 
 def _capture_nothing(stream: Any) -> None:

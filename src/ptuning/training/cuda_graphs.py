@@ -34,7 +34,7 @@ from ..backbone.traits import (
 from ..backbone.upstream import has_foreign_hooks
 from ..errors import in_one_line
 from ..forward.engine import CompiledLayers, Work
-from ..forward.graphs import MOST, CudaGraph, Graph, Pool
+from ..forward.graphs import MOST, CudaGraph, Graph, Pool, give_back_memory
 from ..forward.plain import Shortened, behind
 from ..forward.static_shapes import Shape, StaticInputs, grain_for, shape_of
 from ..rendering.collate import Batch
@@ -275,7 +275,7 @@ class GraphedStep:
         self._refused = True
         self._forget(kept=False)
         self.update = None  # a pool is given back when none of its graphs is left
-        torch.cuda.empty_cache()
+        give_back_memory()
         self.say(f"CUDA graphs are off: {why}; every step runs plain")
 
 
