@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +81,26 @@ def test_small_models_stay_in_float32_on_every_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "has", "dtype"),
-    [("cuda", True, "bfloat16"), ("cuda", False, "float32"), ("mps", True, "float32")],
+    ("device", "dtype"),
+    [("cuda:0", "float32"), ("cuda:1", "bfloat16"), ("mps", "float32")],
 )
 def test_a_gpu_takes_bfloat16_where_it_has_it(
-    device: str, has: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Each by itself: there are machines with an old and a new one."""
     monkeypatch.setattr(number_format, "_SMALL", 0)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
+    current = [0]
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: current[-1] == 1
+    )
     assert fastest(tiny.model(), torch.device(device), tmp_path).dtype == dtype
 
 

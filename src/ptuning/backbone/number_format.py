@@ -80,8 +80,10 @@ def fastest(model: nn.Module, device: torch.device, cache: Path) -> Choice:
 
 def _on_gpu(device: torch.device) -> Choice:
     name = device.type.upper()
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return Choice(HALF, "the GPU has it")
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # torch asks the current one, and others may be older
+            if torch.cuda.is_bf16_supported(including_emulation=False):
+                return Choice(HALF, "the GPU has it")
     return Choice(FULL, f"{HALF} is for CUDA devices that have it; this is {name}")
 
 
