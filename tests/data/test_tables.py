@@ -19,7 +19,7 @@ import torch
 
 import ptuning
 from ptuning.data import as_rows, read_examples
-from ptuning.data.values import is_missing, text_of
+from ptuning.data.values import is_missing, plain, text_of
 from ptuning.errors import DataError
 from tests import tiny
 
@@ -157,6 +157,13 @@ def test_columns_that_are_numbers_are_named_by_their_text() -> None:
 def test_the_text_of_a_value(value: Any, text: str) -> None:
     assert text_of("a", value) == text
     assert is_missing(value) == (text == "" and not isinstance(value, str))
+
+
+@pytest.mark.parametrize("own", ["a", 1, 0.1, True])
+def test_numpys_scalars_become_pythons_own_though_some_are_subclasses_of_them(own: Any) -> None:
+    (scalar,) = numpy.array([own])
+    assert type(scalar) is not type(own)
+    assert type(plain(scalar)) is type(own) and plain(scalar) == own
 
 
 @pytest.mark.parametrize(

@@ -976,6 +976,16 @@ def test_a_subclass_with_its_own_making_is_a_prompt() -> None:
     assert len(ptuning.predict(model, tokenizer, prompt, LABELLED)) == len(LABELLED)
 
 
+def test_a_checkpoint_of_a_training_with_numpys_numbers_can_be_read(tmp_path: Path) -> None:
+    import numpy as np
+
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    options: Any = {"output": tmp_path, "checkpoint_seconds": 0, "verbose": False}
+    decay = np.float64(0.1)
+    train(model, tokenizer, prompt_for(), ROWS, epochs=1, weight_decay=decay, **options)
+    assert checkpoint.load_newest(tmp_path) is not None
+
+
 def test_numpys_numbers_are_numbers_and_what_is_no_setting_is_said() -> None:
     import numpy as np
 

@@ -11,7 +11,7 @@ from ..errors import DataError, a_kind, excerpt
 
 def plain(value: Any) -> Any:
     """A scalar of numpy, torch or the like as Python's own; everything else as it is."""
-    if isinstance(value, str | int | float) or value is None:
+    if type(value) in (str, int, float):  # not numpy's, some of which are subclasses
         return value
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         kind = getattr(getattr(value, "dtype", None), "kind", "")
