@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -319,7 +319,7 @@ def _bias_by_label(bias: Any, labels: Mapping[str, Any]) -> dict[str, float]:
     found = {str(label): plain(value) for label, value in bias.items()}
     for label, value in found.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
+        if not number or not abs(value) <= sys.float_info.max:
             raise InputError(f"label_bias gives {value!r} for {label!r}; expected a number")
     if set(found) != set(labels):
         raise InputError(
