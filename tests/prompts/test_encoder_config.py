@@ -196,7 +196,7 @@ def test_wrong_value_is_an_error_that_names_it(values: dict[str, Any], parts: li
 
 @pytest.mark.parametrize("dropout", [1.0, -0.1, float("nan"), 2])
 def test_a_dropout_that_no_prompt_can_have_is_refused_before_a_training(dropout: float) -> None:
-    with pytest.raises(InputError, match=r"encoder_dropout is .* give a share"):
+    with pytest.raises(InputError, match=r"encoder_dropout is .* give a share, from 0 to below 1"):
         PromptEncoderConfig(num_virtual_tokens=3, encoder_dropout=dropout)
 
 

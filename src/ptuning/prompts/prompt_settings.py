@@ -107,7 +107,7 @@ def share(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"{name} is {value!r}; expected a number")
     if not 0 <= value < 1:
-        raise InputError(f"{name} is {value}; give a share, 0 to 1")
+        raise InputError(f"{name} is {value}; give a share, from 0 to below 1")
     return value
 
 

@@ -250,7 +250,7 @@ def _check(name: str, value: Any, default: Any) -> None:
         fits, wanted = _is_number(value) and value >= 0, "give a number from 0 on"
     elif name == "warmup":
         fits = _is_number(value) and 0 <= value < 1
-        wanted = "give the fraction of all steps, 0 to 1"
+        wanted = "give a fraction of all steps, from 0 to below 1"
     elif name == "seed":
         fits = whole and abs(value) <= _MOST_SEED
         wanted = f"give a whole number, at most {_MOST_SEED:,}"
