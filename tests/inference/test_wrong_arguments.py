@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import ptuning
-from ptuning.errors import InputError
+from ptuning.errors import InputError, PromptFileError
 
 from .. import tiny
 
@@ -93,6 +93,9 @@ def test_merged_prompts_that_are_none_are_refused(
     given: Any = ["a"]
     with pytest.raises(InputError, match=r"already is \['a'\]; give the merged model's"):
         ptuning.merge(model, tokenizer, {"b": prompt}, given)
+    for entry in (3, {"text": "q"}, {"text": "q", "virtual_ids": [1]}):
+        with pytest.raises(PromptFileError, match="already: the prompt 'a' and the tokenizer do"):
+            ptuning.merge(model, tokenizer, {"b": prompt}, {"a": entry})  # type: ignore[dict-item]
 
 
 def test_the_seed_of_trainer_parts_is_a_whole_number(

@@ -266,7 +266,7 @@ def test_a_prompt_that_becomes_another_has_its_words_names_too() -> None:
 @pytest.mark.parametrize("wrong", ["1", True, float("nan"), float("inf"), -(10**400)])
 def test_a_label_bias_is_a_number_that_floats_can_hold(wrong: Any) -> None:
     words = {"a": "yes", "b": "no"}
-    with pytest.raises(InputError, match="label_bias gives .* for 'b'; expected a number"):
+    with pytest.raises(InputError, match=r"label_bias gives .* for 'b'; expected a number"):
         ptuning.Prompt(TEMPLATE, verbalizer=words, label_bias={"a": 0, "b": wrong})
 
 

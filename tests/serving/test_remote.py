@@ -26,7 +26,7 @@ import torch
 import transformers
 
 import ptuning
-from ptuning.errors import InputError
+from ptuning.errors import InputError, PromptFileError
 from ptuning.inference.merged_tokenizer import free_names
 from ptuning.inference.merging import unmerge
 from ptuning.prompts.label_matrix import LabelMatrix
@@ -304,6 +304,16 @@ def test_a_table_of_an_older_merge_tells_prompts_by_their_number_of_virtual_toke
     assert remote.take_on("capital", servers.prompt(place, "capital")).ids
     with pytest.raises(InputError, match="merge it again"):
         remote.take_on("capital", servers.prompt(place, "mood"))
+
+
+@pytest.mark.parametrize("entry", [3, {"text": "x"}, {"text": "x", "virtual_ids": [1]}])
+def test_a_table_that_is_another_models_is_refused(
+    merged: Path, there: tuple[str, Any], tmp_path: Path, entry: Any
+) -> None:
+    shutil.copytree(merged, tmp_path / "merged")
+    (tmp_path / "merged" / "prompts.json").write_text(json.dumps({"capital": entry}))
+    with pytest.raises(PromptFileError, match=r"prompts\.json: the prompt 'capital' and the token"):
+        Remote(there[0], str(tmp_path / "merged"))
 
 
 def test_faults_of_the_server_behind_are_told(

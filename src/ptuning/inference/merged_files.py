@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,22 +97,31 @@ class Merged(NamedTuple):
         with storage.reading(folder):
             table = formats.read_json(folder / PROMPTS)
             model, tokenizer = load_as_saved(str(folder), dtype)
-        vocabulary = tokenizer.get_vocab()
-        for name, entry in table.items():
-            if not _fits(name, entry, vocabulary):
-                raise PromptFileError(
-                    f"{folder / PROMPTS}: the prompt {name!r} and the tokenizer do not belong "
-                    "together; merge again"
-                )
+        check_table(table, tokenizer, str(folder / PROMPTS))
         return cls(model, tokenizer, table)
 
 
-def _fits(name: str, entry: Any, vocabulary: dict[str, int]) -> bool:
-    """The tokenizer has the prompt's virtual tokens where the table says."""
-    ids = entry.get("virtual_ids") if isinstance(entry, dict) else None
-    if not isinstance(ids, list) or not isinstance(entry.get("text"), str):
-        return False
-    return ids == [vocabulary.get(token) for token in names_of(name, len(ids))]
+def check_table(table: Mapping[str, Any], tokenizer: Any, place: str) -> None:
+    """Refuse merged prompts whose virtual tokens the tokenizer has not where the table says.
+
+    Args:
+        table: `Merged.prompts`.
+        tokenizer: the merged model's.
+        place: where the table is from, for messages.
+
+    Raises:
+        PromptFileError: one has other ids, or no text or ids at all.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for name, entry in table.items():
+        whole = isinstance(entry, Mapping) and isinstance(entry.get("text"), str)
+        ids: Any = entry.get("virtual_ids") if whole else None
+        tokens = names_of(name, len(ids)) if isinstance(ids, list) else []
+        if not isinstance(ids, list) or ids != [vocabulary.get(token) for token in tokens]:
+            raise PromptFileError(
+                f"{place}: the prompt {name!r} and the tokenizer do not belong together; merge "
+                "again"
+            )
 
 
 def holds_merged(folder: str | Path) -> bool:

@@ -21,7 +21,7 @@ from ..devices import on_cpu_by_default
 from ..errors import InputError, PromptFileError, a_kind, briefly, warn
 from ..prompts.prompt import Prompt
 from ..rendering.merged_text import merged_text, names_of
-from .merged_files import Merged
+from .merged_files import Merged, check_table
 from .merged_rows import with_rows
 from .merged_tokenizer import chat_turns, free_names, set_chat_turns, with_names, without_names
 
@@ -47,7 +47,7 @@ def merge(
 
     Raises:
         InputError: a name that cannot be used or is taken, or a prompt that cannot be merged.
-        PromptFileError: a prompt was trained on another model.
+        PromptFileError: a prompt was trained on another model; `already` is another model's.
 
     Example:
         >>> merged = merge(model, tokenizer, {"capital": prompt})
@@ -58,6 +58,7 @@ def merge(
     base = BaseModel.of(model, tokenizer)
     if not isinstance(already, Mapping | None):
         raise InputError(f"already is {briefly(already)}; give the merged model's Merged.prompts")
+    check_table(already or {}, tokenizer, "already")
     table = {name: dict(entry) for name, entry in (already or {}).items()}
     before = _virtual_ids(table, tokenizer)
     _check(base, prompts, table, before)

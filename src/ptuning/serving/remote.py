@@ -27,6 +27,7 @@ from .. import formats
 from ..backbone.kinds import ModelKind
 from ..errors import InputError, PtuningError
 from ..forward.label_scores import mixed
+from ..inference.merged_files import LOGIT_BIAS, PROMPTS, check_table
 from ..inference.merged_tokenizer import free_names, without_names
 from ..inference.merging import fingerprint
 from ..prompts.prompt import Prompt
@@ -79,21 +80,23 @@ class Remote:
 
     Raises:
         InputError, Unreachable: the folder holds no merged model; the server does not answer.
+        PromptFileError: its table of prompts is damaged, or another model's.
     """
 
     def __init__(self, url: str, folder: str, waiting: int = 1024, key: str | None = None):
         self._url, self._waiting = url.rstrip("/"), waiting
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
-            self._merged = formats.read_json(Path(folder) / "prompts.json")
+            self._merged = formats.read_json(Path(folder) / PROMPTS)
         except PtuningError as error:
             raise InputError(
                 f"{error}; --model is the folder that ptuning merge wrote and vLLM serves"
             ) from None
-        bias = Path(folder) / "logit_bias.json"
+        bias = Path(folder) / LOGIT_BIAS
         self._bias = formats.read_json(bias) if bias.is_file() else None
         self.name, self._context = self._model_there()
         named = transformers.AutoTokenizer.from_pretrained(folder)
+        check_table(self._merged, named, str(Path(folder) / PROMPTS))
         tokens = [t for n, e in self._merged.items() for t in names_of(n, len(e["virtual_ids"]))]
         self._tokenizer = without_names(named, tokens)  # there what looks like one is text
         free = free_names(self._tokenizer)  # and those that were free before
