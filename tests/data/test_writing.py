@@ -18,6 +18,7 @@ from ptuning.data.partial import Output, Partial, begun, refused
 from ptuning.data.rows import Row
 from ptuning.data.writing import SEPARATORS, convert, json_line, write_parquet, write_separated
 from ptuning.errors import DataError, InputError, PtuningError
+from ptuning.places import held
 
 ROWS: list[dict[str, Any]] = [
     {"text": 'one, "two"\nthree', "n": 1, "b": True, "x": None, "l": ["a"], "m": 1},
@@ -217,6 +218,23 @@ def test_only_the_same_run_goes_on_and_nothing_is_replaced_unasked(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
     with pytest.raises(InputError, match="exists"), begun(output, {}, False, False):
         pass
+
+
+def test_of_two_runs_that_begin_at_the_same_moment_only_one_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = Output(tmp_path / "out.jsonl")
+
+    def late(path: Path, **how: bool) -> Any:
+        monkeypatch.undo()
+        path.unlink()  # as a run does that finds it before it is held
+        path.write_bytes(b"")
+        return held(path, **how)
+
+    monkeypatch.setattr("ptuning.data.partial.held", late)
+    with pytest.raises(InputError, match="another run is writing"):  # noqa: SIM117
+        with begun(output, {}, False, False):
+            pass
 
 
 def test_a_run_that_was_killed_before_its_first_row_is_begun_anew_unasked(tmp_path: Path) -> None:

@@ -179,7 +179,8 @@ def begun(output: Output, settings: dict[str, Any], resume: bool, anew: bool) ->
                     _check_free(free, output)
                     other.unlink()
             file = stack.enter_context(open(path, "ab" if resume else "xb", buffering=0))
-        _check_free(stack.enter_context(held(path, shared=False, wait=False)), output)
+        free = stack.enter_context(held(path, shared=False, wait=False))
+        _check_free(free and _is_at(path, file), output)
         try:
             yield Partial(output, path, file)
         except BaseException:
@@ -208,6 +209,15 @@ def refused(place: Path) -> Iterator[None]:
 def _before(row: Row, added: str) -> bytes:
     """How the line of a row begins, up to the value of the first column that is added to it."""
     return json_line({**row, added: None}).removesuffix(b"null}\n")
+
+
+def _is_at(path: Path, file: IO[bytes]) -> bool:
+    """An open file still has its path: a run that began at the same moment may have removed it,
+    before it was held, and made its own."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _check_free(free: bool | None, output: Output) -> None:
