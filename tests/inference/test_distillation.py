@@ -574,6 +574,23 @@ def test_an_ensemble_becomes_one_prompt(
         assert torch.equal(member.trained_vectors(), before)
 
 
+def test_an_ensemble_speaks_in_batches_as_large_as_one_teacher_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, tokenizer, engine = engine_of("llama")
+    teacher = ensemble_of(model, tokenizer, verbalizer=None, answer_tokens=5)
+    monkeypatch.setattr("ptuning.inference.teaching._LOGITS", 8 * 5 * len(tokenizer))
+    rows, said = [], engine.continue_greedily
+
+    def counted(batch: Any, *rest: Any, **options: Any) -> Any:
+        rows.append(len(batch.input_ids))
+        return said(batch, *rest, **options)
+
+    monkeypatch.setattr(engine, "continue_greedily", counted)
+    lessons(engine, teacher, TEXTS[:8])
+    assert rows == [8, 8]  # four texts for two members
+
+
 def test_a_trained_teacher_s_bias_counts_once() -> None:
     tokenizer = tiny.tokenizer()
     model, _, engine = engine_of("llama", sharp("llama", tokenizer))

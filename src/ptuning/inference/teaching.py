@@ -193,8 +193,7 @@ def _spoken(
     if limit is None:
         raise InputError("how long may the teacher's answers be? Give answer_tokens")
     ends, members = engine.ends(task), range(len(examples))
-    width = limit * len(tokenizer) * len(members)
-    rows = max(1, min(batch_size or _ROWS, _LOGITS // width))
+    rows = max(1, min(batch_size or _ROWS, _LOGITS // (limit * len(tokenizer))))
     made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     for chunk in engine.chunks(examples[0], rows, len(members)):
         sizes = [len(members)] * len(chunk)
