@@ -618,10 +618,12 @@ def test_an_empty_argument_is_not_the_current_folder(
     assert_one_line(err, name, "give it a value")
 
 
-def test_wrong_options_of_a_saved_prompt_are_one_line(train: Run, run: Run) -> None:
-    """Found before the model is loaded, but for what only it can tell."""
+def test_wrong_options_of_a_saved_prompt_are_one_line_before_the_model_is_loaded(
+    train: Run, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train()
     train(output="labelled", labels="Paris=a,Rome=b,Madrid=c,Vienna=d")
+    monkeypatch.setattr("ptuning.backbone.load.load_model", Mock(side_effect=AssertionError))
     Path("candidates.txt").write_text("Paris\nRome\n")
     asked = ["out", "--data", "train.jsonl"]
     wrong: list[tuple[list[str], list[str]]] = [
@@ -632,8 +634,8 @@ def test_wrong_options_of_a_saved_prompt_are_one_line(train: Run, run: Run) -> N
         (["evaluate", *asked, "--manual", "[P] {country}"],
          ["a manual template has no virtual tokens", "[P] {country}"]),
         (["report", *asked, "--manual", "{contry}"], ["'contry'", "'country'"]),
-        (["evaluate", "labelled", *asked[1:], "--candidates", "candidates.txt"],
-         ["candidates are for free answers"]),
+        *(([command, "labelled", *asked[1:], "--candidates", "candidates.txt"],
+           ["candidates are for free answers"]) for command in ("evaluate", "report")),
     ]  # fmt: skip
     for arguments, parts in wrong:
         code, _, err = run(*arguments)

@@ -43,11 +43,13 @@ def evaluate(
     mistakes; for labels also macro F1, the mean probability of each, and the confusion matrix or,
     where that is too wide, the labels that are mistaken most.
     """
+    from ..inference.evaluation import check_candidates
     from ..inference.evaluation import evaluate as measure
 
     prompt = saved_prompt.load(prompt_folder)
     prompt.answer = answer or prompt.answer
     chosen = saved_prompt.read_candidates(candidates)
+    check_candidates(prompt, chosen)
     name = saved_prompt.base_name(prompt, model)
     rows = saved_prompt.answered_rows(prompt, data, form, manual)
     base, tokenizer = loading.base_model(name, dtype, frozen)

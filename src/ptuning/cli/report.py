@@ -43,7 +43,7 @@ def report(
     the surest mistakes, calibration, the training's curve, nearest words, settings.
     """
     from .. import places, storage
-    from ..inference.evaluation import evaluate
+    from ..inference.evaluation import check_candidates, evaluate
     from ..inference.nearest_words import nearest_words
     from ..inference.report import report_on, training_history
     from ..inference.report_page import page
@@ -55,6 +55,7 @@ def report(
     prompt = saved_prompt.load(prompt_folder)
     prompt.answer = answer or prompt.answer
     chosen = saved_prompt.read_candidates(candidates)
+    check_candidates(prompt, chosen)
     name = saved_prompt.base_name(prompt, model)
     rows = saved_prompt.answered_rows(prompt, data, form, manual)
     base, tokenizer = loading.base_model(name, dtype, frozen)

@@ -155,6 +155,18 @@ def most_mistaken_of(labels: int) -> str:
 
 
 @on_cpu_by_default
+def check_candidates(prompt: Prompt, candidates: Sequence[str] | None) -> None:
+    """Refuse to measure labels among other answers.
+
+    Raises:
+        InputError: there are candidates, and the prompt has labels.
+    """
+    if candidates and prompt.labels:
+        raise InputError(
+            "candidates are for free answers, and this prompt compares its labels; leave them out"
+        )
+
+
 def evaluate(
     model: nn.Module,
     tokenizer: Any,
@@ -188,10 +200,7 @@ def evaluate(
     at_least_one("batch_size", batch_size)
     check_kind(prompt, Prompt)
     prompt, candidates = prompt.checked(), as_candidates(candidates)
-    if candidates and prompt.labels:
-        raise InputError(
-            "candidates are for free answers, and this prompt compares its labels; leave them out"
-        )
+    check_candidates(prompt, candidates)
     rows = as_rows(rows)
     if not rows:
         raise DataError("there is no example to evaluate on; give at least one")
