@@ -82,6 +82,7 @@ def test_prompts_are_added_replaced_and_removed(run: Run) -> None:
     assert code == 2 and "no merged prompt is called 'two'; there are one" in err
     assert run("two", "--model", "merged", "--output", "more")[0] == 0
     assert list(_table("more")) == ["one", "two"] and list(_table()) == ["one"]
+    assert run("--output", "merged", "--remove", "one")[:2] == (0, "0 prompts in merged\n")
 
 
 def test_of_many_prompts_the_first_are_named(run: Run) -> None:

@@ -78,7 +78,8 @@ def merge(
         console.print_json({"output": str(output), "prompts": merged.prompts})
         return
     count = len(merged.prompts)
-    console.tell(f"{count} prompt{'s' * (count != 1)} in {output}: {listed(merged.prompts)}")
+    shown = f": {listed(merged.prompts)}" if count else ""
+    console.tell(f"{count} prompt{'s' * (count != 1)} in {output}{shown}")
 
 
 def _names(folders: list[str], names: list[str]) -> dict[str, str]:
