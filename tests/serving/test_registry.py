@@ -244,6 +244,16 @@ def test_a_prompt_that_was_taken_off_stays_off_until_it_is_put_again(
     assert set(registry.served) == set(servers.PROMPTS) and backend.taken.count("mood") == 2
 
 
+def test_of_a_prompt_that_was_taken_off_nothing_is_refused(backend: Backend, folder: Path) -> None:
+    registry = backend.registry(folder)
+    registry.rescan()
+    (folder / "mood" / "prompt.safetensors").write_bytes(b"cut off")
+    registry.rescan()
+    assert "is served on" in registry.refused["mood"]
+    registry.drop("mood")
+    assert registry.refused == {} and backend.let_go == ["mood"]
+
+
 def test_a_prompt_is_renewed_where_its_files_or_its_folder_are_others(
     backend: Backend, folder: Path
 ) -> None:

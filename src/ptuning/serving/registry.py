@@ -231,7 +231,9 @@ class Registry:
             if name not in self.served:
                 raise NoPrompt(f"there is no prompt {briefly(name)} here")
             self._withheld.add(name)
+            self._failed.pop(name, None)
             self._drop(name, "taken off, as was asked")
+            self._publish()
 
     def shown(self, reason: str) -> str:
         """A reason as clients see it: of folders that are served only the last part."""
