@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import DataError
 from .columns import are_labels
 from .rows import Row
-from .values import text_of
+from .values import is_number, text_of
 
 SHARE, MOST = 0.2, 500
 """What is set aside where nobody says how much."""
@@ -35,14 +35,13 @@ def set_aside(
         rows: column -> value.
         read: the columns of what is asked.
         answer: the answer's column; None for texts without answers.
-        share: of all examples, 0 to 1.
+        share: of all examples, from 0 to below 1.
         seed: which ones they are.
 
     Raises:
         DataError: the share is none, or leaves nothing to train on or to choose with.
     """
-    number = isinstance(share, int | float) and not isinstance(share, bool)
-    if not (number and 0 <= share < 1):
+    if not (is_number(share) and 0 <= share < 1):
         raise DataError(f"the share to set aside is {share!r}; give a part of 1, such as 0.2")
     rows = list(rows)
     if share == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..errors import DataError, a_kind, excerpt
 
@@ -19,6 +19,11 @@ def plain(value: Any) -> Any:
         bare = unit and isinstance(value.item(), int)  # what numpy makes of nanoseconds
         return (value.astype(unit) if bare else value).item()
     return value
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """A number, whole or not; a truth value is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def is_missing(value: Any) -> bool:

@@ -23,7 +23,7 @@ from ..backbone.base_model import BaseModel
 from ..data import Row, Rows, as_rows, optional_rows
 from ..data.rows import listed
 from ..data.setting_aside import set_aside, usual_share
-from ..data.values import plain
+from ..data.values import is_number, plain
 from ..devices import on_cpu_by_default
 from ..errors import DataError, InputError, warn
 from ..forward.engine import Engine
@@ -333,8 +333,7 @@ def check_distillation(
         raise InputError(
             'distilling compares label words; leave label_mode="vocabulary" out, or the labels'
         )
-    is_number = isinstance(label_weight, int | float) and not isinstance(label_weight, bool)
-    if not is_number or not 0 <= label_weight <= 1:
+    if not is_number(label_weight) or not 0 <= label_weight <= 1:
         raise InputError(f"label_weight is {label_weight!r}; give a share, 0 to 1")
     if calibrate_teacher and isinstance(teacher, Prompt):
         raise InputError(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ..data.values import is_number
 from ..reporting import html_text as _text
 from .evaluation import CONFUSED, WIDEST, Evaluation, most_mistaken_of
 from .report import Bin, Report
@@ -205,7 +206,7 @@ def _curve(history: list[dict[str, Any]], taught: bool) -> str:
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+    if not is_number(value) or not abs(value) < 1e300:
         return None  # a file's whole numbers may be longer than any float
     return float(value)
 

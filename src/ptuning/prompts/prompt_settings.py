@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.values import plain
+from ..data.values import is_number, plain
 from ..errors import InputError, excerpt
 from .task import Task, at_least_one, one_of
 from .template import MOST_VIRTUAL
@@ -104,7 +104,7 @@ def share(name: str, value: Any) -> float:
         InputError: it is no number from 0 to below 1.
     """
     value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value):
         raise InputError(f"{name} is {value!r}; expected a number")
     if not 0 <= value < 1:
         raise InputError(f"{name} is {value}; give a share, from 0 to below 1")

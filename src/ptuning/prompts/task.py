@@ -17,7 +17,7 @@ from functools import lru_cache
 from numbers import Integral
 from typing import Any, Self
 
-from ..data.values import plain, text_of
+from ..data.values import is_number, plain, text_of
 from ..errors import InputError, excerpt
 from .template import Template, Virtual, parse
 
@@ -318,8 +318,7 @@ def _bias_by_label(bias: Any, labels: Mapping[str, Any]) -> dict[str, float]:
         raise InputError(f"label_bias is {bias!r}; expected label -> number")
     found = {str(label): plain(value) for label, value in bias.items()}
     for label, value in found.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not abs(value) <= sys.float_info.max:
+        if not is_number(value) or not abs(value) <= sys.float_info.max:
             raise InputError(f"label_bias gives {value!r} for {label!r}; expected a number")
     if set(found) != set(labels):
         raise InputError(

@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from ..data.values import plain
+from ..data.values import is_number, plain
 from ..errors import InputError
 from ..prompts.task import at_least_one
 
@@ -245,11 +245,11 @@ def _check(name: str, value: Any, default: Any) -> None:
     elif name in _ONE_OF:
         fits, wanted = value in _ONE_OF[name], f"expected one of {', '.join(_ONE_OF[name])}"
     elif name in _ABOVE_0:
-        fits, wanted = _is_number(value) and value > 0, "give a number above 0"
+        fits, wanted = _is_of_use(value) and value > 0, "give a number above 0"
     elif name in _FROM_0:
-        fits, wanted = _is_number(value) and value >= 0, "give a number from 0 on"
+        fits, wanted = _is_of_use(value) and value >= 0, "give a number from 0 on"
     elif name == "warmup":
-        fits = _is_number(value) and 0 <= value < 1
+        fits = _is_of_use(value) and 0 <= value < 1
         wanted = "give a fraction of all steps, from 0 to below 1"
     elif name == "seed":
         fits = whole and abs(value) <= _MOST_SEED
@@ -266,13 +266,8 @@ def _check(name: str, value: Any, default: Any) -> None:
         at_least_one(name, value)
 
 
-def _is_number(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return abs(float(value)) <= _MOST_NUMBER
-    except OverflowError:  # a whole number beyond all floats
-        return False
+def _is_of_use(value: object) -> bool:
+    return is_number(value) and abs(value) <= _MOST_NUMBER
 
 
 def parse_size(text: str) -> int:
