@@ -154,7 +154,6 @@ def most_mistaken_of(labels: int) -> str:
     return f"Confusion: {min(_SHOWN, labels)} of {labels} labels, the most mistakes first"
 
 
-@on_cpu_by_default
 def check_candidates(prompt: Prompt, candidates: Sequence[str] | None) -> None:
     """Refuse to measure labels among other answers.
 
@@ -167,6 +166,7 @@ def check_candidates(prompt: Prompt, candidates: Sequence[str] | None) -> None:
         )
 
 
+@on_cpu_by_default
 def evaluate(
     model: nn.Module,
     tokenizer: Any,
