@@ -119,6 +119,8 @@ def test_experts_that_are_chosen_by_ids_are_the_attached_prompts_when_it_is_merg
 
 def test_rows_that_a_class_makes_beyond_the_vocabulary_stay_its_last(tmp_path: Path) -> None:
     """Molmo 2's embedding has some for images, and its head has not."""
+    if not hasattr(transformers, "Molmo2Config"):
+        pytest.skip("transformers has no Molmo 2 yet")
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
     tower = {**heads, "hidden_size": 16, "intermediate_size": 32}
     config = transformers.Molmo2Config(

@@ -29,6 +29,7 @@ from ptuning.peft_compat import (
     get_peft_model_state_dict,
 )
 from ptuning.peft_compat.state_dicts import get_base_model_state_dict, set_base_model_state_dict
+from ptuning.prompts.encoder_config import REFERENCE_VERSION
 
 from .. import tiny
 
@@ -666,7 +667,7 @@ def test_the_configuration_is_completed_in_place_as_pefts_is() -> None:
     get_peft_model(base_model(), mine)
     peft.get_peft_model(base_model(), theirs)
     values = {k: getattr(v, "value", v) for k, v in theirs.to_dict().items()}
-    values["encoder_reparameterization_type"] = "MLP"
+    values |= {"encoder_reparameterization_type": "MLP", "peft_version": REFERENCE_VERSION}
     assert mine.to_dict() == values
 
 

@@ -249,7 +249,10 @@ def test_hidden_states_and_attentions_can_be_had(family: str) -> None:
     output = generated(model, input_ids=IDS, **dict.fromkeys(asked, True))
     if family in tiny.SEQ2SEQ:
         assert output.encoder_hidden_states[0].shape[1] == N + 6
-        assert output.encoder_attentions[0].shape[-1] == N + 6
+        if (
+            base.get_encoder().config._attn_implementation == "eager"
+        ):  # in transformers 5.17 not T5's
+            assert output.encoder_attentions[0].shape[-1] == N + 6
     else:
         assert output.hidden_states[0][0].shape[1] == N + 6
         assert output.attentions[0][0].shape[-1] == N + 6

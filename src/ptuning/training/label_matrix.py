@@ -53,6 +53,21 @@ def settled_matrix(
     return settings.label_matrix
 
 
+def too_many_words(settings: TrainSettings, prompts: Iterable[Prompt]) -> str | None:
+    """That the usual matrix is left out for words which labels could do without, or None."""
+    if settings.label_matrix is not None:
+        return None
+    for prompt in prompts:
+        labels, words = len(prompt.labels), len(_words(prompt))
+        if prompt.label_mode == "labels" and _FROM <= labels <= MOST < words:
+            return (
+                f"{labels} labels have {words} words, and a label matrix is for "
+                f"{MOST} at most: they are trained without; give each label fewer (--labels, "
+                "verbalizer=)"
+            )
+    return None
+
+
 def _words(prompt: Prompt) -> list[str]:
     return [word for words in prompt.labels.values() for word in words]
 

@@ -22,7 +22,7 @@ from . import guidance
 from .checks import check_run, check_some, check_whole
 from .found_words import find_words
 from .grid import Named, Variant, choices, columns_read
-from .label_matrix import settled_matrix
+from .label_matrix import settled_matrix, too_many_words
 from .members import answers_of, settled, with_examples
 from .refit import settled_refit
 from .settings import TrainSettings
@@ -108,6 +108,8 @@ def planned(
         (name, one, replace(how, **same))
         for (name, _, how), one in zip(chosen, prompts, strict=True)
     ]
+    if lessons is None:
+        advice.append(too_many_words(settings, prompts))
     if not dev and not settings.folds:
         advice.append(guidance.without_dev(len(chosen), settings.patience))
     learnt = (None, None) if lessons is None else (lessons.training, lessons.dev)
