@@ -450,17 +450,14 @@ def test_from_twelve_labels_on_there_is_one_by_default(count: int, usual: bool) 
     assert settled_matrix(TrainSettings(), [Prompt("[P] {text} [MASK]", verbalizer=wordy)]) is False
 
 
-def test_labels_that_have_too_many_words_for_one_are_told(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_labels_that_have_too_many_words_for_one_are_told() -> None:
     few, wordy = many(12), many(12)
-    wordy.verbalizer = {label: tuple(f"{label}{n}" for n in range(22)) for label in wordy.labels}
+    wordy.verbalizer = {label: tuple(f"{label} {n}" for n in range(22)) for label in wordy.labels}
     rows = [{"text": "France", "answer": label} for label in wordy.labels]
     model, tokenizer = tiny.model("llama"), tiny.tokenizer()
     how = {**HOW, "epochs": 1, "verbose": True}
-    ptuning.train(model, tokenizer, wordy, rows, rows[:2], **how)
-    told = " ".join(capsys.readouterr().err.split())
-    assert "12 labels have 264 words, and a label matrix is for 256 at most" in told
+    with pytest.warns(UserWarning, match=r"12 labels have 264 words, .* 256 at most.*verbalizer"):
+        ptuning.train(model, tokenizer, wordy, rows, rows[:2], **how)
     assert wordy.label_matrix is None
     for how, prompt in (({"label_matrix": False}, wordy), ({}, few), ({}, many(MOST + 1))):
         assert too_many_words(TrainSettings(**how), [prompt]) is None
