@@ -13,6 +13,7 @@ from ptuning import Prompt, PromptEncoder, PromptEncoderConfig, PtuningError
 from ptuning.errors import InputError, PromptFileError
 from ptuning.prompts.encoder_config import (
     CONFIG_NAME,
+    REFERENCE_VERSION,
     PeftType,
     PromptEncoderReparameterizationType,
     TaskType,
@@ -55,7 +56,11 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "num_transformer_submodules": 2,
     },
 }
-argument_sets = pytest.mark.parametrize("values", ARGUMENTS.values(), ids=ARGUMENTS)
+argument_sets = pytest.mark.parametrize(
+    "values",
+    [{"peft_version": REFERENCE_VERSION, **values} for values in ARGUMENTS.values()],
+    ids=ARGUMENTS,
+)
 
 
 def written(config: Any, folder: Path) -> bytes:
@@ -74,6 +79,11 @@ def test_positional_arguments_mean_what_they_mean_in_the_reference() -> None:
     values = ("CAUSAL_LM", "P_TUNING", None, "0.9", "base")
     ours, theirs = PromptEncoderConfig(*values), peft.PromptEncoderConfig(*values)
     assert ours.to_dict() == theirs.to_dict()
+
+
+@pytest.mark.skipif(peft.__version__ != REFERENCE_VERSION, reason="of the pinned release")
+def test_the_version_that_is_written_is_the_reference_s() -> None:
+    assert PromptEncoderConfig().to_dict() == peft.PromptEncoderConfig().to_dict()
 
 
 @argument_sets
