@@ -79,6 +79,15 @@ def test_columns_without_a_name_are_left_out_and_what_stands_there_is_told(tmp_p
     assert len(said) == 1 and [*rows[1].values()] == ["spam", "two"]
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+def test_the_separator_is_found_where_columns_without_a_name_end_the_header(
+    tmp_path: Path, separator: str
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,label,, \nfine,yes,,\n,,,\n".replace(",", separator))
+    assert read_examples(path) == [{"text": "fine", "label": "yes"}, {"text": "", "label": ""}]
+
+
 @pytest.mark.parametrize("separator", [",", ";"])
 def test_a_data_frames_index_stays_a_column_without_a_name(tmp_path: Path, separator: str) -> None:
     pandas.DataFrame(ROWS).to_csv(tmp_path / "a.csv", sep=separator)

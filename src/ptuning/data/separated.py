@@ -164,9 +164,12 @@ def _found(path: Path, usual: str, form: FileForm) -> str:
         except DataError:
             continue  # not with this one
         header = form.columns or (first[0] if first else [])
+        named = list(header)
+        while named and not named[-1].strip():  # spreadsheets end in such columns
+            named.pop()
         if (
-            len(header) > 1
-            and all(name.strip() for name in header[1:])
+            len(named) > 1
+            and all(name.strip() for name in named[1:])
             and all(len(cells) == len(header) for cells in first)
         ):
             return separator
