@@ -59,6 +59,15 @@ def test_other_encodings_are_told_how_to_be_read(tmp_path: Path) -> None:
     assert read_examples(path, encoding="latin-1")[1] == {"a": "café"}
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_an_encoding_that_needs_a_byte_order_mark_is_refused_where_there_is_none(
+    tmp_path: Path, encoding: str
+) -> None:
+    path = put(tmp_path, "a.csv", b"text,team\nA card,billing\n")
+    with pytest.raises(DataError, match=rf"line 1: no valid {encoding.upper()}; save the file as"):
+        read_examples(path, encoding=encoding)
+
+
 def test_each_line_of_a_plain_text_may_be_a_text(tmp_path: Path) -> None:
     path = put(tmp_path, "a.txt", b'He said "no", and left\r\n\r\na\tb;c\n')
     assert read_examples(path, columns="text") == [

@@ -143,6 +143,8 @@ def _line_of_fault(path: Path, encoding: str) -> int:
                 line += decoder.decode(chunk, final=not chunk).count("\n")
             except UnicodeDecodeError as error:
                 return line + error.object[: error.start].count(b"\n")
+            except UnicodeError:  # of all bytes: UTF-16 and UTF-32 without a mark
+                return line
             if not chunk:
                 return line
 
