@@ -90,6 +90,14 @@ def test_a_lone_line_is_told_to_be_taken_for_a_header(tmp_path: Path) -> None:
     assert read_examples(path, columns="text") == [{"text": "France Paris"}]
 
 
+def test_names_that_the_file_has_itself_are_refused(tmp_path: Path) -> None:
+    path = put(tmp_path, "a.csv", b"\xef\xbb\xbfkind;text\n" + TABLE.encode())
+    message = r"line 1 is a header with the names that are given \(kind, text\); leave them out"
+    with pytest.raises(DataError, match=message):
+        read_examples(path, columns="kind,text")
+    assert read_examples(path) == ROWS
+
+
 def test_other_than_so_many_cells_are_told(tmp_path: Path) -> None:
     path = put(tmp_path, "a.csv", b"1,2,3\n")
     with pytest.raises(

@@ -47,6 +47,11 @@ def separated_rows(path: Path, usual: str, form: FileForm) -> Iterator[Row]:
     names = [name for at, name in enumerate(header) if at not in unnamed]
     told, at_header = False, number
     for number, cells in cut:
+        if form.columns and cells == header:
+            raise DataError(
+                f"{path} line {number} is a header with the names that are given "
+                f"({listed(header)}); leave them out (columns=, --columns)"
+            )
         if len(cells) != len(header):
             named = "names are given for" if form.columns else "the header has"
             raise DataError(
