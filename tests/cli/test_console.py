@@ -129,6 +129,26 @@ main()
     assert (done.returncode, done.stderr) == (130, "stopped\n")
 
 
+def test_ctrl_c_that_an_imported_library_takes_for_something_else_ends_the_program() -> None:
+    script = """
+import os, signal, sys
+class Imported:
+    def __getattr__(self, name):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(9):
+                pass
+        except KeyboardInterrupt:
+            raise ImportError("cannot load module more than once per process") from None
+sys.argv = ["ptuning", "inspect", "nowhere"]
+from ptuning.cli import main
+sys.modules["typer"] = Imported()
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "stopped\n")
+
+
 def test_ctrl_c_while_it_ends_shows_no_traceback() -> None:
     script = """
 import atexit, os, signal, sys

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import os
 import signal
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 __all__ = ["main"]
 
@@ -13,7 +16,8 @@ __all__ = ["main"]
 def main() -> None:
     """Run the command line."""
     try:
-        from .app import main as run
+        with _stopping_at_once():
+            from .app import main as run
 
         run()
     except KeyboardInterrupt:  # before there was a command that could say how to go on
@@ -21,6 +25,26 @@ def main() -> None:
         sys.exit(130)
     finally:
         atexit.register(_end_at_ctrl_c)  # the last to be registered, and so the first to be called
+
+
+@contextmanager
+def _stopping_at_once() -> Iterator[None]:
+    """Nothing is begun yet, and Ctrl-C ends the process: libraries that are being imported take
+    its exception for a fault of another library, and fail in their own way (torch at numpy)."""
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _stop(*_: object) -> None:
+    os.write(2, b"stopped\n")
+    os._exit(130)
 
 
 def _end_at_ctrl_c() -> None:
