@@ -94,6 +94,14 @@ def test_lists_are_what_would_be_typed(tmp_path: Path) -> None:
     assert read(tmp_path / "run.yaml", text) == expected
 
 
+def test_labels_of_any_script_stay_readable_in_a_repeated_runs_file(tmp_path: Path) -> None:
+    labels = {"账单": ["账"], "😀": ["happy"]}
+    given = run_files._as_option("labels", labels)
+    again = run_files.as_yaml({"labels": given}).decode()
+    assert "账单" in again and "😀" in again
+    assert run_files.parse_labels(read(tmp_path / "run.yaml", again)["labels"]) == labels
+
+
 def test_many_labels_are_not_many_levels(tmp_path: Path) -> None:
     settings = {"labels": {f"label {n}": ["a", "b"] for n in range(100)}}
     (tmp_path / "run.yaml").write_bytes(run_files.as_yaml(settings))

@@ -131,7 +131,7 @@ def _as_option(name: str, value: Any) -> Any:
     And true and false, which to Python are numbers: as text they are refused where one is wanted.
     """
     if isinstance(value, dict | bool):
-        return json.dumps(value)
+        return json.dumps(value, ensure_ascii=False)
     if isinstance(value, list):
         return _BETWEEN.get(name, ",").join(map(str, value))
     return at_home(value) if isinstance(value, str) else value
