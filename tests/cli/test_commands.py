@@ -509,7 +509,7 @@ OPTIONS = [
     ({"data": "none.jsonl"}, ["none.jsonl does not exist"]),
     ({"answer": "city"}, ["'city'", "'capital'"]),
     ({"answer": None}, ["answer"]),
-    ({"labels": "Paris=a,Rome=b"}, ["'Madrid' is not in the verbalizer", "'Paris'"]),
+    ({"labels": "Paris=a,Rome=b"}, ["'Madrid' is none of the prompt's labels", "'Paris'"]),
     ({"labels": "Paris"}, ["--labels: 'Paris' is not LABEL=WORD"]),
     ({"labels": "Paris=a"}, ["at least two labels"]),
     ({"encoder": "gru"}, ["encoder is 'gru'", "mlp, lstm, none"]),

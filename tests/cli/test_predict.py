@@ -315,4 +315,4 @@ def test_evaluate_takes_the_answers_column_and_finds_mistakes_first(
     Path("labelled.csv").write_text("country;truth\nFrance;perhaps\n")
     code, _, err = run(*command, "--answer", "truth")
     assert code == 2
-    assert_one_line(err, "'perhaps' is not in the verbalizer")
+    assert_one_line(err, "'perhaps' is none of the prompt's labels")

@@ -657,7 +657,7 @@ def test_the_time_that_is_given_counts_what_the_teacher_takes(
         ({}, {"label_weight": 1.5}, "label_weight is 1.5; give a share, 0 to 1"),
         ({}, {"label_weight": True}, "label_weight is True; give a share, 0 to 1"),
         ({}, {"label_weight": 0.5}, "no text has one"),
-        ({}, {"test": [{"text": "x", "label": "green"}]}, "the label 'green' is not"),
+        ({}, {"test": [{"text": "x", "label": "green"}]}, "'green' is none"),
         ({}, {"test": [{"other": "x"}]}, "names the column 'text'"),
         (
             {"template": "[P] {text} {more} [MASK]"},
@@ -675,7 +675,7 @@ def test_the_time_that_is_given_counts_what_the_teacher_takes(
                 "dev": [{**TEXTS[0], "label": "no"}, {**TEXTS[1], "label": "green"}],
                 "label_weight": 0.5,
             },
-            "example 2: the label 'green' is not",
+            "example 2: 'green' is none",
         ),
         ({}, {"epoch": 3}, "unknown training setting 'epoch'"),
         ({"label_mode": "vocabulary"}, {}, "distilling compares label words"),
@@ -733,7 +733,7 @@ def test_a_row_s_own_label_is_read_as_a_training_reads_it() -> None:
     own = [own_label(task, {"text": "it rains", "label": cell}) for cell in (1.0, " 0 ", "1")]
     assert own == ["1", "0", "1"]
     assert own_label(prompt_of(verbalizer=None), {"text": "x", "label": " Oslo "}) == "Oslo"
-    with pytest.raises(DataError, match="example 3: the label '2' is not in the verbalizer"):
+    with pytest.raises(DataError, match="example 3: '2' is none of the prompt's labels"):
         own_label(task, {"text": "it rains", "label": 2}, 3)
 
 
@@ -773,7 +773,7 @@ def test_texts_may_have_a_label_of_something_else() -> None:
     rows = [{**row, "label": f"topic{n}"} for n, row in enumerate(TEXTS)]
     _, _, result = distilled("llama", prompt_of(), rows=rows, epochs=1)
     assert result.agreement.accuracy is None
-    with pytest.raises(DataError, match="the label 'topic0' is not in the verbalizer"):
+    with pytest.raises(DataError, match="'topic0' is none of the prompt's labels"):
         distilled("llama", prompt_of(), rows=rows, test=rows, epochs=1)
     with pytest.raises(DataError, match="the label 'topic"):
         distilled("llama", prompt_of(), rows=rows, label_weight=0.5, epochs=1)

@@ -910,7 +910,7 @@ def test_candidates_are_compared_instead_of_labels() -> None:
 
 def test_unknown_label_is_an_error_that_lists_the_known() -> None:
     renderer = Renderer(plain(), Task("{x} [MASK]", verbalizer={0: "no", 1: "yes"}), "causal")
-    with pytest.raises(DataError, match=r"the label '2' is not in the verbalizer.*'0', '1'"):
+    with pytest.raises(DataError, match=r"'2' is none of the prompt's labels, '0', '1'; leave"):
         renderer({"x": "a", "label": 2})
 
 

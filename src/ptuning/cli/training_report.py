@@ -84,7 +84,10 @@ def tell_finished(output: Path, as_json: bool) -> None:
     """Say that there is nothing to resume; what ``--json`` says is what the run has said."""
     from ..formats import read_json
 
-    console.say(f"{output} holds a finished run; there is nothing to resume")
+    console.say(
+        f"{output} holds a finished run; there is nothing to resume (train more: "
+        f"--init-from {output} and another --output)"
+    )
     if as_json:
         console.print_json(read_json(output / run_folder.RESULT))
 

@@ -168,7 +168,7 @@ def _check(
         if name in table:
             raise InputError(
                 f"a prompt called {name!r} is merged already; choose another name, or remove that "
-                "one first"
+                "one first (--overwrite on the command line)"
             )
         if not isinstance(prompt, Prompt):
             raise InputError(f"{name!r} is {a_kind(prompt)}; give a trained Prompt")

@@ -117,7 +117,7 @@ def right_answer(task: Task, example: Example, labels: Collection[str]) -> str:
         return text.strip()
     if labels and text not in labels:
         raise DataError(
-            f"the label {excerpt(repr(text))} is not in the verbalizer; it knows "
-            f"{listed(map(repr, labels))}"
+            f"{excerpt(repr(text))} is none of the prompt's labels, {listed(map(repr, labels))}; "
+            "leave such examples out, or train with it as a label (verbalizer=, --labels)"
         )
     return text
