@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -1045,6 +1046,18 @@ def test_a_trainers_collator_leaves_batches_on_the_cpu(monkeypatch: pytest.Monke
     module, data, collator = ptuning.trainer_parts(model, tokenizer, prompt_for(), ROWS)
     monkeypatch.setattr(BaseModel, "device", torch.device("meta"))  # in place of a GPU
     assert {tensor.device.type for tensor in collator(data[:2]).values()} == {"cpu"}
+    module.close()
+
+
+def test_a_trainers_collator_goes_to_processes_that_are_not_forked() -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    module, data, collator = ptuning.trainer_parts(model, tokenizer, prompt_for(), ROWS)
+    sent = pickle.dumps((data[:2], collator))
+    assert len(sent) < 10_000  # without the model
+    there, collator_there = pickle.loads(sent)
+    expected, batch = collator(data[:2]), collator_there(there)
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(batch[name], tensor) for name, tensor in expected.items())
     module.close()
 
 

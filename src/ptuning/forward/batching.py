@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,38 +27,64 @@ _AT_ONCE = 2**22
 """Input ids of batches that are there together: with their mask 64 MiB."""
 
 
-def batch_for(base: BaseModel, rows: Sequence[Numbered], first_ids: Sequence[int]) -> Batch:
-    """Rows as one batch, on the CPU; `Batch.member` is each example's prompt.
+@dataclass(frozen=True)
+class Batching:
+    """How a model takes its batches, without the model: it may go to processes that load data.
 
-    Args:
-        base: gives padding and decoder ids.
-        rows: all prepared for label comparison, or none.
-        first_ids: for each prompt the id of its first virtual token; 0 for a manual template.
-
-    Raises:
-        InputError: the model cannot tell padding from text.
+    Attributes:
+        kind: how the model gives an answer.
+        pad_id: as `BaseModel.pad_id`.
+        decoder_start_id: as `BaseModel.decoder_start_id`.
+        refusal: why rows of unlike length cannot stand together; None where they can.
     """
-    batch = collate(
-        [example for example, _ in rows],
-        base.kind,
-        [first_ids[number] for _, number in rows],
-        pad_id=base.pad_id,
-        decoder_start_id=base.decoder_start_id,
-    )
-    uneven = len(set(batch.lengths)) > 1
-    if uneven and batch.kind == ModelKind.CAUSAL and counts_columns(base.model):
-        raise InputError(
-            f"{type(base.model).__name__} counts padding as positions, so that rows of unlike "
-            "length would change each other: give batch_size=1 and one prompt"
+
+    kind: ModelKind
+    pad_id: int
+    decoder_start_id: int
+    refusal: str | None
+
+    @classmethod
+    def of(cls, base: BaseModel) -> Batching:
+        """How a model takes its batches now: its embedding may grow."""
+        name, refusal = type(base.model).__name__, None
+        if base.kind == ModelKind.CAUSAL and counts_columns(base.model):
+            refusal = (
+                f"{name} counts padding as positions, so that rows of unlike "
+                "length would change each other: give batch_size=1 and one prompt"
+            )
+        elif sees_padding(base.model):
+            refusal = (
+                f"{name} reads padding as text, so that rows of unlike length "
+                "would change each other: give batch_size=1, one prompt, and label words of one "
+                "token each"
+            )
+        return cls(base.kind, base.pad_id, base.decoder_start_id, refusal)
+
+    def __call__(self, rows: Sequence[Numbered], first_ids: Sequence[int]) -> Batch:
+        """Rows as one batch, on the CPU; `Batch.member` is each example's prompt.
+
+        Args:
+            rows: all prepared for label comparison, or none.
+            first_ids: for each prompt the id of its first virtual token; 0 for a manual template.
+
+        Raises:
+            InputError: the model cannot tell padding from text.
+        """
+        batch = collate(
+            [example for example, _ in rows],
+            self.kind,
+            [first_ids[number] for _, number in rows],
+            pad_id=self.pad_id,
+            decoder_start_id=self.decoder_start_id,
         )
-    if uneven and sees_padding(base.model):
-        raise InputError(
-            f"{type(base.model).__name__} reads padding as text, so that rows of unlike length "
-            "would change each other: give batch_size=1, one prompt, and label words of one token "
-            "each"
-        )
-    members = torch.tensor([number for _, number in rows])
-    return replace(batch, member=members)
+        if self.refusal and len(set(batch.lengths)) > 1:
+            raise InputError(self.refusal)
+        return replace(batch, member=torch.tensor([number for _, number in rows]))
+
+
+def batch_for(base: BaseModel, rows: Sequence[Numbered], first_ids: Sequence[int]) -> Batch:
+    """As `Batching` does for a model."""
+    return Batching.of(base)(rows, first_ids)
 
 
 def chunks_by_length(

@@ -30,6 +30,7 @@ from ..rendering.collate import Batch
 from ..rendering.render import Rendered, Renderer
 from . import chunked
 from .batching import (
+    Batching,
     Numbered,
     batch_for,
     by_length,
@@ -103,6 +104,10 @@ class Engine:
     ) -> Batch:
         """As `batching.batch_for`, on the model's device or another one."""
         return batch_for(self.base, rows, first_ids).to(device or self.base.device)
+
+    def batching(self) -> Batching:
+        """What makes such batches without the model."""
+        return Batching.of(self.base)
 
     def parts(
         self, rows: Sequence[Numbered], device: torch.device | None = None

@@ -10,7 +10,8 @@ training has come is the trainer's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -142,6 +143,21 @@ class PromptModule(Population):
         self.close()
 
 
+@dataclass(frozen=True)
+class _Collator:
+    """Makes a trainer's batch of its items, in any process: a data loader's workers get it pickled
+    where they are not forked."""
+
+    batching: Callable[[Sequence[tuple[Rendered, int]], Sequence[int]], Batch]
+    first_id: int
+
+    def __call__(self, items: list[dict[str, Rendered]]) -> dict[str, Tensor]:
+        batch = self.batching([(item["example"], 0) for item in items], [self.first_id])
+        fields = vars(batch.to("cpu"))  # Trainer pins and moves it
+        named = {_NAMES.get(k, k): v for k, v in fields.items() if isinstance(v, Tensor)}
+        return {**named, "labels": named.get("right", named["answers"])}
+
+
 def trainer_parts(
     model: nn.Module,
     tokenizer: Any,
@@ -188,12 +204,5 @@ def trainer_parts(
     majority = majority_answer(answers_of(draft, rows))
     facts = {"seed": seed, "examples": len(rows), "majority_answer": majority}
     module = PromptModule(engine, renderer, draft, seed, facts)
-    first_id = module.first_ids()[0]
-
-    def collator(items: list[dict[str, Rendered]]) -> dict[str, Tensor]:
-        rows = [(item["example"], 0) for item in items]
-        batch = engine.batch(rows, [first_id], "cpu")  # Trainer pins and moves it
-        given = {_NAMES.get(k, k): v for k, v in vars(batch).items() if isinstance(v, Tensor)}
-        return {**given, "labels": given.get("right", given["answers"])}
-
+    collator = _Collator(engine.batching(), module.first_ids()[0])
     return module, [{"example": example} for example in examples], collator
