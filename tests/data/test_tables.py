@@ -223,6 +223,26 @@ def test_a_data_set_gives_plain_rows_whatever_it_is_set_to_give(form: str, strea
     assert as_rows(source.with_format(form)) == as_rows(data)
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_images_and_sounds_of_a_data_set_are_not_decoded(streamed: bool) -> None:
+    data = class_labels()
+    broken = {"bytes": b"no picture, and no sound", "path": None}
+    for kind in (datasets.Image(), datasets.Audio()):
+        data = data.add_column(type(kind).__name__, [broken] * 2)  # type: ignore[call-arg]
+        data = data.cast_column(type(kind).__name__, kind)
+    source: Any = data.to_iterable_dataset() if streamed else data
+    assert as_rows(source) == [{**row, "Image": broken, "Audio": broken} for row in ROWS]
+    assert source.features["Image"] == datasets.Image()  # the user's own stays as it was
+
+
+def test_values_of_a_data_set_that_are_kept_as_json_are_decoded() -> None:
+    data = datasets.Dataset.from_dict(
+        {"text": ["good", 2]},
+        features=datasets.Features({"text": datasets.Json()}),
+    )
+    assert as_rows(data) == [{"text": "good"}, {"text": 2}]
+
+
 def test_a_transform_of_the_user_s_own_is_kept() -> None:
     def shout(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         return {**rows, "text": [text.upper() for text in rows["text"]]}

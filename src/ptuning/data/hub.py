@@ -5,6 +5,7 @@ from __future__ import annotations
 import pkgutil
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from ..errors import DataError, excerpt
@@ -50,13 +51,17 @@ def dataset_rows(data: Any) -> Iterator[Row]:
     """Rows of a `datasets.Dataset`; class labels are their names, and none where there is none.
 
     What it is set to give (tensors, frames) does not count, but for a transform of the user's own:
-    that may leave columns out, and put anything into those that it gives.
+    that may leave columns out, and put anything into those that it gives. Images, sounds and the
+    like stay as they are stored: they are no text, and take memory and libraries to be decoded.
 
     Raises:
         DataError: a class label has no name.
     """
     if getattr(data, "format", {}).get("type") != "custom":
         data = data.with_format(None)
+        for column, kind in (data.features or {}).items():
+            if getattr(kind, "decode", False) and type(kind).__name__ != "Json":  # which is plain
+                data = data.cast_column(column, replace(kind, decode=False))
     features = data.features or {}
     names = {column: kind for column, kind in features.items() if hasattr(kind, "int2str")}
     for row in map(dict, data):
