@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 
@@ -1059,6 +1060,21 @@ def test_a_trainers_collator_goes_to_processes_that_are_not_forked() -> None:
     assert batch.keys() == expected.keys()
     assert all(torch.equal(batch[name], tensor) for name, tensor in expected.items())
     module.close()
+
+
+def test_a_model_with_offloaded_weights_trains_and_answers_as_one_in_memory() -> None:
+    whole, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    offloaded = accelerate.cpu_offload(tiny.model("llama"), torch.device("cpu"))
+    expected, prompt = prompt_for(), prompt_for()
+    train(whole, tokenizer, expected, ROWS, epochs=2)
+    train(offloaded, tokenizer, prompt, ROWS, epochs=2)
+    torch.testing.assert_close(prompt.vectors, expected.vectors)
+    answers = predict(whole, tokenizer, expected, ROWS)
+    assert predict(offloaded, tokenizer, expected, ROWS) == answers
+    words = [ptuning.nearest_words(model, tokenizer, expected) for model in (whole, offloaded)]
+    assert words[0] == words[1]
+    with pytest.raises(InputError, match="the model is offloaded"):
+        merge(offloaded, tokenizer, {"capital": prompt})
 
 
 def test_a_model_stays_on_the_device_of_the_kind_that_trains(

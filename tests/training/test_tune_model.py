@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 
@@ -89,13 +90,16 @@ def test_an_interrupted_training_goes_on_with_the_same_model(tmp_path: Path) -> 
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 
 
-def test_populations_and_quantized_models_are_refused() -> None:
+def test_populations_and_quantized_or_offloaded_models_are_refused() -> None:
     model, tokenizer = tiny.model("llama"), tiny.tokenizer()
     with pytest.raises(InputError, match="the population has 2"):
         ptuning.train(model, tokenizer, prompt(), ROWS, population=2, **SETTINGS)
     model.is_quantized = True
     with pytest.raises(InputError, match="load it unquantized"):
         ptuning.train(model, tokenizer, prompt(), ROWS, **SETTINGS)
+    offloaded = accelerate.cpu_offload(tiny.model("llama"), torch.device("cpu"))
+    with pytest.raises(InputError, match="without offloading"):
+        ptuning.train(offloaded, tokenizer, prompt(), ROWS, **SETTINGS)
 
 
 def test_the_command_line_saves_prompt_and_model(

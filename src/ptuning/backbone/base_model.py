@@ -14,9 +14,10 @@ from torch import nn
 from ..errors import InputError, a_kind
 from .identity import check_same, describe
 from .kinds import ModelKind, kind_of
-from .lookups import input_embedding
+from .lookups import input_embedding, looks_up_on
 from .tokens import check_tokenizer
 from .traits import context_length, decoder_length
+from .upstream import is_offloaded
 
 
 @dataclass(frozen=True)
@@ -104,4 +105,7 @@ def _check_bare(model: nn.Module) -> None:
 def device_of(model: nn.Module) -> torch.device:
     """Where a model takes its inputs."""
     device = getattr(model, "device", None)
-    return device if isinstance(device, torch.device) else next(model.parameters()).device
+    if not isinstance(device, torch.device):
+        device = next(model.parameters()).device
+    offloaded = device.type == "meta" and is_offloaded(model)
+    return looks_up_on(input_embedding(model)) if offloaded else device

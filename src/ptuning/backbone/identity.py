@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..devices import on_cpu_by_default
 from ..errors import InputError, PromptFileError, warn
 from .kinds import kind_of
-from .lookups import input_embedding
+from .lookups import input_embedding, looks_up_on
 from .tokens import tokenizer_hash
 from .upstream import commit_of
 
@@ -66,7 +66,7 @@ def _sample(embedding: nn.Embedding, rows: Tensor, columns: Tensor) -> Tensor:
     if weight.is_floating_point() and not weight.is_meta:
         return weight.detach()[rows.to(weight.device)].float().cpu()[:, columns]
     with torch.no_grad():
-        return embedding(rows.to(weight.device)).float().cpu()[:, columns]
+        return embedding(rows.to(looks_up_on(embedding))).float().cpu()[:, columns]
 
 
 def check_same(saved: dict[str, Any], model: nn.Module, tokenizer: Any) -> None:

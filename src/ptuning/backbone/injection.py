@@ -29,7 +29,14 @@ from ..data.rows import listed
 from ..devices import on_cpu_by_default
 from ..errors import InputError
 from ..threads import CHANGING
-from .lookups import check_fits, check_width, input_embedding, second_lookups, shared_embeddings
+from .lookups import (
+    check_fits,
+    check_width,
+    input_embedding,
+    looks_up_on,
+    second_lookups,
+    shared_embeddings,
+)
 from .spans import Lookup, Span, near
 from .upstream import hook_owners, remove_hooks_of
 
@@ -64,9 +71,7 @@ class Injector:
 
     @property
     def _device(self) -> torch.device:
-        """Where the embedding is now: models are moved. (Offloaded ones are nowhere.)"""
-        device = self.modules[0].weight.device
-        return torch.device("cpu") if device.type == "meta" else device
+        return looks_up_on(self.modules[0])
 
     @property
     def attached(self) -> object:

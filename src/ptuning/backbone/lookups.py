@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .traits import check_model
+from .upstream import works_on
 
 _SECOND_LOOKUPS, _EXPERTS_OF_IDS = ("embed_tokens_per_layer",), "tid2eid"
 """Modules that look the ids up again, by name (Gemma 4) or by their table of each id's experts
@@ -37,10 +38,16 @@ def input_embedding(model: nn.Module) -> nn.Embedding:
     return module  # type: ignore[return-value]
 
 
+def looks_up_on(embedding: nn.Embedding) -> torch.device:
+    """The device on which an embedding takes ids now: models are moved, and offloaded."""
+    device = embedding.weight.device
+    return works_on(embedding) if device.type == "meta" else device
+
+
 @torch.no_grad()
 def vectors_of(embedding: nn.Embedding, ids: Tensor) -> Tensor:
     """What the embedding gives for ordinary ids: the scale that injected rows have."""
-    return embedding(ids.to(embedding.weight.device)).float().cpu()
+    return embedding(ids.to(looks_up_on(embedding))).float().cpu()
 
 
 def shared_embeddings(model: nn.Module) -> list[nn.Embedding]:

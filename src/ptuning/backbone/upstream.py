@@ -53,6 +53,17 @@ def offloading_of(module: nn.Module) -> Any:
     return getattr(module, "_hf_hook", None)
 
 
+def works_on(module: nn.Module) -> torch.device:
+    """The device on which a module's forward works: offloaded weights come there, and inputs too.
+
+    accelerate 0.10: ``execution_device`` of the hook, or of one of its ``hooks``.
+    """
+    hook = offloading_of(module)
+    hooks = getattr(hook, "hooks", (hook,))
+    devices = (getattr(one, "execution_device", None) for one in hooks)
+    return torch.device(next((one for one in devices if one is not None), "cpu"))
+
+
 def hook_owners(module: nn.Module) -> list[Any]:
     """The objects whose methods are hooks in front of a module's forward.
 

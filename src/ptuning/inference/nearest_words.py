@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..backbone.identity import check_same
-from ..backbone.lookups import check_width, input_embedding
+from ..backbone.lookups import check_width, input_embedding, looks_up_on
 from ..backbone.tokens import check_tokenizer
 from ..prompts.consistency import check_kind
 from ..prompts.prompt import Prompt
@@ -51,7 +51,7 @@ def nearest_words(
     check_same(prompt.base_model, model, tokenizer)
     check_width(vectors, embedding.embedding_dim)
     size = min(embedding.num_embeddings, len(tokenizer))
-    ids = torch.arange(size, device=embedding.weight.device)
+    ids = torch.arange(size, device=looks_up_on(embedding))
     vocabulary = torch.cat([embedding(part).float().cpu() for part in ids.split(8192)])
     norms = vocabulary.norm(dim=1).clamp(min=1e-12)
     lengths = vectors.norm(dim=1).clamp(min=1e-12)

@@ -18,7 +18,7 @@ from transformers.utils.hub import PushToHubMixin
 
 from ..backbone.injection import Injector
 from ..backbone.kinds import reads_left_to_right
-from ..backbone.lookups import input_embedding, vectors_of
+from ..backbone.lookups import input_embedding, looks_up_on, vectors_of
 from ..backbone.spans import Span
 from ..errors import InputError
 from ..prompts.encoder import PromptEncoder
@@ -310,5 +310,4 @@ class PeftModel(Recognised, Summary, Saving, PushToHubMixin, nn.Module):  # type
             return getattr(self.base_model, name)
 
     def _device(self) -> torch.device:
-        device = input_embedding(self.base_model).weight.device
-        return torch.device("cpu") if device.type == "meta" else device
+        return looks_up_on(input_embedding(self.base_model))

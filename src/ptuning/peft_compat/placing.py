@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..backbone import traits
 from ..backbone.injection import Injector, may_look_at_values
 from ..backbone.kinds import reads_left_to_right
+from ..backbone.lookups import looks_up_on
 from ..backbone.placement import Placement
 from ..backbone.spans import Span
 from ..errors import InputError, warn
@@ -375,7 +376,7 @@ def twins_vector(base: Base) -> Tensor:
     """The vector ``(1, width)`` of the padding's id, which its twin has too."""
     embed = base.injector.modules[0]
     with torch.no_grad():
-        return embed(torch.tensor([pad_id(base) or 0], device=embed.weight.device))
+        return embed(torch.tensor([pad_id(base) or 0], device=looks_up_on(embed)))
 
 
 def _mark_padding(base: Base, twin: Span, inputs: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from .. import distributed
 from ..backbone.base_model import device_of
-from ..backbone.upstream import forget_accelerate
+from ..backbone.upstream import forget_accelerate, is_offloaded
 from ..errors import InputError
 from ..threads import CHANGING
 from .settings import TrainSettings
@@ -114,10 +114,12 @@ def make_accelerator(settings: TrainSettings, output: Path | None) -> Accelerato
 
 
 def move_model(model: nn.Module, accelerator: Accelerator) -> torch.device:
-    """Move the model to accelerate's device, unless it has been spread or quantized, or stands on a
-    device of that kind already and trains alone."""
+    """Move the model to accelerate's device, unless it has been spread, offloaded or quantized, or
+    stands on a device of that kind already and trains alone."""
     here, asked = device_of(model), accelerator.device
     if getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False):
+        return here
+    if is_offloaded(model):
         return here
     if here.type == asked.type and accelerator.num_processes == 1:
         return here

@@ -136,3 +136,7 @@ def _check_model(base: BaseModel, prompt: Prompt, settings: TrainSettings) -> No
     quantized = getattr(base.model, "is_quantized", False) or frozen_format(base.model)
     if settings.tune_model and quantized:
         raise InputError("tune_model needs the base model's own weights; load it unquantized")
+    if settings.tune_model and any(parameter.is_meta for parameter in base.model.parameters()):
+        raise InputError(
+            "tune_model needs the weights in memory; load the model without offloading"
+        )

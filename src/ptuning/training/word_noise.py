@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbone.base_model import device_of
-from ..backbone.lookups import input_embedding
+from ..backbone.lookups import input_embedding, looks_up_on
 from ..backbone.word_size import ordinary, word_size
 from ..prompts.prompt import Prompt
 from ..prompts.template import Virtual
@@ -72,7 +71,7 @@ class WordNoise:
 
     def __init__(self, model: nn.Module, tokenizer: Any, share: float):
         embedding = input_embedding(model)
-        device = device_of(model) if embedding.weight.is_meta else embedding.weight.device
+        device = looks_up_on(embedding)
         self._full = share * word_size(embedding, tokenizer)
         draw = torch.Generator().manual_seed(0)
         drawn = torch.randn(_DRAWN, embedding.embedding_dim, generator=draw, dtype=torch.float32)
