@@ -139,6 +139,35 @@ def test_a_model_that_does_something_else_with_its_logits_keeps_its_own() -> Non
     assert model in module._other
 
 
+class Packed(Tensor):
+    """A quantized weight of torchao's kind: its layer multiplies with it, and nobody else."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.nn.functional.linear:
+            hidden, weight, bias = args
+            return function(hidden, weight.as_subclass(Tensor), bias)
+        if function in (Tensor.T.__get__, Tensor.__getitem__):  # type: ignore[attr-defined]
+            raise NotImplementedError(function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_a_head_whose_weight_is_packed_makes_its_logits_itself() -> None:
+    model, rows = model_of("llama", torch.bfloat16)
+    batch = batch_of("llama", examples_for("causal"))
+    own = answer_logits(model, batch)
+    head: Any = output_head(model)
+    head.weight = torch.nn.Parameter(head.weight.as_subclass(Packed), requires_grad=False)
+    words = torch.tensor([[5, 17, 300]]).expand(len(batch.answers), -1)
+    for _ in range(2):
+        got = vocabulary_logits(model, batch)
+        assert torch.equal(got, own)
+        label_word_scores(model, Batch(**{**vars(batch), "label_ids": words}), 3)
+    assert torch.autograd.grad(got.float().sum(), rows)[0].abs().max() > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_row_that_has_gone_astray_says_nothing_of_the_model(dtype: torch.dtype) -> None:
     model, rows = model_of("llama", dtype)

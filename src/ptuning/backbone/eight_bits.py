@@ -267,7 +267,7 @@ def _fits(module: nn.Module) -> bool:
     if is_offloaded(module) or has_hooks(module):
         return False
     weight: Any = module.weight
-    plain = weight.is_floating_point() and not weight.is_meta
+    plain = type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta
     return plain and not any(size % _MULTIPLE for size in weight.shape)
 
 

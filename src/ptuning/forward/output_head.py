@@ -71,7 +71,10 @@ def frozen_matrix(model: nn.Module) -> nn.Linear | None:
 
 
 def _is_matrix(head: nn.Module | None) -> TypeGuard[nn.Linear]:
-    return type(head) is nn.Linear and not head.weight.is_meta and not is_offloaded(head)
+    if type(head) is not nn.Linear or is_offloaded(head):
+        return False
+    # Other kinds of parameters are quantized (torchao's) or lie in several processes.
+    return type(head.weight) is nn.Parameter and not head.weight.is_meta
 
 
 def leave(model: nn.Module) -> None:
