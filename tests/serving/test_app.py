@@ -192,6 +192,7 @@ _WRONG: list[tuple[str, bytes, int, str]] = [
     (_PREDICT, b'{"fields":' * 99 + b"1" + b"}" * 99, 400, "nested deeper than 64"),
     (_PREDICT, b'{"fields": {"text": "a", "text": "b"}}', 400, "the key 'text' stands there twice"),
     (_PREDICT, b"[1]", 422, "a JSON list; send an object"),
+    (_PREDICT, b"null", 422, "a JSON null; send an object"),
     (_PREDICT, b"{}", 422, "send 'fields' for one row, or 'rows' for many"),
     (_PREDICT, b"", 422, "Field required"),
     (_PREDICT, b'{"rows": []}', 422, "rows: "),

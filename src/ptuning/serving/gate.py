@@ -269,7 +269,8 @@ def check_json(body: bytes, content_type: bytes) -> None:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise Refused(400, f"the body is no JSON that can be read: {reason}") from None
     if not isinstance(value, dict):
-        raise Refused(422, f"the body is a JSON {type(value).__name__}; send an object")
+        name = "null" if value is None else type(value).__name__
+        raise Refused(422, f"the body is a JSON {name}; send an object")
     if next(islice(levels(value), _LEVELS, None), None) is not None:
         raise Refused(400, f"the body is nested deeper than {_LEVELS} levels")
     if "\\ud" in text.lower():
