@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -131,3 +132,32 @@ def test_damaged_parquet_is_rows_or_a_data_error(tmp_path: Path, seed: int) -> N
     path.write_bytes(content)
     with contextlib.suppress(DataError):
         assert all(isinstance(row, dict) for row in read_examples(path))
+
+
+def test_class_labels_of_data_sets_are_their_names(tmp_path: Path) -> None:
+    kind = datasets.ClassLabel(names=["bad", "good"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": kind})
+    columns = {"text": ["a", "b", "c", "d"], "label": [0, 1, -1, None]}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "a.parquet")
+    assert [row["label"] for row in read_examples(tmp_path / "a.parquet")] == [
+        *("bad", "good", None, None)
+    ]
+    metadata = pyarrow.parquet.read_schema(tmp_path / "a.parquet").metadata
+    table = pyarrow.table({"text": ["a"], "label": [2]}).replace_schema_metadata(metadata)
+    with pytest.raises(DataError, match="class label 2, and the data set names 2 classes"):
+        read_examples(written(tmp_path, table))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *("{", "[]", '{"info": {"features": null}}', '{"info": {"features": {"label": 1}}}'),
+        '{"info": {"features": {"label": {"names": "no"}}}}',
+        '{"info": {"features": {"label": {"names": [1]}}}}',
+        '{"info": {"features": {"other": {"names": ["no"]}}}}',
+    ],
+)
+def test_what_else_stands_beside_a_schema_changes_nothing(said: str, tmp_path: Path) -> None:
+    table = pyarrow.table({"text": ["a"], "label": [0]})
+    path = written(tmp_path, table.replace_schema_metadata({"huggingface": said, "more": "x"}))
+    assert read_examples(path) == [{"text": "a", "label": 0}]

@@ -53,6 +53,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "a data set": lambda: datasets.Dataset.from_list(ROWS),
     "class labels": class_labels,
     "class labels as tensors": lambda: class_labels().with_format("numpy"),
+    "class labels of Arrow": lambda: class_labels().data.table,
     "a stream": lambda: datasets.Dataset.from_list(ROWS).to_iterable_dataset(),
     "a stream of class labels": lambda: class_labels().to_iterable_dataset(),
     "csv.DictReader": lambda: csv.DictReader(io.StringIO("text,label\ngood,yes\nbad,no\n")),

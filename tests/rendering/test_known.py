@@ -375,7 +375,7 @@ def test_rows_are_tokenized_in_one_call_and_words_behind_literal_text_once(
     [
         ({3: {"y": "Oslo"}, 5: {}}, "test example 4: the template names the column 'x'"),
         ({2: {"x": ["a"]}, 3: {}}, "test example 3: the column 'x' holds a list"),
-        ({4: {"x": "Oslo", "answer": "maybe"}}, "test example 5: the label 'maybe' is not in"),
+        ({4: {"x": "Oslo", "answer": "maybe"}}, "test example 5: 'maybe' is none of"),
         ({1: {"x": "one " * 9, "answer": "yes"}, 2: {}}, "test example 3: the template names"),
         ({1: {"x": "Rome", "answer": "yes"}, 2: {}}, "Missing [UNK] token"),
         ({1: {}, 2: {"x": "Rome", "answer": "yes"}}, "test example 2: the template names"),

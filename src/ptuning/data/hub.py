@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import DataError, excerpt
+from .class_labels import with_names
 from .rows import Row
-from .values import plain
 
 _HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 
@@ -63,20 +63,6 @@ def dataset_rows(data: Any) -> Iterator[Row]:
             if getattr(kind, "decode", False) and type(kind).__name__ != "Json":  # which is plain
                 data = data.cast_column(column, replace(kind, decode=False))
     features = data.features or {}
-    names = {column: kind for column, kind in features.items() if hasattr(kind, "int2str")}
+    names = {column: kind.names for column, kind in features.items() if hasattr(kind, "int2str")}
     for row in map(dict, data):
-        for column, kind in names.items():
-            number = plain(row.get(column))
-            if isinstance(number, int | float) and number == number // 1:
-                row[column] = _name(column, kind, int(number))
-        yield row
-
-
-def _name(column: str, kind: Any, number: int) -> str | None:
-    try:
-        return str(kind.int2str(number)) if number >= 0 else None
-    except ValueError:
-        raise DataError(
-            f"the column {column!r} holds the class label {number}, and the data set names "
-            f"{kind.num_classes} classes, counted from 0; correct the one or the other"
-        ) from None
+        yield with_names(row, names)

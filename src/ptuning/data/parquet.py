@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from .class_labels import names_beside, with_names
 from .rows import Row, unique_names
 from .text import LONGEST_CELL, Swelling
 
@@ -17,13 +18,15 @@ _SMALL = 2**20
 
 
 def parquet_rows(path: Path) -> Iterator[Row]:
-    """Rows with the types that the file gives them.
+    """Rows with the types that the file gives them; class labels of `datasets` are their names.
 
     Raises:
-        DataError: it is no Parquet, is damaged, or has a column twice.
+        DataError: it is no Parquet, is damaged, or has a column twice; a class label has no name.
     """
     for batch in batches(path):
-        yield from _guarded(path, batch.to_pylist)
+        names = names_beside(batch.schema.metadata)
+        for row in _guarded(path, batch.to_pylist):
+            yield with_names(row, names)
 
 
 def batches(path: Path, exact: bool = False) -> Iterator[Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, a_kind, excerpt
+from .class_labels import names_beside, with_names
 from .hub import dataset_rows
 from .rows import Row, unique_names
 from .sources import stream_examples
@@ -67,7 +68,8 @@ def _rows_of(source: Any) -> Iterator[Row]:
         return dataset_rows(source)
     if hasattr(source, "to_pylist") and hasattr(source, "column_names"):  # pyarrow
         unique_names(source.column_names, "the table")
-        return iter(source.to_pylist())
+        labels = names_beside(source.schema.metadata)
+        return (with_names(row, labels) for row in source.to_pylist())
     if isinstance(source, Mapping):
         return _from_columns(source)
     if not isinstance(source, Iterable) or isinstance(source, bytes):
