@@ -132,6 +132,7 @@ main()
 def test_ctrl_c_that_an_imported_library_takes_for_something_else_ends_the_program() -> None:
     script = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 class Imported:
     def __getattr__(self, name):
         try:
