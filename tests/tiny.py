@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from ptuning.backbone.base_model import BaseModel
 from ptuning.forward import scoring
-from ptuning.forward.batching import batch_for
+from ptuning.forward.batching import Batching
 from ptuning.forward.engine import Engine
 from ptuning.rendering.collate import Batch
 from ptuning.rendering.render import Rendered, Renderer
@@ -195,7 +195,7 @@ def engine(model: Any, tokenizer: Any = None, store: Any = None, plain: bool = F
 def batch(model: Any, renderer: Renderer, examples: list[Rendered], first_ids: list[int]) -> Batch:
     """Examples of one member as a batch, each with the first id of its own prompt."""
     base = BaseModel.of(model, renderer.tokenizer)
-    made = batch_for(base, [(e, n) for n, e in enumerate(examples)], first_ids)
+    made = Batching.of(base)([(e, n) for n, e in enumerate(examples)], first_ids)
     return replace(made, member=torch.zeros_like(made.member)).to(base.device)
 
 

@@ -151,6 +151,7 @@ def test_class_labels_of_data_sets_are_their_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "said",
     [
+        pytest.param("[" * 100_000, id="deep"),
         *("{", "[]", '{"info": {"features": null}}', '{"info": {"features": {"label": 1}}}'),
         '{"info": {"features": {"label": {"names": "no"}}}}',
         '{"info": {"features": {"label": {"names": [1]}}}}',

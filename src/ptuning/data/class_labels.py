@@ -18,7 +18,7 @@ def names_beside(metadata: Mapping[bytes, bytes] | None) -> Names:
     try:
         features = json.loads((metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         found = {column: kind["names"] for column, kind in features.items() if "names" in kind}
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
     return {
         column: names

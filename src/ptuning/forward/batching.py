@@ -82,11 +82,6 @@ class Batching:
         return replace(batch, member=torch.tensor([number for _, number in rows]))
 
 
-def batch_for(base: BaseModel, rows: Sequence[Numbered], first_ids: Sequence[int]) -> Batch:
-    """As `Batching` does for a model."""
-    return Batching.of(base)(rows, first_ids)
-
-
 def chunks_by_length(
     examples: Sequence[Rendered], rows: int | None, device: torch.device, members: int
 ) -> Iterator[list[int]]:

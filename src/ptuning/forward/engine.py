@@ -32,7 +32,6 @@ from . import chunked
 from .batching import (
     Batching,
     Numbered,
-    batch_for,
     by_length,
     chunks_by_length,
     computed_tokens,
@@ -99,11 +98,9 @@ class Engine:
         limits = base.longest_answer, base.known_tokens
         return Renderer(base.tokenizer, task, base.kind, base.context, candidates, *limits)
 
-    def batch(
-        self, rows: Sequence[Numbered], first_ids: Sequence[int], device: str | None = None
-    ) -> Batch:
-        """As `batching.batch_for`, on the model's device or another one."""
-        return batch_for(self.base, rows, first_ids).to(device or self.base.device)
+    def batch(self, rows: Sequence[Numbered], first_ids: Sequence[int]) -> Batch:
+        """As `batching.Batching`, on the model's device."""
+        return self.batching()(rows, first_ids).to(self.base.device)
 
     def batching(self) -> Batching:
         """What makes such batches without the model."""
@@ -120,11 +117,12 @@ class Engine:
         self, rows: Sequence[Numbered], first_ids: Sequence[int], device: torch.device
     ) -> list[Batch]:
         """Rows of a training step as batches of such parts, still on the CPU."""
-        return [batch_for(self.base, part, first_ids) for part in self.parts(rows, device)]
+        batching = self.batching()
+        return [batching(part, first_ids) for part in self.parts(rows, device)]
 
     def prediction_batch(self, rows: Sequence[Numbered], first_ids: Sequence[int]) -> Batch:
         """A batch, still on the CPU, whose rows share all that they can; nothing is trained."""
-        batch = batch_for(self.base, rows, first_ids)
+        batch = self.batching()(rows, first_ids)
         batch = replace(batch, member=torch.zeros_like(batch.member))  # prompts may share rows too
         if self.store is not None:
             batch = for_prediction(batch, self._common)

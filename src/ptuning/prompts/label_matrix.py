@@ -58,10 +58,11 @@ class LabelMatrix:
         if words == self.words:
             return self.numbers
         if sorted(words) != sorted(self.words):
+            other = sorted({*words} ^ {*self.words})
             raise InputError(
                 f"label_matrix is of the words {briefly(list(self.words))}, and the labels have "
-                f"{briefly(list(words))}: it belongs to other words; give "
-                "these again, or take label_matrix out (None) and train again"
+                f"{briefly(list(words))} (not in both: {briefly(other)}); give its words again, or "
+                "take label_matrix out (None) and train again"
             )
         old, new = (sorted(range(len(each)), key=each.__getitem__) for each in (self.words, words))
         order = torch.empty(len(words), dtype=torch.long)
