@@ -81,6 +81,11 @@ def a_kind(value: object) -> str:
     return f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}"
 
 
+def counted(number: int, what: str) -> str:
+    """So many of something, for a message: "1 row", "2 rows"."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def in_one_line(error: BaseException) -> str:
     """What an error of somebody else says first, or its kind where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -88,7 +93,10 @@ def in_one_line(error: BaseException) -> str:
 
 def unreadable(path: object, error: OSError) -> str:
     """That the system lets nobody read a file or folder, or not this user, for a message."""
-    remedy = "; let this user read it" if isinstance(error, PermissionError) else ""
+    remedy = {
+        PermissionError: "; let this user read it",
+        IsADirectoryError: "; give a file",
+    }.get(type(error), "")
     return f"{path} cannot be read: {error.strerror or error}{remedy}"
 
 

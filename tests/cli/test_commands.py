@@ -541,7 +541,7 @@ FILES = [
     ("empty.jsonl", "", ["empty.jsonl holds no example"]),
     ("bad.jsonl", '{"country": "a", "capital": "b"}\n{"country": \n', ["line 2", "JSON"]),
     ("list.jsonl", "[1, 2]\n", ["element 1", "object"]),
-    ("bad.csv", "country,capital\nFrance,Paris\nItaly\n", ["line 3", "1 cells", "header has 2"]),
+    ("bad.csv", "country,capital\nFrance,Paris\nItaly\n", ["line 3", "1 cell", "header has 2"]),
     ("bytes.csv", b"country,capital\nFr\xff,Paris\n", ["line 2", "UTF-8"]),
     ("blank.jsonl", '{"country": "a", "capital": " "}\n', ["training example 1", "empty"]),
     ("lacks.csv", "country,city\nFrance,Paris\n", ["'capital'", "'city'"]),

@@ -79,6 +79,20 @@ def test_columns_without_a_name_are_left_out_and_what_stands_there_is_told(tmp_p
     assert len(said) == 1 and [*rows[1].values()] == ["spam", "two"]
 
 
+def test_a_title_above_the_header_is_told_of(tmp_path: Path) -> None:
+    path, remedy = tmp_path / "a.csv", "if line 1 is a title, delete what stands above the header"
+    path.write_text("Tickets\n2026-11-30\n\ntext,label\nlost,card\n")
+    with pytest.raises(DataError, match=f"line 4: 2 cells, and the header has 1 .*{remedy}"):
+        read_examples(path)
+    path.write_text("Tickets,\n2026-11-30,\ntext,label\nlost,card\n")
+    with pytest.warns(UserWarning, match=f"'label' stands in a column without a name.*{remedy}"):
+        read_examples(path)
+    path.write_text("lost,card\n")
+    with pytest.raises(DataError, match="names are given for 1") as said:
+        read_examples(path, columns="text")
+    assert "is a title" not in str(said.value)
+
+
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
 def test_the_separator_is_found_where_columns_without_a_name_end_the_header(
     tmp_path: Path, separator: str

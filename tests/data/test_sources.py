@@ -238,12 +238,12 @@ def test_malformed_json_array_names_the_place(tmp_path: Path, text: str, place: 
 @pytest.mark.parametrize(
     ("text", "line", "part"),
     [
-        ("a,b\n1,2\n3\n", 3, "1 cells, and the header has 2 (a, b)"),
+        ("a,b\n1,2\n3\n", 3, "1 cell, and the header has 2 (a, b)"),
         ("a,b\n1,2,3\n", 2, "3 cells, and the header has 2"),
         ("a,b\n\n\n1,2,3\n", 4, "3 cells"),
-        ('a,b\n"one\ntwo\nthree",2\n3\n', 5, "1 cells"),
-        ('a,b\r\n"one\r\ntwo",2\r\n3\r\n', 4, "1 cells"),
-        ('a,b\n"one\u2028two",2\n3\n', 3, "1 cells"),
+        ('a,b\n"one\ntwo\nthree",2\n3\n', 5, "1 cell"),
+        ('a,b\r\n"one\r\ntwo",2\r\n3\r\n', 4, "1 cell"),
+        ('a,b\n"one\u2028two",2\n3\n', 3, "1 cell"),
         ('a,b\n1,2\n"x"y,2\n', 3, "malformed CSV"),
         ('a,b\n"one\ntwo",2\n3,"4"5\n', 4, "malformed CSV"),
         ('a,b\n1,2\n3,"never closed\n', 3, "malformed CSV"),

@@ -667,6 +667,24 @@ def test_a_pickle_beside_adapter_config_is_refused(tmp_path: Path) -> None:
         ptuning.Prompt.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["config.json", "prompts.json"], "is a merged model, and no saved prompt"),
+        (["config.json"], "is a model, and no saved prompt"),
+        (["run.yaml", "checkpoints"], "has no prompt yet: .* go on with it"),
+        (["run.yaml"], "does not exist; give the folder of a saved prompt"),
+    ],
+)
+def test_a_folder_of_something_else_is_called_what_it_is(
+    names: list[str], told: str, tmp_path: Path
+) -> None:
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(PromptFileError, match=told):
+        ptuning.Prompt.load(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["missing", "./a/b", "a/b/c", "~/nothing"])
 def test_a_missing_folder_is_an_error(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

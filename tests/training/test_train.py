@@ -905,6 +905,18 @@ def test_a_template_that_shows_the_answer_is_warned_of() -> None:
         train(model, tokenizer, prompt, ROWS, epochs=1, verbose=False)
 
 
+def test_a_label_that_dev_examples_alone_have_is_warned_of() -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    prompt = Prompt("[P*3] {text} [MASK]", verbalizer={"0": "yes", "1": "no"})
+    training = [row for row in LABELLED if str(row["label"]) == "0"]
+    said = "no training example has the answer '1'"
+    with pytest.warns(UserWarning, match=said):
+        train(model, tokenizer, prompt, training, LABELLED, epochs=1, verbose=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=said)
+        train(model, tokenizer, prompt, LABELLED, training, epochs=1, verbose=False)
+
+
 def test_trainers_gradient_checkpointing_is_refused_in_words() -> None:
     model, tokenizer = tiny.model("llama"), tiny.tokenizer()
     module, *_ = ptuning.trainer_parts(model, tokenizer, prompt_for(), ROWS)

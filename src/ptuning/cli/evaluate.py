@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..errors import counted
 from . import console, loading, saved_prompt
 from .options import Dtype, Frozen, Json
 from .saved_prompt import (
@@ -99,7 +100,7 @@ def _short(text: str, most: int = 60) -> str:
 
 
 def _show(result: Evaluation) -> None:
-    console.table(f"{result.examples} examples", ["", "right (%)"], result.rows())
+    console.table(counted(result.examples, "example"), ["", "right (%)"], result.rows())
     line = f"loss {result.loss:.4f}"
     if result.macro_f1 is not None:
         line += f", macro F1 {console.percent(result.macro_f1)}"

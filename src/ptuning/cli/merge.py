@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..data.rows import listed
-from ..errors import InputError
+from ..errors import InputError, counted
 from . import console, saved_prompt
 from .options import DtypeAsSaved, Json
 
@@ -77,9 +77,8 @@ def merge(
     if json_output:
         console.print_json({"output": str(output), "prompts": merged.prompts})
         return
-    count = len(merged.prompts)
-    shown = f": {listed(merged.prompts)}" if count else ""
-    console.tell(f"{count} prompt{'s' * (count != 1)} in {output}{shown}")
+    shown = f": {listed(merged.prompts)}" if merged.prompts else ""
+    console.tell(f"{counted(len(merged.prompts), 'prompt')} in {output}{shown}")
 
 
 def _names(folders: list[str], names: list[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import InputError
+from ..errors import InputError, counted
 from . import console, loading, saved_prompt
 from .options import Dtype, Frozen, Overwrite
 from .saved_prompt import (
@@ -74,6 +74,5 @@ def report(
         versions=versions(),
     )
     storage.write_file(output, page(made).encode())
-    console.say(
-        f"{result.examples} rows, {console.percent(result.accuracy)} % right; report in {output}"
-    )
+    answered, right = counted(result.examples, "row"), console.percent(result.accuracy)
+    console.say(f"{answered}, {right} % right; report in {output}")

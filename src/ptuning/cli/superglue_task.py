@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
+from ..errors import counted
 from . import console
 
 if TYPE_CHECKING:
@@ -97,7 +98,9 @@ class TaskRun:
             runs = [{**run, "test": found[str(run["seed"])]} for run in runs]
         part = "test" if self.splits.test else "dev"
         scores = [score(run[part]) for run in runs]
-        line = f"P-tuned, {len(runs)} seeds, {part}, mean {console.percent(mean(scores))}"
+        line = (
+            f"P-tuned, {counted(len(runs), 'seed')}, {part}, mean {console.percent(mean(scores))}"
+        )
         self.bar.end(f"{self.task.name:>8}  {line}", measured)
         always = majority(self.task, manual, rows)
         return {

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from ..errors import DataError, briefly, excerpt, warn
+from ..errors import DataError, briefly, counted, excerpt, warn
 from .file_form import FileForm
 from .rows import Row, listed
 from .text import LONGEST_CELL, lines
@@ -55,9 +55,9 @@ def separated_rows(path: Path, usual: str, form: FileForm) -> Iterator[Row]:
         if len(cells) != len(header):
             named = "names are given for" if form.columns else "the header has"
             raise DataError(
-                f"{path} line {number}: {len(cells)} cells, and {named} "
+                f"{path} line {number}: {counted(len(cells), 'cell')}, and {named} "
                 f"{len(header)} ({listed(header)}); quote cells that hold a {separator!r}, or "
-                "name the separator"
+                f"name the separator{_if_a_title(at_header, names)}"
             )
         for at in reversed(unnamed):
             lost = cells.pop(at)
@@ -65,7 +65,7 @@ def separated_rows(path: Path, usual: str, form: FileForm) -> Iterator[Row]:
                 told = True
                 warn(
                     f"{path} line {number}: {briefly(lost)} stands in a column without a name and "
-                    "is left out"
+                    f"is left out{_if_a_title(at_header, names)}"
                 )
         yield dict(zip(names, cells, strict=True))
     if header and number == at_header and not form.columns:
@@ -73,6 +73,13 @@ def separated_rows(path: Path, usual: str, form: FileForm) -> Iterator[Row]:
             f"{path} holds no example but a header ({listed(header)}); give at least one, or, if "
             "that line is one, name the columns (columns=, --columns)"
         )
+
+
+def _if_a_title(number: int, names: list[str]) -> str:
+    """What to do where that may be what the header's line holds: spreadsheets are exported so."""
+    if not number or len(names) > 1:
+        return ""
+    return f"; if line {number} is a title, delete what stands above the header"
 
 
 def _check_names(path: Path, number: int, header: list[str]) -> None:

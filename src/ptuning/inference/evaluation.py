@@ -17,7 +17,7 @@ from torch import nn
 from ..backbone.base_model import BaseModel
 from ..data import Rows, as_rows
 from ..devices import on_cpu_by_default
-from ..errors import DataError, InputError, excerpt, warn
+from ..errors import DataError, InputError, counted, excerpt, warn
 from ..forward.engine import Engine
 from ..forward.scoring import label_log_probabilities, score, score_together
 from ..forward.together import biased
@@ -119,7 +119,7 @@ class Evaluation:
 
     def _repr_html_(self) -> str:
         """For notebooks: the prompt beside the baselines, the confusion matrix, and a picture."""
-        page = html_table(f"{self.examples} examples", ["", "right (%)"], self.rows())
+        page = html_table(counted(self.examples, "example"), ["", "right (%)"], self.rows())
         if len(self.confusion) > WIDEST:
             shown = [self.confused(own) for own in self.most_mistaken()]
             page += html_table(most_mistaken_of(len(self.labels)), CONFUSED, shown)
@@ -138,7 +138,7 @@ class Evaluation:
             "manual": [self.manual_accuracy],
             "majority": [self.majority_accuracy],
         }
-        return shares([f"{self.examples} examples"], bars, "right (%)")
+        return shares([counted(self.examples, "example")], bars, "right (%)")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -83,6 +83,8 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any
     Raises:
         PromptFileError: missing, damaged, or of a newer format.
     """
+    if not are_in(folder):
+        _check_other(folder)
     tensors, metadata = formats.read_tensors(folder / _TENSORS)
     copy = formats.parse_json(metadata.get("prompt", "{}"), f"the description in {_TENSORS}")
     description = _description(folder, copy)
@@ -251,6 +253,22 @@ def _check_tensors(tensors: dict[str, Tensor], place: str) -> None:
     for name, tensor in tensors.items():
         module = name.startswith("module.")  # may have counters and the like
         formats.check_numbers(tensor, f"{place}: {name}", floats_only=not module)
+
+
+_OTHERS = {
+    "prompts.json": "is a merged model, and no saved prompt; give the folder of a prompt that was "
+    "merged into it, or ask it through a server (ptuning serve --backend vllm)",
+    "config.json": "is a model, and no saved prompt; give the folder of a prompt",
+    "checkpoints": "has no prompt yet: its training stopped before one was saved; go on with it "
+    "(--resume)",
+}
+"""What else a folder may be by what lies in it, and what to do then."""
+
+
+def _check_other(folder: Path) -> None:
+    for name, what in _OTHERS.items():
+        if (folder / name).exists():
+            raise PromptFileError(f"{folder} {what}")
 
 
 def _description(folder: Path, copy: dict[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,11 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..data.rows import listed
 from ..errors import DataError, InputError, briefly, warn
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
-from ..rendering.example import Example, answer_column, check_rows
+from ..rendering.example import Example, answer_column, check_rows, right_answer
 from ..rendering.lesson import Lessons
 from .accelerator import check_tracker
 from .calibration import check_calibration
@@ -117,6 +118,18 @@ def check_run(
                 )
             check_rows(member, rows, "training", answered=answered)
             check_rows(member, dev, "dev", answered=answered)
+    if answered and dev and draft.labels:
+        _tell_untrained(draft, rows, dev)
+
+
+def _tell_untrained(task: Task, rows: Sequence[Example], dev: Sequence[Example]) -> None:
+    """Warn of labels that dev examples ask for and no training example shows."""
+    shown, asked = ({right_answer(task, r, task.labels) for r in part} for part in (rows, dev))
+    if missing := sorted(asked - shown):
+        warn(
+            f"no training example has the answer {listed(map(repr, missing))}, and dev examples "
+            "have: nothing is learnt of it; move some of them to the training examples"
+        )
 
 
 def _check_taught(settings: TrainSettings) -> None:
