@@ -71,6 +71,7 @@ def test_a_model_without_a_language_model_head_is_refused(tmp_path: Path) -> Non
     [
         ("absent.gguf", "absent.gguf does not exist"),
         ("empty", "without config.json"),
+        ("empty/model.safetensors", "is a file and no GGUF file; give a model's whole folder"),
         ("nobody/nothing", "cannot load the model 'nobody/nothing'"),
     ],
 )
@@ -79,6 +80,7 @@ def test_what_is_no_model_is_said(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "model.safetensors").write_bytes(b"weights")
     with pytest.raises(InputError, match=message):
         load_model(name)
 

@@ -139,6 +139,16 @@ def test_a_converted_file_has_the_special_tokens_that_it_names(
     assert "tokenizer.ggml.padding_token_id" in named and tokenizer.pad_token == "<pad>"
 
 
+@pytest.mark.parametrize("name", ["MODEL.GGUF", "sha256-0123abcd"])
+def test_a_file_is_known_by_its_first_bytes_too(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PTUNING_CACHE", str(tmp_path / "cache"))
+    write_gguf(_merged(tiny.model("llama", vocab_size=450), bos=True), tmp_path / name)
+    model, _ = ptuning.load_model(str(tmp_path / name))
+    assert model.config.model_type == "llama"
+
+
 def test_virtual_tokens_are_control_tokens_of_the_file(tmp_path: Path) -> None:
     merged = _merged(tiny.model("llama", vocab_size=450), bos=True)
     write_gguf(merged, tmp_path / "model.gguf")

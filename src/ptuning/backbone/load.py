@@ -168,10 +168,12 @@ def _resolve(name: str) -> str:
     path = Path(name).expanduser()
     for folder in (path, path.parent):  # a model trained with a prompt is part of that one's save
         settle(folder)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise InputError(f"{name} does not exist; give the path of a GGUF file")
+    if path.is_file():
+        if not _is_gguf(path):
+            raise InputError(f"{name} is a file and no GGUF file; give a model's whole folder")
         return str(converted_gguf(path))
+    if path.suffix.lower() == ".gguf":
+        raise InputError(f"{name} does not exist; give the path of a GGUF file")
     fetched = cache_folder() / name
     if not path.exists() and "/" not in name and (fetched / "config.json").is_file():
         return str(fetched)
@@ -224,6 +226,17 @@ def _take_older_template(tokenizer: Any, source: str, config: Any) -> None:
         with suppress(OSError):  # there is none
             found = Path(str(cached_file(source, "chat_template.json")))
             tokenizer.chat_template = read_json(found)["chat_template"]
+
+
+def _is_gguf(path: Path) -> bool:
+    """By its ending, or by its first bytes: Ollama's files have no ending."""
+    if path.suffix.lower() == ".gguf":
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
 
 
 def converted_gguf(path: Path) -> Path:
