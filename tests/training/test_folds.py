@@ -194,6 +194,22 @@ def test_a_run_begun_anew_forgets_the_folds_of_the_one_before(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("begun", "again", "then"),
+    [({}, {"folds": 2}, "then 0, now 2"), ({"folds": 2}, {}, "then 2, now 0")],
+)
+def test_a_run_of_other_folds_is_refused_before_anything_is_trained(
+    begun: dict[str, Any], again: dict[str, Any], then: str, tmp_path: Path
+) -> None:
+    how: dict[str, Any] = {"output": tmp_path, "checkpoint_seconds": 0.0}
+    with pytest.raises(Stopped):
+        run(listener=stop_after(3), **how, **begun)
+    told: list[Any] = []
+    with pytest.raises(InputError, match=f"folds differs from the interrupted run .{then}"):
+        run(resume=True, listener=told.append, **how, **again)
+    assert not told
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"folds": 1}, "folds is 1; give at least 2"),

@@ -116,6 +116,24 @@ def load_for_all(output: Path | None, identity: dict[str, str]) -> dict[str, Any
     return state
 
 
+def check_same_folds(output: Path, folds: int) -> None:
+    """Refuse to go on with a run of other folds before anything is trained: the part that trains
+    first may have no checkpoint to compare.
+
+    Args:
+        output: of the run.
+        folds: of this one; 0 for none.
+
+    Raises:
+        InputError: the checkpoints are of a run with more or fewer.
+    """
+    for part in [output] if folds else (output / FOLDER).glob(f"{FOLD}*"):
+        if (state := load_newest(part)) is not None:
+            saved = state.get("identity") or {}
+            then = {"folds": saved["folds"]} if "folds" in saved else {}
+            check_same_run(then, {"folds": json.dumps(folds)} if folds else {})
+
+
 def delete_all(output: Path) -> None:
     """Remove the checkpoints of a run that is over or starts anew."""
     parts = [*(output / FOLDER).glob(f"{FOLD}*"), output / FOLDER / REFIT]

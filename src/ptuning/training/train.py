@@ -159,6 +159,8 @@ def _outcome(
     if place is not None and not resume:  # what else a run before has left
         old = place if settings.folds else place_of(place)
         distributed.from_main(lambda: checkpoint.delete_all(old))
+    elif place is not None:
+        distributed.from_main(lambda: checkpoint.check_same_folds(place, settings.folds))
     folds: FoldResult | None = None
     if settings.folds:
         read = columns_read(plan.chosen)
