@@ -103,6 +103,29 @@ def test_the_ending_says_the_kind_and_a_stopped_run_ends_as_a_whole_one(
         assert a["probability"] == pytest.approx(b["probability"], abs=1e-5)
 
 
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("kind", [".csv", ".parquet"])
+def test_answers_never_stand_beside_rows_that_came_into_the_data_meanwhile(
+    predict: Predict, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    from ptuning.data.partial import Partial
+
+    add, text = Partial.add, Path("rows.jsonl").read_text()
+
+    def changing(self: Partial, rows: Any) -> None:
+        add(self, rows)
+        Path("rows.jsonl").write_text(json.dumps({"country": "Oslo", "number": -1}) + "\n" + text)
+
+    monkeypatch.setattr(Partial, "add", changing)
+    code, _, err = predict(f"out{kind}")
+    assert code == 2
+    assert_one_line(err, "is not row 1 of the data", "changed since", "--overwrite")
+    assert not Path(f"out{kind}").exists()
+    Path("rows.jsonl").write_text(text)  # nothing that was answered is lost
+    assert predict(f"out{kind}", "--resume")[0] == 0
+    assert [row["number"] for row in KINDS[kind](Path(f"out{kind}"))] == list(range(100))
+
+
 def test_a_run_with_another_prompt_or_option_does_not_go_on_with_it(
     predict: Predict, stopped_behind: Callable[[int | None], None]
 ) -> None:

@@ -101,11 +101,13 @@ def predict(
             base = load_model(name, dtype=dtype, frozen=frozen, gradients=False)
             for block in _answered(base, prompt, rows, options, done, count):
                 partial.add(block)
-        partial.finish(
-            lambda path: convert(
-                path, place.kind, data, form, partial.path, added, (*columns, *added)
-            )
-        )
+
+        def made(path: Path) -> None:
+            """The data is read again, hours later: its rows must be those that were answered."""
+            partial.check(stream_examples(data, **form), added[0])
+            convert(path, place.kind, data, form, partial.path, added, (*columns, *added))
+
+        partial.finish(made)
     if json_output:
         console.print_json({"examples": count, "output": str(output)})
     else:

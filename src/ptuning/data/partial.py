@@ -95,6 +95,24 @@ class Partial:
         Raises:
             DataError: a row there is none of the data.
         """
+        done, good = self._compare(rows, added)
+        self._file.truncate(good)
+        return done
+
+    def check(self, rows: Iterator[Row], added: str) -> None:
+        """Refuse data that have changed while their rows were answered.
+
+        Args:
+            rows: the data from its beginning, read again.
+            added: as for `take_up`.
+
+        Raises:
+            DataError: a row there is none of the data.
+        """
+        self._compare(rows, added)
+
+    def _compare(self, rows: Iterator[Row], added: str) -> tuple[int, int]:
+        """How many whole rows are there, and in how many bytes."""
         done, good = 0, 0
         with open(self.path, "rb") as kept:
             while (line := kept.readline()).endswith(b"\n"):
@@ -105,8 +123,7 @@ class Partial:
                         "which has changed since; begin again (--overwrite)"
                     )
                 done, good = done + 1, kept.tell()
-        self._file.truncate(good)
-        return done
+        return done, good
 
     def add(self, rows: Sequence[Row]) -> None:
         """Hand a block of rows to the operating system.
