@@ -150,6 +150,24 @@ main()
     assert (done.returncode, done.stderr) == (130, "stopped\n")
 
 
+def test_ctrl_c_of_which_a_library_makes_an_error_stops_the_command() -> None:
+    script = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+from ptuning.cli import main, saved_prompt
+def load(*_):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        raise ValueError("Invalid bounding box") from None
+saved_prompt.load = load
+sys.argv = ["ptuning", "inspect", "nowhere"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "stopped\n")
+
+
 def test_ctrl_c_while_it_ends_shows_no_traceback() -> None:
     script = """
 import atexit, os, signal, sys

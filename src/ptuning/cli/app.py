@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -118,9 +123,12 @@ def main() -> None:
     console.on_stop(lambda: "stopped")
     try:
         _check_filled(arguments)
-        code = app(
-            [a for a in arguments if a != "--debug"], standalone_mode=False, prog_name="ptuning"
-        )
+        with _ctrl_c_whatever_comes_of_it():
+            code = app(
+                [a for a in arguments if a != "--debug"], standalone_mode=False, prog_name="ptuning"
+            )
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
     except PtuningError as error:
         if debug:
             raise
@@ -146,6 +154,32 @@ def main() -> None:
     if code == _INTERRUPTED:
         console.say(console.stopped())
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _ctrl_c_whatever_comes_of_it() -> Iterator[None]:
+    """Libraries' C code may take the exception of Ctrl-C for a fault of its own, and raise another
+    (matplotlib: "Invalid bounding box")."""
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    heard = False
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        nonlocal heard
+        heard = True
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, hear)
+    try:
+        yield
+    except Exception as error:
+        if heard:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _at_home(argument: str) -> str:
