@@ -724,6 +724,25 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_saved(
     assert Prompt.load(here / "out").vectors is not None
 
 
+def test_a_training_that_a_full_disk_ends_says_how_to_go_on(
+    train: Run, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def full(descriptor: int) -> None:
+        real(descriptor)
+        if list(Path("out").glob("checkpoints/*/DONE")):
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        code, _, err = train()
+    assert code == 1
+    how = "go on with: ptuning train --output out --resume"
+    assert_one_line(err, "No space left on device", "free space there", how)
+    assert run("train", "--output", "out", "--resume")[0] == 0
+
+
 def test_a_read_only_output_is_one_line(train: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **options: Any) -> Any:
         raise PermissionError(13, "Permission denied")

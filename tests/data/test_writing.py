@@ -371,7 +371,7 @@ def test_a_row_group_has_some_rows_or_some_bytes_whichever_come_first(
 @pytest.mark.parametrize(
     ("number", "said"),
     [
-        (errno.ENOSPC, "; choose another place, or free space there and go on with --resume"),
+        (errno.ENOSPC, "; choose another place, or free space there"),
         (errno.EACCES, "; choose another place"),
     ],
 )

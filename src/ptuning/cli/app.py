@@ -132,7 +132,7 @@ def main() -> None:
     except PtuningError as error:
         if debug:
             raise
-        _complain(error, str(error))
+        _complain(error, str(error) + _how_to_go_on(error))
         code = error.exit_code
     except UsageError as error:
         command = getattr(getattr(error, "ctx", None), "command_path", "ptuning")
@@ -180,6 +180,14 @@ def _ctrl_c_whatever_comes_of_it() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _how_to_go_on(error: PtuningError) -> str:
+    """Where there was no room: what a run that is stopped says of what it has kept."""
+    cause, how = error.__cause__, console.stopped()
+    if how == "stopped" or not (isinstance(cause, OSError) and cause.errno in _FULL):
+        return ""
+    return f"; {how.removeprefix('stopped; ')}"
 
 
 def _at_home(argument: str) -> str:

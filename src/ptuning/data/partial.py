@@ -219,7 +219,7 @@ def refused(place: Path) -> Iterator[None]:
     except OSError as error:
         what = "choose another place"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            what += ", or free space there and go on with --resume"
+            what += ", or free space there"
         raise PtuningError(f"cannot write to {place}: {error.strerror or error}; {what}") from error
 
 
