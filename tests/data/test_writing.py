@@ -272,6 +272,30 @@ def test_rows_stay_where_the_output_cannot_be_made_of_them(tmp_path: Path) -> No
     assert partial.path.read_bytes() == b"".join(map(json_line, ROWS))
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_an_output_is_on_the_disk_before_it_takes_the_place_of_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def made(path: Path) -> None:
+        path.write_text("text\na\n")
+
+    on_disk: list[tuple[int, int]] = []
+    real = os.fsync
+
+    def sync(descriptor: int) -> None:
+        real(descriptor)
+        told = os.fstat(descriptor)
+        on_disk.append((told.st_ino, told.st_size))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    output = Output(tmp_path / f"out.{kind}")
+    with begun(output, {}, False, False) as partial:
+        partial.add(ROWS)
+        partial.finish(made)
+    told = output.path.stat()
+    assert (told.st_ino, told.st_size) in on_disk
+
+
 def test_what_the_system_takes_in_pieces_is_written_whole(tmp_path: Path) -> None:
     taken: list[bytes] = []
 

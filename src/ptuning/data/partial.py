@@ -150,6 +150,8 @@ class Partial:
                 made = Path(f"{self.path}.made")
                 try:
                     convert(made)
+                    with open(made, "r+b") as file:  # on the disk before the rows are removed
+                        os.fsync(file.fileno())
                 except BaseException:
                     made.unlink(missing_ok=True)
                     raise
