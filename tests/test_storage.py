@@ -123,6 +123,16 @@ def test_saves_of_several_threads_are_whole(tmp_path: Path) -> None:
     assert not hidden(tmp_path)
 
 
+def test_who_is_refused_for_what_a_folder_holds_finds_it_there(tmp_path: Path) -> None:
+    """Whoever reads an export knows nothing of saves."""
+    saved = tmp_path / ".ptuning-saved"
+    saved.mkdir()
+    (saved / ".ptuning-files").write_text('{"files": ["model.gguf"], "remove": []}')
+    (saved / "model.gguf").write_text("whole")
+    assert storage.holds_something(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
 def test_a_manifest_from_elsewhere_reaches_nothing_outside(tmp_path: Path) -> None:
     folder = tmp_path / "shared"
     saved = folder / ".ptuning-saved"

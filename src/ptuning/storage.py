@@ -224,7 +224,7 @@ def check_writable(folder: str | Path) -> None:
 
 
 def holds_something(folder: str | Path) -> bool:
-    """The folder is there, and in it is something that is no trace of a save or a run.
+    """In the folder is what is no trace of a save or a run; a save cut off is finished first.
 
     Raises:
         PtuningError: it is a file, or cannot be looked at.
@@ -233,8 +233,8 @@ def holds_something(folder: str | Path) -> bool:
     try:
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} is a file; give a folder")
-        names = os.listdir(folder) if folder.exists() else []
-        return _complete(folder) or any(not name.startswith(_OWN) for name in names)
+        settle(folder)
+        return folder.exists() and any(not n.startswith(_OWN) for n in os.listdir(folder))
     except OSError as error:
         raise _cannot_write(folder, error) from error
 
