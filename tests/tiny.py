@@ -76,6 +76,26 @@ def tokenizer(kind: str = "byte_bpe", *, bos: bool = False, around: bool = False
     )
 
 
+class WithoutTokens:
+    """A tokenizer to which nothing can be added, as mistral-common's in transformers."""
+
+    def __init__(self, inner: Any):
+        self.inner = inner
+        self.eos_token_id = inner.eos_token_id
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.inner(*args, **options)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def get_vocab(self) -> dict[str, int]:
+        return dict(self.inner.get_vocab())
+
+    def add_tokens(self, *args: Any, **options: Any) -> int:
+        raise NotImplementedError("`add_tokens` is not implemented")
+
+
 _SMALL: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,

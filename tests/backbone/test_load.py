@@ -50,6 +50,21 @@ def test_a_folder_loads_as_the_kind_of_model_that_it_is(family: str, tmp_path: P
     assert model.config._name_or_path == str(tmp_path)
 
 
+def test_the_tokenizer_takes_virtual_tokens_where_a_file_of_the_model_has_such_a_one(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """transformers prefers mistral-common's, which takes none, where that is installed."""
+    usual = transformers.AutoTokenizer.from_pretrained(model_folder)
+    monkeypatch.setattr(
+        transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: tiny.WithoutTokens(usual)
+    )
+    tokenizer = load_model(str(model_folder))[1]
+    assert tokenizer.is_fast
+    assert tokenizer.get_vocab() == usual.get_vocab()
+    tiny.model().save_pretrained(tmp_path)  # and no tokenizer.json
+    assert isinstance(load_model(str(tmp_path))[1], tiny.WithoutTokens)
+
+
 def test_dtype_is_as_asked(tmp_path: Path) -> None:
     tokenizer = tiny.tokenizer()
     tiny.model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path)

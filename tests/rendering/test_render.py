@@ -1105,6 +1105,14 @@ def test_a_tokenizer_that_splits_all_added_tokens_is_refused() -> None:
         render("[P]{x}[MASK]", row, "seq2seq", tokenizer=tokenizer)
 
 
+def test_a_tokenizer_that_takes_no_tokens_is_refused() -> None:
+    tokenizer = tiny.WithoutTokens(tiny.tokenizer())
+    with pytest.raises(
+        InputError, match=r"WithoutTokens\) takes no further tokens.*tokenizer.json"
+    ):
+        render("[P]{x}[MASK]", {"x": "Oslo"}, "causal", tokenizer=tokenizer)
+
+
 @pytest.mark.parametrize("kind", tiny.TOKENIZERS)
 @pytest.mark.parametrize(
     "state",

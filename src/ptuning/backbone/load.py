@@ -19,6 +19,7 @@ from ..places import named
 from ..storage import one_save, settle
 from . import eight_bits
 from .number_format import FULL, Choice, fastest
+from .tokens import takes_tokens
 
 AUTO, OWN = "auto", "own"
 DTYPES = {
@@ -75,7 +76,9 @@ def load_model(
         # The model's own code never runs, whatever a prompt names as its base model.
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         loader = _auto_class(config)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = _extensible(
+            transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False), source
+        )
         _take_older_template(tokenizer, source, config)
         model = loader.from_pretrained(
             source, config=config, dtype=DTYPES[chosen], trust_remote_code=False
@@ -214,6 +217,21 @@ def _auto_class(config: Any) -> Any:
     if reads_more:
         return transformers.AutoModelForMultimodalLM
     return transformers.AutoModelForCausalLM
+
+
+def _extensible(tokenizer: Any, source: str) -> Any:
+    """The tokenizer, or that of ``tokenizer.json``: where mistral-common is installed, transformers
+    prefers its tokenizer, which takes no virtual tokens."""
+    import transformers
+    from transformers.utils.hub import cached_file
+
+    if not takes_tokens(tokenizer):
+        with suppress(OSError):  # there is none
+            cached_file(source, "tokenizer.json")
+            return transformers.PreTrainedTokenizerFast.from_pretrained(
+                source, trust_remote_code=False
+            )
+    return tokenizer
 
 
 def _take_older_template(tokenizer: Any, source: str, config: Any) -> None:

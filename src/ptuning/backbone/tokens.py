@@ -45,6 +45,12 @@ def check_tokenizer(tokenizer: Any) -> None:
         )
 
 
+def takes_tokens(tokenizer: Any) -> bool:
+    """Whether tokens can be added to a tokenizer. All of transformers' say whether they are fast
+    but mistral-common's, whose ``add_tokens`` is not implemented (5.23)."""
+    return hasattr(tokenizer, "is_fast")
+
+
 def first_free_id(tokenizer: Any) -> int:
     """One past the tokenizer's highest id (its length, unless its ids have holes)."""
     return 0 if tokenizer is None else _looked_at(tokenizer).first_free

@@ -41,7 +41,9 @@ def last_word(text: str, start: int) -> int:
 
 def cuts_at_spaces(tokenizer: Any) -> bool:
     """Whether a tokenizer's parts are known to cut at such spaces; others may do it too."""
-    if not tokenizer.is_fast or any(map(_may_hold_space, tokenizer.added_tokens_decoder.values())):
+    if not getattr(tokenizer, "is_fast", False):
+        return False
+    if any(map(_may_hold_space, tokenizer.added_tokens_decoder.values())):
         return False
     backend = tokenizer.backend_tokenizer
     cutters = _parts(backend.pre_tokenizer)

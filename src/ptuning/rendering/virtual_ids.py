@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 from tokenizers import AddedToken
 
-from ..backbone.tokens import tokenizer_state
+from ..backbone.tokens import takes_tokens, tokenizer_state
 from ..errors import InputError
 from ..prompts.prompt import Prompt
 from ..prompts.task import Task
@@ -197,8 +197,14 @@ def add_virtual_tokens(tokenizer: Any, names: Iterable[str]) -> None:
     They are special, unless the tokenizer splits special tokens of a text: names stay whole.
 
     Raises:
-        InputError: the tokenizer splits all tokens that were added to it.
+        InputError: the tokenizer splits all tokens that were added to it, or takes none.
     """
+    if not takes_tokens(tokenizer):
+        raise InputError(
+            f"this tokenizer ({type(tokenizer).__name__}) takes no further tokens, so no virtual "
+            "ones; take that of the model's tokenizer.json (transformers' "
+            "PreTrainedTokenizerFast.from_pretrained; ptuning.load_model does where there is one)"
+        )
     splits = getattr(tokenizer, "split_special_tokens", False)
     if splits and not tokenizer.is_fast:
         raise InputError(
