@@ -7,11 +7,13 @@ import re
 import subprocess
 import sys
 import types
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 import transformers
 
@@ -520,6 +522,33 @@ def test_the_chat_template_takes_a_prompts_name(tmp_path: Path) -> None:
         reread.apply_chat_template(said, prompt="two")
     fewer = unmerge(Merged.load(tmp_path / "merged"), ["one", "two"])
     assert fewer.tokenizer.chat_template == CHAT
+
+
+def test_a_tokenizer_whose_copies_read_its_files_again_takes_another_prompt(tmp_path: Path) -> None:
+    """Marian's: a prompt leaves and another one takes its ids, as with ``--overwrite``."""
+    (tmp_path / "text").write_text("\n".join(tiny.TEXTS))
+    sentencepiece.SentencePieceTrainer.train(
+        **{"input": str(tmp_path / "text"), "model_prefix": str(tmp_path / "sp"), "pad_id": 3},
+        **{"vocab_size": 110, "hard_vocab_limit": False, "minloglevel": 2},
+    )
+    file = str(tmp_path / "sp.model")
+    pieces = sentencepiece.SentencePieceProcessor(model_file=file)
+    words = {pieces.id_to_piece(i): i for i in range(len(pieces))} | {"<pad>": 3}
+    (tmp_path / "vocab.json").write_text(json.dumps(words))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Recommended: pip install sacremoses")
+        tokenizer = transformers.MarianTokenizer(file, file, str(tmp_path / "vocab.json"))
+        model = tiny.model("bart")
+        prompt = _prompt(model, tokenizer)
+        one = ptuning.merge(model, tokenizer, {"one": prompt})
+        none = unmerge(one, ["one"])
+        two = ptuning.merge(none.model, none.tokenizer, {"two": prompt}, none.prompts)
+        del one, none
+        two.save(tmp_path / "merged")
+        saved = Merged.load(tmp_path / "merged")
+    ids = _ids(saved.tokenizer, saved.prompts["two"], ROWS[0])
+    assert ids == _ids(two.tokenizer, two.prompts["two"], ROWS[0])
+    assert set(two.prompts["two"]["virtual_ids"]) <= set(ids)
 
 
 def test_a_plain_process_loads_the_folder(tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ and the next prompt takes the free ones first.
 
 from __future__ import annotations
 
+import atexit
 import copy
 import json
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +69,15 @@ def free_names(tokenizer: Any) -> list[str]:
 
 def _renamed(tokenizer: Any, names: Mapping[str, str]) -> Any:
     """The same tokenizer with other names for some added tokens, by way of its files."""
-    with tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as files:
+        folder = files.enter_context(tempfile.TemporaryDirectory())
         tokenizer.save_pretrained(folder)
         for path in Path(folder).glob("*.json"):
             content = json.loads(path.read_text(encoding="utf-8"))
             path.write_text(json.dumps(_replaced(content, names)), encoding="utf-8")
         result = type(tokenizer).from_pretrained(folder)
+        if not result.is_fast:  # copies of some read their files again (Marian's, M2M100's)
+            atexit.register(files.pop_all().close)
     for name in _NOT_IN_FILES:
         setattr(result, name, getattr(tokenizer, name))
     return result
