@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, normalizers
+from tokenizers import AddedToken, Tokenizer, normalizers
 
 import ptuning
 from ptuning import InputError, Merged, Prompt
@@ -254,6 +254,19 @@ def test_what_was_not_compared_with_llama_cpp_is_refused(
 def test_other_tokenizers_are_refused(kind: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         write_gguf(_merged(tiny.model("llama"), kind=kind), tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+@pytest.mark.parametrize("special", [True, False])
+def test_added_tokens_that_llama_cpp_finds_otherwise_are_refused(
+    flag: str, special: bool, tmp_path: Path
+) -> None:
+    merged = _merged(tiny.model("llama", vocab_size=450))
+    merged.tokenizer.add_tokens([AddedToken("<|turn|>", special=special, **{flag: True})])
+    with pytest.raises(
+        InputError, match=rf"'<\|turn\|>' has {flag}, which llama.cpp does not heed"
+    ):
+        write_gguf(merged, tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize("change", ["normalizer", "ignore_merges"])

@@ -7,7 +7,7 @@ virtual token is a control token: text becomes one only where special tokens are
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import gguf
@@ -38,6 +38,7 @@ def describe_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> No
     writer.add_tokenizer_pre(_way_to_cut(told))
     vocabulary = {index: token for token, index in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
+    _check_added(added.values())
     tokens, types = [], []
     for index in range(rows):
         kind = gguf.TokenType.NORMAL if index in vocabulary else gguf.TokenType.UNUSED
@@ -65,6 +66,17 @@ def _parts(tokenizer: Any) -> dict[str, Any]:
     if kind != "BPE":
         raise InputError(f"its tokenizer is {kind}; expected a byte-level BPE")
     return told
+
+
+def _check_added(tokens: Iterable[Any]) -> None:
+    """llama.cpp finds such tokens wherever they stand, and leaves the spaces beside them."""
+    for token in tokens:
+        flags = [name for name in ("lstrip", "rstrip", "single_word") if getattr(token, name)]
+        if flags:
+            raise InputError(
+                f"its token {token.content!r} has {' and '.join(flags)}, which llama.cpp does not "
+                "heed"
+            )
 
 
 def _way_to_cut(told: dict[str, Any]) -> str:
