@@ -257,15 +257,27 @@ def test_other_tokenizers_are_refused(kind: str, message: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
-@pytest.mark.parametrize("special", [True, False])
-def test_added_tokens_that_llama_cpp_finds_otherwise_are_refused(
-    flag: str, special: bool, tmp_path: Path
-) -> None:
+def test_added_tokens_that_llama_cpp_finds_otherwise_are_refused(flag: str, tmp_path: Path) -> None:
     merged = _merged(tiny.model("llama", vocab_size=450))
-    merged.tokenizer.add_tokens([AddedToken("<|turn|>", special=special, **{flag: True})])
-    with pytest.raises(
-        InputError, match=rf"'<\|turn\|>' has {flag}, which llama.cpp does not heed"
-    ):
+    turn = AddedToken("<|turn|>", special=True, **{flag: True})
+    merged.tokenizer.add_tokens([turn])
+    write_gguf(merged, tmp_path / "model.gguf")  # no template has it
+    merged.tokenizer.chat_template = "<|turn|>{{ messages[0].content }}"
+    told = rf"'<\|turn\|>' has {flag}, which llama.cpp does not heed"
+    with pytest.raises(InputError, match=told):
+        write_gguf(merged, tmp_path / "model.gguf")
+    (name, about), *_ = merged.prompts.items()
+    merged.tokenizer.chat_template = None
+    merged.prompts[name] = {**about, "text": f"<|turn|>{about['text']}"}
+    with pytest.raises(InputError, match=told):
+        write_gguf(merged, tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_added_words_that_llama_cpp_finds_otherwise_are_refused(flag: str, tmp_path: Path) -> None:
+    merged = _merged(tiny.model("llama", vocab_size=450))
+    merged.tokenizer.add_tokens([AddedToken("capital", special=False, **{flag: True})])
+    with pytest.raises(InputError, match=f"'capital' has {flag}, which llama.cpp does not heed"):
         write_gguf(merged, tmp_path / "model.gguf")
 
 

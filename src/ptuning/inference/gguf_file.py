@@ -62,7 +62,8 @@ def write_gguf(merged: Merged, path: str | Path) -> None:
         writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[family.arch])
         family.describe(writer, model.config)
         writer.add_file_type(_KINDS[embedding.weight.dtype][1])
-        describe_tokenizer(writer, merged.tokenizer, embedding.num_embeddings)
+        texts = [told["text"] for told in merged.prompts.values()]
+        describe_tokenizer(writer, merged.tokenizer, embedding.num_embeddings, texts)
         for name, tensor in _tensors(model, family):
             kind = _KINDS[tensor.dtype][0]
             size = tensor.numel() * tensor.element_size()

@@ -21,13 +21,16 @@ _BYTES = {
 }  # fmt: skip
 
 
-def describe_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> None:
+def describe_tokenizer(
+    writer: gguf.GGUFWriter, tokenizer: Any, rows: int, texts: Iterable[str] = ()
+) -> None:
     """Put a tokenizer into a file that is being written.
 
     Args:
         writer: of the file.
         tokenizer: of the merged model.
         rows: of its embedding; there is a token for each.
+        texts: of the merged prompts, which llama.cpp is to read as it does.
 
     Raises:
         InputError: llama.cpp would find other ids than this tokenizer.
@@ -38,7 +41,7 @@ def describe_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> No
     writer.add_tokenizer_pre(_way_to_cut(told))
     vocabulary = {index: token for token, index in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
-    _check_added(added.values())
+    _check_added(added.values(), [*texts, str(tokenizer.chat_template or "")])
     tokens, types = [], []
     for index in range(rows):
         kind = gguf.TokenType.NORMAL if index in vocabulary else gguf.TokenType.UNUSED
@@ -68,11 +71,13 @@ def _parts(tokenizer: Any) -> dict[str, Any]:
     return told
 
 
-def _check_added(tokens: Iterable[Any]) -> None:
-    """llama.cpp finds such tokens wherever they stand, and leaves the spaces beside them."""
+def _check_added(tokens: Iterable[Any], texts: Sequence[str]) -> None:
+    """llama.cpp finds such tokens wherever they stand, and leaves the spaces beside them. Special
+    ones that no template has are never read."""
     for token in tokens:
         flags = [name for name in ("lstrip", "rstrip", "single_word") if getattr(token, name)]
-        if flags:
+        read = not token.special or any(token.content in text for text in texts)
+        if flags and read:
             raise InputError(
                 f"its token {token.content!r} has {' and '.join(flags)}, which llama.cpp does not "
                 "heed"
