@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import ptuning
 from ptuning import distributed
+from ptuning.backbone.identity import describe
 from ptuning.cli import console, main
 from ptuning.devices import best_device
 
@@ -92,6 +94,26 @@ def test_quiet_leaves_results_warnings_and_errors(capsys: pytest.CaptureFixture[
     finally:
         console.be_quiet(False)
     assert capsys.readouterr() == ("42\n", "warning: look out\nerror: it failed\n")
+
+
+def test_libraries_say_nothing_of_their_own(tmp_path: Path, model_folder: Path) -> None:
+    """Their bar while a model is read, and a notice where a text is as long as the model reads."""
+    model, tokenizer = ptuning.load_model(str(model_folder))
+    prompt = ptuning.Prompt("[P] {text} [MASK]", answer="answer", answer_tokens=2)
+    prompt.vectors, prompt.base_model = torch.zeros(1, 32), describe(model, tokenizer)
+    prompt.save(tmp_path / "prompt")
+    (tmp_path / "texts.csv").write_text("text\n" + "x" * 400 + "\n")
+    own = ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
+    command = [sys.executable, "-m", "ptuning", "predict", "prompt", "--data", "texts.csv"]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name not in own},
+    )
+    told = "warning: 1 of 1 prediction examples were shortened to 128 tokens\n"
+    assert (done.returncode, done.stderr) == (0, told)
 
 
 def test_a_device_that_is_not_here_is_one_line(

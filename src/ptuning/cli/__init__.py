@@ -17,6 +17,9 @@ def main() -> None:
     """Run the command line."""
     try:
         with _stopping_at_once():
+            from . import console
+
+            console.quiet_libraries()
             from .app import main as run
 
         run()

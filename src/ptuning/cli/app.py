@@ -117,7 +117,6 @@ def main() -> None:
     """Run the command line; every error becomes one line and an exit code."""
     arguments = [_at_home(argument) for argument in sys.argv[1:]]
     debug = "--debug" in arguments
-    console.quiet_libraries()
     console.write_to_any_stdout()
     console.speak_if(os.environ.get("RANK", "0") == "0")
     console.on_stop(lambda: "stopped")

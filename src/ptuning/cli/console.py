@@ -37,12 +37,14 @@ _LONGEST = 1200
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' bars and notices away; our own warnings become single lines."""
+    """Keep the libraries' notices away, and their bars where nobody looks at them; our own warnings
+    become single lines. Libraries heed it that are imported afterwards."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    if not err.is_terminal or {"-q", "--quiet"} & {*sys.argv}:  # a download's bar is for its user
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
     def show(message: Any, category: type, *rest: Any) -> None:
         if issubclass(category, PtuningWarning):
