@@ -237,6 +237,18 @@ def test_what_a_full_stdout_has_no_room_for_is_not_lost_unheard(
     assert line.startswith("error: what stdout goes to is full (File too large)")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX")
+def test_closed_streams_are_as_if_they_led_nowhere() -> None:
+    program = """if True:
+        from ptuning.cli import app, console, main
+        app.app = lambda *_, **__: console.print_json({"answer": "Paris"}) or 0
+        main()
+    """
+    command = ["sh", "-c", '"$0" -c "$1" <&- >&-', sys.executable, program]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_a_full_stdout_is_said_in_words(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -15,6 +15,7 @@ __all__ = ["main"]
 
 def main() -> None:
     """Run the command line."""
+    _open_what_is_closed()
     try:
         with _stopping_at_once():
             from . import console
@@ -28,6 +29,14 @@ def main() -> None:
         sys.exit(130)
     finally:
         atexit.register(_end_at_ctrl_c)  # the last to be registered, and so the first to be called
+
+
+def _open_what_is_closed() -> None:
+    """Where stdin, stdout or stderr is closed (``>&-``, Windows' pythonw) Python has none: it is
+    empty then, or leads nowhere. A file of ours would get its number, and what libraries write."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 @contextmanager
