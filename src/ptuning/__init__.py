@@ -4,7 +4,7 @@
     ptuning.train(model, tokenizer, prompt, rows, dev=dev_rows)
     ptuning.predict(model, tokenizer, prompt, [{"country": "France"}])
 
-Names are imported when they are first used, so that ``ptuning --help`` need not wait for torch.
+Names are imported when they are first used, so that ``import ptuning`` need not wait for torch.
 """
 
 from __future__ import annotations
