@@ -42,5 +42,5 @@ def _agree(got: Any, expected: Any) -> bool:
     if isinstance(expected, list):
         return len(got) == len(expected) and all(map(_agree, got, expected))
     if isinstance(expected, float):
-        return bool(got == pytest.approx(expected, rel=1e-4))
+        return bool(got == pytest.approx(expected, rel=1e-4, abs=1e-6))
     return bool(got == expected)
