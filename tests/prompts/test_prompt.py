@@ -672,8 +672,9 @@ def test_a_pickle_beside_adapter_config_is_refused(tmp_path: Path) -> None:
     [
         (["config.json", "prompts.json"], "is a merged model, and no saved prompt"),
         (["config.json"], "is a model, and no saved prompt"),
-        (["run.yaml", "checkpoints"], "has no prompt yet: .* go on with it"),
-        (["run.yaml"], "does not exist; give the folder of a saved prompt"),
+        (["checkpoints"], "has not come to its end, and no prompt yet; .* go on with it"),
+        (["run.yaml"], "has not come to its end, and no prompt yet; .* go on with it"),
+        (["notes.txt"], "does not exist; give the folder of a saved prompt"),
     ],
 )
 def test_a_folder_of_something_else_is_called_what_it_is(

@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 
 __all__ = ["main"]
 
@@ -17,7 +18,7 @@ def main() -> None:
     """Run the command line."""
     _open_what_is_closed()
     try:
-        with _stopping_at_once():
+        with at_ctrl_c(_stop):
             from . import console
 
             console.quiet_libraries()
@@ -40,14 +41,13 @@ def _open_what_is_closed() -> None:
 
 
 @contextmanager
-def _stopping_at_once() -> Iterator[None]:
-    """Nothing is begun yet, and Ctrl-C ends the process: libraries that are being imported take
-    its exception for a fault of another library, and fail in their own way (torch at numpy)."""
+def at_ctrl_c(hear: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Ctrl-C calls `hear` meanwhile, unless somebody else has a say in it."""
     here = threading.current_thread() is threading.main_thread()
     if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
-    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGINT, hear)
     try:
         yield
     finally:
@@ -55,6 +55,8 @@ def _stopping_at_once() -> Iterator[None]:
 
 
 def _stop(*_: object) -> None:
+    """Nothing is begun yet: libraries that are being imported take Ctrl-C's exception for a fault
+    of another library, and fail in their own way (torch at numpy)."""
     os.write(2, b"stopped\n")
     os._exit(130)
 

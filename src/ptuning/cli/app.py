@@ -9,7 +9,6 @@ import errno
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -21,6 +20,7 @@ import typer
 from ..errors import InputError, PtuningError
 from ..places import at_home
 from . import (
+    at_ctrl_c,
     console,
     distill,
     evaluate,
@@ -159,10 +159,6 @@ def main() -> None:
 def _ctrl_c_whatever_comes_of_it() -> Iterator[None]:
     """Libraries' C code may take the exception of Ctrl-C for a fault of its own, and raise another
     (matplotlib: "Invalid bounding box")."""
-    here = threading.current_thread() is threading.main_thread()
-    if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
     heard = False
 
     def hear(number: int, frame: FrameType | None) -> None:
@@ -170,15 +166,13 @@ def _ctrl_c_whatever_comes_of_it() -> Iterator[None]:
         heard = True
         signal.default_int_handler(number, frame)
 
-    signal.signal(signal.SIGINT, hear)
     try:
-        yield
+        with at_ctrl_c(hear):
+            yield
     except Exception as error:
         if heard:
             raise KeyboardInterrupt from error
         raise
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _how_to_go_on(error: PtuningError) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import DataError, InputError, PromptFileError
-from . import run_folder
+from ..errors import DataError, InputError
 
 if TYPE_CHECKING:
     from ..data.rows import Row
@@ -55,16 +53,7 @@ def load(folder: str | Path) -> Prompt:
         PromptFileError: there is none, or its training has not come to its end.
     """
     from ..prompts.prompt import Prompt
-    from ..prompts.prompt_files import are_in
 
-    path = Path(folder)
-    readable = path.is_dir() and os.access(path, os.R_OK | os.X_OK)
-    begun = readable and (run_folder.is_interrupted(path) or run_folder.is_begun(path))
-    if begun and not are_in(path):
-        raise PromptFileError(
-            f"{folder} holds a training that has not come to its end, and no prompt yet; wait for "
-            "it, or, if it was stopped, go on with it by --resume"
-        )
     return Prompt.load(folder)
 
 

@@ -255,12 +255,16 @@ def _check_tensors(tensors: dict[str, Tensor], place: str) -> None:
         formats.check_numbers(tensor, f"{place}: {name}", floats_only=not module)
 
 
+_UNFINISHED = (
+    "holds a training that has not come to its end, and no prompt yet; wait for it, or, if it was "
+    "stopped, go on with it by --resume"
+)
 _OTHERS = {
     "prompts.json": "is a merged model, and no saved prompt; give the folder of a prompt that was "
     "merged into it, or ask it through a server (ptuning serve --backend vllm)",
     "config.json": "is a model, and no saved prompt; give the folder of a prompt",
-    "checkpoints": "has no prompt yet: its training stopped before one was saved; go on with it "
-    "(--resume)",
+    "checkpoints": _UNFINISHED,
+    "run.yaml": _UNFINISHED,
 }
 """What else a folder may be by what lies in it, and what to do then."""
 
